@@ -1,0 +1,59 @@
+# make demo    train two small models, eager and under Kitsune, and compare
+# make test    lint and types where the tools are there, then the tests
+# make lint    ruff and mypy alone
+# make setup   .venv with all that the above need (each of them does it first)
+#
+# SETUP=0      skip set-up: use the ambient python and whatever it has (it must have torch)
+# PYTHON=...   the python to make .venv from, or with SETUP=0 the one to run
+# TORCH=...    what to install when .venv has no torch; the default index has the CPU build under this pin for some
+#              platforms and a CUDA build for others
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SETUP ?= 1
+VENV := .venv
+
+ifeq ($(SETUP),0)
+  READY :=
+  RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+else
+  READY := $(VENV)/.ready
+  RUN := $(VENV)/bin/python
+endif
+
+# $(call has,module): is it importable by the python that runs?
+has = $(RUN) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
+
+.PHONY: demo test lint setup clean
+
+demo: $(READY)
+	@$(RUN) -m kitsune demo
+
+test: lint
+	@flags=""; \
+	if $(call has,xdist); then flags="$$flags -n auto"; fi; \
+	if $(call has,pytest_timeout); then flags="$$flags --timeout 300"; fi; \
+	$(RUN) -m pytest tests -q $$flags $(ARGS)
+
+lint: $(READY)
+	@if $(call has,ruff); then $(RUN) -m ruff check .; else echo "ruff is not installed: skipped"; fi
+	@if $(call has,mypy); then $(RUN) -m mypy; else echo "mypy is not installed: skipped"; fi
+
+setup: $(READY)
+	@echo "ready: $(RUN)"
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Kitsune needs Python 3.10 or later; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian: apt install python3-venv)" \
+	       "or use the packages that are there with SETUP=0" >&2; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and only if missing: a plain "torch" would pull gigabytes of CUDA libraries
+	@$(VENV)/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
+	  || $(VENV)/bin/python -m pip install -q "$(TORCH)"
+	@$(VENV)/bin/python -m pip install -q -e '.[demo,report,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

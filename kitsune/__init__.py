@@ -1,0 +1,24 @@
+"""Kitsune makes an unmodified PyTorch training loop faster.
+
+with kitsune.accelerate():
+    for x, y in loader:
+        train_step(x, y)
+"""
+
+from kitsune.config import KitsuneWarning, config
+from kitsune.optimizer import KitsuneOptimizer
+from kitsune.session import accelerate, counters, disable, explain, flush, reset
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KitsuneOptimizer",
+    "KitsuneWarning",
+    "accelerate",
+    "config",
+    "counters",
+    "disable",
+    "explain",
+    "flush",
+    "reset",
+]

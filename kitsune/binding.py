@@ -1,0 +1,191 @@
+"""When the recording of an optimizer begins: at the first forward of a module that owns one of its parameters."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from kitsune.config import config
+from kitsune.dispatch import foreign_modes
+
+# A module that owns none of the parameters is asked again every so often, because modules can be put into it later.
+ASK_AGAIN = 64
+
+
+class Verdict:
+    """Whether a module owns a parameter of the optimizer and, if so, where the first one was found."""
+
+    __slots__ = ("left", "module", "name", "owner")
+
+    def __init__(self, module: weakref.ref[nn.Module], owner: nn.Module | None, name: str) -> None:
+        self.module = module
+        self.owner = None if owner is None else weakref.ref(owner)
+        self.name = name
+        self.left = ASK_AGAIN
+
+
+class Binding:
+    """The modules that start the recording of one optimizer, and the recordings that are open, at most one per thread.
+
+    It holds the optimizer weakly: the list of all bindings must keep no optimizer alive.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: int | None, device: str | None) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.warmup = warmup
+        self.device = device
+        self.roots: list[weakref.ref[nn.Module]] = []
+        self.local = threading.local()
+        self.n_open = 0
+        self._ids: set[int] = set()
+        # By id, not by a WeakKeyDictionary: a module that defines __eq__ may have no hash.
+        self._verdicts: dict[int, Verdict] = {}
+        self.compiled = False
+
+    @property
+    def recording(self) -> bool:
+        """Whether this thread has an open recording."""
+        return hasattr(self.local, "recording")
+
+    def open(self) -> None:
+        from kitsune.session import accelerate  # the session imports far more than a plain optimizer needs
+
+        recording: AbstractContextManager[Any] = accelerate(warmup=self.warmup, device=self.device)
+        recording.__enter__()
+        self.local.recording = recording
+        self._count(1)
+
+    def close(self) -> None:
+        """Ends what this thread has open; a recording of another thread can only be ended there."""
+        recording = self.local.__dict__.pop("recording", None)
+        if recording is not None:
+            self._count(-1)
+            recording.__exit__(None, None, None)
+
+    def _count(self, change: int) -> None:
+        with _lock:
+            self.n_open += change
+            _place_hook()
+
+    def attach(self, module: nn.Module) -> None:
+        self.roots.append(weakref.ref(module))
+
+    def forget(self) -> None:
+        """The parameters have changed: every module is looked at again."""
+        self._verdicts.clear()
+        self.compiled = False
+
+    def starts_at(self, module: nn.Module) -> bool:
+        """Whether a forward of this module begins the recording."""
+        if self.roots:
+            return any(root() is module for root in self.roots)
+        verdict = self._verdicts.get(id(module))
+        if verdict is None or verdict.module() is not module or not self._holds(verdict):
+            verdict = self._look(module)
+        return verdict.owner is not None
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether the module holds a parameter of the optimizer now."""
+        return self._look(module).owner is not None
+
+    def _holds(self, verdict: Verdict) -> bool:
+        if verdict.owner is None:
+            verdict.left -= 1
+            return verdict.left > 0
+        owner = verdict.owner()
+        return owner is not None and id(getattr(owner, verdict.name, None)) in self._ids
+
+    def _look(self, module: nn.Module) -> Verdict:
+        optimizer = self.optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        self._ids = {id(parameter) for group in groups for parameter in group["params"]}
+        # torch.compile refuses to compile under a dispatch mode: what the user has compiled stays with torch.compile.
+        self.compiled = self.compiled or any(map(_is_compiled, _walk(module)))
+        owner, name = (None, "") if self.compiled else self._first_owned(module)
+        key, verdicts = id(module), self._verdicts
+        verdict = Verdict(weakref.ref(module, lambda _: verdicts.pop(key, None)), owner, name)
+        verdicts[key] = verdict
+        return verdict
+
+    def _first_owned(self, module: nn.Module) -> tuple[nn.Module | None, str]:
+        for owner in _walk(module):
+            for name, parameter in owner.named_parameters(recurse=False):
+                if id(parameter) in self._ids:
+                    return owner, name
+        return None, ""
+
+
+def _walk(root: nn.Module) -> Iterator[nn.Module]:
+    # Module.modules() needs a hash; a model without one can be run all the same, and must still run with this hook.
+    seen, waiting = set(), [root]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting.extend(child for child in module._modules.values() if child is not None)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+_bindings: list[Binding] = []
+_hook: RemovableHandle | None = None
+_lock = threading.RLock()  # re-entrant: the garbage collector may run `unwatch` at any point
+
+
+def watch(binding: Binding) -> None:
+    """Lets module forwards start this binding. One process-wide hook serves all of them."""
+    with _lock:
+        _bindings.append(binding)
+        _place_hook()
+
+
+def unwatch(binding: Binding) -> None:
+    """The end of `watch`; with the last binding the process-wide hook goes too."""
+    with _lock:
+        if binding in _bindings:
+            _bindings.remove(binding)
+        _place_hook()
+    binding.close()
+
+
+def _place_hook() -> None:
+    # A process-wide hook costs each module call 2 us, so it is there only while some optimizer waits for a forward.
+    global _hook
+    waiting = any(binding.n_open == 0 for binding in _bindings)
+    if waiting and _hook is None:
+        _hook = register_module_forward_pre_hook(_before_forward)
+    elif not waiting and _hook is not None:
+        _hook.remove()
+        _hook = None
+
+
+def _before_forward(module: nn.Module, args: Any) -> None:
+    # Before any module's forward, so the cheap refusals come first. torch.compile traces it and folds is_compiling.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not config.enabled:
+        return
+    for binding in tuple(_bindings):
+        if not binding.recording and binding.starts_at(module) and may_open():
+            binding.open()
+
+
+def may_open() -> bool:
+    """Whether a recording may begin at this place of the program, where forwards also happen for other reasons."""
+    # A checkpoint recomputes its forward inside backward, on CUDA in a thread of the autograd engine, which
+    # would keep the recording for good.
+    if torch._C._current_graph_task_id() != -1 or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not foreign_modes()

@@ -1,0 +1,253 @@
+"""Every knob of Kitsune, one row each: `kitsune.config.warmup`, `KITSUNE_WARMUP`, `kitsune.config.patch(warmup=0)`.
+
+A value comes from the default, from the environment (read once, at import), from an assignment, or from a `patch`
+that is open; `kitsune.config.show()` says which.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ContextDecorator
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+
+__all__ = ["Config", "KitsuneWarning", "Options", "config", "knob_table", "nearest"]
+
+
+class KitsuneWarning(UserWarning):
+    """The category of every warning that Kitsune gives."""
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What a knob takes: the words for an error, the check of a Python value, the reading of an environment text."""
+
+    words: str
+    check: Callable[[object], Any]
+    read: Callable[[str], object] = str
+
+
+BOOL_WORDS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
+# Powers of two with either spelling, as the memory reports of torch count.
+BYTE_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+BYTE_TEXT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE)
+
+
+def _check_bool(value: object) -> bool:
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise ValueError
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() in BOOL_WORDS:
+        return BOOL_WORDS[text.lower()]
+    raise ValueError
+
+
+def _check_int(low: int, high: int | None, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        raise ValueError
+    return int(value)
+
+
+def _check_bytes(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        found = BYTE_TEXT.fullmatch(value.strip())
+        if found is None:
+            raise ValueError
+        value = int(float(found[1]) * BYTE_UNITS[(found[2] or "").lower()])
+    return _check_int(1, None, value)
+
+
+def _check_device(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | torch.device):
+        raise ValueError
+    try:
+        return str(torch.device(value))  # parses the name; it does not ask whether the device is there
+    except RuntimeError:
+        raise ValueError from None
+
+
+def _read_optional(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def whole(low: int, high: int | None = None) -> Accepts:
+    words = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
+    return Accepts(words, functools.partial(_check_int, low, high), int)
+
+
+flag = Accepts("True or False (in the environment 0/1, true/false, on/off or yes/no)", _check_bool, _read_bool)
+device_name = Accepts("the name of a torch device such as 'cpu' or 'cuda:0', or None", _check_device, _read_optional)
+n_bytes = Accepts("a number of bytes, a text such as '512MB' or '2GB', or None", _check_bytes, _read_optional)
+
+
+def knob(default: Any, variable: str, accepts: Accepts, effect: str) -> Any:
+    return field(default=default, metadata={"variable": variable, "accepts": accepts, "effect": effect})
+
+
+@dataclass(frozen=True)
+class Options:
+    """The value of every knob at one moment; `kitsune.config.options()` takes one."""
+
+    enabled: bool = knob(True, "KITSUNE", flag, "0 turns Kitsune off: plain PyTorch")
+    warmup: int = knob(1, "KITSUNE_WARMUP", whole(0), "times a region is observed before it is recorded lazily")
+    device: str | None = knob(
+        None, "KITSUNE_DEVICE", device_name, "device whose operators are recorded; None: cuda if available, else cpu"
+    )
+    max_pending_ops: int = knob(
+        20000, "KITSUNE_MAX_PENDING_OPS", whole(1), "operators that may be pending before they are flushed"
+    )
+    max_pending_bytes: int | None = knob(
+        None,
+        "KITSUNE_MAX_PENDING_BYTES",
+        n_bytes,
+        "bytes that pending results may need before they are flushed, such as 2GB; None: half of the device's memory",
+    )
+    debug: int = knob(0, "KITSUNE_DEBUG", whole(0, 1), "1 prints one line per flush to stderr")
+    verify: bool = knob(False, "KITSUNE_VERIFY", flag, "1 checks every new graph for consistency")
+
+
+KNOBS: Mapping[str, Field[Any]] = {row.name: row for row in fields(Options)}
+VARIABLES: Mapping[str, str] = {row.metadata["variable"]: name for name, row in KNOBS.items()}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' for the known name nearest to this one, or an empty text."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def _unknown(name: str) -> str:
+    return f"Kitsune has no option {name!r}.{nearest(name, KNOBS)}"
+
+
+def checked(name: str, value: object) -> Any:
+    """`value` as the knob `name` stores it, or a ValueError that says what it accepts; TypeError if there is none."""
+    if name not in KNOBS:
+        raise TypeError(_unknown(name))
+    accepts: Accepts = KNOBS[name].metadata["accepts"]
+    try:
+        return accepts.check(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r} is not possible: {name} accepts {accepts.words}.") from None
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The knobs that `environment` sets. An empty variable counts as unset, an unknown `KITSUNE_*` one warns."""
+    found = {}
+    for variable, text in environment.items():
+        if variable in VARIABLES and text.strip():
+            name = VARIABLES[variable]
+            found[name] = _read(variable, text.strip(), KNOBS[name].metadata["accepts"])
+        elif variable.startswith("KITSUNE_") and variable not in VARIABLES:
+            message = f"Kitsune knows no environment variable {variable}.{nearest(variable, VARIABLES)}"
+            warnings.warn(message, KitsuneWarning, stacklevel=2)
+    return found
+
+
+def _read(variable: str, text: str, accepts: Accepts) -> Any:
+    try:
+        return accepts.check(accepts.read(text))
+    except ValueError:
+        raise ValueError(f"{variable}={text!r} is not possible: the variable accepts {accepts.words}.") from None
+
+
+class Config:
+    """The knobs as attributes: read, assign (checked), `patch` for a while, `show`."""
+
+    # The same rows again for type checkers, because these can be assigned and those of Options cannot.
+    enabled: bool
+    warmup: int
+    device: str | None
+    max_pending_ops: int
+    max_pending_bytes: int | None
+    debug: int
+    verify: bool
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        found = from_environment(environment)
+        # Values lie in the instance dictionary: the hot path reads them, and a plain attribute is the cheapest read.
+        self.__dict__.update({name: found.get(name, row.default) for name, row in KNOBS.items()})
+        self.__dict__["_sources"] = {name: "environment" if name in found else "default" for name in KNOBS}
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(_unknown(name))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in KNOBS:
+            raise AttributeError(_unknown(name))
+        self._put(name, checked(name, value), "set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"The option {name!r} cannot be deleted; assign its default instead.")
+
+    def __repr__(self) -> str:
+        return f"kitsune.config({', '.join(f'{name}={getattr(self, name)!r}' for name in KNOBS)})"
+
+    def patch(self, **options: Any) -> Patch:
+        """Change knobs inside a `with` block or a decorated function; afterwards they are as before, also on errors."""
+        return Patch(self, {name: checked(name, value) for name, value in options.items()})
+
+    def options(self) -> Options:
+        """The present value of every knob, as one immutable object."""
+        return Options(**{name: self.__dict__[name] for name in KNOBS})
+
+    def show(self) -> str:
+        """One line per knob: its value, where that comes from, its environment variable and its effect."""
+        rows = [(name, repr(value), self._sources[name]) for name, value in asdict(self.options()).items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = []
+        for name, value, source in rows:
+            meta = KNOBS[name].metadata
+            head = f"{name:{widths[0]}s} = {value:{widths[1]}s}  {source:{widths[2]}s}"
+            lines.append(f"{head}  {meta['variable']:25s}  {meta['effect']}")
+        return "\n".join(lines)
+
+    def _put(self, name: str, value: object, source: str) -> None:
+        self.__dict__[name] = value
+        self._sources[name] = source
+
+
+class Patch(ContextDecorator):
+    """What `kitsune.config.patch` returns: a context manager and a decorator, which may be entered again while open."""
+
+    def __init__(self, target: Config, options: dict[str, Any]) -> None:
+        self._target = target
+        self._options = options
+        self._saved: list[dict[str, tuple[Any, str]]] = []
+
+    def __enter__(self) -> Config:
+        before = {name: (getattr(self._target, name), self._target._sources[name]) for name in self._options}
+        self._saved.append(before)
+        for name, value in self._options.items():
+            self._target._put(name, value, "patch")
+        return self._target
+
+    def __exit__(self, *error: object) -> None:
+        for name, (value, source) in self._saved.pop().items():
+            self._target._put(name, value, source)
+
+
+def knob_table() -> str:
+    """The table of the README, between its `<!-- knobs -->` marks."""
+    lines = ["| option | variable | default | effect |", "|---|---|---|---|"]
+    for name, row in KNOBS.items():
+        meta = row.metadata
+        lines.append(f"| `{name}` | `{meta['variable']}` | `{row.default!r}` | {meta['effect']} |")
+    return "\n".join(lines)
+
+
+config = Config(os.environ)

@@ -1,0 +1,1 @@
+"""`python -m kitsune demo`: two small models, trained twice from one seed, eager and under Kitsune."""

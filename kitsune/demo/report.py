@@ -1,0 +1,129 @@
+"""The demo's report as plain text: curves, verdict, what was recorded, flushed and passed through, memory, time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from kitsune.demo.compare import Comparison, spread_ms
+from kitsune.demo.measure import how_peak_is_measured
+from kitsune.demo.train import TrainResult
+
+BARS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 60
+# A run has few distinct regions, but one that never settles would fill the screen.
+MAX_ROWS = 12
+
+
+def render(comparison: Comparison, device: torch.device) -> str:
+    c = comparison
+    sections = [
+        f"== {c.model}: {c.steps} steps, form {c.form}, warmup {c.warmup}, seed {c.seed}, {where(device)} ==",
+        render_losses(c),
+        render_verdict(c),
+        render_counters(c.lazy.counters),
+        render_explanation(c.lazy.report),
+        render_memory(c, device),
+        render_time(c, device),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def render_losses(c: Comparison) -> str:
+    shown = sorted({1, *(round(c.steps * i / 5) or 1 for i in range(1, 6))})
+    rows = [("step", *map(str, shown))]
+    rows += [(name, *(f"{result.losses[s - 1]:.4f}" for s in shown)) for name, result in both(c)]
+    curves = [f"  {name:8s} {sparkline(result.losses)}" for name, result in both(c)]
+    return "\n".join(["loss", *table(rows), *curves])
+
+
+def render_verdict(c: Comparison) -> str:
+    compared = {"losses": c.steps, "gradients": len(c.eager.grads), "parameters": len(c.eager.params)}
+    lines = []
+    for kind, names in c.differing().items():
+        if names:
+            lines.append(f"  {kind}: {len(names)} of {compared[kind]} DIFFER, first {names[0]}")
+        else:
+            lines.append(f"  {kind}: all {compared[kind]} identical, bit for bit")
+    return "\n".join(["compared with eager", *lines])
+
+
+def render_counters(counters: dict[str, Any]) -> str:
+    words = (("recorded", "recorded lazily"), ("observed", "run at once and recorded"), ("executed", "executed"),
+             ("skipped", "recorded, but needed by nobody"))
+    rows = [(word, str(counters[name])) for name, word in words if name in counters]
+    return "\n".join(["operators", *table(rows)])
+
+
+def render_explanation(report: Any) -> str:
+    if report is None:
+        return ""
+    regions = [(f"{r.n_ops} ops", f"seen {times(r.times_seen)}", f"ended by {r.cause}", r.site or "")
+               for r in report.regions]
+    flushes = [(f.cause, f.site or "", times(f.count)) for f in report.flushes]
+    passed = [(p.reason, str(p.op), times(p.count)) for p in report.passed_through]
+    return "\n\n".join([
+        "\n".join([f"regions: {len(regions)} distinct", *table(first(regions))]),
+        "\n".join(["flushes, by cause and line", *table(first(flushes))]),
+        "\n".join(["passed through to eager, by reason", *(table(first(passed)) or ["  none"])]),
+    ])
+
+
+def render_memory(c: Comparison, device: torch.device) -> str:
+    if c.eager.peak_bytes is None or c.lazy.peak_bytes is None:
+        return "peak memory: not measured, this system offers no peak that can be reset"
+    rows = [(name, f"{(result.peak_bytes or 0) / 2**20:.1f} MiB") for name, result in both(c)]
+    return "\n".join([f"peak memory: {how_peak_is_measured(device)}", *table(rows)])
+
+
+def render_time(c: Comparison, device: torch.device) -> str:
+    rows = [("", "median", "quartiles")]
+    for name, result in both(c):
+        t = spread_ms(result)
+        rows.append((name, f"{t['median']:.2f} ms", f"{t['q1']:.2f} to {t['q3']:.2f} ms"))
+    return "\n".join(["time per step", *table(rows), f"  {expectation(c.ratio(), device)}"])
+
+
+def expectation(ratio: float, device: torch.device) -> str:
+    measured = f"Here a step under Kitsune took {ratio:.2f} times the eager one."
+    today = "Today Kitsune replays its regions op by op; fusion and graph replay are not there yet"
+    if device.type == "cuda":
+        return f"{measured} {today}, so expect no speed-up, and a slower step where Python is what limits it."
+    return f"{measured} {today}, so on a CPU expect it to be slower than eager."
+
+
+def where(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def both(c: Comparison) -> tuple[tuple[str, TrainResult], tuple[str, TrainResult]]:
+    return ("eager", c.eager), ("kitsune", c.lazy)
+
+
+def first(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    rest = len(rows) - MAX_ROWS
+    return [*rows[:MAX_ROWS], (f"... and {rest} more",)] if rest > 0 else list(rows)
+
+
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] for row in rows)
+    return ["  " + "  ".join(cells).rstrip() for cells in padded]
+
+
+def times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    n = min(SPARK_WIDTH, len(values))
+    sampled = [values[i * len(values) // n] for i in range(n)]
+    finite = [v for v in sampled if v == v and abs(v) != float("inf")]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((v - low) * scale)] if v in finite else "?" for v in sampled)

@@ -1,0 +1,118 @@
+"""What is known of an aten overload before it is called: one row each, made from its schema, its tags and the sets below."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tag
+from torch._ops import OpOverload
+
+from kitsune.ir import Barrier, Kind, OpRow
+
+# Pointwise in fact, but not tagged so by torch.
+POINTWISE = set(
+    "add_relu clone copy copy_ fill fill_ zero_ zero _to_copy where masked_fill masked_fill_ native_dropout_backward "
+    "threshold_backward gelu_backward silu_backward sigmoid_backward tanh_backward hardtanh_backward elu_backward "
+    "leaky_relu_backward softplus_backward hardswish_backward hardsigmoid_backward mish_backward log_sigmoid_backward "
+    "mse_loss_backward smooth_l1_loss_backward huber_loss_backward tril triu lerp lerp_ addcmul addcmul_ addcdiv addcdiv_ "
+    "_fused_adam_ _fused_adamw_ _fused_sgd_ _fused_adagrad_ _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_ "
+    "ones_like zeros_like full_like masked_fill".split()
+)
+REDUCTION = set(
+    "sum mean amax amin aminmax max min argmax argmin prod any all var std var_mean std_mean norm linalg_vector_norm "
+    "logsumexp nansum cumsum cumprod _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data "
+    "_foreach_norm _foreach_max count_nonzero native_layer_norm native_layer_norm_backward nll_loss_forward nll_loss_backward "
+    "mse_loss l1_loss smooth_l1_loss huber_loss native_group_norm native_group_norm_backward _fused_rms_norm".split()
+)
+GEMM = set("mm addmm addmm_ bmm baddbmm baddbmm_ mv addmv dot vdot addbmm _addmm_activation".split())
+# Not pointwise, reduction, view or matrix product, but torch's meta kernels give the layout that the kernels give.
+TRUSTED = set(
+    "empty zeros ones full arange eye linspace logspace scalar_tensor new_empty new_zeros new_ones new_full empty_like rand_like "
+    "randn_like randint_like rand randn randint randperm bernoulli native_dropout cat stack index index_select gather scatter "
+    "scatter_add embedding embedding_dense_backward flip roll repeat constant_pad_nd slice_backward select_backward "
+    "empty_strided new_empty_strided select_scatter slice_scatter tril_indices triu_indices".split()
+)
+# Results that share memory with an operand although the schema does not say so.
+UNDECLARED_VIEW = {"_unsafe_view", "lift_fresh"}
+# Operands that are written although the schema does not say so.
+UNDECLARED_WRITES = {
+    "native_batch_norm": ((3, "running_mean"), (4, "running_var")),
+    "cudnn_batch_norm": ((3, "running_mean"), (4, "running_var")),
+    "miopen_batch_norm": ((3, "running_mean"), (4, "running_var")),
+    "batch_norm_gather_stats": ((3, "running_mean"), (4, "running_var")),
+    "batch_norm_gather_stats_with_counts": ((3, "running_mean"), (4, "running_var")),
+}
+# Reads values on the host.
+ITEM = {"_local_scalar_dense", "item", "equal", "is_nonzero", "_is_all_true", "_is_any_true", "_assert_async"}
+# The number of results' elements, or an error, depends on values, and torch does not tag them so.
+DATA_DEPENDENT = set(
+    "_pack_padded_sequence _ctc_loss ctc_loss segment_reduce _segment_reduce_backward _embedding_bag repeat_interleave "
+    "_embedding_bag_forward_only _unique _unique2 unique_dim unique_consecutive nonzero_static histogramdd "
+    "_histogramdd_bin_edges _histogramdd_from_bin_cts _efficientzerotensor _linalg_check_errors".split()
+)
+# Moves metadata or storage of an operand; `detach_` cuts an autograd edge, which a recorded op could not.
+METADATA = set("set_ set_data resize_ resize_as_ _resize_output_ resize_as_sparse_ detach_ record_stream share_memory_".split())
+
+
+@cache
+def describe(target: OpOverload) -> OpRow:
+    """The row of an overload."""
+    name = _base_name(target)
+    kind = _kind(target, name)
+    writes = _writes(target, name)
+    in_place = bool(writes) and name not in UNDECLARED_WRITES
+    return OpRow(
+        target=target,
+        kind=kind,
+        writes=writes,
+        random=Tag.nondeterministic_seeded in target.tags,
+        barrier=_barrier(target, name),
+        scalars_move=kind is Kind.POINTWISE,
+        trusted=kind is not Kind.EXTERN or name in TRUSTED or in_place,
+        in_place=in_place,
+    )
+
+
+def _base_name(target: OpOverload) -> str:
+    return target._schema.name.partition("::")[2]
+
+
+def _kind(target: OpOverload, name: str) -> Kind:
+    if name in UNDECLARED_VIEW or any(r.alias_info and not r.alias_info.is_write for r in target._schema.returns):
+        return Kind.VIEW
+    if name in GEMM:
+        return Kind.GEMM
+    if name in REDUCTION:
+        return Kind.REDUCTION
+    if name in POINTWISE or Tag.pointwise in target.tags or name.startswith("_foreach_"):
+        return Kind.POINTWISE
+    return Kind.EXTERN
+
+
+def _writes(target: OpOverload, name: str) -> tuple[tuple[int, str], ...]:
+    declared = tuple(
+        (i, a.name) for i, a in enumerate(target._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    )
+    return declared or UNDECLARED_WRITES.get(name, ())
+
+
+def _barrier(target: OpOverload, name: str) -> Barrier | None:
+    if target.namespace != "aten":
+        return Barrier.FOREIGN_NAMESPACE
+    if name in ITEM:
+        return Barrier.ITEM
+    if Tag.dynamic_output_shape in target.tags or Tag.data_dependent_output in target.tags or name in DATA_DEPENDENT:
+        return Barrier.DATA_DEPENDENT
+    if Tag.inplace_view in target.tags or name in METADATA:
+        return Barrier.METADATA
+    if any(a.kwarg_only and a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments):
+        return Barrier.OUT_VARIANT
+    if target._schema.returns and not any(_holds_tensors(r.type) for r in target._schema.returns):
+        return Barrier.PYTHON_RESULT
+    return None
+
+
+def _holds_tensors(type_: Any) -> bool:
+    while isinstance(type_, (torch.ListType, torch.OptionalType)):
+        type_ = type_.getElementType()
+    return isinstance(type_, torch.TensorType)

@@ -1,0 +1,134 @@
+"""A flushed region: a straight list of typed ops on values. Program order, which is always a legal order to run."""
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from torch._ops import OpOverload
+
+from kitsune.ir.barrier import Barrier, Site
+from kitsune.ir.tensor_type import TensorType
+
+
+class Kind(enum.Enum):
+    """What the planner may do with an op."""
+
+    POINTWISE = enum.auto()
+    REDUCTION = enum.auto()
+    VIEW = enum.auto()
+    GEMM = enum.auto()
+    EXTERN = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor at one moment. A write makes a new Value on the same storage, one version later."""
+
+    id: int
+    type: TensorType
+    storage: int
+    version: int = 0
+
+    def __str__(self) -> str:
+        return f"${self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A Python float that may differ each time the region comes back (a learning rate): read from the region's scalars."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"%{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """New tensor number `index` in the structure of a return value."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Tensor number `index` among a call's arguments."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What an op does besides making results: storages that it writes, and whether it draws random numbers."""
+
+    writes: tuple[int, ...] = ()
+    random: bool = False
+
+
+PURE = Effects()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Op:
+    """One call of an aten overload.
+
+    `args` and `kwargs` hold Values where the call had tensors and Slots where it had moving floats. `structure` is the return
+    value with a Result for each new tensor, which `results` lists, and an Operand for a tensor that came in. `rewritten` pairs
+    each operand that the call writes, before and after.
+    """
+
+    target: OpOverload
+    kind: Kind
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    inputs: tuple[Value, ...]
+    structure: Any
+    results: tuple[Value, ...]
+    rewritten: tuple[tuple[Value, Value], ...] = ()
+    effects: Effects = PURE
+    site: Site | None = None
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        """Every Value that this op defines."""
+        return self.results + tuple(after for _, after in self.rewritten)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """One flushed region. `outputs` are the values that somebody could still read when it was flushed."""
+
+    inputs: tuple[Value, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[Value, ...]
+
+    def __str__(self) -> str:
+        from kitsune.ir.text import graph_text
+
+        return graph_text(self)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpRow:
+    """A row of the op table: what is known of an overload before it is called."""
+
+    target: OpOverload
+    kind: Kind
+    writes: tuple[tuple[int, str], ...] = ()
+    random: bool = False
+    barrier: Barrier | None = None
+    scalars_move: bool = False
+    trusted: bool = False
+    in_place: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputSpec:
+    """What a call returns: `results` are (type, alias) of each new tensor; `structure` is the return value with numbers for them.
+
+    An alias k >= 0 is the operand whose storage the result shares, k < 0 the result number -k-1, None new memory. In
+    `structure` a Result stands for a new tensor and an Operand for a tensor that came in.
+    """
+
+    results: tuple[tuple[TensorType, int | None], ...]
+    structure: Any

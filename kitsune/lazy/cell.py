@@ -1,0 +1,59 @@
+"""What a wrapper stands for, and the numbers by which storages and values are known."""
+
+import itertools
+from typing import Any
+
+import torch
+
+from kitsune.ir import TensorType, storage_of
+
+_serials = itertools.count()
+
+
+def serial_of(tensor: torch.Tensor) -> int:
+    """A number that the tensor's storage keeps for life. Addresses are reused within a step: wrong for 25 of 182 outputs."""
+    storage: Any = storage_of(tensor)
+    try:
+        return int(storage._kitsune_serial)
+    except AttributeError:
+        storage._kitsune_serial = serial = next(_serials)
+        return serial
+
+
+class Ref:
+    """Stands for value number `id` of a region in keys; one object per number, so that keys compare by identity."""
+
+    __slots__ = ("id",)
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+
+    def __repr__(self) -> str:
+        return f"Ref({self.id})"
+
+
+_refs: list[Ref] = []
+
+
+def ref(id: int) -> Ref:
+    """The Ref of a number."""
+    while id >= len(_refs):
+        _refs.append(Ref(len(_refs)))
+    return _refs[id]
+
+
+class Cell:
+    """What a wrapper stands for: a value of a region, and its tensor once it has been computed."""
+
+    __slots__ = ("__weakref__", "error", "external", "real", "recorder", "ref", "region", "storage", "type")
+
+    def __init__(self, recorder: Any, region: Any, ref: Ref | None, storage: int, type: TensorType) -> None:
+        self.recorder = recorder
+        self.region = region
+        self.ref = ref
+        self.storage = storage
+        self.type = type
+        self.real: torch.Tensor | None = None
+        # Came into the region from outside; not a result of one of its ops.
+        self.external = False
+        self.error: BaseException | None = None

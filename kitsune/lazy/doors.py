@@ -1,0 +1,147 @@
+"""The doors: ways to a tensor's memory, or around the order of ops, that never reach the dispatcher.
+
+One table. The doors are patched while any context is open and put back when the last one closes; wrappers carry their own
+overrides (`tensor.py`), which stay for life.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from kitsune.ir import Barrier
+from kitsune.lazy.recorder import Recorder
+from kitsune.lazy.tensor import METHOD_DOORS, LazyTensor, as_plain
+
+Door = tuple[Any, str, Callable[[Any], Any]]
+
+_open: list[Recorder] = []
+_originals: list[tuple[Any, str, bool, Any]] = []
+_lock = threading.Lock()
+
+
+def open_doors(recorder: Recorder) -> None:
+    """Watch the doors for a recorder."""
+    with _lock:
+        _open.append(recorder)
+        if len(_open) == 1:
+            for owner, name, make in _doors():
+                own = name in vars(owner)
+                original = vars(owner)[name] if own else getattr(owner, name)
+                _originals.append((owner, name, own, original))
+                setattr(owner, name, make(original))
+
+
+def close_doors(recorder: Recorder) -> None:
+    """Stop watching for a recorder."""
+    with _lock:
+        _open.remove(recorder)
+        if not _open:
+            while _originals:
+                owner, name, own, original = _originals.pop()
+                if own:
+                    setattr(owner, name, original)
+                else:
+                    delattr(owner, name)
+
+
+def _doors() -> Iterator[Door]:
+    for name in METHOD_DOORS:
+        yield torch.Tensor, name, _memory_door
+    yield torch.Tensor, "data", _data_door
+    yield torch.Tensor, "__cuda_array_interface__", _property_door
+    for module in (torch._C, torch.utils.dlpack):
+        yield module, "_to_dlpack" if module is torch._C else "to_dlpack", _memory_door
+    if hasattr(torch, "to_dlpack"):
+        yield torch, "to_dlpack", _memory_door
+    yield torch.nn.Parameter, "__new__", _parameter_door
+    for owner, names in _RANDOM:
+        for name in names.split():
+            if hasattr(owner, name):
+                yield owner, name, _random_door
+    for owner, names in _SYNCHRONIZE:
+        for name in names.split():
+            if hasattr(owner, name):
+                yield owner, name, _flush_door(Barrier.SYNCHRONIZE)
+    yield torch, "set_default_dtype", _flush_door(Barrier.DEFAULTS)
+
+
+_SEEDS = "manual_seed seed get_rng_state set_rng_state"
+_CUDA_SEEDS = f"{_SEEDS} manual_seed_all seed_all get_rng_state_all set_rng_state_all"
+_RANDOM = ((torch, _SEEDS), (torch.random, _SEEDS), (torch.cuda, _CUDA_SEEDS), (torch.cuda.random, _CUDA_SEEDS))
+_SYNCHRONIZE = (
+    (torch.cuda, "synchronize set_stream set_device"),
+    (torch.cuda.Event, "record wait query elapsed_time synchronize"),
+    (torch.cuda.Stream, "wait_event wait_stream record_event query synchronize"),
+    (torch.cuda.StreamContext, "__enter__ __exit__"),
+    (torch.accelerator, "synchronize set_stream"),
+)
+
+
+def _plain(argument: Any) -> Any:
+    return as_plain(argument) if type(argument) is LazyTensor else argument
+
+
+def _memory_door(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(tensor) is LazyTensor:
+            tensor = as_plain(tensor)
+        elif isinstance(tensor, torch.Tensor):
+            for recorder in _open:
+                recorder.before_door(tensor, Barrier.DOOR)
+        return original(tensor, *args, **kwargs)
+
+    return door
+
+
+def _property_door(original: Any) -> Any:
+    return property(_memory_door(lambda tensor: original.__get__(tensor)))
+
+
+def _data_door(original: Any) -> Any:
+    def set_data(tensor: torch.Tensor, value: Any) -> None:
+        for recorder in _open:
+            recorder.before_door(tensor, Barrier.DOOR)
+        original.__set__(tensor, _plain(value))
+
+    return property(lambda tensor: original.__get__(tensor), set_data)
+
+
+def _parameter_door(original: Any) -> Any:
+    new = original.__func__ if isinstance(original, staticmethod) else original
+
+    @functools.wraps(new)
+    def door(cls: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if type(data) is LazyTensor:
+            # A Parameter outlives the region, and optimizers and modules look at its type.
+            data.cell.recorder.flush(Barrier.PARAMETER)
+            data = as_plain(data).detach()
+        return new(cls, data, *args, **kwargs)
+
+    return staticmethod(door)
+
+
+def _random_door(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        for recorder in _open:
+            recorder.before_random()
+        return original(*map(_plain, args), **{name: _plain(a) for name, a in kwargs.items()})
+
+    return door
+
+
+def _flush_door(cause: Barrier) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def door(*args: Any, **kwargs: Any) -> Any:
+            for recorder in _open:
+                recorder.flush(cause)
+            return original(*args, **kwargs)
+
+        return door
+
+    return make

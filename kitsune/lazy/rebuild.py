@@ -1,0 +1,63 @@
+"""Walks over arguments and results: nested lists, tuples and dicts of tensors and constants."""
+
+from typing import Any
+
+import torch
+
+from kitsune.ir import Operand, Result, TensorType
+from kitsune.lazy.cell import Cell, Ref
+
+
+def tensors_in(tree: Any) -> list[Any]:
+    """The tensors of a tree, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    found: list[Any] = []
+    for x in tree:
+        found += tensors_in(x)
+    return found
+
+
+def replace_tensors(tree: Any, by_id: dict[int, Any]) -> Any:
+    """The tree with each tensor that `by_id` knows replaced."""
+    if isinstance(tree, torch.Tensor):
+        return by_id.get(id(tree), tree)
+    if isinstance(tree, dict):
+        return {name: replace_tensors(x, by_id) for name, x in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(replace_tensors(x, by_id) for x in tree)
+    if isinstance(tree, tuple):  # a named tuple, or one of torch.return_types
+        return type(tree)([replace_tensors(x, by_id) for x in tree])
+    return tree
+
+
+def fill(structure: Any, results: list[Any], operands: list[Any]) -> Any:
+    """A return value from its structure."""
+    if isinstance(structure, Result):
+        return results[structure.index]
+    if isinstance(structure, Operand):
+        return operands[structure.index]
+    if isinstance(structure, (list, tuple)):
+        return type(structure)(fill(x, results, operands) for x in structure)
+    return structure
+
+
+def without_numbers(key: Any, cells: list[Cell]) -> Any:
+    """A call's key with the operands' types, and which of them share memory, in place of their numbers in the region."""
+    storages = [cell.storage for cell in cells]
+    pattern = tuple(storages.index(s) for s in storages)
+    return (_anonymous(key), tuple(cell.type for cell in cells), pattern)
+
+
+def _anonymous(key: Any) -> Any:
+    if isinstance(key, (Ref, TensorType)):
+        return Ref
+    if isinstance(key, tuple):
+        if len(key) == 2 and isinstance(key[0], TensorType):
+            return Ref
+        return tuple(_anonymous(k) for k in key)
+    return key

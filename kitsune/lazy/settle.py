@@ -1,0 +1,41 @@
+"""What outlives a step becomes a plain tensor again: `.grad` fields and optimizer state."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from kitsune.lazy.tensor import LazyTensor, as_plain
+
+
+def settle_grads(parameters: Iterable[torch.Tensor]) -> None:
+    """Replace each `.grad` that is a wrapper by a plain tensor on the same memory."""
+    for parameter in parameters:
+        grad = parameter.grad
+        # A gradient with a history of its own (create_graph) keeps it.
+        if type(grad) is LazyTensor and not grad.requires_grad:
+            parameter.grad = _settled(grad)
+
+
+def settle_state(optimizer: torch.optim.Optimizer) -> None:
+    """The same for the tensors that an optimizer keeps, and for its parameters' gradients."""
+    for group in optimizer.param_groups:
+        settle_grads(group["params"])
+    for state in optimizer.state.values():
+        if isinstance(state, dict):
+            for name, held in state.items():
+                state[name] = _settled_tree(held)
+
+
+def _settled_tree(held: Any) -> Any:
+    if type(held) is LazyTensor and not held.requires_grad:
+        return _settled(held)
+    if type(held) is list:  # LBFGS keeps lists of directions
+        held[:] = [_settled_tree(x) for x in held]
+    return held
+
+
+def _settled(wrapper: LazyTensor) -> torch.Tensor:
+    plain = as_plain(wrapper)
+    torch._C._autograd._unsafe_set_version_counter((plain,), (wrapper._version,))  # type: ignore[attr-defined]
+    return plain

@@ -1,0 +1,143 @@
+"""Regions seen before, as a trie: a node is one op after one certain sequence of ops.
+
+A known op costs one dictionary lookup, and the last node of a region is the region's key.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kitsune.ir import OpRow, OutputSpec, Site, Slot, TensorType
+from kitsune.ir.graph import Operand, Result
+from kitsune.lazy.cell import Cell, Ref, ref
+
+# Forms of a return value, by how often training steps have them: the first two need no rebuilding.
+ONE, SELF, NOTHING, GENERAL = range(4)
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One op after one sequence of ops. Numbers of values, storages and scalars count from the region's start."""
+
+    parent: "Node | None" = None
+    row: OpRow | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    # (value, type, storage) of the tensors that came in with this op
+    admitted: tuple[tuple[int, TensorType, int], ...] = ()
+    # (value, type, storage) of each new tensor
+    results: tuple[tuple[Ref, TensorType, int], ...] = ()
+    # (operand, value before, value after, storage) of each operand written
+    written: tuple[tuple[int, int, Ref, int], ...] = ()
+    structure: Any = None
+    form: int = NOTHING
+    site: Site | None = None
+    depth: int = 0
+    n_values: int = 0
+    n_storages: int = 0
+    n_scalars: int = 0
+    nbytes: int = 0
+    random: bool = False
+    full: bool = False
+    # how often this op was observed at this place, and how often a region ended with it
+    sights: int = 0
+    ends: int = 0
+    children: dict[Any, "Node"] = field(default_factory=dict)
+
+    def path(self) -> list["Node"]:
+        """The nodes from the region's first op to this one."""
+        nodes: list[Node] = []
+        node = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        nodes.reverse()
+        return nodes
+
+
+def grow(region: Any, row: OpRow, args: Any, kwargs: Any, cells: list[Cell], flat: list[Any], spec: OutputSpec) -> Node:
+    """A new node below the region's, for a call on `flat` (whose cells are `cells`) that returns what `spec` says."""
+    parent = region.node
+    names: dict[int, Any] = {id(t): cell.ref for t, cell in zip(flat, cells, strict=True)}
+    slots = iter(range(parent.n_scalars, len(region.scalars)))
+    node = Node(
+        parent=parent,
+        row=row,
+        args=tuple(_with_slots(a, names, slots, row.scalars_move) for a in args),
+        kwargs=tuple((name, _with_slots(a, names, slots, row.scalars_move)) for name, a in kwargs.items()),
+        admitted=tuple((number, type_, storage) for number, type_, storage, _ in region.admitted),
+        structure=spec.structure,
+        form=_form(spec),
+        depth=parent.depth + 1,
+        n_values=region.n_values,
+        n_storages=region.n_storages,
+        n_scalars=len(region.scalars),
+        random=parent.random or row.random,
+    )
+    node.written = tuple(_writes(node, written_operands(row, args, kwargs), flat, cells))
+    node.results = tuple(_results(node, spec, cells))
+    node.nbytes = parent.nbytes + sum(t.nbytes for _, t, _ in node.results) + sum(t.nbytes for _, t, _ in node.admitted)
+    return node
+
+
+def agrees(node: Node, spec: OutputSpec, cells: list[Cell]) -> bool:
+    """Did the call return what the node promises?"""
+    if node.structure != spec.structure or len(node.results) != len(spec.results):
+        return False
+    for (_, type_, storage), (seen, alias) in zip(node.results, spec.results, strict=True):
+        if type_ is not seen or (alias is not None and alias >= 0 and cells[alias].storage != storage):
+            return False
+    return True
+
+
+def written_operands(row: OpRow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that a call writes, by its row."""
+    for position, name in row.writes:
+        argument = args[position] if position < len(args) else kwargs.get(name)
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif argument is not None:
+            yield from argument
+
+
+def _writes(node: Node, operands: Iterator[torch.Tensor], flat: list[Any], cells: list[Cell]) -> Any:
+    before = {id(t): cell.ref.id for t, cell in zip(flat, cells, strict=True) if cell.ref is not None}
+    places = {id(t): k for k, t in reversed(list(enumerate(flat)))}
+    for tensor in operands:
+        k = places[id(tensor)]
+        after = ref(node.n_values)
+        node.n_values += 1
+        yield k, before[id(tensor)], after, cells[k].storage
+        before[id(tensor)] = after.id
+
+
+def _results(node: Node, spec: OutputSpec, cells: list[Cell]) -> Any:
+    storages: list[int] = []
+    for type_, alias in spec.results:
+        if alias is None:
+            storages.append(node.n_storages)
+            node.n_storages += 1
+        else:
+            storages.append(cells[alias].storage if alias >= 0 else storages[-alias - 1])
+        yield ref(node.n_values), type_, storages[-1]
+        node.n_values += 1
+
+
+def _form(spec: OutputSpec) -> int:
+    if isinstance(spec.structure, Result):
+        return ONE
+    if isinstance(spec.structure, Operand):
+        return SELF
+    return NOTHING if spec.structure is None else GENERAL
+
+
+def _with_slots(argument: Any, names: dict[int, Any], slots: Iterator[int], scalars_move: bool) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return names[id(argument)]
+    if type(argument) is float and scalars_move:
+        return Slot(next(slots))
+    if isinstance(argument, (list, tuple)):
+        return tuple(_with_slots(a, names, slots, scalars_move) for a in argument)
+    return argument

@@ -1,0 +1,72 @@
+"""The stages, put together: dispatch -> lazy -> (planning to come) -> runtime -> profiler."""
+
+import sys
+from typing import Any
+
+import torch
+
+from kitsune.config import config
+from kitsune.dispatch import RecordMode, below_autograd, describe, infer
+from kitsune.ir import Barrier, Graph, Site, verify
+from kitsune.lazy import Recorder
+from kitsune.profiler import Tally
+from kitsune.runtime import Schedule, prepare, replay
+
+tally = Tally()
+# Hear of each region as it closes; `session.trace_regions` adds itself here.
+listeners: list[Any] = []
+
+
+class Pipeline:
+    """One per accelerating thread: a mode that intercepts, a recorder that records, an executor that runs what is flushed."""
+
+    def __init__(self, device: torch.device, warmup: int) -> None:
+        self.schedules: dict[Graph, Schedule] = {}
+        self.view_replay = False
+        self.recorder = Recorder(
+            device=device,
+            warmup=warmup,
+            max_ops=config.max_pending_ops,
+            max_bytes=config.max_pending_bytes or _half_of_memory(device),
+            describe=describe,
+            infer=infer,
+            below_autograd=below_autograd,
+            run=self.run,
+            tally=tally,
+            on_close=close,
+        )
+        self.mode = RecordMode(self.recorder.record)
+
+    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
+        """Run a flushed region: `values` has the inputs by number and receives the outputs."""
+        schedule = self.schedules.get(graph)
+        if schedule is None:
+            schedule = self.schedules[graph] = prepare(graph)
+        tally.executed += len(schedule.instructions)
+        tally.skipped += schedule.n_dead
+        with below_autograd(), torch._C._DisableTorchDispatch():
+            replay(schedule, values, scalars)
+
+    def forget(self) -> None:
+        """Drop every region seen so far, and its schedule."""
+        self.recorder.flush(Barrier.FLUSH)
+        self.recorder.forget()
+        self.schedules.clear()
+
+
+def close(graph: Graph, cause: Barrier, site: Site | None) -> None:
+    """A region ended: check it, show it, tell who listens."""
+    if config.verify:
+        verify(graph)
+    if config.debug:
+        print(f"kitsune: {len(graph.ops)} operators, {cause.name} at {site}", file=sys.stderr)
+    for listener in listeners:
+        listener(graph)
+
+
+def _half_of_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

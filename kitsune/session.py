@@ -1,0 +1,286 @@
+"""What users hold: `accelerate`, `disable`, `flush`, `counters`, `explain`, `reset`."""
+
+import contextlib
+import functools
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar, overload
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._foreach_utils import _foreach_supported_types
+
+from kitsune.config import checked, config
+from kitsune.dispatch import foreign_modes
+from kitsune.ir import Barrier, Graph
+from kitsune.lazy import LazyTensor, close_doors, open_doors, settle_grads, settle_state
+from kitsune.pipeline import Pipeline, listeners, tally
+from kitsune.profiler import Report, report
+
+__all__ = ["accelerate", "counters", "disable", "explain", "flush", "reset", "trace_regions"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# torch's optimizers and clip_grad_norm_ take their multi-tensor path only for types on this list.
+_foreach_supported_types.append(LazyTensor)
+
+
+class _Thread(threading.local):
+    """The pipelines of one thread: kept between contexts, for what they know of regions; `depth` counts open contexts."""
+
+    def __init__(self) -> None:
+        self.pipelines: dict[Any, Pipeline] = {}
+        self.depth: dict[Pipeline, int] = {}
+
+
+_thread = _Thread()
+_everyone: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
+_lock = threading.Lock()
+_n_open = 0
+_step_hook: Any = None
+
+
+class Accelerate:
+    """The context that `accelerate()` returns. It may be entered again, in any thread, and inside itself."""
+
+    def __init__(self, warmup: int | None = None, device: str | torch.device | None = None) -> None:
+        self._warmup = warmup
+        self._device = device
+        self._entered = threading.local()
+
+    def __enter__(self) -> "Accelerate":
+        pipeline = self._pipeline()
+        if pipeline is not None:
+            _open(pipeline)
+        self._stack().append(pipeline)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        pipeline = self._stack().pop()
+        if pipeline is None:
+            return
+        try:
+            pipeline.recorder.flush(Barrier.EXIT)
+        except Exception as second:
+            # The error on its way out is the one that the program made; that of the flush is told with it.
+            if error is None:
+                raise
+            if hasattr(error, "add_note"):
+                error.add_note(f"and while leaving kitsune.accelerate(): {type(second).__name__}: {second}")
+        finally:
+            _close(pipeline)
+
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
+        _check_callable(fn)
+
+        @functools.wraps(fn)
+        def accelerated(*args: P.args, **kwargs: P.kwargs) -> R:
+            with Accelerate(self._warmup, self._device):
+                return fn(*args, **kwargs)
+
+        return accelerated
+
+    def _stack(self) -> list[Pipeline | None]:
+        if not hasattr(self._entered, "stack"):
+            self._entered.stack = []
+        stack: list[Pipeline | None] = self._entered.stack
+        return stack
+
+    def _pipeline(self) -> Pipeline | None:
+        """This thread's pipeline for these options; None where the program is to run as plain PyTorch."""
+        if not config.enabled:
+            return None
+        device = _resolve(self._device if self._device is not None else config.device)
+        if modes := foreign_modes():
+            tally.passed_through[(Barrier.FOREIGN_MODE, type(modes[-1]).__name__)] += 1
+            return None
+        warmup = config.warmup if self._warmup is None else self._warmup
+        key = (device, warmup, config.max_pending_ops, config.max_pending_bytes)
+        pipeline = _thread.pipelines.get(key)
+        if pipeline is None:
+            pipeline = _thread.pipelines[key] = Pipeline(device, warmup)
+            _everyone.add(pipeline)
+        return pipeline
+
+
+@overload
+def accelerate(
+    fn: None = None, *, warmup: int | None = None, device: str | torch.device | None = None
+) -> Accelerate: ...
+@overload
+def accelerate(fn: Callable[P, R]) -> Callable[P, R]: ...
+def accelerate(
+    fn: Callable[..., Any] | None = None,
+    *,
+    warmup: int | None = None,
+    device: str | torch.device | None = None,
+    **unknown: Any,
+) -> Any:
+    """Record and run the PyTorch code inside: `with accelerate():`, `@accelerate` or `@accelerate(warmup=0)`.
+
+    `warmup` is how often a region is observed, op by op, before it is recorded lazily; `device` what to record for, by
+    default the current CUDA device or, without one, the CPU. Contexts nest. What was recorded is run at the latest when
+    the context is left. Raises TypeError for an unknown option, RuntimeError for a CUDA device that is not there.
+    """
+    for name in unknown:
+        checked(name, unknown[name])
+        raise TypeError(f"{name} is not an option of accelerate(): set it with kitsune.config.patch({name}=...).")
+    context = Accelerate(
+        None if warmup is None else checked("warmup", warmup), None if device is None else checked("device", device)
+    )
+    return context if fn is None else context(fn)
+
+
+class Disable:
+    """`with kitsune.disable():` and `@kitsune.disable`: the code inside runs as plain PyTorch."""
+
+    def __init__(self) -> None:
+        self._entered = threading.local()
+
+    def __enter__(self) -> "Disable":
+        pipelines = list(_thread.depth)
+        for pipeline in pipelines:
+            pipeline.recorder.flush(Barrier.DISABLE)
+            pipeline.recorder.paused += 1
+        self._entered.stack = [*getattr(self._entered, "stack", []), pipelines]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pipeline in self._entered.stack.pop():
+            pipeline.recorder.paused -= 1
+
+
+@overload
+def disable(fn: None = None) -> Disable: ...
+@overload
+def disable(fn: Callable[P, R]) -> Callable[P, R]: ...
+def disable(fn: Any = None) -> Any:
+    """Run a function, or what is inside `with kitsune.disable():`, as plain PyTorch within an accelerated program."""
+    if fn is None:
+        return Disable()
+    _check_callable(fn)
+
+    @functools.wraps(fn)
+    def disabled(*args: Any, **kwargs: Any) -> Any:
+        with Disable():
+            return fn(*args, **kwargs)
+
+    return disabled
+
+
+def flush() -> None:
+    """Run what is pending in this thread now."""
+    for pipeline in list(_thread.depth):
+        pipeline.recorder.flush(Barrier.FLUSH)
+
+
+def counters() -> dict[str, Any]:
+    """Counts since the start or the last `reset()`: ops `recorded`, `observed`, `executed` by replay and `skipped` because
+    nobody needed them; distinct `regions` and how often one was `recognised`; `flushed` by cause; `passed_through` by reason.
+    """
+    return tally.counters()
+
+
+def explain() -> Report:
+    """What was recorded, what flushed it and at which line, and what ran as eager and why."""
+    return report(tally)
+
+
+def reset() -> None:
+    """Forget every region and set the counters to zero; what is pending is run first."""
+    for pipeline in list(_everyone):
+        pipeline.forget()
+    tally.reset()
+
+
+@contextlib.contextmanager
+def trace_regions() -> Iterator[list[Graph]]:
+    """Collect the Graph of each region that closes while the context is open."""
+    graphs: list[Graph] = []
+    listeners.append(graphs.append)
+    try:
+        yield graphs
+    finally:
+        listeners.remove(graphs.append)
+
+
+def _open(pipeline: Pipeline) -> None:
+    global _n_open, _step_hook
+    depth = _thread.depth.get(pipeline, 0)
+    _thread.depth[pipeline] = depth + 1
+    if depth:
+        return
+    with _lock:
+        _n_open += 1
+        if _n_open == 1:
+            _step_hook = register_optimizer_step_post_hook(_end_step)
+    open_doors(pipeline.recorder)
+    # A view of a view is replayed from its base's ops: as_strided on a wrapper without memory would be refused.
+    pipeline.view_replay = torch._C._is_view_replay_enabled()
+    torch._C._set_view_replay_enabled(True)
+    pipeline.mode.enter()
+
+
+def _close(pipeline: Pipeline) -> None:
+    global _n_open, _step_hook
+    _thread.depth[pipeline] -= 1
+    if _thread.depth[pipeline]:
+        return
+    del _thread.depth[pipeline]
+    pipeline.mode.leave()
+    torch._C._set_view_replay_enabled(pipeline.view_replay)
+    close_doors(pipeline.recorder)
+    settle_grads(pipeline.recorder.take_leaves())
+    with _lock:
+        _n_open -= 1
+        if not _n_open:
+            _step_hook.remove()
+
+
+def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _thread.depth:
+        for pipeline in list(_thread.depth):
+            pipeline.recorder.flush(Barrier.STEP)
+        settle_state(optimizer)
+
+
+def _check_callable(fn: Any) -> None:
+    if isinstance(fn, torch.optim.Optimizer):
+        raise TypeError("accelerate() takes a function; wrap an optimizer in kitsune.KitsuneOptimizer(...) instead.")
+    if not callable(fn) or isinstance(fn, type):
+        raise TypeError(f"accelerate and disable decorate functions, but got {fn!r}. For a block of code use `with`.")
+    if inspect.isgeneratorfunction(fn) or inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+        raise TypeError(
+            f"{fn.__name__} is a generator or a coroutine: its body runs after the call has returned, outside of the context. "
+            "Put `with kitsune.accelerate():` inside its body."
+        )
+
+
+def _resolve(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise ValueError(f"Kitsune records for device 'cpu' or 'cuda', not {str(device)!r}.")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device={str(device)!r} was asked for, but torch finds no CUDA device. Use device='cpu' or leave it out.")
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    if index >= torch.cuda.device_count():
+        raise RuntimeError(f"device={str(device)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")
+    return torch.device("cuda", index)
+
+
+def _leave_forked_child() -> None:
+    # A DataLoader's worker inherits the mode of its parent's thread, but not the parent's consumer of the regions.
+    for pipeline in list(_everyone):
+        pipeline.recorder.lock = threading.RLock()
+        pipeline.recorder.paused += 1
+
+
+os.register_at_fork(after_in_child=_leave_forked_child)

@@ -1,0 +1,35 @@
+"""What every test shares: graphs are verified, GPU tests skip without a GPU, hypothesis is repeatable."""
+
+from __future__ import annotations
+
+import os
+
+# Read by kitsune.config at import, so it is set before anything imports kitsune.
+os.environ.setdefault("KITSUNE_VERIFY", "1")
+
+import pytest
+import torch
+
+try:
+    import hypothesis
+except ImportError:  # a machine with torch and pytest alone runs the rest
+    hypothesis = None  # type: ignore[assignment]
+
+if hypothesis is not None:
+    # A failure must come back when it is looked for, and a slow machine is not a failure.
+    hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+    hypothesis.settings.register_profile("search", derandomize=False, deadline=None, max_examples=1000)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# With xdist there is a worker per core; without, a thread per core is slow whenever anything else runs: a training of
+# three steps in test_demo.py took 6 s instead of 0.2 s (4 cores, torch 2.13).
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

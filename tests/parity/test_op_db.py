@@ -1,0 +1,178 @@
+"""Every entry of torch's operator database: forward and backward as in eager, bit for bit, recorded and recognised."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import kitsune
+from tests import _compare, _opinfo
+
+NAMES = _opinfo.names()
+ROUNDS = 3
+
+# Entries that reach no lazy recording, or not only: each with what stands in the way.
+PASSES_THROUGH: dict[str, str] = {}
+
+# Results that hold whatever was in memory before: compared in everything but their values.
+UNINITIALISED: dict[str, str] = {
+    "empty": "allocates without writing",
+    "empty_like": "allocates without writing",
+    "empty_permuted": "allocates without writing",
+    "empty_strided": "allocates without writing",
+    "new_empty": "allocates without writing",
+    "new_empty_strided": "allocates without writing",
+}
+
+# Entries that eager itself refuses on a CPU: nothing to compare there.
+NEEDS_GPU: dict[str, str] = {
+    "jiterator_2inputs_2outputs": "compiles a CUDA kernel",
+    "jiterator_4inputs_with_extra_args": "compiles a CUDA kernel",
+    "jiterator_binary": "compiles a CUDA kernel",
+    "jiterator_binary_return_by_ref": "compiles a CUDA kernel",
+    "jiterator_unary": "compiles a CUDA kernel",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run leaves behind: outputs, gradients, and the inputs as they are afterwards."""
+
+    outputs: list[Any]
+    grads: list[Any]
+    inputs: list[torch.Tensor]
+    error: str = ""
+
+    @property
+    def aliases(self) -> list[int]:
+        return _compare.alias_sets([*self.inputs, *(t for t in self.outputs if isinstance(t, torch.Tensor))])
+
+
+def run(name: str, device: str, context: AbstractContextManager[Any], backward: bool = True) -> Outcome:
+    sample = _sample(name, device).fresh()
+    inputs = _tensors(sample.inputs)
+    _opinfo.reseed()
+    outputs: Any = ()
+    grads: list[Any] = []
+    error = ""
+    with context:
+        try:
+            outputs = sample.call(sample.inputs)
+            if backward:
+                grads = _gradients(tree_leaves(sample.loss_of(outputs)), inputs)
+        except Exception as caught:  # the same exception is the same behaviour
+            error = f"{type(caught).__name__}: {caught}"
+    return Outcome(tree_leaves(outputs), grads, inputs, error)
+
+
+def _gradients(outputs: list[Any], inputs: list[torch.Tensor]) -> list[Any]:
+    heads = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    heads = [t if t.layout is torch.strided else t.to_dense() for t in heads]
+    leaves = [t for t in inputs if t.requires_grad]
+    if not heads or not leaves:
+        return []
+    cotangents = [_random(t.shape, t.dtype, t.device) for t in heads]  # made by the eager run, remembered for the others
+    return list(torch.autograd.grad(heads, leaves, cotangents, allow_unused=True))
+
+
+@lru_cache(maxsize=256)
+def _random(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(_opinfo.SEED)
+    return torch.randn(shape, generator=generator, dtype=dtype).to(device)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def _sample(name: str, device: str) -> _opinfo.Sample:
+    sample = _opinfo.sample(name, device)
+    if sample is None:
+        pytest.skip(f"{name} supports no dtype on {device}")
+    return sample
+
+
+@lru_cache(maxsize=2)
+def eager(name: str, device: str) -> tuple[Outcome, list[str]]:
+    """The outcome in eager, and in what a second eager run differs from it."""
+    first, second = (run(name, device, nullcontext()) for _ in range(2))
+    return first, list(differences(name, first, second))
+
+
+def differences(name: str, expected: Outcome, got: Outcome) -> Iterator[str]:
+    if expected.error != got.error:
+        yield f"raised {got.error!r} instead of {expected.error!r}"
+    for field in ("outputs", "grads", "inputs"):
+        here, there = getattr(got, field), getattr(expected, field)
+        if len(here) != len(there):
+            yield f"{len(here)} {field} instead of {len(there)}"
+        values = not (field == "outputs" and name in UNINITIALISED)
+        for i, (a, b) in enumerate(zip(there, here, strict=False)):
+            if difference := _compare.difference(a, b, values=values):
+                yield f"{field}[{i}]: {difference}"
+    if got.aliases != expected.aliases:
+        yield f"alias sets of inputs and outputs: {got.aliases} instead of {expected.aliases}"
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    kitsune.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def measured(before: dict[str, Any], after: dict[str, Any]) -> tuple[int, int, int]:
+    """Ops recorded, flushes made and regions recognised between two looks at the counters."""
+    flushes = sum(after["flushed"].values()) - sum(before["flushed"].values())
+    return after["recorded"] - before["recorded"], flushes, after["recognised"] - before["recognised"]
+
+
+def check(name: str, device: str, warmup: int) -> None:
+    expected, unstable = eager(name, device)
+    if unstable and device != "cpu":
+        pytest.skip(f"two eager runs differ: {unstable[0]}")
+    assert not unstable and not expected.error
+    for turn in range(ROUNDS):
+        before = kitsune.counters()
+        got = run(name, device, kitsune.accelerate(warmup=warmup, device=device))
+        assert not list(differences(name, expected, got)), f"round {turn}"
+    after = kitsune.counters()
+    recorded, flushes, recognised = measured(before, after)
+    lazily = recorded > 0 and flushes > 0 and recognised > 0 and not after["passed_through"]
+    assert lazily != (name in PASSES_THROUGH), f"{recorded=} {flushes=} {recognised=} {after['passed_through']}"
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_entry_is_as_in_eager(name: str, warmup: int) -> None:
+    if name in NEEDS_GPU:
+        pytest.skip(NEEDS_GPU[name])
+    check(name, "cpu", warmup)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("name", NAMES)
+def test_entry_is_as_in_eager_on_cuda(name: str, warmup: int, deterministic: None) -> None:
+    check(name, "cuda", warmup)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_few_entries_pass_through() -> None:
+    assert len(PASSES_THROUGH) <= len(NAMES) / 10
+    assert all(PASSES_THROUGH.values())

@@ -1,0 +1,129 @@
+"""Random programs. Hypothesis draws small integers; each step of the table turns three of them into a line of Python."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from tests.property.world import Program, World
+
+Step = Callable[["Builder", int, int, int], str]
+STEPS: dict[str, Step] = {}
+MOST_TENSORS = 14
+
+SHAPES = ("2, 3", "3", "3, 3", "2, 1", "1", "2, 2, 3", "", "0, 3")
+DTYPES = ("float32", "float32", "float32", "float64", "int64", "bool")
+SCALARS = ("2", "-1.5", "0.1", "True", "3")
+UNARY = ("neg", "exp", "tanh", "sigmoid", "relu", "abs", "sin", "sqrt", "sign", "reciprocal", "logical_not", "clone")
+BINARY = ("add", "sub", "mul", "div", "maximum", "minimum", "atan2", "eq", "lt", "remainder", "logical_and", "pow")
+REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "argmax", "prod", "any", "logsumexp", "cumsum", "softmax")
+
+
+def step(weight: int = 1) -> Callable[[Step], Step]:
+    """Put a step into the table, as often as its weight says."""
+
+    def put(function: Step) -> Step:
+        for i in range(weight):
+            STEPS[f"{function.__name__}{i or ''}"] = function
+        return function
+
+    return put
+
+
+class Builder:
+    """Runs each line in eager as it is made, so that the next one can fit."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.program = Program()
+        self.count = 0
+
+    def new(self) -> str:
+        self.count += 1
+        return f"t{self.count}"
+
+    def any(self, i: int) -> str:
+        """A living tensor's name."""
+        names = list(self.world.tensors)
+        return names[i % len(names)]
+
+    def leaf(self, i: int) -> str:
+        """A leaf that requires grad; any tensor if there is none, and the line will fail alike everywhere."""
+        names = [name for name, t in self.world.tensors.items() if t.is_leaf and t.requires_grad]
+        return names[i % len(names)] if names else self.any(i)
+
+    def graded(self, i: int) -> str:
+        """A tensor with a graph behind it, or any."""
+        names = [name for name, t in self.world.tensors.items() if t.grad_fn is not None]
+        return names[i % len(names)] if names else self.any(i)
+
+    def fitting(self, i: int, name: str) -> str:
+        """A tensor that broadcasts with the named one (an unfitting one now and then)."""
+        shape = self.world.tensors[name].shape
+        names = [n for n, t in self.world.tensors.items() if _broadcasts(t.shape, shape) or i % 29 == 28]
+        return names[i % len(names)]
+
+    def optimizer(self, i: int) -> str | None:
+        names = [name for name, value in self.world.names.items() if isinstance(value, torch.optim.Optimizer)]
+        return names[i % len(names)] if names else None
+
+    def dim(self, name: str, k: int) -> int:
+        rank = self.world.tensors[name].dim()
+        return k % rank - (rank if k % 2 else 0) if rank else 0
+
+    def size(self, name: str, dim: int) -> int:
+        shape = self.world.tensors[name].shape
+        return shape[dim] if shape else 1
+
+    def add(self, line: str, where: list[str]) -> None:
+        where.append(line)
+        self.world.execute(line)
+
+
+def _broadcasts(a: torch.Size, b: torch.Size) -> bool:
+    return all(x == y or 1 in (x, y) for x, y in zip(reversed(a), reversed(b), strict=False))
+
+
+def pick(options: tuple[str, ...], k: int) -> str:
+    return options[k % len(options)]
+
+
+def make(shape: str, k: int, dtype: str, grad: bool = False) -> str:
+    """A tensor of known, varied values, without touching the generator."""
+    values = f"torch.arange(torch.Size([{shape}]).numel(), dtype=torch.float64)"
+    line = f"({values} * 0.37 + {k % 7} * 0.61).sin().mul(3).view([{shape}]).to(torch.{dtype})"
+    return f"{line}.requires_grad_()" if grad else line
+
+
+@st.composite
+def programs(draw: Any, steps: int = 24) -> Program:
+    """A program that eager has run once, exceptions included."""
+    builder = Builder()
+    number = st.integers(0, 255)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            start(builder, draw(number))
+            drawn = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), number, number, number), min_size=4, max_size=steps)
+            for name, i, j, k in draw(drawn):
+                line = STEPS[name](builder, i, j, k)
+                if len(builder.world.tensors) > MOST_TENSORS:
+                    line += f"; del {builder.any(i + j)}"
+                builder.add(line, builder.program.inside)
+        finally:
+            torch.set_grad_enabled(True)
+    return builder.program
+
+
+def start(builder: Builder, k: int) -> None:
+    """Parameters and data made outside the context, and one op inside it."""
+    outside, inside = builder.program.outside, builder.program.inside
+    builder.add(f"{builder.new()} = {make('3, 3', k, 'float32', grad=True)}", outside)
+    builder.add(f"{builder.new()} = {make('3', k + 1, 'float32', grad=True)}", outside)
+    builder.add(f"{builder.new()} = {make('2, 3', k + 2, 'float32')}", outside)
+    builder.add(f"{builder.new()} = torch.zeros(2, 3)", outside)
+    builder.add(f"{builder.new()} = F.linear(t3, t1, t2)", inside)

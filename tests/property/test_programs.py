@@ -1,0 +1,57 @@
+"""Random programs leave the same tensors behind, and see the same on the way, in eager and under Kitsune."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import kitsune
+from tests.property import steps, steps_autograd  # noqa: F401  (they fill the table)
+from tests.property.strategies import STEPS, Builder, programs, start
+from tests.property.world import Program, differences
+
+ROUNDS = 3
+SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+def check(program: Program, warmup: int) -> None:
+    expected = program.run(nullcontext())
+    kitsune.reset()
+    for turn in range(ROUNDS):
+        got = program.run(kitsune.accelerate(warmup=warmup, device="cpu"))
+        assert not (found := differences(expected, got)), f"round {turn}: {found}"
+    assert kitsune.counters()["recorded"] > 0
+
+
+@settings(SLOW, max_examples=100)
+@given(programs())
+def test_lazy_from_the_first_op_is_as_eager(program: Program) -> None:
+    check(program, warmup=0)
+
+
+@settings(SLOW, max_examples=100)
+@given(programs())
+def test_lazy_after_an_observed_round_is_as_eager(program: Program) -> None:
+    check(program, warmup=1)
+
+
+@settings(SLOW, max_examples=20)
+@given(programs())
+def test_two_eager_runs_agree(program: Program) -> None:
+    """The oracle itself: a program that eager does not repeat would blame Kitsune."""
+    assert not differences(program.run(nullcontext()), program.run(nullcontext()))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in STEPS if not name[-1].isdigit() and name != "illegal"))
+def test_every_step_succeeds_somewhere(name: str) -> None:
+    """A step that always raises tests nothing."""
+    builder = Builder()
+    start(builder, 0)
+    for i in range(40):
+        builder.add(STEPS[name](builder, i, i + 1, i), builder.program.inside)
+    torch.set_grad_enabled(True)
+    seen = builder.world.seen[-40:]
+    assert sum("Error at" not in line for line in seen) >= 8, seen

@@ -1,0 +1,125 @@
+"""Programs over a pool of tensors as lines of Python, and a world that runs them and tells what they left behind.
+
+A line is made while eager runs it, so it can be chosen to fit the tensors that live at that point; the other worlds run
+the same lines. A failing program prints as a script.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+import kitsune
+from tests import _compare
+
+SEED = 991
+
+
+class Doubled(torch.autograd.Function):
+    """A user's own autograd function, in Python both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad * 2 + x * 0
+
+
+@dataclass
+class World:
+    """Names and what they stand for; ``seen`` collects, line by line, what the program could tell."""
+
+    names: dict[str, Any] = field(default_factory=dict)
+    seen: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.names |= {"torch": torch, "F": torch.nn.functional, "np": numpy, "kitsune": kitsune, "Doubled": Doubled}
+        torch.manual_seed(SEED)
+
+    def execute(self, line: str) -> None:
+        """Run one line; note the value that it read, or the type of its exception."""
+        self.names["seen"] = None
+        try:
+            exec(compile(line, "<program>", "exec"), self.names)
+        except Exception as error:
+            self.seen.append(f"{type(error).__name__} at {line!r}")
+        else:
+            self.seen.append(f"{self.names['seen']!r} at {line!r}")
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.names.items() if isinstance(value, torch.Tensor)}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that the program can still reach: variables, gradients, optimizer state."""
+        found = self.tensors
+        for name, value in self.tensors.items():
+            if value.grad is not None:
+                found[f"{name}.grad"] = value.grad
+        for name, value in self.names.items():
+            if isinstance(value, torch.optim.Optimizer):
+                found |= {f"{name}.{key}": t for key, t in optimizer_state(value)}
+        return found
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, torch.Tensor]]:
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                yield f"state[{i}].{key}", value
+
+
+@dataclass(repr=False)
+class Program:
+    """Lines run before the context is entered, and those run inside it."""
+
+    outside: list[str] = field(default_factory=list)
+    inside: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        body = "".join(f"    {line}\n" for line in self.inside)
+        return "\n" + "".join(f"{line}\n" for line in self.outside) + "with kitsune.accelerate():\n" + body
+
+    def run(self, context: AbstractContextManager[Any]) -> World:
+        world = World()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for line in self.outside:
+                world.execute(line)
+            try:
+                with context:
+                    for line in self.inside:
+                        world.execute(line)
+            finally:
+                torch.set_grad_enabled(True)
+        return world
+
+
+def differences(expected: World, got: World) -> list[str]:
+    """What tells the two worlds apart, in words."""
+    found = [f"saw {b} instead of {a}" for a, b in zip(expected.seen, got.seen, strict=True) if a != b]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there, here = expected.state(), got.state()
+        if there.keys() != here.keys():
+            return [*found, f"living {sorted(here)} instead of {sorted(there)}"]
+        for name, tensor in there.items():
+            if difference := _compare.difference(tensor, here[name]):
+                found.append(f"{name}: {difference}")
+            if tensor._version != here[name]._version:
+                found.append(f"{name}: version {here[name]._version} instead of {tensor._version}")
+        names = list(there)
+        sets = [_compare.alias_sets([state[name] for name in names]) for state in (there, here)]
+        if sets[0] != sets[1]:
+            found.append(f"alias sets of {names}: {sets[1]} instead of {sets[0]}")
+    return found
