@@ -31,13 +31,13 @@ def value_difference(a: torch.Tensor, b: torch.Tensor) -> str | None:
 def metadata(t: torch.Tensor) -> dict[str, Any]:
     """What a program can see of a tensor apart from its values."""
     seen: dict[str, Any] = {"shape": tuple(t.shape), "dtype": t.dtype, "device": str(t.device), "layout": t.layout}
-    seen |= {"requires_grad": t.requires_grad, "is_leaf": t.is_leaf, "grad_fn": type(t.grad_fn).__name__}
+    seen |= {"requires_grad": t.requires_grad, "history": history(t)}
     if t.layout is torch.strided:
         seen |= {"stride": t.stride(), "offset": t.storage_offset(), "conj": t.is_conj(), "neg": t.is_neg()}
     return seen
 
 
-def difference(a: Any, b: Any, *, values: bool = True) -> str | None:
+def difference(a: Any, b: Any, *, values: bool = True, skip: Sequence[str] = ()) -> str | None:
     """What tells b from a, in words; None if nothing does."""
     if not isinstance(a, torch.Tensor):
         return None if type(a) is type(b) and a == b else f"{b!r} instead of {a!r}"
@@ -45,7 +45,7 @@ def difference(a: Any, b: Any, *, values: bool = True) -> str | None:
         return f"{type(b).__name__} instead of a tensor"
     there, here = metadata(a), metadata(b)
     for key, expected in there.items():
-        if here.get(key) != expected:
+        if key not in skip and here.get(key) != expected:
             return f"{key}: {here.get(key)} instead of {expected}"
     return value_difference(a, b) if values else None
 
@@ -61,6 +61,17 @@ def _storage(t: torch.Tensor, index: int) -> int:
     if t.layout is not torch.strided or t.device.type == "meta":
         return own
     return t.untyped_storage().data_ptr() or own
+
+
+def history(t: torch.Tensor) -> str:
+    """How autograd says that the tensor came about."""
+    try:
+        if t.is_leaf:
+            return "leaf"
+        # reshape() calls _reshape_alias for plain tensors and view for every wrapper subclass
+        return type(t.grad_fn).__name__.replace("ReshapeAlias", "View")
+    except RuntimeError as refused:  # autograd refuses to tell for some views that were made without grad mode
+        return str(refused)
 
 
 def _plain(t: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ calls of scripted functions; both are undone here, so that a test in the same pr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import warnings
@@ -16,10 +17,12 @@ from typing import Any
 
 import numpy
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 SEED = 2731
 MAX_SAMPLES = 1000  # how far into an entry's samples a representative one is looked for
+MAX_CALLS = 8  # how many of them are called to see whether they do anything
 
 
 @functools.cache
@@ -75,7 +78,7 @@ def sample(name: str, device: str) -> Sample | None:
     reseed()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = _representative(op.sample_inputs(torch.device(device), dtype, requires_grad=grad))
+        found = _representative(op, op.sample_inputs(torch.device(device), dtype, requires_grad=grad))
     inputs = (found.input, tuple(found.args), dict(found.kwargs))
     return Sample(name, dtype, inputs, op, found.output_process_fn_grad, grad)
 
@@ -86,16 +89,33 @@ def _dtype(op: Any, device: str) -> torch.dtype | None:
     return torch.float32 if torch.float32 in supported else min(supported, key=str, default=None)
 
 
-def _representative(samples: Iterator[Any]) -> Any:
-    """The first sample with a tensor that is neither empty nor 0-dim, else the first of all."""
+def _representative(op: Any, samples: Iterator[Any]) -> Any:
+    """The first sample with a tensor that is neither empty nor 0-dim whose call does something, else the first of all."""
     looked_at = islice(samples, MAX_SAMPLES)
     first = next(looked_at)
-    return next((s for s in chain([first], looked_at) if _is_representative(s)), first)
+    candidates = islice((s for s in chain([first], looked_at) if _has_elements(s)), MAX_CALLS)
+    return next((s for s in candidates if _calls_aten(op, s)), first)
 
 
-def _is_representative(found: Any) -> bool:
+def _has_elements(found: Any) -> bool:
     tensors = [t for t in tree_leaves((found.input, found.args, found.kwargs)) if isinstance(t, torch.Tensor)]
     return any(t.dim() > 0 and t.numel() > 0 for t in tensors)
+
+
+class _Counter(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _calls_aten(op: Any, found: Any) -> bool:
+    """Does the call reach an operator, or (a dropout out of training) hand back what it was given?"""
+    inputs = tree_map(_clone, (found.input, tuple(found.args), dict(found.kwargs)))
+    with _Counter() as counter, contextlib.suppress(Exception):
+        op(inputs[0], *inputs[1], **inputs[2])
+    return counter.calls > 0
 
 
 def _clone(leaf: Any) -> Any:

@@ -20,7 +20,8 @@ X = torch.ones(3, 4)
 @pytest.fixture(autouse=True)
 def clean():
     kitsune.reset()
-    yield
+    with kitsune.config.patch(device="cpu"):  # these models are there, also on a machine that has a GPU
+        yield
     gc.collect()
     assert _get_current_dispatch_mode_stack() == []
     assert _before_forward not in torch_module._global_forward_pre_hooks.values()
@@ -214,6 +215,24 @@ def test_recomputation_in_backward_begins_nothing():
     opt.step()
     out.sum().backward()
     assert not recording(opt)
+
+
+@pytest.mark.gpu
+def test_recomputation_in_the_thread_of_the_autograd_engine():
+    model = nn.Linear(4, 4).cuda()
+    opt, threads = sgd(model, device="cuda"), set()
+    # Of the module, so it runs after the one that begins recordings. A recomputed forward may stop before its end.
+    model.register_forward_pre_hook(lambda *args: threads.add((threading.get_ident(), recording(opt))))
+    for inside in (True, False):  # the backward of the second one runs after its step
+        out = checkpoint(model, X.cuda().requires_grad_(), use_reentrant=False)
+        if inside:
+            out.sum().backward()
+            opt.step()
+    opt.step()
+    out.sum().backward()
+    here = threading.get_ident()
+    assert {thread == here for thread, _ in threads} == {True, False}
+    assert all(thread == here for thread, open_there in threads if open_there)
 
 
 def test_inside_accelerate_by_hand():

@@ -13,6 +13,12 @@ import kitsune
 from kitsune import KitsuneOptimizer
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with kitsune.config.patch(device="cpu"):  # these models are there, also on a machine that has a GPU
+        yield
+
+
 def tiny_model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -168,16 +174,27 @@ def test_grad_scaler_scales_and_skips_as_in_plain_torch(fused):
     assert_same(_train_scaled(*wrapped), _train_scaled(*plain))
 
 
-def _train_scaled(model, opt) -> list[torch.Tensor]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+def _train_scaled(model, opt, device="cpu") -> list[torch.Tensor]:
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=2)
     for step in range(5):
         opt.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16):
-            loss = model(batch(step)).float().square().mean() * (float("inf") if step == 2 else 1.0)
+        with torch.autocast(device, dtype=torch.float16):
+            loss = model(batch(step).to(device)).float().square().mean() * (float("inf") if step == 2 else 1.0)
         scaler.scale(loss).backward()
         scaler.step(opt)
         scaler.update()
     return [torch.tensor(scaler.get_scale()), *(p.detach().clone() for p in model.parameters())]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
+def test_grad_scaler_on_cuda(options):
+    results = []
+    for wrap in (lambda opt: opt, functools.partial(KitsuneOptimizer, device="cuda")):
+        model = tiny_model().cuda()
+        opt = wrap(torch.optim.AdamW(model.parameters(), lr=0.05, **options))
+        results.append(_train_scaled(model, opt, "cuda"))
+    assert_same(*results)
 
 
 def test_scaler_attributes_reach_the_wrapped_optimizer_and_go_again():
@@ -222,7 +239,7 @@ def test_step_is_profiled_once():
     _, (model, opt) = pair(torch.optim.SGD)
     opt._patch_step_function()
     train(model, opt, n_steps=1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         opt.step()
     names = [event.name for event in profile.events() if event.name.startswith("Optimizer.step#")]
     assert names == ["Optimizer.step#SGD.step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,10 +61,10 @@ def render_counters(counters: dict[str, Any]) -> str:
 def render_explanation(report: Any) -> str:
     if report is None:
         return ""
-    regions = [(f"{r.n_ops} ops", f"seen {times(r.times_seen)}", f"ended by {r.cause}", r.site or "")
+    regions = [(f"{r.n_ops} ops", f"seen {times(r.times_seen)}", f"ended by {r.cause}", short(r.site))
                for r in report.regions]
-    flushes = [(f.cause, f.site or "", times(f.count)) for f in report.flushes]
-    passed = [(p.reason, str(p.op), times(p.count)) for p in report.passed_through]
+    flushes = [(f.cause, short(f.site), times(f.count), f.why) for f in report.flushes]
+    passed = [(p.reason, str(p.op), times(p.count), p.why) for p in report.passed_through]
     return "\n\n".join([
         "\n".join([f"regions: {len(regions)} distinct", *table(first(regions))]),
         "\n".join(["flushes, by cause and line", *table(first(flushes))]),
@@ -83,7 +84,8 @@ def render_time(c: Comparison, device: torch.device) -> str:
     for name, result in both(c):
         t = spread_ms(result)
         rows.append((name, f"{t['median']:.2f} ms", f"{t['q1']:.2f} to {t['q3']:.2f} ms"))
-    return "\n".join(["time per step", *table(rows), f"  {expectation(c.ratio(), device)}"])
+    words = textwrap.fill(expectation(c.ratio(), device), 100, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(["time per step", *table(rows), words])
 
 
 def expectation(ratio: float, device: torch.device) -> str:
@@ -114,6 +116,11 @@ def table(rows: Iterable[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] for row in rows)
     return ["  " + "  ".join(cells).rstrip() for cells in padded]
+
+
+def short(site: str) -> str:
+    """The file's name with its folder: enough to find a line of one's own program."""
+    return "/".join(site.rsplit("/", 2)[-2:])
 
 
 def times(n: int) -> str:

@@ -90,7 +90,7 @@ def train(
 def run(task: Task, form: str | None, steps: int, device: torch.device, warmup: int, seed: int,
         progress: Progress | None) -> tuple[list[float], list[float]]:
     """The training itself. Only the three `if form` lines tell it from a loop that never heard of Kitsune."""
-    context = contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if form == "optimizer":
         task.optimizer = kitsune.KitsuneOptimizer(task.optimizer, warmup=warmup, device=device)
     train_step = make_train_step(task)

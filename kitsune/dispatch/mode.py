@@ -31,6 +31,10 @@ class RecordMode(TorchDispatchMode):
 
     def leave(self) -> None:
         """Take this mode off the stack wherever it is: a user's own mode may have been entered after it and still be open."""
+        if self not in _get_current_dispatch_mode_stack():
+            # While an op of this thread is being handled the mode is off the stack, and torch puts it back afterwards: a
+            # garbage collection at that moment may close a context. The recorder passes everything through from then on.
+            return
         above = []
         while (mode := _pop_mode()) is not self:
             above.append(mode)

@@ -97,6 +97,8 @@ def _writes(target: OpOverload, name: str) -> tuple[tuple[int, str], ...]:
 
 
 def _barrier(target: OpOverload, name: str) -> Barrier | None:
+    if target.namespace == "profiler":
+        return Barrier.PROFILER
     if target.namespace != "aten":
         return Barrier.FOREIGN_NAMESPACE
     if name in ITEM:

@@ -35,6 +35,7 @@ class Barrier(enum.Enum):
     METADATA = "an in-place operator changes a tensor's shape or storage"
     OUT_VARIANT = "an operator writes into a tensor given as out="
     FOREIGN_NAMESPACE = "an operator of another library"
+    PROFILER = "a range of torch.profiler begins or ends"
     FOREIGN_TENSOR = "a tensor subclass of another library"
     FOREIGN_MODE = "a dispatch mode of another library was open already"
     FOREIGN_LAYOUT = "a sparse, nested, quantized or otherwise special tensor"

@@ -86,6 +86,8 @@ class Op:
     results: tuple[Value, ...]
     rewritten: tuple[tuple[Value, Value], ...] = ()
     effects: Effects = PURE
+    # Grad mode when it was recorded, where the kernel may ask for it (mkldnn's LSTM keeps its workspace only then).
+    grad_enabled: bool | None = None
     site: Site | None = None
 
     @property

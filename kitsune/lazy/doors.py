@@ -50,6 +50,7 @@ def close_doors(recorder: Recorder) -> None:
 def _doors() -> Iterator[Door]:
     for name in METHOD_DOORS:
         yield torch.Tensor, name, _memory_door
+    yield torch.Tensor, "__deepcopy__", _deepcopy_door
     yield torch.Tensor, "data", _data_door
     yield torch.Tensor, "__cuda_array_interface__", _property_door
     for module in (torch._C, torch.utils.dlpack):
@@ -65,12 +66,27 @@ def _doors() -> Iterator[Door]:
         for name in names.split():
             if hasattr(owner, name):
                 yield owner, name, _flush_door(Barrier.SYNCHRONIZE)
-    yield torch, "set_default_dtype", _flush_door(Barrier.DEFAULTS)
+    for owner, names in _DEFAULTS:
+        for name in names.split():
+            if hasattr(owner, name):
+                yield owner, name, _flush_door(Barrier.DEFAULTS)
 
 
 _SEEDS = "manual_seed seed get_rng_state set_rng_state"
 _CUDA_SEEDS = f"{_SEEDS} manual_seed_all seed_all get_rng_state_all set_rng_state_all"
 _RANDOM = ((torch, _SEEDS), (torch.random, _SEEDS), (torch.cuda, _CUDA_SEEDS), (torch.cuda.random, _CUDA_SEEDS))
+# What kernels read when they run, and results' dtypes depend on: an op must run under the settings that it was called under.
+_DEFAULTS = (
+    (torch, "set_default_dtype set_num_threads set_flush_denormal"),
+    (
+        torch._C,
+        "_set_deterministic_algorithms _set_deterministic_fill_uninitialized_memory _set_cublas_allow_tf32 _set_cudnn_allow_tf32 "
+        "_set_cublas_allow_fp16_reduced_precision_reduction _set_cublas_allow_bf16_reduced_precision_reduction "
+        "_set_cudnn_benchmark _set_cudnn_deterministic _set_cudnn_enabled _set_float32_matmul_precision _set_mkldnn_enabled "
+        "_set_mkldnn_deterministic _set_fp32_precision_setter _set_sdp_use_flash _set_sdp_use_mem_efficient _set_sdp_use_math "
+        "_set_sdp_use_cudnn _set_sdp_priority_order",
+    ),
+)
 _SYNCHRONIZE = (
     (torch.cuda, "synchronize set_stream set_device"),
     (torch.cuda.Event, "record wait query elapsed_time synchronize"),
@@ -93,6 +109,20 @@ def _memory_door(original: Any) -> Any:
             for recorder in _open:
                 recorder.before_door(tensor, Barrier.DOOR)
         return original(tensor, *args, **kwargs)
+
+    return door
+
+
+def _deepcopy_door(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(tensor: Any, memo: Any) -> Any:
+        if type(tensor) is not torch.Tensor:
+            return original(tensor, memo)
+        for recorder in _open:
+            recorder.before_door(tensor, Barrier.DOOR)
+        # torch fills an empty tensor by set_(): with the mode on, that tensor would be a wrapper.
+        with torch._C._DisableTorchDispatch():
+            return original(tensor, memo)
 
     return door
 

@@ -38,7 +38,17 @@ def _op(node: Node, values: dict[int, Value], versions: dict[int, int]) -> Op:
     writes = tuple(after.storage for _, after in rewritten)
     effects = Effects(writes, node.row.random) if writes or node.row.random else PURE
     return Op(
-        node.row.target, node.row.kind, args, kwargs, inputs, node.structure, tuple(results), tuple(rewritten), effects, node.site
+        node.row.target,
+        node.row.kind,
+        args,
+        kwargs,
+        inputs,
+        node.structure,
+        tuple(results),
+        tuple(rewritten),
+        effects,
+        node.grad_enabled,
+        node.site,
     )
 
 

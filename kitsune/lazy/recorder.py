@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import Parameter
 
-from kitsune.ir import Barrier, Graph, Operand, OpRow, OutputSpec, Site, describe_result, type_of
+from kitsune.ir import Barrier, Graph, Kind, Operand, OpRow, OutputSpec, Site, describe_result, type_of
 from kitsune.lazy.cell import Cell, serial_of
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.rebuild import fill, replace_tensors, tensors_in, without_numbers
@@ -97,6 +97,8 @@ class Recorder:
             plain = region.plain
             n_scalars = len(region.scalars)
             key: list[Any] = [func]
+            if row.kind is Kind.EXTERN:
+                key.append(TRUE if torch.is_grad_enabled() else FALSE)
             tensors: list[Any] = []
             for a in args:
                 cls = type(a)
@@ -316,7 +318,8 @@ class Recorder:
         return self._hand_out(row, result, tensors, reals, reason)
 
     def _hand_out(self, row: OpRow, result: Any, tensors: list[Any], reals: list[Any], reason: Barrier) -> Any:
-        self.tally.passed_through[(reason, str(row.target))] += 1
+        if reason is not Barrier.PROFILER:
+            self.tally.passed_through[(reason, str(row.target))] += 1
         back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
         if row.barrier in (Barrier.METADATA, Barrier.OUT_VARIANT):
             for wrapper in back.values():
@@ -423,7 +426,8 @@ class Recorder:
         cells = [cell for made in region.produced if (cell := made()) is not None]
         live = tuple(sorted({cell.ref.id for cell in cells if cell.ref is not None}))
         graph = self._close(region.node, live, cause, site)
-        values: list[Any] = [None] * region.node.n_values
+        # Wider than the path: at a divergence the next op has brought its operands in already.
+        values: list[Any] = [None] * max(region.node.n_values, region.n_values)
         for number, tensor in region.inputs:
             values[number] = tensor
         error: BaseException | None = None
@@ -451,7 +455,7 @@ class Recorder:
 
 
 def _is_recordable(result: Any) -> bool:
-    return all(type(t) is torch.Tensor and t.layout is torch.strided and not t._is_zerotensor() for t in tensors_in(result))
+    return all(type(t) in PLAIN and t.layout is torch.strided and not t._is_zerotensor() for t in tensors_in(result))
 
 
 def _new_in(result: Any, operands: list[Any]) -> list[torch.Tensor]:

@@ -85,10 +85,12 @@ class Region:
     def rollback(self, n_scalars: int) -> None:
         """Undo what the key of an op that is not recorded has let in."""
         for _, _, storage, undo in reversed(self.admitted):
-            self.inputs.pop()
             undo()
             if storage >= self.node.n_storages:
                 self.storages = {serial: s for serial, s in self.storages.items() if s != storage}
+        if self.admitted:
+            first = self.admitted[0][0]
+            self.inputs = [(number, tensor) for number, tensor in self.inputs if number < first]
         self.admitted.clear()
         self.n_values, self.n_storages = self.node.n_values, self.node.n_storages
         del self.scalars[n_scalars:]

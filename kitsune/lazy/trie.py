@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import OpRow, OutputSpec, Site, Slot, TensorType
+from kitsune.ir import Kind, OpRow, OutputSpec, Site, Slot, TensorType
 from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.cell import Cell, Ref, ref
 
@@ -33,6 +33,7 @@ class Node:
     written: tuple[tuple[int, int, Ref, int], ...] = ()
     structure: Any = None
     form: int = NOTHING
+    grad_enabled: bool | None = None
     site: Site | None = None
     depth: int = 0
     n_values: int = 0
@@ -70,6 +71,7 @@ def grow(region: Any, row: OpRow, args: Any, kwargs: Any, cells: list[Cell], fla
         admitted=tuple((number, type_, storage) for number, type_, storage, _ in region.admitted),
         structure=spec.structure,
         form=_form(spec),
+        grad_enabled=torch.is_grad_enabled() if row.kind is Kind.EXTERN else None,
         depth=parent.depth + 1,
         n_values=region.n_values,
         n_storages=region.n_storages,

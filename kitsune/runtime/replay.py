@@ -70,12 +70,16 @@ def replay(schedule: Schedule, values: list[Any], scalars: list[float]) -> None:
         args = [_bind(a, values, scalars) for a in op.args]
         kwargs = {name: _bind(a, values, scalars) for name, a in op.kwargs}
         try:
-            result = op.target(*args, **kwargs)
+            if op.grad_enabled is None:
+                result = op.target(*args, **kwargs)
+            else:
+                with torch.set_grad_enabled(op.grad_enabled):
+                    result = op.target(*args, **kwargs)
+            if op.results:
+                _store(op.structure, result, op, values)
         except Exception as error:
             _name_the_line(error, op)
             raise
-        if op.results:
-            _store(op.structure, result, op, values)
         for before, after in op.rewritten:
             values[after.id] = values[before.id]
         for number in instruction.drops:

@@ -32,6 +32,11 @@ UNINITIALISED: dict[str, str] = {
     "new_empty_strided": "allocates without writing",
 }
 
+# Entries whose gradients torch computes in another layout for any wrapper subclass: compared in all but strides.
+OTHER_STRIDES: dict[str, str] = {
+    "ormqr": "the backward of householder_product works in place for plain tensors only",
+}
+
 # Entries that eager itself refuses on a CPU: nothing to compare there.
 NEEDS_GPU: dict[str, str] = {
     "jiterator_2inputs_2outputs": "compiles a CUDA kernel",
@@ -114,9 +119,10 @@ def differences(name: str, expected: Outcome, got: Outcome) -> Iterator[str]:
         here, there = getattr(got, field), getattr(expected, field)
         if len(here) != len(there):
             yield f"{len(here)} {field} instead of {len(there)}"
+        skip = ("stride",) if field == "grads" and name in OTHER_STRIDES else ()
         values = not (field == "outputs" and name in UNINITIALISED)
         for i, (a, b) in enumerate(zip(there, here, strict=False)):
-            if difference := _compare.difference(a, b, values=values):
+            if difference := _compare.difference(a, b, values=values, skip=skip):
                 yield f"{field}[{i}]: {difference}"
     if got.aliases != expected.aliases:
         yield f"alias sets of inputs and outputs: {got.aliases} instead of {expected.aliases}"
@@ -130,10 +136,18 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def measured(before: dict[str, Any], after: dict[str, Any]) -> tuple[int, int, int]:
-    """Ops recorded, flushes made and regions recognised between two looks at the counters."""
-    flushes = sum(after["flushed"].values()) - sum(before["flushed"].values())
-    return after["recorded"] - before["recorded"], flushes, after["recognised"] - before["recognised"]
+def lazily(name: str, device: str, warmup: int) -> tuple[Outcome, str]:
+    """One run under Kitsune; the second part says in which way the run was not lazy, if it was not."""
+    before = kitsune.counters()
+    got = run(name, device, kitsune.accelerate(warmup=warmup, device=device))
+    after = kitsune.counters()  # before anything is compared: reads count as well
+    if after["passed_through"] != before["passed_through"]:
+        return got, f"passed through: {after['passed_through']}"
+    for count in ("recorded", "recognised"):
+        if after[count] <= before[count]:
+            return got, f"nothing was {count}"
+    flushed = sum(after["flushed"].values()) > sum(before["flushed"].values())
+    return got, "" if flushed else "nothing was flushed"
 
 
 def check(name: str, device: str, warmup: int) -> None:
@@ -142,13 +156,9 @@ def check(name: str, device: str, warmup: int) -> None:
         pytest.skip(f"two eager runs differ: {unstable[0]}")
     assert not unstable and not expected.error
     for turn in range(ROUNDS):
-        before = kitsune.counters()
-        got = run(name, device, kitsune.accelerate(warmup=warmup, device=device))
+        got, why_not = lazily(name, device, warmup)
         assert not list(differences(name, expected, got)), f"round {turn}"
-    after = kitsune.counters()
-    recorded, flushes, recognised = measured(before, after)
-    lazily = recorded > 0 and flushes > 0 and recognised > 0 and not after["passed_through"]
-    assert lazily != (name in PASSES_THROUGH), f"{recorded=} {flushes=} {recognised=} {after['passed_through']}"
+    assert bool(why_not) == (name in PASSES_THROUGH), why_not
 
 
 @pytest.mark.parametrize("warmup", [0, 1])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from tests._compare import history
 from tests.property.world import Program, World
 
 Step = Callable[["Builder", int, int, int], str]
@@ -53,12 +54,12 @@ class Builder:
 
     def leaf(self, i: int) -> str:
         """A leaf that requires grad; any tensor if there is none, and the line will fail alike everywhere."""
-        names = [name for name, t in self.world.tensors.items() if t.is_leaf and t.requires_grad]
+        names = [name for name, t in self.world.tensors.items() if t.requires_grad and history(t) == "leaf"]
         return names[i % len(names)] if names else self.any(i)
 
     def graded(self, i: int) -> str:
         """A tensor with a graph behind it, or any."""
-        names = [name for name, t in self.world.tensors.items() if t.grad_fn is not None]
+        names = [name for name, t in self.world.tensors.items() if history(t) != "leaf"]
         return names[i % len(names)] if names else self.any(i)
 
     def fitting(self, i: int, name: str) -> str:
