@@ -10,7 +10,7 @@ import torch
 
 from kitsune.demo.compare import Comparison, spread_ms
 from kitsune.demo.measure import how_peak_is_measured
-from kitsune.demo.train import TrainResult
+from kitsune.demo.train import READ_EVERY, TrainResult
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
@@ -85,7 +85,7 @@ def render_time(c: Comparison, device: torch.device) -> str:
         t = spread_ms(result)
         rows.append((name, f"{t['median']:.2f} ms", f"{t['q1']:.2f} to {t['q3']:.2f} ms"))
     words = textwrap.fill(expectation(c.ratio(), device), 100, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(["time per step", *table(rows), words])
+    return "\n".join([f"time per step, taken every {READ_EVERY} steps", *table(rows), words])
 
 
 def expectation(ratio: float, device: torch.device) -> str:

@@ -50,6 +50,8 @@ DATA_DEPENDENT = set(
     "_embedding_bag_forward_only _unique _unique2 unique_dim unique_consecutive nonzero_static histogramdd "
     "_histogramdd_bin_edges _histogramdd_from_bin_cts _efficientzerotensor _linalg_check_errors".split()
 )
+# Tagged as data-dependent by torch, but so only if an operand is a mask and not a list of positions.
+COUNTS_MASKS = {"index", "_unsafe_index"}
 # Moves metadata or storage of an operand; `detach_` cuts an autograd edge, which a recorded op could not.
 METADATA = set("set_ set_data resize_ resize_as_ _resize_output_ resize_as_sparse_ detach_ record_stream share_memory_".split())
 
@@ -70,6 +72,7 @@ def describe(target: OpOverload) -> OpRow:
         scalars_move=kind is Kind.POINTWISE,
         trusted=kind is not Kind.EXTERN or name in TRUSTED or in_place,
         in_place=in_place,
+        counts_masks=name in COUNTS_MASKS,
     )
 
 
@@ -103,7 +106,8 @@ def _barrier(target: OpOverload, name: str) -> Barrier | None:
         return Barrier.FOREIGN_NAMESPACE
     if name in ITEM:
         return Barrier.ITEM
-    if Tag.dynamic_output_shape in target.tags or Tag.data_dependent_output in target.tags or name in DATA_DEPENDENT:
+    tagged = Tag.dynamic_output_shape in target.tags or Tag.data_dependent_output in target.tags
+    if (tagged and name not in COUNTS_MASKS) or name in DATA_DEPENDENT:
         return Barrier.DATA_DEPENDENT
     if Tag.inplace_view in target.tags or name in METADATA:
         return Barrier.METADATA

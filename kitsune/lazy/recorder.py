@@ -20,6 +20,7 @@ from kitsune.lazy.trie import GENERAL, ONE, SELF, Node, agrees, grow, written_op
 PLAIN = (torch.Tensor, Parameter)
 # Constants that compare and hash as they mean. Booleans and floats do not: 1 == True == 1.0.
 CONSTANTS = frozenset({int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+MASKS = (torch.bool, torch.uint8)
 TRUE, FALSE, FLOAT = object(), object(), object()
 
 
@@ -216,6 +217,8 @@ class Recorder:
             return region.odd
         if call.row.target in self.unstable:
             return Barrier.UNTRUSTED
+        if call.row.counts_masks and any(t.dtype in MASKS for t in call.tensors[1:]):
+            return Barrier.DATA_DEPENDENT
         if call.kwargs.get("pin_memory"):
             return Barrier.UNSUPPORTED
         # A factory with no device= makes a CPU tensor.

@@ -28,16 +28,18 @@ class LazyTensor(torch.Tensor):
         return recorder.run_outside(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:
-        text = torch.Tensor.__repr__(as_plain(self).detach(), tensor_contents=tensor_contents)
+        plain = as_plain(self, requires_grad=False)
+        # torch's printing is made of ops on the tensor, which are no part of the program.
+        with torch._C._DisableTorchDispatch():
+            text = torch.Tensor.__repr__(plain, tensor_contents=tensor_contents)
         if self.grad_fn is not None:
-            name = type(self.grad_fn).__name__
-            return f"{text[:-1]}, grad_fn=<{name}>)"
+            return f"{text[:-1]}, grad_fn=<{type(self.grad_fn).__name__}>)"
         return f"{text[:-1]}, requires_grad=True)" if self.requires_grad else text
 
     __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        return as_plain(self).detach().__format__(spec) if self.dim() == 0 else object.__format__(self, spec)
+        return self.item().__format__(spec) if self.dim() == 0 else object.__format__(self, spec)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return as_plain(self).__reduce_ex__(protocol)
@@ -110,13 +112,12 @@ def wrap(cell: Cell) -> LazyTensor:
     return tensor
 
 
-def as_plain(tensor: LazyTensor) -> torch.Tensor:
-    """The computed value as a plain tensor on the same memory, with the same requires_grad and version."""
+def as_plain(tensor: LazyTensor, requires_grad: bool | None = None) -> torch.Tensor:
+    """The computed value as a plain leaf on the same memory; `requires_grad` is the wrapper's own unless given."""
     real = tensor.cell.recorder.materialize(tensor.cell, Barrier.DOOR)
-    with torch._C._DisableTorchDispatch():
+    with torch._C._DisableTorchDispatch(), torch.no_grad():
         plain: torch.Tensor = real.detach()
-    plain.requires_grad_(tensor.requires_grad)
-    return plain
+    return plain.requires_grad_(tensor.requires_grad if requires_grad is None else requires_grad)
 
 
 def _lazy_tensors(tree: Any) -> Any:
