@@ -145,13 +145,13 @@ class Disable:
         pipelines = list(_thread.depth)
         for pipeline in pipelines:
             pipeline.recorder.flush(Barrier.DISABLE)
-            pipeline.recorder.paused += 1
+            pipeline.recorder.pause()
         self._entered.stack = [*getattr(self._entered, "stack", []), pipelines]
         return self
 
     def __exit__(self, *error: object) -> None:
         for pipeline in self._entered.stack.pop():
-            pipeline.recorder.paused -= 1
+            pipeline.recorder.resume()
 
 
 @overload
@@ -279,8 +279,8 @@ def _resolve(device: str | torch.device | None) -> torch.device:
 def _leave_forked_child() -> None:
     # A DataLoader's worker inherits the mode of its parent's thread, but not the parent's consumer of the regions.
     for pipeline in list(_everyone):
-        pipeline.recorder.lock = threading.RLock()
-        pipeline.recorder.paused += 1
+        pipeline.recorder.renew_lock()
+        pipeline.recorder.pause()
 
 
 os.register_at_fork(after_in_child=_leave_forked_child)

@@ -11,19 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 class RecordMode(TorchDispatchMode):
     """Calls `record(func, args, kwargs)` for each op below autograd."""
 
-    def __init__(self, record: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    def __init__(self, record: Callable[..., Any]) -> None:
         super().__init__()
         self.record = record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.record(func, args, kwargs)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # The default wraps each call in a dynamo guard: 0.7 to 1.4 s of imports at first entry and 0.5 us per op.
         return False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return self.record(func, args, kwargs)
 
     def enter(self) -> None:
         """Put this mode on top of the calling thread's stack."""

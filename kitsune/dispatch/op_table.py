@@ -63,15 +63,17 @@ def describe(target: OpOverload) -> OpRow:
     kind = _kind(target, name)
     writes = _writes(target, name)
     in_place = bool(writes) and name not in UNDECLARED_WRITES
+    barrier = _barrier(target, name)
     return OpRow(
         target=target,
         kind=kind,
         writes=writes,
         random=Tag.nondeterministic_seeded in target.tags,
-        barrier=_barrier(target, name),
+        barrier=barrier,
         scalars_move=kind is Kind.POINTWISE,
         trusted=kind is not Kind.EXTERN or name in TRUSTED or in_place,
         in_place=in_place,
+        detour=barrier is not None or in_place,
         counts_masks=name in COUNTS_MASKS,
     )
 

@@ -122,6 +122,8 @@ class OpRow:
     scalars_move: bool = False
     trusted: bool = False
     in_place: bool = False
+    # Has a barrier, or may be a host counter: look twice before it is recorded.
+    detour: bool = False
     # The result's shape depends on values if an operand is a mask.
     counts_masks: bool = False
 

@@ -45,10 +45,9 @@ def ref(id: int) -> Ref:
 class Cell:
     """What a wrapper stands for: a value of a region, and its tensor once it has been computed."""
 
-    __slots__ = ("__weakref__", "error", "external", "real", "recorder", "ref", "region", "storage", "type")
+    __slots__ = ("__weakref__", "external", "real", "ref", "region", "storage", "type")
 
-    def __init__(self, recorder: Any, region: Any, ref: Ref | None, storage: int, type: TensorType) -> None:
-        self.recorder = recorder
+    def __init__(self, region: Any, ref: Ref, type: TensorType, storage: int) -> None:
         self.region = region
         self.ref = ref
         self.storage = storage
@@ -56,4 +55,3 @@ class Cell:
         self.real: torch.Tensor | None = None
         # Came into the region from outside; not a result of one of its ops.
         self.external = False
-        self.error: BaseException | None = None

@@ -147,7 +147,7 @@ def _parameter_door(original: Any) -> Any:
     def door(cls: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
         if type(data) is LazyTensor:
             # A Parameter outlives the region, and optimizers and modules look at its type.
-            data.cell.recorder.flush(Barrier.PARAMETER)
+            data.cell.region.recorder.flush(Barrier.PARAMETER)
             data = as_plain(data, requires_grad=False)
         return new(cls, data, *args, **kwargs)
 

@@ -19,23 +19,23 @@ class Region:
         "admitted",
         "device",
         "dirty",
+        "error",
         "inputs",
-        "n_storages",
-        "n_values",
         "node",
         "observed_from",
         "odd",
         "plain",
         "produced",
+        "recorder",
         "scalars",
+        "slow",
         "storages",
     )
 
-    def __init__(self, root: Node, device: torch.device) -> None:
+    def __init__(self, root: Node, recorder: Any) -> None:
         self.node = root
-        self.device = device
-        self.n_values = 0
-        self.n_storages = 0
+        self.recorder = recorder
+        self.device: torch.device = recorder.device
         # id(tensor) -> cell. The cell holds the tensor, so the id stays its own while the region is open.
         self.plain: dict[int, Cell] = {}
         self.storages: dict[int, int] = {}
@@ -47,72 +47,78 @@ class Region:
         # Depth from which ops were run at once; None while everything is pending.
         self.observed_from: int | None = None
         # (value, type, storage, undo) of the operands that the op at hand brought in, and why it cannot be recorded.
-        self.admitted: list[tuple[int, TensorType, int, Callable[[], None]]] = []
+        self.admitted: list[tuple[int, TensorType, int, Callable[[], Any]]] = []
         self.odd: Barrier | None = None
+        # Set with `odd` and `observed_from`: a known op is not to be taken on sight.
+        self.slow = False
+        # What went wrong when the region was run: its values were never computed.
+        self.error: BaseException | None = None
 
     def cell(self, tensor: Any) -> Cell:
         """The cell of a tensor that has come in."""
         return tensor.cell if type(tensor) is LazyTensor else self.plain[id(tensor)]
 
-    def adopt(self, cell: Cell, recorder: Any) -> Any:
-        """A wrapper of an earlier region comes in; returns its key."""
-        if cell.real is None:
-            cell.recorder.materialize(cell, Barrier.OUTSIDE)
-        assert cell.real is not None
-        before = (cell.region, cell.ref, cell.storage, cell.external, cell.recorder)
+    def refuse(self, reason: Barrier) -> None:
+        """The op at hand cannot be recorded."""
+        self.odd, self.slow = reason, True
+
+    def adopt(self, cell: Cell) -> Any:
+        """A wrapper of an earlier region, or of another recorder's, comes in; returns its key."""
+        real = cell.region.recorder.materialize(cell, Barrier.OUTSIDE)
+        before = (cell.region, cell.ref, cell.storage, cell.external)
 
         def undo() -> None:
-            cell.region, cell.ref, cell.storage, cell.external, cell.recorder = before
+            cell.region, cell.ref, cell.storage, cell.external = before
 
-        key, cell.ref, cell.storage = self._number(cell.real, cell.type, undo)
-        cell.region, cell.external, cell.recorder = self, True, recorder
+        key, cell.ref, cell.storage = self._number(real, cell.type, undo)
+        cell.region, cell.external = self, True
         return key
 
-    def admit(self, tensor: torch.Tensor, recorder: Any) -> Any:
-        """A plain tensor comes in; returns its key, or sets `odd`."""
+    def admit(self, tensor: torch.Tensor) -> Any:
+        """A plain tensor comes in; returns its key, or refuses the op."""
         odd = self._oddness(tensor)
         if odd is not None:
-            self.odd = odd
+            self.refuse(odd)
             return None
-        cell = Cell(recorder, self, None, 0, type_of(tensor))
+        type_ = type_of(tensor)
+        key, number, storage = self._number(tensor, type_, lambda: self.plain.pop(id(tensor)))
+        cell = self.plain[id(tensor)] = Cell(self, number, type_, storage)
         cell.real, cell.external = tensor, True
-        key, cell.ref, cell.storage = self._number(tensor, cell.type, lambda: self.plain.pop(id(tensor)))
-        self.plain[id(tensor)] = cell
         if tensor.requires_grad and tensor.is_leaf:
-            recorder.leaves[id(tensor)] = weakref.ref(tensor)
+            self.recorder.leaves[id(tensor)] = weakref.ref(tensor)
         return key
 
-    def rollback(self, n_scalars: int) -> None:
+    def rollback(self) -> None:
         """Undo what the key of an op that is not recorded has let in."""
-        for _, _, storage, undo in reversed(self.admitted):
+        for _, _, _, undo in reversed(self.admitted):
             undo()
-            if storage >= self.node.n_storages:
-                self.storages = {serial: s for serial, s in self.storages.items() if s != storage}
         if self.admitted:
-            first = self.admitted[0][0]
+            first, known = self.admitted[0][0], self.node.n_storages
             self.inputs = [(number, tensor) for number, tensor in self.inputs if number < first]
-        self.admitted.clear()
-        self.n_values, self.n_storages = self.node.n_values, self.node.n_storages
-        del self.scalars[n_scalars:]
-        self.odd = None
+            self.storages = {serial: storage for serial, storage in self.storages.items() if storage < known}
+            self.admitted.clear()
+        del self.scalars[self.node.n_scalars :]
+        self.odd, self.slow = None, self.observed_from is not None
 
     def is_target(self, device: torch.device) -> bool:
         """Is this the device that is recorded for?"""
         return device == self.device or (device.type == self.device.type and device.index is None)
 
-    def _number(self, tensor: torch.Tensor, type_: TensorType, undo: Any) -> tuple[Any, Ref, int]:
+    def _number(self, tensor: torch.Tensor, type_: TensorType, undo: Callable[[], Any]) -> tuple[Any, Ref, int]:
         serial = serial_of(tensor)
         storage = self.storages.get(serial)
         # Which inputs share memory is part of the key.
         key: Any = type_ if storage is None else (type_, storage)
         if storage is None:
-            storage = self.storages[serial] = self.n_storages
-            self.n_storages += 1
-        number = ref(self.n_values)
-        self.n_values += 1
+            storage = self.storages[serial] = self.n_storages()
+        number = ref(self.node.n_values + len(self.admitted))
         self.inputs.append((number.id, tensor))
         self.admitted.append((number.id, type_, storage, undo))
         return key, number, storage
+
+    def n_storages(self) -> int:
+        """How many storages are numbered, those of the op at hand included."""
+        return max([self.node.n_storages, *[storage + 1 for _, _, storage, _ in self.admitted]])
 
     def _oddness(self, tensor: torch.Tensor) -> Barrier | None:
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor._is_zerotensor():

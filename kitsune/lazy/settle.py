@@ -13,7 +13,7 @@ def settle_grads(parameters: Iterable[torch.Tensor]) -> None:
     for parameter in parameters:
         grad = parameter.grad
         # A gradient with a history of its own (create_graph) keeps it.
-        if type(grad) is LazyTensor and not grad.requires_grad and grad.cell.error is None:
+        if type(grad) is LazyTensor and not grad.requires_grad and grad.cell.region.error is None:
             parameter.grad = _settled(grad)
 
 
@@ -28,7 +28,7 @@ def settle_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _settled_tree(held: Any) -> Any:
-    if type(held) is LazyTensor and not held.requires_grad and held.cell.error is None:
+    if type(held) is LazyTensor and not held.requires_grad and held.cell.region.error is None:
         return _settled(held)
     if type(held) is list:  # LBFGS keeps lists of directions
         held[:] = [_settled_tree(x) for x in held]

@@ -3,7 +3,7 @@
 A known op costs one dictionary lookup, and the last node of a region is the region's key.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from kitsune.ir import Kind, OpRow, OutputSpec, Site, Slot, TensorType
 from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.cell import Cell, Ref, ref
+from kitsune.lazy.tensor import wrapper_maker
 
 # Forms of a return value, by how often training steps have them: the first two need no rebuilding.
 ONE, SELF, NOTHING, GENERAL = range(4)
@@ -42,8 +43,11 @@ class Node:
     nbytes: int = 0
     random: bool = False
     full: bool = False
-    # how often this op was observed at this place, and how often a region ended with it
+    # makes the wrapper of the one new tensor, where the call has that result and writes nothing
+    make: Callable[[], Any] | None = None
+    # how often this op was observed at this place, whether that is enough, and how often a region ended with it
     sights: int = 0
+    known: bool = False
     ends: int = 0
     children: dict[Any, "Node"] = field(default_factory=dict)
 
@@ -73,13 +77,15 @@ def grow(region: Any, row: OpRow, args: Any, kwargs: Any, cells: list[Cell], fla
         form=_form(spec),
         grad_enabled=torch.is_grad_enabled() if row.kind is Kind.EXTERN else None,
         depth=parent.depth + 1,
-        n_values=region.n_values,
-        n_storages=region.n_storages,
+        n_values=parent.n_values + len(region.admitted),
+        n_storages=region.n_storages(),
         n_scalars=len(region.scalars),
         random=parent.random or row.random,
     )
     node.written = tuple(_writes(node, written_operands(row, args, kwargs), flat, cells))
     node.results = tuple(_results(node, spec, cells))
+    if node.form == ONE and not node.written:
+        node.make = wrapper_maker(node.results[0][1])
     node.nbytes = parent.nbytes + sum(t.nbytes for _, t, _ in node.results) + sum(t.nbytes for _, t, _ in node.admitted)
     return node
 
