@@ -29,37 +29,23 @@ def chains(device: torch.device) -> dict[str, Chain]:
     """The programs that are timed; each takes the number of ops."""
     x = torch.randn(8, 8, device=device)
 
-    def add(n: int) -> torch.Tensor:
-        y = x
-        for _ in range(n):
-            y = y + x
-        return y
+    def repeat(op: Callable[[torch.Tensor], torch.Tensor]) -> Chain:
+        def chain(n: int) -> torch.Tensor:
+            y = x.clone()
+            for _ in range(n - 1):
+                y = op(y)
+            return y
 
-    def mul_scalar(n: int) -> torch.Tensor:
-        y = x
-        for _ in range(n):
-            y = y * 0.5
-        return y
+        return chain
 
-    def add_in_place(n: int) -> torch.Tensor:
-        y = x.clone()
-        for _ in range(n - 1):
-            y.add_(x)
-        return y
-
-    def view(n: int) -> torch.Tensor:
-        y = x
-        for _ in range(n):
-            y = y.t()
-        return y
-
-    def mm(n: int) -> torch.Tensor:
-        y = x
-        for _ in range(n):
-            y = torch.mm(y, x)
-        return y
-
-    return {"add": add, "mul_scalar": mul_scalar, "add_in_place": add_in_place, "view": view, "mm": mm}
+    return {
+        "add": repeat(lambda y: y + x),
+        "mul_scalar": repeat(lambda y: y * 0.5),
+        "add_in_place": repeat(lambda y: y.add_(x)),
+        "mm": repeat(lambda y: torch.mm(y, x)),
+        # Of one tensor: a view of a view of a view keeps its whole history for autograd.
+        "view": repeat(lambda y: x.t()),
+    }
 
 
 def micros(chain: Callable[[], Any], n: int) -> float:
@@ -120,7 +106,11 @@ def import_seconds(rounds: int) -> dict[str, Any]:
             code = f"import time; s = time.perf_counter(); import {modules}; print(time.perf_counter() - s)"
             taken.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout))
     alone, both = (statistics.median(taken) for taken in times.values())
-    return {"import_torch_s": round(alone, 3), "import_both_s": round(both, 3), "import_kitsune_adds_s": round(both - alone, 3)}
+    return {
+        "import_torch_s": round(alone, 3),
+        "import_both_s": round(both, 3),
+        "import_kitsune_adds_s": round(both - alone, 3),
+    }
 
 
 def main() -> None:

@@ -159,9 +159,7 @@ def _build(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opt
     if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
         return optimizer(*args, **kwargs)
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"KitsuneOptimizer takes a torch.optim.Optimizer, or a class of one, but got {_described(optimizer)}."
-        )
+        raise TypeError(f"KitsuneOptimizer takes a torch.optim.Optimizer, or a class of one, but got {_described(optimizer)}.")
     if args or kwargs:
         found = ", ".join([*(f"a positional {_described(arg)}" for arg in args), *map(repr, kwargs)])
         hints = "".join(nearest(name, OWN_KEYWORDS) for name in kwargs)

@@ -1,5 +1,6 @@
 """The stages, put together: dispatch -> lazy -> (planning to come) -> runtime -> profiler."""
 
+import os
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ from kitsune.lazy import Recorder
 from kitsune.profiler import Tally
 from kitsune.runtime import Schedule, prepare, replay
 
+MAX_SCHEDULES = 1024
 tally = Tally()
 # Hear of each region as it closes; `session.trace_regions` adds itself here.
 listeners: list[Any] = []
@@ -23,6 +25,8 @@ class Pipeline:
     def __init__(self, device: torch.device, warmup: int) -> None:
         self.schedules: dict[Graph, Schedule] = {}
         self.view_replay = False
+        # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
+        self.left_behind = False
         self.recorder = Recorder(
             device=device,
             warmup=warmup,
@@ -41,6 +45,8 @@ class Pipeline:
         """Run a flushed region: `values` has the inputs by number and receives the outputs."""
         schedule = self.schedules.get(graph)
         if schedule is None:
+            if len(self.schedules) > MAX_SCHEDULES:
+                self.schedules.clear()
             schedule = self.schedules[graph] = prepare(graph)
         tally.executed += len(schedule.instructions)
         tally.skipped += schedule.n_dead
@@ -67,6 +73,4 @@ def close(graph: Graph, cause: Barrier, site: Site | None) -> None:
 def _half_of_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 2
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -108,9 +108,7 @@ class Accelerate:
 
 
 @overload
-def accelerate(
-    fn: None = None, *, warmup: int | None = None, device: str | torch.device | None = None
-) -> Accelerate: ...
+def accelerate(fn: None = None, *, warmup: int | None = None, device: str | torch.device | None = None) -> Accelerate: ...
 @overload
 def accelerate(fn: Callable[P, R]) -> Callable[P, R]: ...
 def accelerate(
@@ -214,14 +212,22 @@ def _open(pipeline: Pipeline) -> None:
     _thread.depth[pipeline] = depth + 1
     if depth:
         return
+    for other in _thread.depth:
+        # From here on the inner pipeline sees the ops: nothing that it reads may still be pending in an outer one.
+        if other is not pipeline:
+            other.recorder.flush(Barrier.NESTED)
     with _lock:
         _n_open += 1
         if _n_open == 1:
             _step_hook = register_optimizer_step_post_hook(_end_step)
+    pipeline.recorder.restart()
     open_doors(pipeline.recorder)
     # A view of a view is replayed from its base's ops: as_strided on a wrapper without memory would be refused.
     pipeline.view_replay = torch._C._is_view_replay_enabled()
     torch._C._set_view_replay_enabled(True)
+    if pipeline.left_behind:
+        pipeline.left_behind = False
+        pipeline.recorder.resume()
     pipeline.mode.enter()
 
 
@@ -231,7 +237,9 @@ def _close(pipeline: Pipeline) -> None:
     if _thread.depth[pipeline]:
         return
     del _thread.depth[pipeline]
-    pipeline.mode.leave()
+    if not pipeline.mode.leave():
+        pipeline.left_behind = True
+        pipeline.recorder.pause()
     torch._C._set_view_replay_enabled(pipeline.view_replay)
     close_doors(pipeline.recorder)
     settle_grads(pipeline.recorder.take_leaves())
@@ -269,7 +277,9 @@ def _resolve(device: str | torch.device | None) -> torch.device:
     if resolved.type != "cuda":
         raise ValueError(f"Kitsune records for device 'cpu' or 'cuda', not {str(device)!r}.")
     if not torch.cuda.is_available():
-        raise RuntimeError(f"device={str(device)!r} was asked for, but torch finds no CUDA device. Use device='cpu' or leave it out.")
+        raise RuntimeError(
+            f"device={str(device)!r} was asked for, but torch finds no CUDA device. Use device='cpu' or leave it out."
+        )
     index = torch.cuda.current_device() if resolved.index is None else resolved.index
     if index >= torch.cuda.device_count():
         raise RuntimeError(f"device={str(device)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")

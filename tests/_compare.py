@@ -32,6 +32,7 @@ def metadata(t: torch.Tensor) -> dict[str, Any]:
     """What a program can see of a tensor apart from its values."""
     seen: dict[str, Any] = {"shape": tuple(t.shape), "dtype": t.dtype, "device": str(t.device), "layout": t.layout}
     seen |= {"requires_grad": t.requires_grad, "history": history(t)}
+    seen["is_leaf"] = seen["history"] == "leaf"
     if t.layout is torch.strided:
         seen |= {"stride": t.stride(), "offset": t.storage_offset(), "conj": t.is_conj(), "neg": t.is_neg()}
     return seen

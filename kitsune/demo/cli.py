@@ -155,8 +155,14 @@ def git_commit() -> str | None:
     """The commit of the checkout that is running; None for an installed copy, even one inside somebody's repository."""
     root = Path(kitsune.__file__).resolve().parents[1]
     try:
-        done = subprocess.run(["git", "rev-parse", "--show-toplevel", "HEAD"], cwd=root, capture_output=True, text=True,
-                              check=True, timeout=10)
+        done = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel", "HEAD"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     top, commit = done.stdout.split("\n")[:2]

@@ -44,8 +44,13 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         report = self.lazy.report
         return {
-            "model": self.model, "form": self.form, "steps": self.steps, "warmup": self.warmup, "seed": self.seed,
-            "identical": self.identical(), "differing": self.differing(),
+            "model": self.model,
+            "form": self.form,
+            "steps": self.steps,
+            "warmup": self.warmup,
+            "seed": self.seed,
+            "identical": self.identical(),
+            "differing": self.differing(),
             "losses": {"eager": self.eager.losses, "kitsune": self.lazy.losses},
             "step_ms": {"eager": spread_ms(self.eager), "kitsune": spread_ms(self.lazy), "ratio": self.ratio()},
             "peak_bytes": {"eager": self.eager.peak_bytes, "kitsune": self.lazy.peak_bytes},

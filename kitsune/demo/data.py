@@ -48,8 +48,9 @@ def digits() -> Digits:
     try:
         datasets = importlib.import_module("sklearn.datasets")
     except ImportError:
-        raise DemoError("the LeNet demo needs scikit-learn for its digits: pip install scikit-learn "
-                        "(or choose --model gpt)") from None
+        raise DemoError(
+            "the LeNet demo needs scikit-learn for its digits: pip install scikit-learn (or choose --model gpt)"
+        ) from None
     loaded = datasets.load_digits()
     images = torch.as_tensor(loaded.images, dtype=torch.float32)[:, None]
     images = F.interpolate(images, size=(32, 32), mode="bilinear")
@@ -61,8 +62,7 @@ def text() -> Text:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise DemoError("this Python comes without pydoc_data, the text that the GPT demo reads "
-                        "(choose --model lenet)") from None
+        raise DemoError("this Python comes without pydoc_data, the text that the GPT demo reads (choose --model lenet)") from None
     printable = frozenset(string.printable)
     characters = [c for topic in sorted(topics) for c in topics[topic] if c in printable]
     alphabet = "".join(sorted(set(characters)))

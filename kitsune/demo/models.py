@@ -61,8 +61,15 @@ class Block(nn.Module):
 class CharGPT(nn.Module):
     """A small decoder-only transformer over characters."""
 
-    def __init__(self, n_chars: int, context: int = 64, width: int = 96, n_layers: int = 3, n_heads: int = 4,
-                 dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        n_chars: int,
+        context: int = 64,
+        width: int = 96,
+        n_layers: int = 3,
+        n_heads: int = 4,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(n_chars, width)
         self.positions = nn.Embedding(context, width)

@@ -52,8 +52,12 @@ def render_verdict(c: Comparison) -> str:
 
 
 def render_counters(counters: dict[str, Any]) -> str:
-    words = (("recorded", "recorded lazily"), ("observed", "run at once and recorded"), ("executed", "executed"),
-             ("skipped", "recorded, but needed by nobody"))
+    words = (
+        ("recorded", "recorded lazily"),
+        ("observed", "run at once and recorded"),
+        ("executed", "executed"),
+        ("skipped", "recorded, but needed by nobody"),
+    )
     rows = [(word, str(counters[name])) for name, word in words if name in counters]
     return "\n".join(["operators", *table(rows)])
 
@@ -61,15 +65,16 @@ def render_counters(counters: dict[str, Any]) -> str:
 def render_explanation(report: Any) -> str:
     if report is None:
         return ""
-    regions = [(f"{r.n_ops} ops", f"seen {times(r.times_seen)}", f"ended by {r.cause}", short(r.site))
-               for r in report.regions]
+    regions = [(f"{r.n_ops} ops", f"seen {times(r.times_seen)}", f"ended by {r.cause}", short(r.site)) for r in report.regions]
     flushes = [(f.cause, short(f.site), times(f.count), f.why) for f in report.flushes]
     passed = [(p.reason, str(p.op), times(p.count), p.why) for p in report.passed_through]
-    return "\n\n".join([
-        "\n".join([f"regions: {len(regions)} distinct", *table(first(regions))]),
-        "\n".join(["flushes, by cause and line", *table(first(flushes))]),
-        "\n".join(["passed through to eager, by reason", *(table(first(passed)) or ["  none"])]),
-    ])
+    return "\n\n".join(
+        [
+            "\n".join([f"regions: {len(regions)} distinct", *table(first(regions))]),
+            "\n".join(["flushes, by cause and line", *table(first(flushes))]),
+            "\n".join(["passed through to eager, by reason", *(table(first(passed)) or ["  none"])]),
+        ]
+    )
 
 
 def render_memory(c: Comparison, device: torch.device) -> str:

@@ -65,7 +65,13 @@ def build(model: str, steps: int, device: torch.device) -> Task:
 
 
 def train(
-    model: str, form: str | None, *, steps: int, device: torch.device, warmup: int = 1, seed: int = 0,
+    model: str,
+    form: str | None,
+    *,
+    steps: int,
+    device: torch.device,
+    warmup: int = 1,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train `model` for `steps` from `seed`. `form` is None for eager, or one of FORMS."""
@@ -78,18 +84,22 @@ def train(
             kitsune.reset()
         with peak_memory(device) as peak:
             losses, step_seconds = run(task, form, steps, device, warmup, seed, progress)
-        grads = {name: p.grad.detach().to("cpu", copy=True) for name, p in task.model.named_parameters()
-                 if p.grad is not None}
+        grads = {name: p.grad.detach().to("cpu", copy=True) for name, p in task.model.named_parameters() if p.grad is not None}
         params = {name: p.detach().to("cpu", copy=True) for name, p in task.model.named_parameters()}
         return TrainResult(
-            losses=losses, grads=grads, params=params, step_seconds=step_seconds, peak_bytes=peak.nbytes,
+            losses=losses,
+            grads=grads,
+            params=params,
+            step_seconds=step_seconds,
+            peak_bytes=peak.nbytes,
             counters={} if form is None else dict(kitsune.counters()),
             report=None if form is None else kitsune.explain(),
         )
 
 
-def run(task: Task, form: str | None, steps: int, device: torch.device, warmup: int, seed: int,
-        progress: Progress | None) -> tuple[list[float], list[float]]:
+def run(
+    task: Task, form: str | None, steps: int, device: torch.device, warmup: int, seed: int, progress: Progress | None
+) -> tuple[list[float], list[float]]:
     """The training itself. Only the three `if form` lines tell it from a loop that never heard of Kitsune."""
     context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if form == "optimizer":

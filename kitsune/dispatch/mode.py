@@ -25,19 +25,23 @@ class RecordMode(TorchDispatchMode):
 
     def enter(self) -> None:
         """Put this mode on top of the calling thread's stack."""
-        _push_mode(self)
-
-    def leave(self) -> None:
-        """Take this mode off the stack wherever it is: a user's own mode may have been entered after it and still be open."""
         if self not in _get_current_dispatch_mode_stack():
-            # While an op of this thread is being handled the mode is off the stack, and torch puts it back afterwards: a
-            # garbage collection at that moment may close a context. The recorder passes everything through from then on.
-            return
+            _push_mode(self)
+
+    def leave(self) -> bool:
+        """Take this mode off the stack wherever it is: a user's own mode may have been entered after it and be open still.
+
+        False if it is not there. While an op is being handled the mode is off the stack and torch puts it back afterwards; a
+        garbage collection at that moment may close a context.
+        """
+        if self not in _get_current_dispatch_mode_stack():
+            return False
         above = []
         while (mode := _pop_mode()) is not self:
             above.append(mode)
         for mode in reversed(above):
             _push_mode(mode)
+        return True
 
 
 def foreign_modes() -> list[TorchDispatchMode]:

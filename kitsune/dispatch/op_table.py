@@ -42,6 +42,8 @@ UNDECLARED_WRITES = {
     "batch_norm_gather_stats": ((3, "running_mean"), (4, "running_var")),
     "batch_norm_gather_stats_with_counts": ((3, "running_mean"), (4, "running_var")),
 }
+# Views whose error cases depend on the size of the memory behind an operand, which its type does not tell.
+UNTRUSTED_VIEW = {"as_strided", "_reshape_alias", "view_as_complex"}
 # Reads values on the host.
 ITEM = {"_local_scalar_dense", "item", "equal", "is_nonzero", "_is_all_true", "_is_any_true", "_assert_async"}
 # The number of results' elements, or an error, depends on values, and torch does not tag them so.
@@ -71,9 +73,11 @@ def describe(target: OpOverload) -> OpRow:
         random=Tag.nondeterministic_seeded in target.tags,
         barrier=barrier,
         scalars_move=kind is Kind.POINTWISE,
-        trusted=kind is not Kind.EXTERN or name in TRUSTED or in_place,
+        trusted=(kind is not Kind.EXTERN and name not in UNTRUSTED_VIEW) or name in TRUSTED or in_place,
         in_place=in_place,
         detour=barrier is not None or in_place,
+        bumps=name.startswith("_foreach_") and in_place and not _has_version_kernel(target),
+        functional=_functional(target, name),
         counts_masks=name in COUNTS_MASKS,
     )
 
@@ -99,6 +103,18 @@ def _writes(target: OpOverload, name: str) -> tuple[tuple[int, str], ...]:
         (i, a.name) for i, a in enumerate(target._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
     )
     return declared or UNDECLARED_WRITES.get(name, ())
+
+
+def _has_version_kernel(target: OpOverload) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "ADInplaceOrView"))
+
+
+def _functional(target: OpOverload, name: str) -> OpOverload | None:
+    if Tag.inplace_view not in target.tags or name in METADATA:
+        return None
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    functional: OpOverload | None = getattr(packet, target._overloadname, None)
+    return functional if functional is not None and _kind(functional, name.removesuffix("_")) is Kind.VIEW else None
 
 
 def _barrier(target: OpOverload, name: str) -> Barrier | None:

@@ -18,6 +18,7 @@ class Barrier(enum.Enum):
     """The value is the sentence that `explain()` prints."""
 
     EXIT = "the accelerate() context was left"
+    NESTED = "a context with other options was entered"
     STEP = "an optimizer finished its step()"
     FLUSH = "kitsune.flush() was called"
     DISABLE = "kitsune.disable() was entered"

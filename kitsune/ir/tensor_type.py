@@ -55,7 +55,7 @@ def type_of(tensor: torch.Tensor, device: torch.device | None = None) -> TensorT
         tensor.dtype,
         tensor.shape,
         tensor.stride(),
-        tensor.storage_offset(),
+        int(tensor.storage_offset()),
         device or tensor.device,
         tensor.is_conj(),
         tensor.is_neg(),

@@ -53,30 +53,25 @@ def _doors() -> Iterator[Door]:
     yield torch.Tensor, "__deepcopy__", _deepcopy_door
     yield torch.Tensor, "data", _data_door
     yield torch.Tensor, "__cuda_array_interface__", _property_door
-    for module in (torch._C, torch.utils.dlpack):
-        yield module, "_to_dlpack" if module is torch._C else "to_dlpack", _memory_door
-    if hasattr(torch, "to_dlpack"):
-        yield torch, "to_dlpack", _memory_door
+    for owner, name in ((torch._C, "_to_dlpack"), (torch.utils.dlpack, "to_dlpack"), (torch, "to_dlpack")):
+        if hasattr(owner, name):
+            yield owner, name, _memory_door
     yield torch.nn.Parameter, "__new__", _parameter_door
-    for owner, names in _RANDOM:
-        for name in names.split():
-            if hasattr(owner, name):
-                yield owner, name, _random_door
-    for owner, names in _SYNCHRONIZE:
-        for name in names.split():
-            if hasattr(owner, name):
-                yield owner, name, _flush_door(Barrier.SYNCHRONIZE)
-    for owner, names in _DEFAULTS:
-        for name in names.split():
-            if hasattr(owner, name):
-                yield owner, name, _flush_door(Barrier.DEFAULTS)
+    for table, make in (
+        (_RANDOM, _random_door),
+        (_SYNCHRONIZE, _flush_door(Barrier.SYNCHRONIZE)),
+        (_DEFAULTS, _flush_door(Barrier.DEFAULTS)),
+    ):
+        for owner, names in table:
+            yield from ((owner, name, make) for name in names.split() if hasattr(owner, name))
 
 
 _SEEDS = "manual_seed seed get_rng_state set_rng_state"
 _CUDA_SEEDS = f"{_SEEDS} manual_seed_all seed_all get_rng_state_all set_rng_state_all"
-_RANDOM = ((torch, _SEEDS), (torch.random, _SEEDS), (torch.cuda, _CUDA_SEEDS), (torch.cuda.random, _CUDA_SEEDS))
+Table = tuple[tuple[Any, str], ...]
+_RANDOM: Table = ((torch, _SEEDS), (torch.random, _SEEDS), (torch.cuda, _CUDA_SEEDS), (torch.cuda.random, _CUDA_SEEDS))
 # What kernels read when they run, and results' dtypes depend on: an op must run under the settings that it was called under.
-_DEFAULTS = (
+_DEFAULTS: Table = (
     (torch, "set_default_dtype set_num_threads set_flush_denormal"),
     (
         torch._C,
@@ -87,7 +82,7 @@ _DEFAULTS = (
         "_set_sdp_use_cudnn _set_sdp_priority_order",
     ),
 )
-_SYNCHRONIZE = (
+_SYNCHRONIZE: Table = (
     (torch.cuda, "synchronize set_stream set_device"),
     (torch.cuda.Event, "record wait query elapsed_time synchronize"),
     (torch.cuda.Stream, "wait_event wait_stream record_event query synchronize"),
@@ -108,7 +103,9 @@ def _memory_door(original: Any) -> Any:
         elif isinstance(tensor, torch.Tensor):
             for recorder in _open:
                 recorder.before_door(tensor, Barrier.DOOR)
-        return original(tensor, *args, **kwargs)
+        # Some doors dispatch ops on the way (numpy() detaches): with the mode on they would get a wrapper, and no memory.
+        with torch._C._DisableTorchDispatch():
+            return original(tensor, *args, **kwargs)
 
     return door
 

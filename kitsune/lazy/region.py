@@ -64,7 +64,13 @@ class Region:
 
     def adopt(self, cell: Cell) -> Any:
         """A wrapper of an earlier region, or of another recorder's, comes in; returns its key."""
-        real = cell.region.recorder.materialize(cell, Barrier.OUTSIDE)
+        real = cell.real
+        if real is None:
+            try:
+                real = cell.region.recorder.materialize(cell, Barrier.OUTSIDE)
+            except BaseException:
+                self.rollback()
+                raise
         before = (cell.region, cell.ref, cell.storage, cell.external)
 
         def undo() -> None:

@@ -12,8 +12,8 @@ def settle_grads(parameters: Iterable[torch.Tensor]) -> None:
     """Replace each `.grad` that is a wrapper by a plain tensor on the same memory."""
     for parameter in parameters:
         grad = parameter.grad
-        # A gradient with a history of its own (create_graph) keeps it.
-        if type(grad) is LazyTensor and not grad.requires_grad and grad.cell.region.error is None:
+        # A gradient with a history of its own (create_graph) keeps it; one of another shape is left from before `.data = `.
+        if type(grad) is LazyTensor and _can_settle(grad) and grad.shape == parameter.shape:
             parameter.grad = _settled(grad)
 
 
@@ -28,11 +28,15 @@ def settle_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _settled_tree(held: Any) -> Any:
-    if type(held) is LazyTensor and not held.requires_grad and held.cell.region.error is None:
+    if type(held) is LazyTensor and _can_settle(held):
         return _settled(held)
     if type(held) is list:  # LBFGS keeps lists of directions
         held[:] = [_settled_tree(x) for x in held]
     return held
+
+
+def _can_settle(wrapper: LazyTensor) -> bool:
+    return not wrapper.requires_grad and (wrapper.cell.real is not None or wrapper.cell.region.error is None)
 
 
 def _settled(wrapper: LazyTensor) -> torch.Tensor:

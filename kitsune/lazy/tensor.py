@@ -29,11 +29,11 @@ class LazyTensor(torch.Tensor):
         recorder = next(a for a in _lazy_tensors((args, kwargs))).cell.region.recorder
         return recorder.run_outside(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         plain = as_plain(self, requires_grad=False)
         # torch's printing is made of ops on the tensor, which are no part of the program.
         with torch._C._DisableTorchDispatch():
-            text = torch.Tensor.__repr__(plain, tensor_contents=tensor_contents)
+            text: str = torch.Tensor.__repr__(plain, tensor_contents=tensor_contents)  # type: ignore[call-arg]
         if self.grad_fn is not None:
             return f"{text[:-1]}, grad_fn=<{type(self.grad_fn).__name__}>)"
         return f"{text[:-1]}, requires_grad=True)" if self.requires_grad else text
@@ -63,7 +63,7 @@ class LazyTensor(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        return torch._C.TensorBase.data.__get__(self)  # type: ignore[no-any-return]
+        return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -76,7 +76,9 @@ def _door(name: str, method: bool) -> Any:
         return property(lambda self: getattr(as_plain(self), name))
 
     def door(self: LazyTensor, *args: Any, **kwargs: Any) -> Any:
-        return original(as_plain(self), *args, **kwargs)
+        plain = as_plain(self)
+        with torch._C._DisableTorchDispatch():
+            return original(plain, *args, **kwargs)
 
     door.__name__ = name
     door.__doc__ = f"As torch.Tensor.{name}, once the value has been computed."
@@ -93,7 +95,7 @@ METHOD_DOORS = tuple(
 )
 for _name in METHOD_DOORS:
     setattr(LazyTensor, _name, _door(_name, method=True))
-LazyTensor.__cuda_array_interface__ = _door("__cuda_array_interface__", method=False)
+setattr(LazyTensor, "__cuda_array_interface__", _door("__cuda_array_interface__", method=False))  # noqa: B010
 
 
 def wrapper_maker(type_: TensorType) -> Callable[[], LazyTensor]:
@@ -131,7 +133,9 @@ def as_plain(tensor: LazyTensor, requires_grad: bool | None = None) -> torch.Ten
     real = tensor.cell.region.recorder.materialize(tensor.cell, Barrier.DOOR)
     with torch._C._DisableTorchDispatch(), torch.no_grad():
         plain: torch.Tensor = real.detach()
-    return plain.requires_grad_(tensor.requires_grad if requires_grad is None else requires_grad)
+    # In place, a bool tensor can get a history: `mask[0] = loss`. No leaf of that dtype can.
+    can = plain.dtype.is_floating_point or plain.dtype.is_complex
+    return plain.requires_grad_(can and (tensor.requires_grad if requires_grad is None else requires_grad))
 
 
 def _lazy_tensors(tree: Any) -> Any:
@@ -143,5 +147,3 @@ def _lazy_tensors(tree: Any) -> Any:
     elif isinstance(tree, dict):
         for x in tree.values():
             yield from _lazy_tensors(x)
-
-

@@ -3,6 +3,7 @@
 Computes only what somebody can still read, and drops each value after its last use, as eager's reference counts would.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,11 @@ def needed_ops(graph: Graph) -> list[Op]:
     kept = []
     for op in reversed(graph.ops):
         # A view of an input shares its storage but changes nothing: needed only if it is read, which its value says.
-        if op.effects.random or any(s in needed for s in op.effects.writes) or any(_is_needed(v, needed, graph, op) for v in op.results):
+        if (
+            op.effects.random
+            or any(s in needed for s in op.effects.writes)
+            or any(_is_needed(v, needed, graph, op) for v in op.results)
+        ):
             kept.append(op)
             needed.update(v.storage for v in op.inputs)
             needed.update(v.id + _VALUE for v in op.inputs)
@@ -109,12 +114,14 @@ def _store(structure: Any, result: Any, op: Op, values: list[Any]) -> None:
 
 
 def _conform(result: torch.Tensor, expected: TensorType, op: Op) -> torch.Tensor:
-    """A result whose layout differs from what the program was told is copied into that layout; any other difference is an error."""
+    """A result in another layout than the program was told is copied into that layout; any other difference is an error."""
+    difference = (
+        f"{op.target} at {op.site} returned {type_of(result)} with strides {result.stride()} where {expected} with strides "
+    )
+    difference += f"{expected.stride} was expected. This is a bug in Kitsune: please report it."
     if result.shape != expected.shape or result.dtype is not expected.dtype:
-        raise RuntimeError(
-            f"{op.target} at {op.site} returned {type_of(result)} where {expected} was expected. This is a bug in Kitsune: "
-            "please report it. KITSUNE=0 runs the program without Kitsune."
-        )
+        raise RuntimeError(f"{difference} KITSUNE=0 runs the program without Kitsune.")
+    warnings.warn(difference, RuntimeWarning, stacklevel=2)
     laid_out = torch.empty_strided(expected.shape, expected.stride, dtype=expected.dtype, device=expected.device)
     return laid_out.copy_(result)
 

@@ -91,8 +91,9 @@ READS = (
 def look(b: Builder, i: int, j: int, k: int) -> str:
     """What a program can see without a value."""
     x = b.any(i)
-    facts = ("stride(), {x}.storage_offset()", "_version", "requires_grad, {x}.is_leaf", "dtype, {x}.device", "_is_view()",
-             "_base is None", "grad_fn.__class__.__name__", "grad is None", "is_set_to({x})", "output_nr", "nbytes")
+    version = "shape" if b.world.is_gradient(b.world.tensors[x]) else "_version"
+    facts = ("stride(), {x}.storage_offset()", version, "requires_grad, {x}.is_leaf", "dtype, {x}.device",
+             "_base is None", "grad is None", "is_set_to({x})", "output_nr", "nbytes")
     return f"seen = {x}.{pick(facts, k).format(x=x)}"
 
 
@@ -117,5 +118,5 @@ def illegal(b: Builder, i: int, j: int, k: int) -> str:
     x = b.any(i)
     calls = ("torch.zeros(2, 3) @ torch.zeros(2, 3)", f"{x}.view(-7)", f"torch.cat([{x}, torch.zeros(5, 5, 5, 5)])", f"{x}.expand(0, -1)",
              f"{x}.add_(torch.zeros(9, 9, 9))", "torch.zeros(3).add_('no')", f"{x}.sum(dim=9)", f"{x}[[[9]]] + torch.zeros(5, 7)",
-             f"{x}.squeeze(7)", f"raise ValueError({i})", "torch.nonexistent()", "torch.zeros(4).bernoulli_(2.0)")
+             f"{x}.squeeze(7)", f"raise ValueError({i})", "torch.nonexistent()")
     return pick(calls, k)

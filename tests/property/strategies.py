@@ -39,7 +39,7 @@ class Builder:
     """Runs each line in eager as it is made, so that the next one can fit."""
 
     def __init__(self) -> None:
-        self.world = World()
+        self.world = World(gradients=[])
         self.program = Program()
         self.count = 0
 

@@ -1,0 +1,60 @@
+"""Calls that are made at once, on real tensors: what eager would do, with what it needs flushed first."""
+
+from typing import Any
+
+from torch.autograd.graph import increment_version
+
+from kitsune.ir import Barrier, OpRow, type_of
+from kitsune.lazy.rebuild import replace_tensors, tensors_in
+from kitsune.lazy.recording import PLAIN, Recording
+from kitsune.lazy.tensor import LazyTensor
+from kitsune.lazy.trie import written_operands
+
+
+def call(recorder: Recording, func: Any, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
+    """Make a call on real tensors; returns the result and the operands."""
+    reals = [_real(t) for t in tensors]
+    by_id = {id(t): real for t, real in zip(tensors, reals, strict=True)}
+    real_args, real_kwargs = replace_tensors((args, kwargs), by_id)
+    if func.namespace != "aten" or any(type(real) not in PLAIN for real in reals):
+        # Python of others may run inside, which is to see its own dispatch modes and subclasses.
+        return func(*real_args, **real_kwargs), reals
+    with recorder.below_autograd():
+        return func(*real_args, **real_kwargs), reals
+
+
+def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason: Barrier | None) -> Any:
+    """Run an op as eager does, outside of any region; what it needs is flushed first."""
+    assert reason is not None
+    tensors = tensors_in((args, kwargs))
+    # What another library's op writes is not known.
+    touched = tensors if row.barrier is Barrier.FOREIGN_NAMESPACE else written_operands(row, args, kwargs)
+    if (
+        (row.random and recorder.region.node.random)
+        or any(recorder.is_pending(t) for t in tensors)
+        or any(recorder.takes_part(t) for t in touched)
+    ):
+        recorder.flush(reason)
+    result, reals = call(recorder, row.target, args, kwargs, tensors)
+    if row.bumps:
+        increment_version(list(written_operands(row, args, kwargs)))
+    return hand_out(recorder, row, result, tensors, reals, reason)
+
+
+def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], reals: list[Any], reason: Barrier) -> Any:
+    if reason is not Barrier.PROFILER:
+        recorder.tally.passed_through[(reason, str(row.target))] += 1
+    back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
+    if row.barrier in (Barrier.METADATA, Barrier.OUT_VARIANT):
+        for wrapper in back.values():
+            # The op may have given the tensor another geometry.
+            if type_of(real := _real(wrapper)) is not wrapper.cell.type:
+                recorder.stand_for(wrapper, real)
+    return replace_tensors(result, back) if back else result
+
+
+def _real(tensor: Any) -> Any:
+    if type(tensor) is not LazyTensor:
+        return tensor
+    cell = tensor.cell
+    return cell.real if cell.real is not None else cell.region.recorder.materialize(cell, Barrier.OUTSIDE)

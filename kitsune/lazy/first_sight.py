@@ -1,0 +1,154 @@
+"""Ops that are not known at their place in the region: observed, inferred, or left to eager."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from kitsune.ir import Barrier, Kind, Operand, OpRow, OutputSpec, describe_result, type_of
+from kitsune.lazy.at_once import call as call_at_once, hand_out, pass_through
+from kitsune.lazy.cell import Cell
+from kitsune.lazy.rebuild import fill, replace_tensors, tensors_in, without_numbers
+from kitsune.lazy.recording import PLAIN
+from kitsune.lazy.sites import user_site
+from kitsune.lazy.trie import Node, agrees, grow
+
+MASKS = (torch.bool, torch.uint8)
+COMMON = (torch.float32, torch.float64)
+
+
+class Call(NamedTuple):
+    """One aten call on its way in: `tensors` are its operands in order."""
+
+    row: OpRow
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    key: tuple[Any, ...]
+    tensors: list[Any]
+
+
+def first_sight(recorder: Any, call: Call, node: Node | None) -> Any:
+    reason = why_not(recorder, call)
+    if reason is not None:
+        recorder.region.rollback()
+        return pass_through(recorder, call.row, call.args, call.kwargs, reason)
+    if recorder.warmup or recorder.region.observed_from is not None:
+        return observe(recorder, call, node)
+    return record_new(recorder, call)
+
+
+def why_not(recorder: Any, call: Call) -> Barrier | None:
+    """Why a call cannot be part of a region."""
+    region, named = recorder.region, call.kwargs.get("device")
+    on_target = any(region.is_target(t.device) for t in call.tensors)
+    if region.odd is Barrier.OTHER_DEVICE and on_target:
+        return Barrier.HOST_COPY
+    if region.odd is not None:
+        return region.odd
+    if call.row.target in recorder.unstable:
+        return Barrier.UNTRUSTED
+    if call.row.counts_masks and any(t.dtype in MASKS for t in call.tensors[1:]):
+        return Barrier.DATA_DEPENDENT
+    if call.kwargs.get("pin_memory"):
+        return Barrier.UNSUPPORTED
+    # A factory with no device= makes a CPU tensor.
+    here = on_target if call.tensors else named is not None or recorder.device.type == "cpu"
+    return None if here else Barrier.OTHER_DEVICE
+
+
+def observe(recorder: Any, call: Call, node: Node | None) -> Any:
+    """Make the call now and record it with its real results."""
+    region = recorder.region
+    if region.observed_from is None:
+        if region.node.depth:
+            recorder.flush(Barrier.DIVERGED, end=False)
+        region.observed_from, region.slow = region.node.depth, True
+    try:
+        result, reals = call_at_once(recorder, call.row.target, call.args, call.kwargs, call.tensors)
+    except BaseException:
+        region.rollback()
+        raise
+    if not _is_recordable(result):
+        region.rollback()
+        return hand_out(recorder, call.row, result, call.tensors, reals, Barrier.FOREIGN_LAYOUT)
+    spec = describe_result(result, reals, type_of)
+    if node is not None and not agrees(node, spec, [region.cell(t) for t in call.tensors]):
+        recorder.unstable.add(call.row.target)
+        node = None
+    if node is None:
+        node = extend(recorder, call, spec)
+    node.sights += 1
+    node.known = node.sights >= recorder.warmup
+    region.inputs.clear()
+    return recorder.emit(node, call.tensors, _new_in(result, reals))
+
+
+def record_new(recorder: Any, call: Call) -> Any:
+    """warmup=0: the results' types come from the same call seen elsewhere, from meta tensors, or from making it now."""
+    cells = [recorder.region.cell(t) for t in call.tensors]
+    spec_key = (torch.get_default_dtype(), without_numbers(call.key, cells))
+    spec = recorder.specs.get(spec_key)
+    if spec is None and _is_trusted(call, cells):
+        places = {id(t): Operand(k) for k, t in reversed(list(enumerate(call.tensors)))}
+        args, kwargs = replace_tensors((call.args, call.kwargs), places)
+        spec = recorder.infer(call.row.target, args, kwargs, [(c.type, c.storage) for c in cells], recorder.device)
+        if spec is not None:
+            recorder.specs[spec_key] = spec
+    if spec is not None:
+        node = extend(recorder, call, spec)
+        node.known = True
+        return recorder.emit(node, call.tensors)
+    recorder.region.rollback()
+    recorder.flush(Barrier.UNTRUSTED)
+    result, reals = call_at_once(recorder, call.row.target, call.args, call.kwargs, call.tensors)
+    recorder.tally.observed += 1
+    if not _is_recordable(result):
+        return hand_out(recorder, call.row, result, call.tensors, reals, Barrier.FOREIGN_LAYOUT)
+    spec = recorder.specs[spec_key] = describe_result(result, reals, type_of)
+    wrappers = [recorder.settled(real) for real in _new_in(result, reals)]
+    return fill(spec.structure, wrappers, call.tensors)
+
+
+def _is_trusted(call: Call, cells: list[Cell]) -> bool:
+    """Would meta tensors give the layout that the kernel gives, and raise where it raises?
+
+    They do not know which dtypes a kernel lacks (subtracting a bool, a float written into an int) nor which memory overlaps.
+    So a call on anything but one of float32 and float64, or with a bool for a number, is made for real once, and so is a write
+    to overlapping or shared memory.
+    """
+    if not call.row.trusted:
+        return False
+    if call.row.kind is Kind.VIEW:
+        return True
+    if call.row.scalars_move and any(type(a) is bool for a in call.args):
+        return False
+    # Of one dtype: mixtures are promoted by some kernels and refused by others (matrix products).
+    if (
+        len({c.type.dtype for c in cells}) > 1
+        or any(c.type.dtype not in COMMON for c in cells)
+        or any(isinstance(k, torch.dtype) and k not in COMMON for k in call.key)
+    ):
+        return False
+    if not call.row.writes:
+        return True
+    overlapping = any(stride == 0 and n > 1 for c in cells for n, stride in zip(c.type.shape, c.type.stride, strict=True))
+    return not overlapping and len({c.storage for c in cells}) == len(cells)
+
+
+def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
+    region = recorder.region
+    cells = [region.cell(t) for t in call.tensors]
+    node = grow(region, call.row, call.args, call.kwargs, cells, call.tensors, spec)
+    node.site = user_site()
+    node.full = node.depth >= recorder.max_ops or node.nbytes > recorder.max_bytes
+    region.node.children[call.key] = node
+    recorder.n_nodes += 1
+    return node
+
+
+def _is_recordable(result: Any) -> bool:
+    return all(type(t) in PLAIN and t.layout is torch.strided and not t._is_zerotensor() for t in tensors_in(result))
+
+
+def _new_in(result: Any, operands: list[Any]) -> list[torch.Tensor]:
+    known = {id(t) for t in operands}
+    return [t for t in tensors_in(result) if id(t) not in known]
