@@ -1,0 +1,134 @@
+"""The doors of Python to a tensor's memory: each gives the computed value, and flushes by its own cause, nothing else."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.utils import dlpack
+
+import kitsune
+from kitsune.lazy.tensor import LazyTensor
+
+Door = Callable[[torch.Tensor], Any]
+
+
+def lazily() -> Any:
+    return kitsune.accelerate(warmup=0, device="cpu")
+
+
+def pending(base: torch.Tensor) -> torch.Tensor:
+    """A result that is not computed yet."""
+    return base * 2 + 1
+
+
+def written(base: torch.Tensor) -> torch.Tensor:
+    """A plain tensor with a write that is not done yet."""
+    return base.add_(1.5)
+
+
+def made_outside() -> torch.Tensor:
+    return nn.Parameter(torch.arange(6.0).view(2, 3), requires_grad=False)
+
+
+@contextmanager
+def flushes(*causes: str) -> Iterator[None]:
+    """Everything inside flushes by these causes and no others."""
+    before = kitsune.counters()["flushed"]
+    yield
+    after = kitsune.counters()["flushed"]
+    assert {cause for cause, n in after.items() if n > before.get(cause, 0)} == set(causes)
+
+
+def from_address(address: int) -> list[float]:
+    return list((ctypes.c_float * 6).from_address(address))
+
+
+def saved_and_loaded(t: torch.Tensor) -> torch.Tensor:
+    file = io.BytesIO()
+    torch.save(t, file)
+    file.seek(0)
+    loaded: torch.Tensor = torch.load(file)
+    return loaded
+
+
+MEMORY: dict[str, Door] = {
+    "numpy": lambda t: t.numpy().tolist(),
+    "asarray": lambda t: numpy.asarray(t).tolist(),
+    "array": lambda t: numpy.array(t, dtype=numpy.float64).tolist(),
+    "__array__": lambda t: t.__array__().tolist(),
+    "numpy of a detached": lambda t: t.detach().numpy().tolist(),
+    "a numpy function": lambda t: float(numpy.linalg.norm(t)),
+    "tolist": lambda t: t.tolist(),
+    "data_ptr": lambda t: from_address(t.data_ptr()),
+    "data_ptr, unbound": lambda t: from_address(torch.Tensor.data_ptr(t)),
+    "numpy.from_dlpack": lambda t: numpy.from_dlpack(t).tolist(),
+    "torch.from_dlpack": lambda t: torch.from_dlpack(t).tolist(),
+    "__dlpack__": lambda t: torch.from_dlpack(t.__dlpack__()).tolist(),
+    "to_dlpack": lambda t: torch.from_dlpack(dlpack.to_dlpack(t)).tolist(),
+    "__dlpack_device__": lambda t: tuple(map(int, t.__dlpack_device__())),
+    "untyped_storage": lambda t: from_address(t.untyped_storage().data_ptr()),
+    "storage": lambda t: from_address(t.storage().data_ptr()),
+    "pickle": lambda t: pickle.loads(pickle.dumps(t)).tolist(),
+    "torch.save": lambda t: saved_and_loaded(t).tolist(),
+    "deepcopy": lambda t: copy.deepcopy(t).tolist(),
+    "share_memory_": lambda t: t.share_memory_().numpy().tolist(),
+    "repr": repr,
+    "str": str,
+    "format": lambda t: f"{t}",
+    "print a list": lambda t: str([t]),
+    "data": lambda t: t.data.tolist(),
+    "state_dict": lambda t: nn.ParameterDict({"p": nn.Parameter(t, requires_grad=False)}).state_dict()["p"].tolist(),
+}
+NUMBERS: dict[str, Door] = {
+    "item": lambda t: t.sum().item(),
+    "float": lambda t: float(t.mean()),
+    "int": lambda t: int(t.sum()),
+    "bool": lambda t: bool((t > 2).all()),
+    "if": lambda t: 1 if t.sum() > 5 else 2,
+    "complex": lambda t: complex(t.sum()),
+    "math": lambda t: math.sqrt(t.sum()),
+    "iteration": lambda t: [float(v.sum()) for v in t],
+    "in": lambda t: 7.0 in t,
+    "format of one": lambda t: f"{t.sum():.3f}",
+    "equal": lambda t: torch.equal(t, t + 1),
+    "a list's index": lambda t: [*range(100)][t.sum().to(torch.int64)],
+    "a size": lambda t: torch.zeros(int(t.sum()), 2).shape,
+}
+SUBJECTS = {"pending": pending, "written": written}
+
+
+def read(door: Door, subject: Door, cause: str) -> Any:
+    """The door's answer. The first round only makes each operator known, whose first sight may be made at once."""
+    with lazily():
+        door(subject(made_outside()))
+    base = made_outside()
+    with lazily():
+        tensor = subject(base)
+        with flushes(cause):
+            return door(tensor)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_memory_is_computed_before_it_is_seen(name: str, subject: str) -> None:
+    door = MEMORY[name]
+    assert read(door, SUBJECTS[subject], "DOOR") == door(SUBJECTS[subject](made_outside()))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_computed_before_it_is_seen(name: str, subject: str) -> None:
+    door = NUMBERS[name]
+    assert read(door, SUBJECTS[subject], "ITEM") == door(SUBJECTS[subject](made_outside()))

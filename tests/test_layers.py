@@ -1,0 +1,66 @@
+"""Data flows one way: each stage imports `ir` and itself, never another stage; only the composers see all of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "kitsune"
+STAGES = {"dispatch", "lazy", "scheduler", "fusion", "memory", "codegen", "runtime", "amp", "profiler"}
+# What each part may import of Kitsune; a part is a folder or a file beside the stages.
+ALLOWED: dict[str, set[str]] = {
+    "ir": set(),
+    **{stage: {"ir"} for stage in STAGES},
+    "config": set(),
+    "pipeline": {"config", "ir", *STAGES},
+    "session": {"config", "pipeline", "ir", "dispatch", "lazy", "profiler"},
+    "binding": {"config", "session", "dispatch"},
+    "optimizer": {"config", "binding"},
+    "__init__": {"config", "optimizer", "session"},
+    "__main__": {"demo"},
+    "demo": {"__init__"},
+}
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_parts(source: str) -> Iterator[str]:
+    """The parts of Kitsune that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that this test can read them"
+            names = [node.module or ""]
+        for name in names:
+            head, *rest = name.split(".")
+            if head == "kitsune":
+                yield rest[0] if rest else "__init__"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_imports_only_what_its_place_allows(path: Path) -> None:
+    part = part_of(path)
+    assert part in ALLOWED, f"{part} has no row in ALLOWED: decide what it may import"
+    wrong = set(imported_parts(path.read_text())) - ALLOWED[part] - {part}
+    assert not wrong, f"{path.name} is in {part} and imports {sorted(wrong)}"
+
+
+def test_the_check_sees_an_import_inside_a_function() -> None:
+    assert list(imported_parts("def f():\n    from kitsune.runtime import replay\n")) == ["runtime"]
+
+
+def test_files_stay_readable() -> None:
+    long = {p.name: n for p in files() if (n := len(p.read_text().splitlines())) > 300}
+    assert not long, "a file has 100 to 300 lines"
