@@ -30,6 +30,7 @@ class Barrier(enum.Enum):
     DOOR = "Python asked for a tensor's memory"
     RANDOM_STATE = "the state of a random generator was read or set"
     DEFAULTS = "a default of torch was changed"
+    MODES_OFF = "torch switched dispatch modes off for its own use"
     SYNCHRONIZE = "the device was synchronised, or an event or a stream was used"
     PARAMETER = "a tensor became a Parameter"
     UNTRUSTED = "the layout of an operator's result is not known before it has run once"

@@ -27,6 +27,15 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     """Run an op as eager does, outside of any region; what it needs is flushed first."""
     assert reason is not None
     tensors = tensors_in((args, kwargs))
+    flush_for(recorder, row, args, kwargs, tensors, reason)
+    result, reals = call(recorder, row.target, args, kwargs, tensors)
+    if row.bumps:
+        increment_version(list(written_operands(row, args, kwargs)))
+    return hand_out(recorder, row, result, tensors, reals, reason)
+
+
+def flush_for(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: list[Any], reason: Barrier) -> None:
+    """Flush if an op that is to run now reads what is pending, writes what the region uses, or draws random numbers in turn."""
     # What another library's op writes is not known.
     touched = tensors if row.barrier is Barrier.FOREIGN_NAMESPACE else written_operands(row, args, kwargs)
     if (
@@ -35,10 +44,6 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
         or any(recorder.takes_part(t) for t in touched)
     ):
         recorder.flush(reason)
-    result, reals = call(recorder, row.target, args, kwargs, tensors)
-    if row.bumps:
-        increment_version(list(written_operands(row, args, kwargs)))
-    return hand_out(recorder, row, result, tensors, reals, reason)
 
 
 def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], reals: list[Any], reason: Barrier) -> Any:

@@ -10,15 +10,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._python_dispatch as python_dispatch
 
 from kitsune.ir import Barrier
+from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recorder import Recorder
+from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import METHOD_DOORS, LazyTensor, as_plain
 
+# (owner, name, what makes the door from the original) and (owner, name, was it the owner's own, the original)
 Door = tuple[Any, str, Callable[[Any], Any]]
+Original = tuple[Any, str, bool, Any]
 
 _open: list[Recorder] = []
-_originals: list[tuple[Any, str, bool, Any]] = []
+_originals: list[Original] = []
+_lasting: list[Original] = []
 _lock = threading.Lock()
 
 
@@ -26,12 +32,10 @@ def open_doors(recorder: Recorder) -> None:
     """Watch the doors for a recorder."""
     with _lock:
         _open.append(recorder)
+        if not _lasting:
+            _lasting.extend(_put(door) for door in _lasting_doors())
         if len(_open) == 1:
-            for owner, name, make in _doors():
-                own = name in vars(owner)
-                original = vars(owner)[name] if own else getattr(owner, name)
-                _originals.append((owner, name, own, original))
-                setattr(owner, name, make(original))
+            _originals.extend(_put(door) for door in _doors())
 
 
 def close_doors(recorder: Recorder) -> None:
@@ -47,15 +51,32 @@ def close_doors(recorder: Recorder) -> None:
                     delattr(owner, name)
 
 
+def _put(door: Door) -> Original:
+    owner, name, make = door
+    own = name in vars(owner)
+    original = vars(owner)[name] if own else getattr(owner, name)
+    setattr(owner, name, make(original))
+    return owner, name, own, original
+
+
+def _lasting_doors() -> Iterator[Door]:
+    """Doors that only a wrapper needs. Wrappers outlive their context, so these stay from the first context on."""
+    for owner, names in ((torch._C, "_to_dlpack"), (torch.utils.dlpack, "to_dlpack"), (torch, "to_dlpack")):
+        if hasattr(owner, names):
+            yield owner, names, _plain_arguments
+    for name in ("tensor", "as_tensor", "asarray"):
+        yield torch, name, _plain_items
+    yield torch.Tensor, "new_tensor", _plain_items
+
+
 def _doors() -> Iterator[Door]:
     for name in METHOD_DOORS:
         yield torch.Tensor, name, _memory_door
+    yield torch.Tensor, "__repr__", _memory_door
     yield torch.Tensor, "__deepcopy__", _deepcopy_door
     yield torch.Tensor, "data", _data_door
     yield torch.Tensor, "__cuda_array_interface__", _property_door
-    for owner, name in ((torch._C, "_to_dlpack"), (torch.utils.dlpack, "to_dlpack"), (torch, "to_dlpack")):
-        if hasattr(owner, name):
-            yield owner, name, _memory_door
+    yield python_dispatch, "_disable_current_modes", _flush_door(Barrier.MODES_OFF)
     yield torch.nn.Parameter, "__new__", _parameter_door
     for table, make in (
         (_RANDOM, _random_door),
@@ -95,6 +116,27 @@ def _plain(argument: Any) -> Any:
     return as_plain(argument) if type(argument) is LazyTensor else argument
 
 
+def _plain_arguments(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        return original(*map(_plain, args), **{name: _plain(a) for name, a in kwargs.items()})
+
+    return door
+
+
+def _plain_items(original: Any) -> Any:
+    """torch.tensor([a, b]) reads the tensors of a list from C++."""
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, (list, tuple)) for a in args) or isinstance(kwargs.get("data"), (list, tuple)):
+            wrappers = [t for t in tensors_in((args, kwargs)) if type(t) is LazyTensor and t is not args[0]]
+            args, kwargs = replace_tensors((args, kwargs), {id(t): as_plain(t) for t in wrappers})
+        return original(*args, **kwargs)
+
+    return door
+
+
 def _memory_door(original: Any) -> Any:
     @functools.wraps(original)
     def door(tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +145,8 @@ def _memory_door(original: Any) -> Any:
         elif isinstance(tensor, torch.Tensor):
             for recorder in _open:
                 recorder.before_door(tensor, Barrier.DOOR)
+        if type(tensor) not in PLAIN:
+            return original(tensor, *args, **kwargs)
         # Some doors dispatch ops on the way (numpy() detaches): with the mode on they would get a wrapper, and no memory.
         with torch._C._DisableTorchDispatch():
             return original(tensor, *args, **kwargs)
@@ -152,11 +196,13 @@ def _parameter_door(original: Any) -> Any:
 
 
 def _random_door(original: Any) -> Any:
+    plain_original = _plain_arguments(original)
+
     @functools.wraps(original)
     def door(*args: Any, **kwargs: Any) -> Any:
         for recorder in _open:
             recorder.before_random()
-        return original(*map(_plain, args), **{name: _plain(a) for name, a in kwargs.items()})
+        return plain_original(*args, **kwargs)
 
     return door
 

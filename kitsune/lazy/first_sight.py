@@ -3,14 +3,15 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 
 from kitsune.ir import Barrier, Kind, Operand, OpRow, OutputSpec, describe_result, type_of
-from kitsune.lazy.at_once import call as call_at_once, hand_out, pass_through
+from kitsune.lazy.at_once import call as call_at_once, flush_for, hand_out, pass_through
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.rebuild import fill, replace_tensors, tensors_in, without_numbers
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.sites import user_site
-from kitsune.lazy.trie import Node, agrees, grow
+from kitsune.lazy.trie import Node, agrees, grow, written_operands
 
 MASKS = (torch.bool, torch.uint8)
 COMMON = (torch.float32, torch.float64)
@@ -98,9 +99,11 @@ def record_new(recorder: Any, call: Call) -> Any:
         node.known = True
         return recorder.emit(node, call.tensors)
     recorder.region.rollback()
-    recorder.flush(Barrier.UNTRUSTED)
+    flush_for(recorder, call.row, call.args, call.kwargs, call.tensors, Barrier.UNTRUSTED)
     result, reals = call_at_once(recorder, call.row.target, call.args, call.kwargs, call.tensors)
     recorder.tally.observed += 1
+    if call.row.bumps:
+        increment_version(list(written_operands(call.row, call.args, call.kwargs)))
     if not _is_recordable(result):
         return hand_out(recorder, call.row, result, call.tensors, reals, Barrier.FOREIGN_LAYOUT)
     spec = recorder.specs[spec_key] = describe_result(result, reals, type_of)

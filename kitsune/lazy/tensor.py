@@ -29,7 +29,7 @@ class LazyTensor(torch.Tensor):
         recorder = next(a for a in _lazy_tensors((args, kwargs))).cell.region.recorder
         return recorder.run_outside(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         plain = as_plain(self, requires_grad=False)
         # torch's printing is made of ops on the tensor, which are no part of the program.
         with torch._C._DisableTorchDispatch():
@@ -41,7 +41,9 @@ class LazyTensor(torch.Tensor):
     __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        return self.item().__format__(spec) if self.dim() == 0 else object.__format__(self, spec)
+        if self.dim() == 0:
+            return self.item().__format__(spec)
+        return object.__format__(as_plain(self), spec) if spec else str(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return as_plain(self).__reduce_ex__(protocol)
@@ -51,10 +53,9 @@ class LazyTensor(torch.Tensor):
             found: torch.Tensor = memo[id(self)]
             return found
         if not self.is_leaf:
-            raise RuntimeError(
-                "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the moment. "
-                "Call detach() on the tensor before copying it."
-            )
+            # Raises, in torch's words: only a leaf can be copied.
+            with torch._C._DisableTorchDispatch(), torch.enable_grad():
+                return (as_plain(self, requires_grad=True) * 1).__deepcopy__(memo)
         copy = as_plain(self).__deepcopy__({})
         if self.grad is not None:
             copy.grad = self.grad.__deepcopy__(memo)

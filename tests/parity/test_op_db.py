@@ -31,8 +31,7 @@ PASSES_THROUGH: dict[str, str] = {
         "nn.functional.ctc_loss nn.functional.embedding_bag",
         "the error code of the solver is read": "linalg.cholesky linalg.eig linalg.eigvals linalg.inv linalg.ldl_factor "
         "linalg.lstsq linalg.lstsq.grad_oriented linalg.lu_factor linalg.solve linalg.tensorinv linalg.tensorsolve",
-        "a value becomes a Python number": "corrcoef cov equal istft item nn.functional.gaussian_nll_loss "
-        "nn.functional.one_hot",
+        "a value becomes a Python number": "corrcoef cov equal istft item nn.functional.gaussian_nll_loss nn.functional.one_hot",
         "an in-place operator changes a shape": "resize_ resize_as_ stft",
         "its backward makes a tensor of zeros without memory": "sgn",
         "works on sparse tensors": "sparse.mm.reduce sparse.sampled_addmm to_sparse",

@@ -1,4 +1,4 @@
-"""Training under Kitsune leaves what eager leaves, bit for bit: the demo's models for 50 steps, and small networks of each kind."""
+"""Training under Kitsune leaves what eager leaves, bit for bit: the demo models for 50 steps, and small networks of each kind."""
 
 from __future__ import annotations
 
