@@ -24,8 +24,10 @@ def value_difference(a: torch.Tensor, b: torch.Tensor) -> str | None:
         if not bool(wrong.any()):
             return None
         where = wrong.nonzero()[0].tolist()
-        return f"{int(wrong.sum())} of {wrong.numel()} elements differ, first at {where}: " \
-               f"{b[tuple(where)].item()!r} instead of {a[tuple(where)].item()!r}"
+        return (
+            f"{int(wrong.sum())} of {wrong.numel()} elements differ, first at {where}: "
+            f"{b[tuple(where)].item()!r} instead of {a[tuple(where)].item()!r}"
+        )
 
 
 def metadata(t: torch.Tensor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The doors of Python to a tensor's memory: each gives the computed value, and flushes by its own cause, nothing else."""
+"""The doors of Python to a tensor's memory: each gives the computed value and flushes by its own cause."""
 
 from __future__ import annotations
 
@@ -155,7 +155,9 @@ def test_a_door_is_explained_with_the_line_that_used_it() -> None:
     assert __file__ in flush.site
 
 
-@pytest.mark.parametrize("read", [len, torch.numel, lambda t: t.shape, lambda t: t.is_contiguous(), id, torch.is_tensor])
+@pytest.mark.parametrize(
+    "read", [len, torch.numel, lambda t: t.shape, lambda t: t.is_contiguous(), id, torch.is_tensor]
+)
 def test_what_needs_no_value_flushes_nothing(read: Door) -> None:
     with lazily():
         tensor = pending(made_outside())

@@ -29,9 +29,10 @@ PASSES_THROUGH: dict[str, str] = {
         "nonzero nonzero_static unique unique_consecutive",
         "an operator checks values on the host": "_segment_reduce.lengths _segment_reduce.offsets allclose histogramdd "
         "nn.functional.ctc_loss nn.functional.embedding_bag",
-        "the error code of the solver is read": "linalg.cholesky linalg.eig linalg.eigvals linalg.inv linalg.ldl_factor "
-        "linalg.lstsq linalg.lstsq.grad_oriented linalg.lu_factor linalg.solve linalg.tensorinv linalg.tensorsolve",
-        "a value becomes a Python number": "corrcoef cov equal istft item nn.functional.gaussian_nll_loss nn.functional.one_hot",
+        "the error code of the solver is read": "linalg.cholesky linalg.eig linalg.eigvals linalg.inv "
+        "linalg.ldl_factor linalg.lstsq linalg.lstsq.grad_oriented linalg.lu_factor linalg.solve linalg.tensorinv linalg.tensorsolve",
+        "a value becomes a Python number": "corrcoef cov equal istft item nn.functional.gaussian_nll_loss "
+        "nn.functional.one_hot",
         "an in-place operator changes a shape": "resize_ resize_as_ stft",
         "its backward makes a tensor of zeros without memory": "sgn",
         "works on sparse tensors": "sparse.mm.reduce sparse.sampled_addmm to_sparse",
@@ -103,7 +104,8 @@ def _gradients(outputs: list[Any], inputs: list[torch.Tensor]) -> list[Any]:
     leaves = [t for t in inputs if t.requires_grad]
     if not heads or not leaves:
         return []
-    cotangents = [_random(t.shape, t.dtype, t.device) for t in heads]  # made by the eager run, remembered for the others
+    # Made by the eager run, outside of any context, and remembered for the others.
+    cotangents = [_random(t.shape, t.dtype, t.device) for t in heads]
     return list(torch.autograd.grad(heads, leaves, cotangents, allow_unused=True))
 
 

@@ -18,7 +18,10 @@ def create_leaf(b: Builder, i: int, j: int, k: int) -> str:
 @step()
 def create_filled(b: Builder, i: int, j: int, k: int) -> str:
     source = pick(("zeros", "ones"), k)
-    like = (f"torch.{source}({pick(SHAPES, i) or '()'}, dtype=torch.{pick(DTYPES, j)})", f"torch.{source}_like({b.any(i)})")
+    like = (
+        f"torch.{source}({pick(SHAPES, i) or '()'}, dtype=torch.{pick(DTYPES, j)})",
+        f"torch.{source}_like({b.any(i)})",
+    )
     return f"{b.new()} = {pick((*like, 'torch.arange(3.0)', 'torch.full((2, 3), 0.25)', 'torch.eye(3)'), j)}"
 
 
@@ -50,8 +53,13 @@ def binary_scalar(b: Builder, i: int, j: int, k: int) -> str:
 def ternary(b: Builder, i: int, j: int, k: int) -> str:
     x = b.any(i)
     y, z = b.fitting(j, x), b.fitting(k, x)
-    calls = (f"torch.where({x} > 0, {y}, {z})", f"torch.addcmul({x}, {y}, {z}, value=0.5)", f"torch.lerp({x}, {y}, 0.3)",
-             f"{x}.clamp(-1, 1)", f"torch.add({x}, {y}, alpha=2)")
+    calls = (
+        f"torch.where({x} > 0, {y}, {z})",
+        f"torch.addcmul({x}, {y}, {z}, value=0.5)",
+        f"torch.lerp({x}, {y}, 0.3)",
+        f"{x}.clamp(-1, 1)",
+        f"torch.add({x}, {y}, alpha=2)",
+    )
     return f"{b.new()} = {pick(calls, i + j + k)}"
 
 
@@ -66,10 +74,26 @@ def view(b: Builder, i: int, j: int, k: int) -> str:
     d = b.dim(x, j)
     n = b.size(x, d)
     calls = (
-        f"{x}.view(-1)", f"{x}.reshape(-1, 1)", f"{x}.t()", f"{x}.transpose(0, -1)", f"{x}.select({d}, {k % (n or 1)})",
-        f"{x}.narrow({d}, {min(1, n - 1)}, 1)", f"{x}[1:]", f"{x}[..., ::2]", f"{x}.unsqueeze({d})", f"{x}.squeeze()",
-        f"{x}.expand(2, *{x}.shape)", f"{x}.diagonal()", f"{x}.detach()", f"{x}.view_as({x})", f"{x}.movedim(0, -1)",
-        f"{x}.as_strided((2,), (1,), {k % 2})", f"{x}.flatten()", f"{x}.unflatten({d}, (1, -1))", f"{x}[None]", f"{x}.data",
+        f"{x}.view(-1)",
+        f"{x}.reshape(-1, 1)",
+        f"{x}.t()",
+        f"{x}.transpose(0, -1)",
+        f"{x}.select({d}, {k % (n or 1)})",
+        f"{x}.narrow({d}, {min(1, n - 1)}, 1)",
+        f"{x}[1:]",
+        f"{x}[..., ::2]",
+        f"{x}.unsqueeze({d})",
+        f"{x}.squeeze()",
+        f"{x}.expand(2, *{x}.shape)",
+        f"{x}.diagonal()",
+        f"{x}.detach()",
+        f"{x}.view_as({x})",
+        f"{x}.movedim(0, -1)",
+        f"{x}.as_strided((2,), (1,), {k % 2})",
+        f"{x}.flatten()",
+        f"{x}.unflatten({d}, (1, -1))",
+        f"{x}[None]",
+        f"{x}.data",
     )
     return f"{b.new()} = {pick(calls, k)}"
 
@@ -85,9 +109,19 @@ def split(b: Builder, i: int, j: int, k: int) -> str:
 @step()
 def gather(b: Builder, i: int, j: int, k: int) -> str:
     x, d = b.any(i), b.dim(b.any(i), j)
-    calls = (f"torch.cat([{x}, {x}], {d})", f"torch.stack([{x}, {x}])", f"{x}[torch.tensor([0, 0])]", f"{x}[{x} > 0]",
-             f"{x}.index_select({d}, torch.tensor([0]))", f"{x}.flip({d})", f"{x}.contiguous()", f"{x}.repeat(2, 1)",
-             f"torch.nonzero({x})", f"{x}.sort({d})[0]", f"torch.broadcast_to({x}, (2, 2, 3)).contiguous()")
+    calls = (
+        f"torch.cat([{x}, {x}], {d})",
+        f"torch.stack([{x}, {x}])",
+        f"{x}[torch.tensor([0, 0])]",
+        f"{x}[{x} > 0]",
+        f"{x}.index_select({d}, torch.tensor([0]))",
+        f"{x}.flip({d})",
+        f"{x}.contiguous()",
+        f"{x}.repeat(2, 1)",
+        f"torch.nonzero({x})",
+        f"{x}.sort({d})[0]",
+        f"torch.broadcast_to({x}, (2, 2, 3)).contiguous()",
+    )
     return f"{b.new()} = {pick(calls, k)}"
 
 
@@ -96,10 +130,25 @@ def in_place(b: Builder, i: int, j: int, k: int) -> str:
     x = b.any(i)
     y = b.fitting(j, x)
     calls = (
-        f"{x}.add_({y})", f"{x}.mul_({y})", f"{x}.copy_({y})", f"{x}.zero_()", f"{x}.fill_({j % 5})", f"{x}.relu_()",
-        f"{x}.masked_fill_({x} > 0.5, 0.25)", f"{x}.sub_(0.5)", f"{x}.add_({y}, alpha=0.5)", f"{x}.clamp_(-1, 1)",
-        f"{x}.mul_(0.9)", f"{x} += {y}", f"{x} *= 2", f"torch.add({x}, {y}, out={x}.detach())", f"{x}.detach().add_(1)",
-        f"{x}.t_()", f"{x}.squeeze_()", f"{x}.unsqueeze_(0)", f"{x}.data.mul_(2)",
+        f"{x}.add_({y})",
+        f"{x}.mul_({y})",
+        f"{x}.copy_({y})",
+        f"{x}.zero_()",
+        f"{x}.fill_({j % 5})",
+        f"{x}.relu_()",
+        f"{x}.masked_fill_({x} > 0.5, 0.25)",
+        f"{x}.sub_(0.5)",
+        f"{x}.add_({y}, alpha=0.5)",
+        f"{x}.clamp_(-1, 1)",
+        f"{x}.mul_(0.9)",
+        f"{x} += {y}",
+        f"{x} *= 2",
+        f"torch.add({x}, {y}, out={x}.detach())",
+        f"{x}.detach().add_(1)",
+        f"{x}.t_()",
+        f"{x}.squeeze_()",
+        f"{x}.unsqueeze_(0)",
+        f"{x}.data.mul_(2)",
     )
     return pick(calls, k)
 
@@ -108,9 +157,19 @@ def in_place(b: Builder, i: int, j: int, k: int) -> str:
 def set_item(b: Builder, i: int, j: int, k: int) -> str:
     x = b.any(i)
     y = b.fitting(j, x)
-    calls = (f"{x}[0] = {j % 7}", f"{x}[..., 0] = {y}.sum()", f"{x}[:] = {y}", f"{x}[{x} > 0] = 0.5", f"{x}[1:] = {y}[:-1]",
-             f"{x}[torch.tensor([0])] = {j % 3}.5", f"{x}.index_put_((torch.tensor([0, 0]),), torch.tensor(1.5), accumulate=True)",
-             f"{x}.index_add_(0, torch.tensor([0]), {x}[:1].clone())", f"{x}[0].add_(1)", f"{x}.t().mul_(2)", f"{x}.view(-1)[0] = 4")
+    calls = (
+        f"{x}[0] = {j % 7}",
+        f"{x}[..., 0] = {y}.sum()",
+        f"{x}[:] = {y}",
+        f"{x}[{x} > 0] = 0.5",
+        f"{x}[1:] = {y}[:-1]",
+        f"{x}[torch.tensor([0])] = {j % 3}.5",
+        f"{x}.index_put_((torch.tensor([0, 0]),), torch.tensor(1.5), accumulate=True)",
+        f"{x}.index_add_(0, torch.tensor([0]), {x}[:1].clone())",
+        f"{x}[0].add_(1)",
+        f"{x}.t().mul_(2)",
+        f"{x}.view(-1)[0] = 4",
+    )
     return pick(calls, k)
 
 
@@ -126,24 +185,49 @@ def reduction(b: Builder, i: int, j: int, k: int) -> str:
 @step(2)
 def matmul(b: Builder, i: int, j: int, k: int) -> str:
     x, y = b.any(i), b.any(j)
-    calls = (f"{x} @ {y}", f"{x} @ {x}.t()", f"F.linear({x}, t1)", f"torch.bmm({x}[None], {x}.t()[None])", f"F.linear({x}, t1, t2)",
-             f"torch.addmm({x}, {x}, {y})", f"torch.outer({x}, {x})", f"{x}.mv({y})")
+    calls = (
+        f"{x} @ {y}",
+        f"{x} @ {x}.t()",
+        f"F.linear({x}, t1)",
+        f"torch.bmm({x}[None], {x}.t()[None])",
+        f"F.linear({x}, t1, t2)",
+        f"torch.addmm({x}, {x}, {y})",
+        f"torch.outer({x}, {x})",
+        f"{x}.mv({y})",
+    )
     return f"{b.new()} = {pick(calls, k)}"
 
 
 @step()
 def foreach(b: Builder, i: int, j: int, k: int) -> str:
     x, y = b.any(i), b.any(j)
-    calls = (f"torch._foreach_add_([{x}, {y}], 1.5)", f"torch._foreach_mul_([{x}, {y}], [{x}, {y}])", f"torch._foreach_zero_([{x}])",
-             f"{b.new()}, {b.new()} = torch._foreach_mul([{x}, {y}], 2.0)", f"torch._foreach_lerp_([{x}], [{y}], 0.5)",
-             f"{b.new()}, = torch._foreach_norm([{x}])", f"torch._foreach_copy_([{x}], [{y}])")
+    s, t = b.new(), b.new()
+    calls = (
+        f"torch._foreach_add_([{x}, {y}], 1.5)",
+        f"torch._foreach_mul_([{x}, {y}], [{x}, {y}])",
+        f"torch._foreach_zero_([{x}])",
+        f"{s}, {t} = torch._foreach_mul([{x}, {y}], 2.0)",
+        f"torch._foreach_lerp_([{x}], [{y}], 0.5)",
+        f"{s}, = torch._foreach_norm([{x}])",
+        f"torch._foreach_copy_([{x}], [{y}])",
+    )
     return pick(calls, k)
 
 
 @step()
 def random(b: Builder, i: int, j: int, k: int) -> str:
     x, t = b.any(i), b.new()
-    calls = (f"{t} = F.dropout({x}, 0.5)", f"{t} = torch.rand_like({x})", f"{t} = torch.randn(2, 3)", f"{x}.normal_()",
-             f"{x}.bernoulli_(0.5)", f"{t} = torch.randperm(3)", f"torch.manual_seed({j % 3})", f"{t} = torch.rand(3) + {x}",
-             "seen = torch.get_rng_state().sum().item()", f"F.dropout({x}, 0.5, inplace=True)", f"{t} = torch.bernoulli({x}.sigmoid())")
+    calls = (
+        f"{t} = F.dropout({x}, 0.5)",
+        f"{t} = torch.rand_like({x})",
+        f"{t} = torch.randn(2, 3)",
+        f"{x}.normal_()",
+        f"{x}.bernoulli_(0.5)",
+        f"{t} = torch.randperm(3)",
+        f"torch.manual_seed({j % 3})",
+        f"{t} = torch.rand(3) + {x}",
+        "seen = torch.get_rng_state().sum().item()",
+        f"F.dropout({x}, 0.5, inplace=True)",
+        f"{t} = torch.bernoulli({x}.sigmoid())",
+    )
     return pick(calls, k)

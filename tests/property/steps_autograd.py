@@ -28,9 +28,17 @@ def autograd_grad(b: Builder, i: int, j: int, k: int) -> str:
 @step(2)
 def grad_field(b: Builder, i: int, j: int, k: int) -> str:
     p = b.leaf(i)
-    calls = (f"{p}.grad = None", f"{p}.grad.zero_()", f"{b.new()} = {p}.grad", f"{p}.grad = torch.ones_like({p})",
-             f"{p}.grad.mul_(0.5)", f"{p}.grad = {b.any(j)}", f"seen = {p}.grad is None", f"seen = {p}.grad.norm().item()",
-             f"torch.nn.utils.clip_grad_norm_([{p}], 0.1)")
+    calls = (
+        f"{p}.grad = None",
+        f"{p}.grad.zero_()",
+        f"{b.new()} = {p}.grad",
+        f"{p}.grad = torch.ones_like({p})",
+        f"{p}.grad.mul_(0.5)",
+        f"{p}.grad = {b.any(j)}",
+        f"seen = {p}.grad is None",
+        f"seen = {p}.grad.norm().item()",
+        f"torch.nn.utils.clip_grad_norm_([{p}], 0.1)",
+    )
     return pick(calls, k)
 
 
@@ -49,9 +57,17 @@ def no_grad_update(b: Builder, i: int, j: int, k: int) -> str:
 @step()
 def graph_edit(b: Builder, i: int, j: int, k: int) -> str:
     x = b.any(i)
-    calls = (f"{x}.requires_grad_()", f"{x}.detach_()", f"{x}.retain_grad()", f"{x}.register_hook(lambda g: g * 2)",
-             f"{b.new()} = Doubled.apply({x})", f"{x}.requires_grad_(False)", f"{x}.data = {x}.data * 2",
-             f"{b.new()} = torch.nn.Parameter({x}.detach().clone())", f"{x}.data = {b.any(j)}")
+    calls = (
+        f"{x}.requires_grad_()",
+        f"{x}.detach_()",
+        f"{x}.retain_grad()",
+        f"{x}.register_hook(lambda g: g * 2)",
+        f"{b.new()} = Doubled.apply({x})",
+        f"{x}.requires_grad_(False)",
+        f"{x}.data = {x}.data * 2",
+        f"{b.new()} = torch.nn.Parameter({x}.detach().clone())",
+        f"{x}.data = {b.any(j)}",
+    )
     return pick(calls, k)
 
 
@@ -59,7 +75,9 @@ def graph_edit(b: Builder, i: int, j: int, k: int) -> str:
 def checkpoint(b: Builder, i: int, j: int, k: int) -> str:
     t, reentrant = b.new(), bool(k % 2)
     body = "lambda x: F.dropout(x.sin() * t2, 0.5)"
-    return f"{t} = torch.utils.checkpoint.checkpoint({body}, {b.leaf(i)}, use_reentrant={reentrant}); {t}.sum().backward()"
+    return (
+        f"{t} = torch.utils.checkpoint.checkpoint({body}, {b.leaf(i)}, use_reentrant={reentrant}); {t}.sum().backward()"
+    )
 
 
 @step(2)
@@ -68,8 +86,16 @@ def optimizer(b: Builder, i: int, j: int, k: int) -> str:
     if known and j % 4:
         return f"{known}.{pick(('step()', 'step()', 'zero_grad()', 'zero_grad(set_to_none=False)'), k)}"
     b.count += 1
-    makers = ("SGD([{}], lr=0.1)", "SGD([{}], lr=0.1, momentum=0.9)", "Adam([{}])", "AdamW([{}], foreach=False)",
-              "AdamW([{}], foreach=True)", "Adagrad([{}])", "RMSprop([{}])", "NAdam([{}])")
+    makers = (
+        "SGD([{}], lr=0.1)",
+        "SGD([{}], lr=0.1, momentum=0.9)",
+        "Adam([{}])",
+        "AdamW([{}], foreach=False)",
+        "AdamW([{}], foreach=True)",
+        "Adagrad([{}])",
+        "RMSprop([{}])",
+        "NAdam([{}])",
+    )
     return f"o{b.count} = torch.optim.{pick(makers, k).format(b.leaf(i))}"
 
 
@@ -80,9 +106,22 @@ def read(b: Builder, i: int, j: int, k: int) -> str:
 
 
 READS = (
-    "{x}.tolist()", "{x}.sum().item()", "{x}.detach().numpy().tolist()", "bool({x}.any())", "len({x})", "{x}.data_ptr() != 0",
-    "float({x}.double().mean())", "repr({x})", "str({x}.shape)", "[float(v.sum()) for v in {x}]", "np.asarray({x}.detach()).sum()",
-    "{x}.equal({x}.clone())", "{x}.is_contiguous()", "{x}.untyped_storage().nbytes()", "torch.allclose({x}, {x})", "f'{{{x}.max():.3f}}'",
+    "{x}.tolist()",
+    "{x}.sum().item()",
+    "{x}.detach().numpy().tolist()",
+    "bool({x}.any())",
+    "len({x})",
+    "{x}.data_ptr() != 0",
+    "float({x}.double().mean())",
+    "repr({x})",
+    "str({x}.shape)",
+    "[float(v.sum()) for v in {x}]",
+    "np.asarray({x}.detach()).sum()",
+    "{x}.equal({x}.clone())",
+    "{x}.is_contiguous()",
+    "{x}.untyped_storage().nbytes()",
+    "torch.allclose({x}, {x})",
+    "f'{{{x}.max():.3f}}'",
     "{x}.detach().numpy().shape",
 )
 
@@ -92,8 +131,17 @@ def look(b: Builder, i: int, j: int, k: int) -> str:
     """What a program can see without a value."""
     x = b.any(i)
     version = "shape" if b.world.is_gradient(b.world.tensors[x]) else "_version"
-    facts = ("stride(), {x}.storage_offset()", version, "requires_grad, {x}.is_leaf", "dtype, {x}.device",
-             "_base is None", "grad is None", "is_set_to({x})", "output_nr", "nbytes")
+    facts = (
+        "stride(), {x}.storage_offset()",
+        version,
+        "requires_grad, {x}.is_leaf",
+        "dtype, {x}.device",
+        "_base is None",
+        "grad is None",
+        "is_set_to({x})",
+        "output_nr",
+        "nbytes",
+    )
     return f"seen = {x}.{pick(facts, k).format(x=x)}"
 
 
@@ -116,7 +164,17 @@ def flush(b: Builder, i: int, j: int, k: int) -> str:
 @step()
 def illegal(b: Builder, i: int, j: int, k: int) -> str:
     x = b.any(i)
-    calls = ("torch.zeros(2, 3) @ torch.zeros(2, 3)", f"{x}.view(-7)", f"torch.cat([{x}, torch.zeros(5, 5, 5, 5)])", f"{x}.expand(0, -1)",
-             f"{x}.add_(torch.zeros(9, 9, 9))", "torch.zeros(3).add_('no')", f"{x}.sum(dim=9)", f"{x}[[[9]]] + torch.zeros(5, 7)",
-             f"{x}.squeeze(7)", f"raise ValueError({i})", "torch.nonexistent()")
+    calls = (
+        "torch.zeros(2, 3) @ torch.zeros(2, 3)",
+        f"{x}.view(-7)",
+        f"torch.cat([{x}, torch.zeros(5, 5, 5, 5)])",
+        f"{x}.expand(0, -1)",
+        f"{x}.add_(torch.zeros(9, 9, 9))",
+        "torch.zeros(3).add_('no')",
+        f"{x}.sum(dim=9)",
+        f"{x}[[[9]]] + torch.zeros(5, 7)",
+        f"{x}.squeeze(7)",
+        f"raise ValueError({i})",
+        "torch.nonexistent()",
+    )
     return pick(calls, k)

@@ -150,7 +150,10 @@ def clipped() -> Step:
 
 @program
 def embedding_language_model() -> Step:
-    model, tokens = nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 11)), torch.arange(20).view(4, 5) % 11
+    model, tokens = (
+        nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 11)),
+        torch.arange(20).view(4, 5) % 11,
+    )
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:

@@ -94,7 +94,7 @@ def replayed_views() -> Iterator[None]:
 
 
 def names(stream: Stream) -> list[str]:
-    """The operators, less the step counts of optimizers: 0-dim tensors on the CPU, which are counted up at once or not."""
+    """The operators, less optimizers' step counts: 0-dim tensors on the CPU, which are counted up at once or not."""
     return [name for region in stream for name, shapes in region if (name, shapes) != ("aten.add_.Tensor", ((),))]
 
 
