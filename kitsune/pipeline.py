@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from kitsune.config import config
-from kitsune.dispatch import RecordMode, below_autograd, describe, infer
+from kitsune.dispatch import RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
 from kitsune.ir import Barrier, Graph, Site, verify
-from kitsune.lazy import Recorder
+from kitsune.lazy import LazyTensor, Recorder
 from kitsune.profiler import Tally
 from kitsune.runtime import Schedule, prepare, replay
 
@@ -17,6 +17,9 @@ MAX_SCHEDULES = 1024
 tally = Tally()
 # Hear of each region as it closes; `session.trace_regions` adds itself here.
 listeners: list[Any] = []
+
+keep_out_of_dynamo(RecordMode.__torch_dispatch__.__code__)
+keep_out_of_dynamo(LazyTensor.__torch_dispatch__.__func__.__code__)  # type: ignore[attr-defined]
 
 
 class Pipeline:

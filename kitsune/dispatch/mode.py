@@ -1,6 +1,7 @@
 """The TorchDispatchMode that hands every aten call to a recorder."""
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -42,6 +43,13 @@ class RecordMode(TorchDispatchMode):
         for mode in reversed(above):
             _push_mode(mode)
         return True
+
+
+def keep_out_of_dynamo(code: CodeType) -> None:
+    """Let torch.compile neither trace a function of ours nor what it calls, when compiled code runs with the mode on."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
 
 
 def foreign_modes() -> list[TorchDispatchMode]:

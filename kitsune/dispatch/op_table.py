@@ -66,6 +66,8 @@ def describe(target: OpOverload) -> OpRow:
     writes = _writes(target, name)
     in_place = bool(writes) and name not in UNDECLARED_WRITES
     barrier = _barrier(target, name)
+    known = kind is not Kind.EXTERN and name not in UNTRUSTED_VIEW
+    returns_operands = in_place and all(r.alias_info and r.alias_info.is_write for r in target._schema.returns)
     return OpRow(
         target=target,
         kind=kind,
@@ -73,9 +75,10 @@ def describe(target: OpOverload) -> OpRow:
         random=Tag.nondeterministic_seeded in target.tags,
         barrier=barrier,
         scalars_move=kind is Kind.POINTWISE,
-        trusted=(kind is not Kind.EXTERN and name not in UNTRUSTED_VIEW) or name in TRUSTED or in_place,
+        trusted=known or name in TRUSTED or returns_operands,
         in_place=in_place,
         detour=barrier is not None or in_place,
+        sees_grad_mode=kind is Kind.EXTERN,
         bumps=name.startswith("_foreach_") and in_place and not _has_version_kernel(target),
         functional=_functional(target, name),
         counts_masks=name in COUNTS_MASKS,

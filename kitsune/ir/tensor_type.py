@@ -18,9 +18,16 @@ class TensorType:
     conj: bool = False
     neg: bool = False
     nbytes: int = field(init=False)
+    # Contiguous, with the very strides that torch gives a new tensor of this shape.
+    canonical: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nbytes", self.shape.numel() * self.dtype.itemsize)
+        expected, strides = 1, []
+        for n in reversed(self.shape):
+            strides.append(expected)
+            expected *= max(n, 1)
+        object.__setattr__(self, "canonical", self.stride == tuple(reversed(strides)))
 
     def __str__(self) -> str:
         return f"{dtype_abbrs.get(self.dtype, str(self.dtype))}[{', '.join(map(str, self.shape))}]"

@@ -61,9 +61,12 @@ def _put(door: Door) -> Original:
 
 def _lasting_doors() -> Iterator[Door]:
     """Doors that only a wrapper needs. Wrappers outlive their context, so these stay from the first context on."""
-    for owner, names in ((torch._C, "_to_dlpack"), (torch.utils.dlpack, "to_dlpack"), (torch, "to_dlpack")):
-        if hasattr(owner, names):
-            yield owner, names, _plain_arguments
+    for owner, name in ((torch._C, "_to_dlpack"), (torch.utils.dlpack, "to_dlpack"), (torch, "to_dlpack")):
+        if hasattr(owner, name):
+            yield owner, name, _memory_door
+    if hasattr(torch._C, "_cuda_jiterator_compile_and_launch_kernel"):
+        yield torch._C, "_cuda_jiterator_compile_and_launch_kernel", _kernel_door
+    yield torch.Tensor, "as_subclass", _subclass_door
     for name in ("tensor", "as_tensor", "asarray"):
         yield torch, name, _plain_items
     yield torch.Tensor, "new_tensor", _plain_items
@@ -133,6 +136,48 @@ def _plain_items(original: Any) -> Any:
             wrappers = [t for t in tensors_in((args, kwargs)) if type(t) is LazyTensor and t is not args[0]]
             args, kwargs = replace_tensors((args, kwargs), {id(t): as_plain(t) for t in wrappers})
         return original(*args, **kwargs)
+
+    return door
+
+
+def _kernel_door(original: Any) -> Any:
+    """A launch that takes its tensors in a tuple, and not through the dispatcher."""
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        tensors = tensors_in((args, kwargs))
+        for recorder in _open:
+            for tensor in tensors:
+                recorder.before_door(tensor, Barrier.DOOR)
+        plain = {id(t): as_plain(t) for t in tensors if type(t) is LazyTensor}
+        args, kwargs = replace_tensors((args, kwargs), plain)
+        with torch._C._DisableTorchDispatch():
+            return original(*args, **kwargs)
+
+    return door
+
+
+class _Plain(torch.autograd.Function):
+    """The plain tensor of a wrapper, with its history."""
+
+    @staticmethod
+    def forward(ctx: Any, wrapper: LazyTensor) -> torch.Tensor:
+        return as_plain(wrapper, requires_grad=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad
+
+
+def _subclass_door(original: Any) -> Any:
+    """C++ makes an alias and then a subclass of it: with a mode on, or for a wrapper, that alias has a Python object already."""
+
+    @functools.wraps(original)
+    def door(tensor: Any, cls: Any) -> Any:
+        if type(tensor) is LazyTensor:
+            tensor = _Plain.apply(tensor) if tensor.requires_grad else as_plain(tensor)
+        with torch._C._DisableTorchDispatch():
+            return original(tensor, cls)
 
     return door
 

@@ -1,14 +1,15 @@
 """The recorder: matches each op against the regions known."""
 
 import dataclasses
-import weakref
 from typing import Any
+from weakref import ref as weak
 
 import torch
+from torch import Tensor, is_grad_enabled
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from kitsune.ir import Barrier, Kind, OpRow
+from kitsune.ir import Barrier, OpRow
 from kitsune.lazy.at_once import pass_through
 from kitsune.lazy.cell import Cell, serial_of
 from kitsune.lazy.first_sight import Call, first_sight
@@ -44,7 +45,7 @@ class Recorder(Recording):
                 if cls is LazyTensor:
                     cell = a.cell
                     append(cell.ref if cell.region is region else region.adopt(cell))
-                elif cls is torch.Tensor or cls is Parameter:
+                elif cls is Tensor or cls is Parameter:
                     known = region.plain.get(id(a))
                     append(known.ref if known is not None else region.admit(a))
                 elif cls in CONSTANTS:
@@ -55,8 +56,8 @@ class Recorder(Recording):
                 for name, a in kwargs.items():
                     append(name)
                     append(self._key_of(a, row))
-            if row.kind is Kind.EXTERN:
-                append(TRUE if torch.is_grad_enabled() else FALSE)
+            if row.sees_grad_mode:
+                append(TRUE if is_grad_enabled() else FALSE)
             whole = tuple(key)
             node = region.node.children.get(whole)
             if node is None or region.slow or not node.known:
@@ -67,12 +68,16 @@ class Recorder(Recording):
                 region.admitted.clear()
             wrapper: LazyTensor = node.make()
             wrapper.cell = cell = Cell(region, *node.results[0])
-            region.produced.append(weakref.ref(cell))
+            region.produced.append(weak(cell))
             if self.region is not region:
                 # A finalizer that ran in between has flushed: the op belongs to the region that is open now.
                 return self.record(func, args, kwargs)
             region.node = node
             return wrapper
+        except BaseException:
+            if self.region.admitted or self.region.odd is not None:
+                self.region.rollback()
+            raise
         finally:
             self._release()
 
@@ -90,7 +95,7 @@ class Recorder(Recording):
         for number, type_, storage in node.results:
             cell = Cell(region, number, type_, storage)
             if reals is None:
-                region.produced.append(weakref.ref(cell))
+                region.produced.append(weak(cell))
             else:
                 cell.real = reals[len(made)]
                 region.storages.setdefault(serial_of(cell.real), storage)

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, type_of
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.graphs import graph_of
-from kitsune.lazy.region import Region
+from kitsune.lazy.region import Region, is_strided
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
@@ -50,6 +50,8 @@ class Recording:
         self.run, self.tally, self.on_close = run, tally, on_close
         self.renew_lock()
         self.paused = 0
+        # While torch infers for the recorder, its Python may pass a door: that is no act of the program's.
+        self.inferring = False
         self.rows: dict[int, OpRow] = {}
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -162,7 +164,7 @@ class Recording:
         """Close the region: run what is pending, give every living wrapper its value, and start the next region."""
         with self.lock:
             region, node = self.region, self.region.node
-            if not node.depth:
+            if not node.depth or self.inferring:
                 return
             site = user_site()
             self.tally.flushed[(cause, site)] += 1
@@ -220,4 +222,4 @@ class Recording:
 
 
 def _has_memory(tensor: Any) -> bool:
-    return isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and type(tensor) in PLAIN
+    return type(tensor) in PLAIN and is_strided(tensor)

@@ -127,7 +127,7 @@ class Region:
         return max([self.node.n_storages, *[storage + 1 for _, _, storage, _ in self.admitted]])
 
     def _oddness(self, tensor: torch.Tensor) -> Barrier | None:
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor._is_zerotensor():
+        if not is_strided(tensor):
             return Barrier.FOREIGN_LAYOUT
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return Barrier.FOREIGN_TENSOR
@@ -138,3 +138,9 @@ class Region:
         if self.device.type == "cpu" and not storage_of(tensor).resizable():
             return Barrier.FOREIGN_MEMORY
         return None
+
+
+def is_strided(tensor: torch.Tensor) -> bool:
+    """Is this a tensor of numbers with strides, and nothing more special?"""
+    special = tensor.is_quantized or tensor.is_nested or tensor._is_zerotensor()
+    return tensor.layout is torch.strided and not special

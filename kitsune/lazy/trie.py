@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Kind, OpRow, OutputSpec, Site, Slot, TensorType
+from kitsune.ir import OpRow, OutputSpec, Site, Slot, TensorType
 from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.cell import Cell, Ref, ref
 from kitsune.lazy.tensor import wrapper_maker
@@ -75,7 +75,7 @@ def grow(region: Any, row: OpRow, args: Any, kwargs: Any, cells: list[Cell], fla
         admitted=tuple((number, type_, storage) for number, type_, storage, _ in region.admitted),
         structure=spec.structure,
         form=_form(spec),
-        grad_enabled=torch.is_grad_enabled() if row.kind is Kind.EXTERN else None,
+        grad_enabled=torch.is_grad_enabled() if row.sees_grad_mode else None,
         depth=parent.depth + 1,
         n_values=parent.n_values + len(region.admitted),
         n_storages=region.n_storages(),

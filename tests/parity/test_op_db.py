@@ -30,7 +30,8 @@ PASSES_THROUGH: dict[str, str] = {
         "an operator checks values on the host": "_segment_reduce.lengths _segment_reduce.offsets allclose histogramdd "
         "nn.functional.ctc_loss nn.functional.embedding_bag",
         "the error code of the solver is read": "linalg.cholesky linalg.eig linalg.eigvals linalg.inv "
-        "linalg.ldl_factor linalg.lstsq linalg.lstsq.grad_oriented linalg.lu_factor linalg.solve linalg.tensorinv linalg.tensorsolve",
+        "linalg.ldl_factor linalg.lstsq linalg.lstsq.grad_oriented linalg.lu_factor linalg.solve linalg.tensorinv "
+        "linalg.tensorsolve",
         "a value becomes a Python number": "corrcoef cov equal istft item nn.functional.gaussian_nll_loss "
         "nn.functional.one_hot",
         "an in-place operator changes a shape": "resize_ resize_as_ stft",

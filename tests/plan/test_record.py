@@ -1,0 +1,145 @@
+"""What is recorded: graphs of small programs, with their views, writes and outputs, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import kitsune
+from kitsune.ir import Graph
+from kitsune.session import trace_regions
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    kitsune.reset()
+    yield
+
+
+def record(program: Callable[[], Any], warmup: int = 0) -> Graph:
+    """The one region of a program, whose result stays alive until it is flushed."""
+    with trace_regions() as graphs, kitsune.accelerate(warmup=warmup, device="cpu"):
+        kept = program()
+    assert len(graphs) == 1
+    del kept
+    return graphs[0]
+
+
+def lines(graph: Graph) -> list[str]:
+    return str(graph).splitlines()
+
+
+def test_a_write_makes_a_new_value_on_the_same_storage() -> None:
+    x = torch.zeros(2)
+    graph = record(lambda: (x + 1).add_(2.0).mul_(x))
+    assert lines(graph) == [
+        "$0: f32[2] = input",
+        "$1: f32[2] = aten.add.Tensor($0, 1)",
+        "$2: f32[2] = aten.add_.Tensor($1, %0)",
+        "$3: f32[2] = aten.mul_.Tensor($2, $0)",
+        "return ($3)",
+    ]
+    values = [op.outputs[0] for op in graph.ops]
+    assert len({v.storage for v in values}) == 1
+    assert [v.version for v in values] == [0, 1, 2]
+    assert [len(op.effects.writes) for op in graph.ops] == [0, 1, 1]
+
+
+def test_a_view_shares_its_base_storage() -> None:
+    x = torch.zeros(2, 3)
+    graph = record(lambda: x.t()[0])
+    transpose, select = graph.ops
+    assert transpose.outputs[0].storage == graph.inputs[0].storage == select.outputs[0].storage
+    assert select.outputs[0].type.stride == (3,)
+
+
+def test_whether_inputs_share_memory_is_part_of_what_a_region_is() -> None:
+    x = torch.zeros(4)
+    shared, apart = (x[:2], x[2:]), (torch.zeros(2), torch.zeros(4)[2:])
+    for left, right in (shared, apart):
+        assert len({v.storage for v in record(lambda: left + right).inputs}) == (1 if left is shared[0] else 2)  # noqa: B023
+    assert kitsune.counters()["regions"] == 2
+
+
+def test_what_is_dropped_is_no_output() -> None:
+    x = torch.zeros(2)
+
+    def program() -> torch.Tensor:
+        y = x + 1
+        z = y * 2
+        del y
+        return z
+
+    graph = record(program)
+    assert [v.id for v in graph.outputs] == [graph.ops[1].outputs[0].id]
+
+
+def test_a_random_op_says_so() -> None:
+    x = torch.zeros(2)
+    graph = record(lambda: torch.dropout(x + 1, 0.5, True))
+    assert [op.effects.random for op in graph.ops] == [
+        "bernoulli" in str(op.target) or "dropout" in str(op.target) for op in graph.ops
+    ]
+    assert any(op.effects.random for op in graph.ops)
+
+
+def test_an_op_knows_its_line() -> None:
+    x = torch.zeros(2)
+    graph = record(lambda: x + 1)
+    site = graph.ops[0].site
+    assert site is not None
+    assert site.file == __file__
+
+
+def test_observed_and_recorded_graphs_are_equal() -> None:
+    x = torch.ones(2, 2, requires_grad=True)
+
+    def program() -> Any:
+        y = (x @ x).relu().sum()
+        y.backward()
+        return y
+
+    observed = record(program, warmup=1)
+    x.grad = None
+    again = record(program, warmup=1)
+    x.grad = None
+    lazy = record(program, warmup=0)
+    assert lines(observed)[:-1] == lines(again)[:-1] == lines(lazy)[:-1]
+    assert kitsune.counters()["observed"] == len(observed.ops)
+
+
+def test_a_list_of_tensors_is_written_tensor_by_tensor() -> None:
+    xs = [torch.zeros(2), torch.zeros(3)]
+    graph = record(lambda: torch._foreach_add_(xs, 1.5))
+    (op,) = graph.ops
+    assert [(a.id, b.version) for a, b in op.rewritten] == [(0, 1), (1, 1)]
+    assert [x._version for x in xs] == [1, 1]
+
+
+def test_the_default_dtype_is_part_of_what_a_region_is() -> None:
+    def program() -> torch.dtype:
+        with kitsune.accelerate(warmup=0, device="cpu"):
+            return (torch.arange(3) * 1.5).dtype
+
+    assert program() == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert program() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert program() == torch.float32
+
+
+def test_a_program_that_never_repeats_keeps_no_endless_memory() -> None:
+    with kitsune.config.patch(max_pending_ops=50):
+        for n in range(1, 400):
+            with kitsune.accelerate(warmup=0, device="cpu"):
+                x = torch.zeros(n)
+                for _ in range(5):
+                    x = x + 1
+        pipeline = next(p for p in kitsune.session._thread.pipelines.values() if p.recorder.max_ops == 50)
+        assert pipeline.recorder.n_nodes <= 20 * 50 + 50
+    assert x.sum().item() == 5 * 399

@@ -1,0 +1,105 @@
+"""The replay executor: what it runs, what it leaves out, when it lets go of memory, and how it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import kitsune
+from kitsune.ir import Graph, Kind, Op, Result, Value, default_type
+from kitsune.runtime import prepare, replay
+
+aten = torch.ops.aten
+F2 = default_type(torch.float32, (2,))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    kitsune.reset()
+    yield
+
+
+def chain(n: int) -> Graph:
+    """x + 1 + 1 ...; the last value is the output."""
+    values = [Value(i, F2, i) for i in range(n + 1)]
+    ops = [
+        Op(aten.add.Tensor, Kind.POINTWISE, (a, 1), (), (a,), Result(0), (b,)) for a, b in zip(values, values[1:], strict=False)
+    ]
+    return Graph((values[0],), tuple(ops), (values[-1],))
+
+
+def test_values_die_after_their_last_use() -> None:
+    schedule = prepare(chain(4))
+    values = [torch.zeros(2), *[None] * 4]
+    replay(schedule, values, [])
+    assert [v is None for v in values] == [False, True, True, True, False]
+    assert [i.drops for i in schedule.instructions] == [(), (1,), (2,), (3,)]
+    assert values[-1].tolist() == [4.0, 4.0]
+
+
+def test_dead_ops_are_left_out_but_writes_to_inputs_are_not() -> None:
+    x = torch.zeros(2)
+    with kitsune.accelerate(warmup=0, device="cpu"):
+        x.exp()
+        x.view(2).add_(1)
+    assert kitsune.counters()["skipped"] == 1
+    assert x.tolist() == [1.0, 1.0]
+
+
+def test_a_dead_base_with_a_living_view_is_computed() -> None:
+    with kitsune.accelerate(warmup=0, device="cpu"):
+        base = torch.ones(2, 2) + 1
+        row = base[0]
+        base.mul_(3)
+        del base
+    assert row.tolist() == [6.0, 6.0]
+
+
+def test_a_dead_random_op_still_draws() -> None:
+    torch.manual_seed(0)
+    torch.rand(3)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with kitsune.accelerate(warmup=0, device="cpu"):
+        torch.rand(3)
+        got = torch.rand(3)
+    assert torch.equal(got, expected)
+
+
+def test_a_failure_names_the_line_and_spares_what_was_before() -> None:
+    table = torch.zeros(3, 2)
+    with pytest.raises(IndexError) as caught, kitsune.accelerate(warmup=1, device="cpu"):
+        for index in ([0, 1], [0, 7]):
+            before = table + 1
+            at = torch.tensor(index)
+            found = torch.nn.functional.embedding(at, table)
+            after = before * 2
+            kitsune.flush()
+    text = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
+    assert "index out of range" in text
+    assert before.tolist() == [[1.0, 1.0]] * 3
+    assert f"{__file__}:" in text
+    assert found is not None
+    assert after is not None
+
+
+def test_the_next_step_works_after_a_failure() -> None:
+    with kitsune.accelerate(warmup=0, device="cpu"):
+        with pytest.raises(RuntimeError, match="p to be in"):
+            _ = torch.zeros(4).bernoulli_(2.0).tolist()
+        assert (torch.ones(2) + 1).tolist() == [2.0, 2.0]
+
+
+def test_grad_mode_of_the_recording_is_that_of_the_run() -> None:
+    lstm = torch.nn.LSTM(3, 4)
+    x = torch.randn(5, 2, 3)
+    expected = lstm(x)[0]
+    for _ in range(3):
+        with kitsune.accelerate(warmup=1, device="cpu"):
+            out = lstm(x)[0]
+            with torch.no_grad():
+                kitsune.flush()
+            out.sum().backward()
+        assert torch.equal(out, expected)
