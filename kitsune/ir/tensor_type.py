@@ -20,6 +20,8 @@ class TensorType:
     nbytes: int = field(init=False)
     # Contiguous, with the very strides that torch gives a new tensor of this shape.
     canonical: bool = field(init=False)
+    # One element, seen as many.
+    expanded: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nbytes", self.shape.numel() * self.dtype.itemsize)
@@ -28,6 +30,7 @@ class TensorType:
             strides.append(expected)
             expected *= max(n, 1)
         object.__setattr__(self, "canonical", self.stride == tuple(reversed(strides)))
+        object.__setattr__(self, "expanded", not any(self.stride) and self.nbytes > 0)
 
     def __str__(self) -> str:
         return f"{dtype_abbrs.get(self.dtype, str(self.dtype))}[{', '.join(map(str, self.shape))}]"

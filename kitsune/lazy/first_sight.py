@@ -127,8 +127,8 @@ def _is_trusted(call: Call, cells: list[Cell]) -> bool:
     """Would meta tensors give the layout that the kernel gives, and raise where it raises?
 
     They do not know which dtypes a kernel lacks (subtracting a bool, a float written into an int), which memory overlaps, nor
-    the strides of results on empty or strided operands (of 9,500 calls, all that differed had such an operand). What they do
-    not know is made for real once.
+    the strides of results on empty or strided operands (of 9,500 calls, all that differed had such an operand; one element
+    expanded by a sum's backward is no harm). What they do not know is made for real once.
     """
     row, types = call.row, [c.type for c in cells]
     if not row.trusted or row.kind is Kind.VIEW:
@@ -143,7 +143,8 @@ def _is_trusted(call: Call, cells: list[Cell]) -> bool:
     if row.writes:
         overlapping = any(stride == 0 and n > 1 for t in types for n, stride in zip(t.shape, t.stride, strict=True))
         return not overlapping and len({c.storage for c in cells}) == len(cells)
-    return row.kind is Kind.GEMM or all(t.canonical and t.nbytes for t in types)
+    plain = all(t.nbytes and (t.canonical or (t.expanded and row.kind is Kind.POINTWISE)) for t in types)
+    return row.kind is Kind.GEMM or plain
 
 
 def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
