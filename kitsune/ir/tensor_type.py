@@ -30,7 +30,7 @@ class TensorType:
             strides.append(expected)
             expected *= max(n, 1)
         object.__setattr__(self, "canonical", self.stride == tuple(reversed(strides)))
-        object.__setattr__(self, "expanded", not any(self.stride) and self.nbytes > 0)
+        object.__setattr__(self, "expanded", self.shape.numel() > 1 and not any(self.stride))
 
     def __str__(self) -> str:
         return f"{dtype_abbrs.get(self.dtype, str(self.dtype))}[{', '.join(map(str, self.shape))}]"

@@ -4,7 +4,9 @@ One table. The doors are patched while any context is open and put back when the
 overrides (`tensor.py`), which stay for life.
 """
 
+import ctypes
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,16 +48,25 @@ def close_doors(recorder: Recorder) -> None:
             while _originals:
                 owner, name, own, original = _originals.pop()
                 if own:
-                    setattr(owner, name, original)
+                    _set(owner, name, original)
                 else:
                     delattr(owner, name)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    try:
+        setattr(owner, name, value)
+    except TypeError:
+        # torch.Generator is a static type: Python does not assign to it, but finds methods in this dictionary.
+        gc.get_referents(vars(owner))[0][name] = value
+        ctypes.pythonapi.PyType_Modified(ctypes.py_object(owner))
 
 
 def _put(door: Door) -> Original:
     owner, name, make = door
     own = name in vars(owner)
     original = vars(owner)[name] if own else getattr(owner, name)
-    setattr(owner, name, make(original))
+    _set(owner, name, make(original))
     return owner, name, own, original
 
 
@@ -93,7 +104,14 @@ def _doors() -> Iterator[Door]:
 _SEEDS = "manual_seed seed get_rng_state set_rng_state"
 _CUDA_SEEDS = f"{_SEEDS} manual_seed_all seed_all get_rng_state_all set_rng_state_all"
 Table = tuple[tuple[Any, str], ...]
-_RANDOM: Table = ((torch, _SEEDS), (torch.random, _SEEDS), (torch.cuda, _CUDA_SEEDS), (torch.cuda.random, _CUDA_SEEDS))
+_GENERATOR = "manual_seed seed get_state set_state graphsafe_get_state graphsafe_set_state get_offset set_offset"
+_RANDOM: Table = (
+    (torch.Generator, _GENERATOR),
+    (torch, _SEEDS),
+    (torch.random, _SEEDS),
+    (torch.cuda, _CUDA_SEEDS),
+    (torch.cuda.random, _CUDA_SEEDS),
+)
 # What kernels read when they run, and results' dtypes depend on: an op must run under the settings that it was called under.
 _DEFAULTS: Table = (
     (torch, "set_default_dtype set_num_threads set_flush_denormal"),

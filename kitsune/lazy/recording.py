@@ -143,9 +143,11 @@ class Recording:
         """`wrapper.data = value`: from now on the wrapper stands for the value's memory."""
         with self.lock:
             self.flush(Barrier.DOOR)
-            real = (
-                value.cell.region.recorder.materialize(value.cell, Barrier.DOOR) if type(value) is LazyTensor else value.detach()
-            )
+            if type(value) is LazyTensor:
+                real = value.cell.region.recorder.materialize(value.cell, Barrier.DOOR)
+            else:
+                with torch._C._DisableTorchDispatch(), torch.no_grad():
+                    real = value.detach()
             if real.dtype is not tensor.dtype or real.device != tensor.device:
                 raise RuntimeError(
                     f".data of a {tensor.dtype} tensor on {tensor.device}, recorded by Kitsune, cannot become {real.dtype} on "

@@ -159,7 +159,7 @@ def set_item(b: Builder, i: int, j: int, k: int) -> str:
     y = b.fitting(j, x)
     calls = (
         f"{x}[0] = {j % 7}",
-        f"{x}[..., 0] = {y}.sum()",
+        f"{x}[..., 0] = {y}.sum() if {x}.is_floating_point() else {y}.detach().sum()",
         f"{x}[:] = {y}",
         f"{x}[{x} > 0] = 0.5",
         f"{x}[1:] = {y}[:-1]",
@@ -200,7 +200,8 @@ def matmul(b: Builder, i: int, j: int, k: int) -> str:
 
 @step()
 def foreach(b: Builder, i: int, j: int, k: int) -> str:
-    x, y = b.any(i), b.any(j)
+    x = b.any(i)
+    y = b.alike(j, x)
     s, t = b.new(), b.new()
     calls = (
         f"torch._foreach_add_([{x}, {y}], 1.5)",
@@ -228,6 +229,6 @@ def random(b: Builder, i: int, j: int, k: int) -> str:
         f"{t} = torch.rand(3) + {x}",
         "seen = torch.get_rng_state().sum().item()",
         f"F.dropout({x}, 0.5, inplace=True)",
-        f"{t} = torch.bernoulli({x}.sigmoid())",
+        f"{t} = torch.bernoulli(torch.rand_like({x}))",
     )
     return pick(calls, k)

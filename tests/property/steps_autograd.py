@@ -64,9 +64,9 @@ def graph_edit(b: Builder, i: int, j: int, k: int) -> str:
         f"{x}.register_hook(lambda g: g * 2)",
         f"{b.new()} = Doubled.apply({x})",
         f"{x}.requires_grad_(False)",
-        f"{x}.data = {x}.data * 2",
+        f"{x}.data = {x}.data.flip(0)",
         f"{b.new()} = torch.nn.Parameter({x}.detach().clone())",
-        f"{x}.data = {b.any(j)}",
+        f"{x}.data = {b.alike(j, x)}",
     )
     return pick(calls, k)
 

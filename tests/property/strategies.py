@@ -21,7 +21,8 @@ DTYPES = ("float32", "float32", "float32", "float64", "int64", "bool")
 SCALARS = ("2", "-1.5", "0.1", "True", "3")
 UNARY = ("neg", "exp", "tanh", "sigmoid", "relu", "abs", "sin", "sqrt", "sign", "reciprocal", "logical_not", "clone")
 BINARY = ("add", "sub", "mul", "div", "maximum", "minimum", "atan2", "eq", "lt", "remainder", "logical_and", "pow")
-REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "argmax", "prod", "any", "logsumexp", "cumsum", "softmax")
+# No prod: its derivative has another formula, a bit off, for every wrapper and under every dispatch mode.
+REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "argmax", "any", "logsumexp", "cumsum", "softmax")
 
 
 def step(weight: int = 1) -> Callable[[Step], Step]:
@@ -66,6 +67,12 @@ class Builder:
         """A tensor that broadcasts with the named one (an unfitting one now and then)."""
         shape = self.world.tensors[name].shape
         names = [n for n, t in self.world.tensors.items() if _broadcasts(t.shape, shape) or i % 29 == 28]
+        return names[i % len(names)]
+
+    def alike(self, i: int, name: str) -> str:
+        """A tensor of the named one's dtype."""
+        dtype = self.world.tensors[name].dtype
+        names = [n for n, t in self.world.tensors.items() if t.dtype is dtype]
         return names[i % len(names)]
 
     def optimizer(self, i: int) -> str | None:
