@@ -90,7 +90,7 @@ def _dtype(op: Any, device: str) -> torch.dtype | None:
 
 
 def _representative(op: Any, samples: Iterator[Any]) -> Any:
-    """The first sample with a tensor neither empty nor 0-dim whose call does something, else the first of all."""
+    """The first sample whose first tensor is neither empty nor 0-dim and whose call does something, else the first of all."""
     looked_at = islice(samples, MAX_SAMPLES)
     first = next(looked_at)
     candidates = islice((s for s in chain([first], looked_at) if _has_elements(s)), MAX_CALLS)
@@ -99,7 +99,7 @@ def _representative(op: Any, samples: Iterator[Any]) -> Any:
 
 def _has_elements(found: Any) -> bool:
     tensors = [t for t in tree_leaves((found.input, found.args, found.kwargs)) if isinstance(t, torch.Tensor)]
-    return any(t.dim() > 0 and t.numel() > 0 for t in tensors)
+    return bool(tensors) and tensors[0].dim() > 0 and tensors[0].numel() > 0
 
 
 class _Counter(TorchDispatchMode):

@@ -32,8 +32,7 @@ PASSES_THROUGH: dict[str, str] = {
         "the error code of the solver is read": "linalg.cholesky linalg.eig linalg.eigvals linalg.inv "
         "linalg.ldl_factor linalg.lstsq linalg.lstsq.grad_oriented linalg.lu_factor linalg.solve linalg.tensorinv "
         "linalg.tensorsolve",
-        "a value becomes a Python number": "corrcoef cov equal istft item nn.functional.gaussian_nll_loss "
-        "nn.functional.one_hot",
+        "a value becomes a Python number": "corrcoef cov equal istft item nn.functional.gaussian_nll_loss nn.functional.one_hot",
         "an in-place operator changes a shape": "resize_ resize_as_ stft",
         "its backward makes a tensor of zeros without memory": "sgn",
         "works on sparse tensors": "sparse.mm.reduce sparse.sampled_addmm to_sparse",
@@ -41,6 +40,17 @@ PASSES_THROUGH: dict[str, str] = {
         "nn.functional.linear_cross_entropy.chunked_none",
     }.items()
     for name in names.split()
+}
+
+if torch.__version__ < "2.12":
+    PASSES_THROUGH |= dict.fromkeys(("quantile", "nanquantile"), "checks its probabilities on the host")
+
+PASSES_THROUGH_ON_CUDA: dict[str, str] = {
+    "jiterator_2inputs_2outputs": "launches its kernel without the dispatcher",
+    "jiterator_4inputs_with_extra_args": "launches its kernel without the dispatcher",
+    "jiterator_binary": "launches its kernel without the dispatcher",
+    "jiterator_binary_return_by_ref": "launches its kernel without the dispatcher",
+    "jiterator_unary": "launches its kernel without the dispatcher",
 }
 
 # Results that hold whatever was in memory before: compared in everything but their values.
@@ -53,18 +63,17 @@ UNINITIALISED: dict[str, str] = {
     "new_empty_strided": "allocates without writing",
 }
 
+# Entries whose gradients torch computes by another formula while any dispatch mode is on: compared to within a few roundings.
+OTHER_FORMULA: dict[str, str] = {
+    "cumprod": "cumprod_backward divides by the input only for plain tensors",
+    "masked.cumprod": "cumprod_backward divides by the input only for plain tensors",
+    "prod": "prod_backward divides the result by the input only for plain tensors",
+    "masked.prod": "prod_backward divides the result by the input only for plain tensors",
+}
+
 # Entries whose gradients torch computes in another layout for any wrapper subclass: compared in all but strides.
 OTHER_STRIDES: dict[str, str] = {
     "ormqr": "the backward of householder_product works in place for plain tensors only",
-}
-
-# Entries that eager itself refuses on a CPU: nothing to compare there.
-NEEDS_GPU: dict[str, str] = {
-    "jiterator_2inputs_2outputs": "compiles a CUDA kernel",
-    "jiterator_4inputs_with_extra_args": "compiles a CUDA kernel",
-    "jiterator_binary": "compiles a CUDA kernel",
-    "jiterator_binary_return_by_ref": "compiles a CUDA kernel",
-    "jiterator_unary": "compiles a CUDA kernel",
 }
 
 
@@ -143,6 +152,8 @@ def differences(name: str, expected: Outcome, got: Outcome) -> Iterator[str]:
             yield f"{len(here)} {field} instead of {len(there)}"
         skip = ("stride",) if field == "grads" and name in OTHER_STRIDES else ()
         values = not (field == "outputs" and name in UNINITIALISED)
+        if field == "grads" and name in OTHER_FORMULA:
+            values = not all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(there, here, strict=True))
         for i, (a, b) in enumerate(zip(there, here, strict=False)):
             if difference := _compare.difference(a, b, values=values, skip=skip):
                 yield f"{field}[{i}]: {difference}"
@@ -176,11 +187,16 @@ def check(name: str, device: str, warmup: int) -> None:
     expected, unstable = eager(name, device)
     if unstable and device != "cpu":
         pytest.skip(f"two eager runs differ: {unstable[0]}")
-    assert not unstable and not expected.error
+    assert not unstable
+    if expected.error:
+        # Not on this device or in this version of torch: then it must fail in the same words.
+        got, _ = lazily(name, device, warmup)
+        assert got.error == expected.error
+        return
     for turn in range(ROUNDS):
         got, why_not = lazily(name, device, warmup)
         assert not list(differences(name, expected, got)), f"round {turn}"
-    if name in PASSES_THROUGH:
+    if name in PASSES_THROUGH or (device == "cuda" and name in PASSES_THROUGH_ON_CUDA):
         assert why_not, "is lazy by now: take it out of the table"
     else:
         assert not why_not
@@ -189,8 +205,8 @@ def check(name: str, device: str, warmup: int) -> None:
 @pytest.mark.parametrize("warmup", [0, 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_entry_is_as_in_eager(name: str, warmup: int) -> None:
-    if name in NEEDS_GPU:
-        pytest.skip(NEEDS_GPU[name])
+    if name in PASSES_THROUGH_ON_CUDA:
+        pytest.skip("compiles a CUDA kernel")
     check(name, "cpu", warmup)
 
 
@@ -209,5 +225,5 @@ def deterministic() -> Iterator[None]:
 
 
 def test_few_entries_pass_through() -> None:
-    assert len(PASSES_THROUGH) <= len(NAMES) / 10
+    assert len(PASSES_THROUGH | PASSES_THROUGH_ON_CUDA) <= len(NAMES) / 10
     assert all(PASSES_THROUGH.values())
