@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+Comparison = Callable[[torch.Tensor, torch.Tensor], str | None]
 INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,7 +41,16 @@ def metadata(t: torch.Tensor) -> dict[str, Any]:
     return seen
 
 
-def difference(a: Any, b: Any, *, values: bool = True, skip: Sequence[str] = ()) -> str | None:
+def rounding_difference(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    """None when both are equal to within the rounding of a sum in another order."""
+    try:
+        torch.testing.assert_close(_plain(b), _plain(a), equal_nan=True)
+    except AssertionError as told:
+        return str(told)
+    return None
+
+
+def difference(a: Any, b: Any, *, values: Comparison | None = value_difference, skip: Sequence[str] = ()) -> str | None:
     """What tells b from a, in words; None if nothing does."""
     if not isinstance(a, torch.Tensor):
         return None if type(a) is type(b) and a == b else f"{b!r} instead of {a!r}"
@@ -50,7 +60,7 @@ def difference(a: Any, b: Any, *, values: bool = True, skip: Sequence[str] = ())
     for key, expected in there.items():
         if key not in skip and here.get(key) != expected:
             return f"{key}: {here.get(key)} instead of {expected}"
-    return value_difference(a, b) if values else None
+    return values(a, b) if values else None
 
 
 def alias_sets(tensors: Sequence[torch.Tensor]) -> list[int]:

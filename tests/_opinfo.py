@@ -90,7 +90,7 @@ def _dtype(op: Any, device: str) -> torch.dtype | None:
 
 
 def _representative(op: Any, samples: Iterator[Any]) -> Any:
-    """The first sample whose first tensor is neither empty nor 0-dim and whose call does something, else the first of all."""
+    """The first sample that does something to a first tensor neither empty nor 0-dim, else the first of all."""
     looked_at = islice(samples, MAX_SAMPLES)
     first = next(looked_at)
     candidates = islice((s for s in chain([first], looked_at) if _has_elements(s)), MAX_CALLS)

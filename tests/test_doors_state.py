@@ -308,6 +308,22 @@ def test_the_cuda_array_interface_shows_computed_memory(on_gpu: torch.Tensor) ->
 
 
 @pytest.mark.gpu
+def test_a_jiterator_reads_computed_memory(on_gpu: torch.Tensor) -> None:
+    plus_one = torch.cuda.jiterator._create_jit_fn("template <typename T> T plus_one(T x) { return x + 1; }")
+    assert plus_one(on_gpu * 3).sum().item() == 4000
+
+
+@pytest.mark.gpu
+def test_a_users_triton_kernel_reads_and_writes_computed_memory(on_gpu: torch.Tensor) -> None:
+    pytest.importorskip("triton")
+    from tests.triton_kernel import add_one
+
+    x, out = on_gpu * 3, torch.zeros_like(on_gpu)
+    add_one[(1,)](x, out, 1000, BLOCK=1024)
+    assert (out * 2).sum().item() == 8000
+
+
+@pytest.mark.gpu
 def test_a_copy_to_the_host_is_computed(on_gpu: torch.Tensor) -> None:
     assert (on_gpu * 3).cpu().sum().item() == 3000
 

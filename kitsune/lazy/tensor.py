@@ -34,8 +34,13 @@ class LazyTensor(torch.Tensor):
         # torch's printing is made of ops on the tensor, which are no part of the program.
         with torch._C._DisableTorchDispatch():
             text: str = torch.Tensor.__repr__(plain, tensor_contents=tensor_contents)  # type: ignore[call-arg]
-        if self.grad_fn is not None:
-            return f"{text[:-1]}, grad_fn=<{type(self.grad_fn).__name__}>)"
+        try:
+            grad_fn = None if self.grad_fn is None else type(self.grad_fn).__name__
+        except RuntimeError:
+            # A view made under no_grad and then written with gradients on: torch prints the same.
+            grad_fn = "Invalid"
+        if grad_fn is not None:
+            return f"{text[:-1]}, grad_fn=<{grad_fn}>)"
         return f"{text[:-1]}, requires_grad=True)" if self.requires_grad else text
 
     __str__ = __repr__

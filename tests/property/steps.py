@@ -145,8 +145,8 @@ def in_place(b: Builder, i: int, j: int, k: int) -> str:
         f"{x} *= 2",
         f"torch.add({x}, {y}, out={x}.detach())",
         f"{x}.detach().add_(1)",
-        f"{x}.t_()",
-        f"{x}.squeeze_()",
+        f"{x}.data.mul_(0.5)" if b.world.tensors[x].requires_grad else f"{x}.t_()",
+        f"{x}.data.mul_(0.25)" if b.world.tensors[x].requires_grad else f"{x}.squeeze_()",
         f"{x}.unsqueeze_(0)",
         f"{x}.data.mul_(2)",
     )
