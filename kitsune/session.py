@@ -228,7 +228,7 @@ def _open(pipeline: Pipeline) -> None:
     if pipeline.left_behind:
         pipeline.left_behind = False
         pipeline.recorder.resume()
-    pipeline.mode.enter()
+    pipeline.recorder.enter()
 
 
 def _close(pipeline: Pipeline) -> None:
@@ -237,7 +237,7 @@ def _close(pipeline: Pipeline) -> None:
     if _thread.depth[pipeline]:
         return
     del _thread.depth[pipeline]
-    if not pipeline.mode.leave():
+    if not pipeline.recorder.leave():
         pipeline.left_behind = True
         pipeline.recorder.pause()
     torch._C._set_view_replay_enabled(pipeline.view_replay)

@@ -170,6 +170,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "broadcast": lambda: x() + torch.ones(4),
     "view": lambda: x().view(5),
     "cat": lambda: torch.cat([x(), torch.ones(3, 4)]),
+    "addmm": lambda: torch.addmm(x(), x(), torch.ones(3, 1)),
     "dim": lambda: x().sum(dim=7),
     "dtype": lambda: x().to(torch.float64) @ x().t(),
     "linear": lambda: F.linear(x(), torch.ones(5, 4)),

@@ -138,6 +138,36 @@ def test_a_number_is_computed_before_it_is_seen(name: str, subject: str) -> None
     assert read(door, SUBJECTS[subject], "ITEM") == in_eager(door, SUBJECTS[subject])
 
 
+def view_of_unknown_history() -> torch.Tensor:
+    leaf = torch.arange(3.0).requires_grad_()
+    with torch.no_grad():
+        view = leaf[1:]
+        view.add_(1)
+    return view
+
+
+PRINTED: dict[str, Callable[[], torch.Tensor]] = {
+    "a result": lambda: torch.arange(3.0) * 2,
+    "a result with history": lambda: torch.ones(3, requires_grad=True) * 2,
+    "a line that is too long": lambda: torch.full((7,), 1.2345).requires_grad_() * 2,
+    "a leaf": lambda: torch.ones(3, requires_grad=True),
+    "a result of foreach": lambda: torch._foreach_mul([torch.ones(3, requires_grad=True)], 2.0)[0],
+    "a history that autograd does not tell": view_of_unknown_history,
+    "a number": lambda: torch.ones(3).sum(),
+    "another dtype": lambda: torch.ones(3, dtype=torch.float64) > 0,
+    "nothing": lambda: torch.ones(0, 3) * 2,
+    "many": lambda: torch.ones(2000) * 2,
+    "infinities": lambda: torch.ones(3) / torch.arange(3.0),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_a_tensor_prints_as_in_eager(name: str) -> None:
+    expected = repr(PRINTED[name]())
+    with lazily():
+        assert repr(PRINTED[name]()) == expected
+
+
 @pytest.mark.parametrize("name", [name for name in MEMORY | NUMBERS if name != "data_ptr, unbound"])
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_a_result_that_outlives_the_context_has_its_doors(name: str) -> None:

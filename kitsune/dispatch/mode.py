@@ -1,6 +1,5 @@
 """The TorchDispatchMode that hands every aten call to a recorder."""
 
-from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -10,14 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 
 class RecordMode(TorchDispatchMode):
-    """Calls `record(func, args, kwargs)` for each op below autograd."""
-
-    def __init__(self, record: Callable[..., Any]) -> None:
-        super().__init__()
-        self.record = record
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.record(func, args, kwargs)
+    """Sees each op below autograd. What becomes of an op is its subclass's `__torch_dispatch__`, which the pipeline gives it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -45,7 +45,7 @@ def ref(id: int) -> Ref:
 class Cell:
     """What a wrapper stands for: a value of a region, and its tensor once it has been computed."""
 
-    __slots__ = ("__weakref__", "external", "real", "ref", "region", "storage", "type")
+    __slots__ = ("external", "real", "ref", "region", "storage", "type")
 
     def __init__(self, region: Any, ref: Ref, type: TensorType, storage: int) -> None:
         self.region = region

@@ -2,7 +2,6 @@
 
 import dataclasses
 from typing import Any
-from weakref import ref as weak
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -26,7 +25,7 @@ TRUE, FALSE, FLOAT, RECORD = object(), object(), object(), object()
 class Recorder(Recording):
     """Takes the ops of one accelerating thread."""
 
-    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:  # noqa: C901 - calls cost 0.1 us
+    def record(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
         """Take one aten call; returns placeholders, or results where the call is made at once.
 
         The hot path: a known op must cost less than 6 us more than in eager (`benchmarks/bench_dispatch.py`).
@@ -35,8 +34,10 @@ class Recorder(Recording):
         try:
             # By id, since OpOverload hashes in Python. The row keeps the overload, and so its id.
             row = self.rows.get(id(func)) or self._row_of(func)
-            if row.detour and (returned := self._detour(row, args, kwargs or {})) is not RECORD:
-                return returned
+            if row.detour and (row.barrier is not None or type(args[0]) is Tensor):
+                returned = self._detour(row, args, kwargs or {})
+                if returned is not RECORD:
+                    return returned
             region = self.region
             key: list[Any] = [row]
             append = key.append
@@ -50,6 +51,9 @@ class Recorder(Recording):
                     append(known.ref if known is not None else region.admit(a))
                 elif cls in CONSTANTS:
                     append(a)
+                elif cls is float and row.scalars_move:
+                    region.scalars.append(a)
+                    append(FLOAT)
                 else:
                     append(self._key_of(a, row))
             if kwargs:
@@ -62,17 +66,27 @@ class Recorder(Recording):
             node = region.node.children.get(whole)
             if node is None or region.slow or not node.known:
                 return first_sight(self, Call(row, args, kwargs or {}, whole, tensors_in((args, kwargs))), node)
-            if node.make is None or node.full:
-                return self.emit(node, tensors_in((args, kwargs)))
             if region.admitted:
                 region.admitted.clear()
-            wrapper: LazyTensor = node.make()
-            wrapper.cell = cell = Cell(region, *node.results[0])
-            region.produced.append(weak(cell))
-            if self.region is not region:
-                # A finalizer that ran in between has flushed: the op belongs to the region that is open now.
-                return self.record(func, args, kwargs)
-            region.node = node
+            make = node.make
+            if make is not None:
+                wrapper: LazyTensor = make()
+                number, type_, storage = node.result
+                wrapper.cell = cell = Cell(region, number, type_, storage)
+                region.produced.append(cell)
+                if self.region is not region:
+                    # A finalizer that ran in between has flushed: the op belongs to the region that is open now.
+                    return self.record(func, types, args, kwargs)
+                region.node = node
+            elif node.rewrites is not None and type(args[0]) is LazyTensor:
+                wrapper = args[0]
+                wrapper.cell.ref = node.rewrites
+                region.dirty.add(node.storage)
+                region.node = node
+            else:
+                return self.emit(node, tensors_in((args, kwargs)))
+            if node.full:
+                self.flush(Barrier.BOUND)
             return wrapper
         except BaseException:
             if self.region.admitted or self.region.odd is not None:
@@ -95,7 +109,7 @@ class Recorder(Recording):
         for number, type_, storage in node.results:
             cell = Cell(region, number, type_, storage)
             if reals is None:
-                region.produced.append(weak(cell))
+                region.produced.append(cell)
             else:
                 cell.real = reals[len(made)]
                 region.storages.setdefault(serial_of(cell.real), storage)
@@ -145,7 +159,7 @@ class Recorder(Recording):
     def _row_of(self, func: Any) -> OpRow:
         row = self.describe(func)
         if self.paused:
-            return dataclasses.replace(row, detour=True)
+            return dataclasses.replace(row, barrier=Barrier.PAUSED, detour=True)
         self.rows[id(func)] = row
         return row
 
@@ -160,9 +174,7 @@ class Recorder(Recording):
 
     def _detour(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """What an op needs that may not be recorded: its result, or RECORD where it is recorded after all."""
-        if self.paused:
-            return pass_through(self, row, args, kwargs, Barrier.PAUSED)
-        if row.functional is not None and type(args[0]) is LazyTensor:
+        if row.functional is not None and row.barrier is not Barrier.PAUSED and type(args[0]) is LazyTensor:
             return self._reshape(row, args, kwargs)
         if row.barrier is not None:
             return pass_through(self, row, args, kwargs, row.barrier)
@@ -171,7 +183,7 @@ class Recorder(Recording):
     def _reshape(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """`x.squeeze_()` on a wrapper: the view is recorded, and the wrapper stands for it from now on."""
         wrapper = args[0]
-        view = self.record(row.functional, args, kwargs)
+        view = self.record(row.functional, (), args, kwargs)
         # A kernel that only moves sizes and strides runs on a tensor without memory too.
         with self.below_autograd(), torch._C._DisableTorchDispatch():
             row.target(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, type_of
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.graphs import graph_of
-from kitsune.lazy.region import Region, is_strided
+from kitsune.lazy.region import Region, is_strided, living
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
@@ -186,8 +186,7 @@ class Recording:
 
     def _run(self, region: Region) -> tuple[int, ...]:
         """Compute what is pending; returns the numbers of the values that can still be read."""
-        # The region holds its results weakly: a cell that is gone is a value that nobody can read.
-        cells = [cell for made in region.produced if (cell := made()) is not None]
+        cells = living(region.produced)
         live = tuple(sorted({cell.ref.id for cell in cells}))
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))

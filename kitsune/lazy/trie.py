@@ -43,8 +43,12 @@ class Node:
     nbytes: int = 0
     random: bool = False
     full: bool = False
-    # makes the wrapper of the one new tensor, where the call has that result and writes nothing
+    # The two commonest calls take no rebuilding. One new tensor and nothing written: what makes its wrapper, and its result.
     make: Callable[[], Any] | None = None
+    result: tuple[Any, Any, int] = (None, None, 0)
+    # The first operand is written and returned: its value afterwards, and its storage.
+    rewrites: Ref | None = None
+    storage: int = 0
     # how often this op was observed at this place, whether that is enough, and how often a region ended with it
     sights: int = 0
     known: bool = False
@@ -85,7 +89,9 @@ def grow(region: Any, row: OpRow, args: Any, kwargs: Any, cells: list[Cell], fla
     node.written = tuple(_writes(node, written_operands(row, args, kwargs), flat, cells))
     node.results = tuple(_results(node, spec, cells))
     if node.form == ONE and not node.written:
-        node.make = wrapper_maker(node.results[0][1])
+        node.make, node.result = wrapper_maker(node.results[0][1]), node.results[0]
+    elif node.form == SELF and len(node.written) == 1 and node.written[0][0] == spec.structure.index == 0 and not row.bumps:
+        _, _, node.rewrites, node.storage = node.written[0]
     node.nbytes = parent.nbytes + sum(t.nbytes for _, t, _ in node.results) + sum(t.nbytes for _, t, _ in node.admitted)
     return node
 

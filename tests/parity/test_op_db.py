@@ -196,7 +196,7 @@ def lazily(name: str, device: str, warmup: int) -> tuple[Outcome, str]:
 def check(name: str, device: str, warmup: int) -> None:
     expected, unstable = eager(name, device)
     if unstable and device != "cpu":
-        pytest.skip(f"two eager runs differ: {unstable[0]}")
+        pytest.skip(f"two eager runs of {name} differ: {unstable[0]}")
     assert not unstable
     if expected.error:
         # Not on this device or in this version of torch: then it must fail in the same words.

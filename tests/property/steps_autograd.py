@@ -113,7 +113,7 @@ READS = (
     "len({x})",
     "{x}.data_ptr() != 0",
     "float({x}.double().mean())",
-    "repr({x})",
+    "repr({x}.detach())",
     "str({x}.shape)",
     "[float(v.sum()) for v in {x}]",
     "np.asarray({x}.detach()).sum()",
@@ -130,7 +130,7 @@ READS = (
 def look(b: Builder, i: int, j: int, k: int) -> str:
     """What a program can see without a value."""
     x = b.any(i)
-    version = "shape" if b.world.is_gradient(b.world.tensors[x]) else "_version"
+    version = "shape" if b.world.is_gradient(b.world.tensors[x]) else "_version - births['{x}']"
     facts = (
         "stride(), {x}.storage_offset()",
         version,

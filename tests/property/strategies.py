@@ -70,10 +70,10 @@ class Builder:
         return names[i % len(names)]
 
     def alike(self, i: int, name: str) -> str:
-        """A tensor of the named one's dtype."""
+        """A tensor of the named one's dtype that does not overlap itself, so that a write to it works."""
         dtype = self.world.tensors[name].dtype
-        names = [n for n, t in self.world.tensors.items() if t.dtype is dtype]
-        return names[i % len(names)]
+        names = [n for n, t in self.world.tensors.items() if t.dtype is dtype and 0 not in t.stride()]
+        return names[i % len(names)] if names else name
 
     def optimizer(self, i: int) -> str | None:
         names = [name for name, value in self.world.names.items() if isinstance(value, torch.optim.Optimizer)]

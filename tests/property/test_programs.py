@@ -15,6 +15,7 @@ from tests.property.strategies import STEPS, Builder, programs, start
 from tests.property.world import Program, differences
 
 ROUNDS = 3
+EXAMPLES = max(200, settings().max_examples)  # HYPOTHESIS_PROFILE=search asks for more
 SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
@@ -27,13 +28,13 @@ def check(program: Program, warmup: int) -> None:
     assert kitsune.counters()["recorded"] > 0
 
 
-@settings(SLOW, max_examples=100)
+@settings(SLOW, max_examples=EXAMPLES)
 @given(programs())
 def test_lazy_from_the_first_op_is_as_eager(program: Program) -> None:
     check(program, warmup=0)
 
 
-@settings(SLOW, max_examples=100)
+@settings(SLOW, max_examples=EXAMPLES)
 @given(programs())
 def test_lazy_after_an_observed_round_is_as_eager(program: Program) -> None:
     check(program, warmup=1)

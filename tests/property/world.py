@@ -44,9 +44,13 @@ class World:
     # Storages that held a gradient (kept, so that none is used twice), where asked for. Autograd adds gradients up in
     # place for plain tensors only, so their `_version` is its own affair.
     gradients: list[Any] | None = None
+    # `_version` of each variable when it was made: C++ may work in place on a plain tensor that it has just made
+    # (F.linear adds a bias), and out of place on a wrapper.
+    births: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names |= {"torch": torch, "F": torch.nn.functional, "np": numpy, "kitsune": kitsune, "Doubled": Doubled}
+        self.names["births"] = self.births
         torch.manual_seed(SEED)
 
     def execute(self, line: str) -> None:
@@ -58,6 +62,8 @@ class World:
             self.seen.append(f"{type(error).__name__} at {line!r}")
         else:
             self.seen.append(f"{self.names['seen']!r} at {line!r}")
+        for name, tensor in self.tensors.items():
+            self.births.setdefault(name, tensor._version)
         if self.gradients is not None:
             self._note_gradients("autograd.grad(" in line)
 
@@ -68,6 +74,10 @@ class World:
         ] * newest
         known = {storage._cdata for storage in self.gradients}
         self.gradients += [t.untyped_storage() for t in found if t.untyped_storage()._cdata not in known]
+
+    def writes(self, name: str, tensor: torch.Tensor) -> int:
+        """How often the tensor was written since it was made."""
+        return tensor._version - self.births.get(name, 0)
 
     def is_gradient(self, tensor: torch.Tensor) -> bool:
         """Does the tensor lie in memory that once held a gradient?"""
@@ -137,8 +147,9 @@ def differences(expected: World, got: World) -> list[str]:
         for name, tensor in there.items():
             if difference := _compare.difference(tensor, here[name], skip=("history",)):
                 found.append(f"{name}: {difference}")
-            if tensor._version != here[name]._version and not expected.is_gradient(tensor):
-                found.append(f"{name}: version {here[name]._version} instead of {tensor._version}")
+            writes = [world.writes(name, state[name]) for world, state in ((expected, there), (got, here))]
+            if writes[0] != writes[1] and not expected.is_gradient(tensor):
+                found.append(f"{name}: version {writes[1]} instead of {writes[0]}")
         names = list(there)
         sets = [_compare.alias_sets([state[name] for name in names]) for state in (there, here)]
         if sets[0] != sets[1]:
