@@ -138,15 +138,15 @@ def test_explain_names_cause_and_line() -> None:
 
 
 def test_a_graph_prints_in_torch_notation() -> None:
-    x = torch.ones(2, 4)
+    x = torch.ones(2, 4, requires_grad=True)
     with trace_regions() as graphs, kitsune.accelerate(warmup=0, device="cpu"):
-        y = torch.mm(x, x.t()).mul_(0.5)  # noqa: F841 - alive, so an output
+        y = torch.mm(x, x.t()).mul_(0.5)  # noqa: F841 - alive, so an output, and autograd keeps x.t()
     assert str(graphs[0]).splitlines() == [
         "$0: f32[2, 4] = input",
         "$1: f32[4, 2] = aten.t.default($0)",
         "$2: f32[2, 2] = aten.mm.default($0, $1)",
         "$3: f32[2, 2] = aten.mul_.Tensor($2, %0)",
-        "return ($3)",
+        "return ($1, $3)",
     ]
 
 

@@ -1,5 +1,7 @@
 """The TorchDispatchMode that hands every aten call to a recorder."""
 
+import contextlib
+from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
@@ -60,4 +62,12 @@ for _name in ("AutocastCPU", "AutocastCUDA"):
 
 def below_autograd() -> Any:
     """A context in which aten calls on plain tensors go straight to their kernels."""
-    return torch._C._ExcludeDispatchKeyGuard(_ABOVE)
+    guard = torch._C._ExcludeDispatchKeyGuard(_ABOVE)
+    return _outside_inference(guard) if torch.is_inference_mode_enabled() else guard
+
+
+@contextlib.contextmanager
+def _outside_inference(guard: Any) -> Iterator[None]:
+    # What was recorded before inference mode was entered may be run inside of it, and must not become inference tensors.
+    with torch.inference_mode(False), guard:
+        yield

@@ -44,6 +44,8 @@ UNDECLARED_WRITES = {
 }
 # Views whose error cases depend on the size of the memory behind an operand, which its type does not tell.
 UNTRUSTED_VIEW = {"as_strided", "_reshape_alias", "view_as_complex"}
+# Whether these raise depends on the float they are given (infinity into an int): another float is another call.
+CHECKS_SCALAR = {"fill", "fill_", "full_like", "masked_fill", "masked_fill_"}
 # Reads values on the host.
 ITEM = {"_local_scalar_dense", "item", "equal", "is_nonzero", "_is_all_true", "_is_any_true", "_assert_async"}
 # The number of results' elements, or an error, depends on values, and torch does not tag them so.
@@ -74,10 +76,11 @@ def describe(target: OpOverload) -> OpRow:
         writes=writes,
         random=Tag.nondeterministic_seeded in target.tags,
         barrier=barrier,
-        scalars_move=kind is Kind.POINTWISE,
+        scalars_move=kind is Kind.POINTWISE and Tag.nondeterministic_seeded not in target.tags and name not in CHECKS_SCALAR,
         trusted=known or name in TRUSTED or returns_operands,
         in_place=in_place,
-        detour=barrier is not None or in_place,
+        detour=barrier is not None or in_place or kind is Kind.VIEW,
+        is_view=kind is Kind.VIEW,
         sees_grad_mode=kind is Kind.EXTERN,
         bumps=name.startswith("_foreach_") and in_place and not _has_version_kernel(target),
         functional=_functional(target, name),

@@ -49,6 +49,7 @@ class Barrier(enum.Enum):
     UNSUPPORTED = "an argument that cannot be part of a region's key"
     OUTSIDE = "a recorded tensor was used where nothing is recorded"
     RAISED = "an operator raised"
+    INPUT_VIEW = "a view of a tensor that comes in from outside, and of which no gradient is wanted"
     PAUSED = "recording is switched off here"
 
     def __str__(self) -> str:

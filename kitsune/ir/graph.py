@@ -124,6 +124,8 @@ class OpRow:
     in_place: bool = False
     # Has a barrier, or may be a host counter: look twice before it is recorded.
     detour: bool = False
+    # A view: of a tensor that only comes in, it is made at once.
+    is_view: bool = False
     # The kernel may ask whether gradients are on, so that this is part of what was called.
     sees_grad_mode: bool = False
     # Eager counts the write up only inside the op, so that recording it must do so: torch has no ADInplaceOrView kernel for it.

@@ -32,6 +32,12 @@ class TensorType:
         object.__setattr__(self, "canonical", self.stride == tuple(reversed(strides)))
         object.__setattr__(self, "expanded", self.shape.numel() > 1 and not any(self.stride))
 
+    def at_start(self) -> "TensorType":
+        """The same at the beginning of its memory."""
+        if not self.offset:
+            return self
+        return tensor_type(self.dtype, self.shape, self.stride, 0, self.device, self.conj, self.neg)
+
     def __str__(self) -> str:
         return f"{dtype_abbrs.get(self.dtype, str(self.dtype))}[{', '.join(map(str, self.shape))}]"
 

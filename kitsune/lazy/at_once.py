@@ -36,10 +36,11 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
 
 def flush_for(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: list[Any], reason: Barrier) -> None:
     """Flush if an op that is to run now reads what is pending, writes what the region uses, or draws random numbers in turn."""
-    # What another library's op writes is not known.
-    touched = tensors if row.barrier is Barrier.FOREIGN_NAMESPACE else written_operands(row, args, kwargs)
+    touched = written_operands(row, args, kwargs)
     if (
-        (row.random and recorder.region.node.random)
+        # What another library's Python reads, writes and draws is not known.
+        reason in (Barrier.FOREIGN_NAMESPACE, Barrier.FOREIGN_TENSOR)
+        or (row.random and recorder.region.node.random)
         or any(recorder.is_pending(t) for t in tensors)
         or any(recorder.takes_part(t) for t in touched)
     ):
@@ -47,7 +48,7 @@ def flush_for(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: 
 
 
 def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], reals: list[Any], reason: Barrier) -> Any:
-    if reason is not Barrier.PROFILER:
+    if reason not in (Barrier.PROFILER, Barrier.INPUT_VIEW):
         recorder.tally.passed_through[(reason, str(row.target))] += 1
     back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
     if row.barrier in (Barrier.METADATA, Barrier.OUT_VARIANT):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.graph import increment_version
 
-from kitsune.ir import Barrier, Kind, Operand, OpRow, OutputSpec, describe_result, type_of
+from kitsune.ir import Barrier, Kind, Operand, OpRow, OutputSpec, TensorType, describe_result, type_of
 from kitsune.lazy.at_once import call as call_at_once, flush_for, hand_out, pass_through
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.rebuild import fill, replace_tensors, tensors_in, without_numbers
@@ -131,9 +131,11 @@ def _is_trusted(call: Call, cells: list[Cell]) -> bool:
     expanded by a sum's backward is no harm). What they do not know is made for real once.
     """
     row, types = call.row, [c.type for c in cells]
+    if row.target is torch.ops.aten.as_strided.default:
+        return _stays_inside(call, types[0])
     if not row.trusted or row.kind is Kind.VIEW:
         return row.trusted
-    if row.scalars_move and any(type(a) is bool for a in call.args):
+    if row.scalars_move and any(type(a) in (bool, complex) for a in call.args):
         return False
     # Of one dtype: mixtures are promoted by some kernels and refused by others (matrix products).
     if len({t.dtype for t in types}) > 1 or any(t.dtype not in COMMON for t in types):
@@ -144,7 +146,23 @@ def _is_trusted(call: Call, cells: list[Cell]) -> bool:
         overlapping = any(stride == 0 and n > 1 for t in types for n, stride in zip(t.shape, t.stride, strict=True))
         return not overlapping and len({c.storage for c in cells}) == len(cells)
     plain = all(t.nbytes and (t.canonical or (t.expanded and row.kind is Kind.POINTWISE)) for t in types)
-    return row.kind is Kind.GEMM or plain
+    return _fits(types) if row.kind is Kind.GEMM else plain
+
+
+def _stays_inside(call: Call, type_: TensorType) -> bool:
+    """Does as_strided show no more memory than its operand? How much more there is, a type does not tell."""
+    size, stride, offset = (*call.args[1:], type_.offset)[:3]
+    last = type_.offset + sum((n - 1) * s for n, s in zip(type_.shape, type_.stride, strict=True))
+    return type_.nbytes > 0 and (offset or 0) + sum((n - 1) * s for n, s in zip(size, stride, strict=True) if n) <= last
+
+
+def _fits(types: list[TensorType]) -> bool:
+    """Can the tensor that a matrix product is added to be expanded to the product? Meta tensors do not ask."""
+    if len(types) < 3:
+        return True
+    added, left, right = (t.shape for t in types)
+    product = (*left[:-1], right[-1]) if len(right) > 1 else left[:-1]
+    return len(added) <= len(product) and all(a in (1, n) for a, n in zip(reversed(added), reversed(product), strict=False))
 
 
 def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:

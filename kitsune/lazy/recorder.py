@@ -34,7 +34,7 @@ class Recorder(Recording):
         try:
             # By id, since OpOverload hashes in Python. The row keeps the overload, and so its id.
             row = self.rows.get(id(func)) or self._row_of(func)
-            if row.detour and (row.barrier is not None or type(args[0]) is Tensor):
+            if row.detour and (row.barrier is not None or row.is_view or not args or type(args[0]) is Tensor):
                 returned = self._detour(row, args, kwargs or {})
                 if returned is not RECORD:
                     return returned
@@ -62,6 +62,9 @@ class Recorder(Recording):
                     append(self._key_of(a, row))
             if row.sees_grad_mode:
                 append(TRUE if is_grad_enabled() else FALSE)
+            elif row.is_view and args and region.odd is None:
+                # Inputs are known without the offset of their first element; a view's own counts from there.
+                append(region.cell(args[0]).type.offset)
             whole = tuple(key)
             node = region.node.children.get(whole)
             if node is None or region.slow or not node.known:
@@ -174,11 +177,23 @@ class Recorder(Recording):
 
     def _detour(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """What an op needs that may not be recorded: its result, or RECORD where it is recorded after all."""
-        if row.functional is not None and row.barrier is not Barrier.PAUSED and type(args[0]) is LazyTensor:
+        first = args[0] if args else None
+        if row.functional is not None and row.barrier is not Barrier.PAUSED and type(first) is LazyTensor:
             return self._reshape(row, args, kwargs)
         if row.barrier is not None:
             return pass_through(self, row, args, kwargs, row.barrier)
+        if row.is_view:
+            return pass_through(self, row, args, kwargs, Barrier.INPUT_VIEW) if self._only_comes_in(first) else RECORD
         return pass_through(self, row, args, kwargs, Barrier.HOST_SCALAR) if self._is_host_counter(args) else RECORD
+
+    def _only_comes_in(self, tensor: Any) -> bool:
+        """Is this a tensor from outside the region, which the region has not written and which needs no gradient?"""
+        region = self.region
+        if type(tensor) is LazyTensor:
+            cell = tensor.cell
+            outside = cell.region is not region or cell.external
+            return outside and cell.real is not None and not tensor.requires_grad and not self.is_pending(tensor)
+        return type(tensor) is Tensor and not tensor.requires_grad and not self.is_pending(tensor)
 
     def _reshape(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """`x.squeeze_()` on a wrapper: the view is recorded, and the wrapper stands for it from now on."""
@@ -192,7 +207,7 @@ class Recorder(Recording):
 
     def _is_host_counter(self, args: tuple[Any, ...]) -> bool:
         """`step += 1` on a CPU tensor of an optimizer: done at once, or reading each step count would end a region."""
-        first = args[0]
+        first = args[0] if args else None
         if type(first) is not torch.Tensor or first.dim() or self.device.type != "cpu":
             return False
         return all(type(a) in (int, float) for a in args[1:]) and not self.takes_part(first)

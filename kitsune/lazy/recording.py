@@ -21,6 +21,10 @@ PLAIN = (torch.Tensor, Parameter)
 MAX_GRAPHS = 1024
 
 
+# Those with an open context, in any thread.
+OPEN: list["Recording"] = []
+
+
 class Recording:
     """The region in progress and the regions known. One per accelerating thread.
 
@@ -126,7 +130,9 @@ class Recording:
             if cell.region is self.region and (not cell.external or cell.storage in self.region.dirty):
                 self.flush(cause)
             elif cell.real is not None:
-                self.before_door(cell.real, cause)
+                # Any open region may be about to write this memory, through another tensor.
+                for recording in {self, *OPEN}:
+                    recording.before_door(cell.real, cause)
             if cell.real is None:
                 raise RuntimeError(
                     "this tensor has no value: an operator recorded before it failed when its region was run"
@@ -180,7 +186,7 @@ class Recording:
                 self.tally.observed += node.depth - region.observed_from
             if end:
                 self._close(node, live, cause, site)
-            if end and self.n_nodes > 20 * self.max_ops:
+            if end and self.n_nodes > 5 * self.max_ops:
                 # A program that never repeats (1,000 batch sizes) would keep a path for each of its regions.
                 self.forget()
 

@@ -67,6 +67,9 @@ class Region:
     def adopt(self, cell: Cell) -> Any:
         """A wrapper of an earlier region, or of another recorder's, comes in; returns its key."""
         real = cell.real
+        if real is not None and not may_defer(real):
+            self.refuse(Barrier.FOREIGN_MEMORY)
+            return None
         if real is None:
             try:
                 real = cell.region.recorder.materialize(cell, Barrier.OUTSIDE)
@@ -115,7 +118,10 @@ class Region:
     def _number(self, tensor: torch.Tensor, type_: TensorType, undo: Callable[[], Any]) -> tuple[Any, Ref, int]:
         serial = serial_of(tensor)
         storage = self.storages.get(serial)
-        # Which inputs share memory is part of the key.
+        # Which inputs share memory is part of the key. Where in its memory an input begins is not, unless another input
+        # shares it: minibatch number i is X[i * n : (i + 1) * n].
+        if storage is None:
+            type_ = type_.at_start()
         key: Any = type_ if storage is None else (type_, storage)
         if storage is None:
             storage = self.storages[serial] = self.n_storages()
@@ -136,10 +142,20 @@ class Region:
         # A scalar on the CPU may take part in an op on another device.
         if not self.is_target(tensor.device) and (tensor.dim() or tensor.device.type != "cpu"):
             return Barrier.OTHER_DEVICE
-        # NumPy may write what it shares, at any moment and unseen: torch marks such storages as not resizable.
-        if self.device.type == "cpu" and not storage_of(tensor).resizable():
-            return Barrier.FOREIGN_MEMORY
-        return None
+        return None if may_defer(tensor) else Barrier.FOREIGN_MEMORY
+
+
+def may_defer(tensor: torch.Tensor) -> bool:
+    """May a read of this memory wait? Not if others write it unseen: NumPy, another process, who imported it by DLPack."""
+    storage: Any = storage_of(tensor)
+    # torch marks what it shares with NumPy as not resizable; the DLPack door marks what it lets out.
+    return storage.resizable() and not hasattr(storage, "_kitsune_shared")
+
+
+def share(tensor: torch.Tensor) -> None:
+    """From now on others may write the memory of this tensor."""
+    storage: Any = storage_of(tensor)
+    storage._kitsune_shared = True
 
 
 def living(cells: list[Cell]) -> list[Cell]:

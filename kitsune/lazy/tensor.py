@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import _tensor_str
 
 from kitsune.ir import Barrier, TensorType
 from kitsune.lazy.cell import Cell
@@ -34,14 +35,9 @@ class LazyTensor(torch.Tensor):
         # torch's printing is made of ops on the tensor, which are no part of the program.
         with torch._C._DisableTorchDispatch():
             text: str = torch.Tensor.__repr__(plain, tensor_contents=tensor_contents)  # type: ignore[call-arg]
-        try:
-            grad_fn = None if self.grad_fn is None else type(self.grad_fn).__name__
-        except RuntimeError:
-            # A view made under no_grad and then written with gradients on: torch prints the same.
-            grad_fn = "Invalid"
-        if grad_fn is not None:
-            return f"{text[:-1]}, grad_fn=<{grad_fn}>)"
-        return f"{text[:-1]}, requires_grad=True)" if self.requires_grad else text
+        history = _history(self)
+        # torch's own way to add words, which may begin a new line.
+        return _tensor_str._add_suffixes(text[:-1], [history], len("tensor("), False) if history else text
 
     __str__ = __repr__
 
@@ -74,6 +70,19 @@ class LazyTensor(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         self.cell.region.recorder.replace_data(self, value)
+
+
+def _history(tensor: torch.Tensor) -> str:
+    """What torch prints of a tensor's place in the autograd graph."""
+    try:
+        grad_fn = tensor.grad_fn
+    except RuntimeError:
+        # A view made under no_grad and then written with gradients on.
+        return "grad_fn=<Invalid>"
+    if grad_fn is None:
+        return "requires_grad=True" if tensor.requires_grad else ""
+    name = type(grad_fn).__name__
+    return f"grad_fn=<{grad_fn.name().rpartition('::')[2] if name == 'CppFunction' else name}>"
 
 
 def _door(name: str, method: bool) -> Any:
@@ -142,10 +151,13 @@ def wrap(cell: Cell) -> LazyTensor:
 def as_plain(tensor: LazyTensor, requires_grad: bool | None = None) -> torch.Tensor:
     """The computed value as a plain leaf on the same memory; `requires_grad` is the wrapper's own unless given."""
     real = tensor.cell.region.recorder.materialize(tensor.cell, Barrier.DOOR)
-    with torch._C._DisableTorchDispatch(), torch.no_grad():
+    # An alias of an inference tensor can be made in inference mode only, of any other only outside.
+    with torch._C._DisableTorchDispatch(), torch.no_grad(), torch.inference_mode(real.is_inference()):
         plain: torch.Tensor = real.detach()
     # In place, a bool tensor can get a history: `mask[0] = loss`. No leaf of that dtype can.
     can = plain.dtype.is_floating_point or plain.dtype.is_complex
+    if plain.is_inference():
+        return plain
     return plain.requires_grad_(can and (tensor.requires_grad if requires_grad is None else requires_grad))
 
 

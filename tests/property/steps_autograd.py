@@ -75,9 +75,7 @@ def graph_edit(b: Builder, i: int, j: int, k: int) -> str:
 def checkpoint(b: Builder, i: int, j: int, k: int) -> str:
     t, reentrant = b.new(), bool(k % 2)
     body = "lambda x: F.dropout(x.sin() * t2, 0.5)"
-    return (
-        f"{t} = torch.utils.checkpoint.checkpoint({body}, {b.leaf(i)}, use_reentrant={reentrant}); {t}.sum().backward()"
-    )
+    return f"{t} = torch.utils.checkpoint.checkpoint({body}, {b.leaf(i)}, use_reentrant={reentrant}); {t}.sum().backward()"
 
 
 @step(2)

@@ -116,9 +116,7 @@ def programs(draw: Any, steps: int = 24) -> Program:
         warnings.simplefilter("ignore")
         try:
             start(builder, draw(number))
-            drawn = st.lists(
-                st.tuples(st.sampled_from(sorted(STEPS)), number, number, number), min_size=4, max_size=steps
-            )
+            drawn = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), number, number, number), min_size=4, max_size=steps)
             for name, i, j, k in draw(drawn):
                 line = STEPS[name](builder, i, j, k)
                 if len(builder.world.tensors) > MOST_TENSORS:

@@ -106,4 +106,18 @@ def test_observing_and_recording_see_the_same_stream(name: str, warmup: int) -> 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_kitsune_sees_what_a_plain_dispatch_mode_sees(name: str) -> None:
-    assert [names(stream) for stream in observed(name)] == logged(name)
+    for seen, expected in zip([names(stream) for stream in observed(name)], logged(name), strict=True):
+        rest = iter(seen)
+        awaited = next(rest, None)
+        left_out = []
+        for op in expected:
+            if op == awaited:
+                awaited = next(rest, None)
+            else:
+                left_out.append(op)
+        assert awaited is None
+        # A view of a tensor that only comes in is made at once, and is no part of the region.
+        assert [op for op in left_out if op.split(".")[1] not in VIEWS] == []
+
+
+VIEWS = {"t", "view", "select", "slice", "unbind", "transpose", "detach", "unsqueeze", "expand", "lift_fresh", "split", "permute"}

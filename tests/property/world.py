@@ -69,9 +69,7 @@ class World:
 
     def _note_gradients(self, newest: bool) -> None:
         assert self.gradients is not None
-        found = [t.grad for t in self.tensors.values() if t.grad is not None] + list(self.tensors.values())[
-            -1:
-        ] * newest
+        found = [t.grad for t in self.tensors.values() if t.grad is not None] + list(self.tensors.values())[-1:] * newest
         known = {storage._cdata for storage in self.gradients}
         self.gradients += [t.untyped_storage() for t in found if t.untyped_storage()._cdata not in known]
 

@@ -1,0 +1,230 @@
+"""What a door does: each function makes the replacement of one kind of door from the original."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kitsune.ir import Barrier
+from kitsune.lazy.rebuild import replace_tensors, tensors_in
+from kitsune.lazy.recording import OPEN, PLAIN
+from kitsune.lazy.region import share
+from kitsune.lazy.settle import settle_grads
+from kitsune.lazy.tensor import LazyTensor, as_plain
+
+
+def plain(argument: Any) -> Any:
+    return as_plain(argument) if type(argument) is LazyTensor else argument
+
+
+def plain_arguments(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        return original(*map(plain, args), **{name: plain(a) for name, a in kwargs.items()})
+
+    return door
+
+
+def plain_items(original: Any) -> Any:
+    """torch.tensor([a, b]) reads the tensors of a list from C++."""
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, (list, tuple)) for a in args) or isinstance(kwargs.get("data"), (list, tuple)):
+            wrappers = [t for t in tensors_in((args, kwargs)) if type(t) is LazyTensor and t is not args[0]]
+            args, kwargs = replace_tensors((args, kwargs), {id(t): as_plain(t) for t in wrappers})
+        return original(*args, **kwargs)
+
+    return door
+
+
+def kernel_door(original: Any) -> Any:
+    """A launch that takes its tensors in a tuple, and not through the dispatcher."""
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        tensors = tensors_in((args, kwargs))
+        for recorder in OPEN:
+            for tensor in tensors:
+                recorder.before_door(tensor, Barrier.DOOR)
+        plain = {id(t): as_plain(t) for t in tensors if type(t) is LazyTensor}
+        args, kwargs = replace_tensors((args, kwargs), plain)
+        with torch._C._DisableTorchDispatch():
+            return original(*args, **kwargs)
+
+    return door
+
+
+class Plain(torch.autograd.Function):
+    """The plain tensor of a wrapper, with its history."""
+
+    @staticmethod
+    def forward(ctx: Any, wrapper: LazyTensor) -> torch.Tensor:
+        return as_plain(wrapper, requires_grad=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad
+
+
+def subclass_door(original: Any) -> Any:
+    """C++ makes an alias and then a subclass of it: with a mode on, or for a wrapper, that alias has a Python object already."""
+
+    @functools.wraps(original)
+    def door(tensor: Any, cls: Any) -> Any:
+        if type(tensor) is LazyTensor:
+            tensor = Plain.apply(tensor) if tensor.requires_grad else as_plain(tensor)
+        with torch._C._DisableTorchDispatch():
+            return original(tensor, cls)
+
+    return door
+
+
+def make_subclass_door(original: Any) -> Any:
+    """As `as_subclass`, for parameters that are yet without a shape."""
+
+    @functools.wraps(original)
+    def door(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        data = plain(data)
+        with torch._C._DisableTorchDispatch():
+            return original(cls, data, *args, **kwargs)
+
+    return staticmethod(door)
+
+
+def memory_door(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(tensor) is LazyTensor:
+            tensor = as_plain(tensor)
+        elif isinstance(tensor, torch.Tensor):
+            for recorder in OPEN:
+                recorder.before_door(tensor, Barrier.DOOR)
+        if type(tensor) not in PLAIN:
+            return original(tensor, *args, **kwargs)
+        # Some doors dispatch ops on the way (numpy() detaches): with the mode on they would get a wrapper, and no memory.
+        with torch._C._DisableTorchDispatch():
+            return original(tensor, *args, **kwargs)
+
+    return door
+
+
+def dlpack_door(original: Any) -> Any:
+    opened = memory_door(original)
+
+    @functools.wraps(original)
+    def door(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(tensor) is LazyTensor:
+            tensor = as_plain(tensor)
+        if isinstance(tensor, torch.Tensor):
+            share(tensor)
+        return opened(tensor, *args, **kwargs)
+
+    return door
+
+
+def deepcopy_door(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(tensor: Any, memo: Any) -> Any:
+        if type(tensor) is not torch.Tensor:
+            return original(tensor, memo)
+        for recorder in OPEN:
+            recorder.before_door(tensor, Barrier.DOOR)
+        # torch fills an empty tensor by set_(): with the mode on, that tensor would be a wrapper.
+        with torch._C._DisableTorchDispatch():
+            return original(tensor, memo)
+
+    return door
+
+
+def property_door(original: Any) -> Any:
+    return property(memory_door(lambda tensor: original.__get__(tensor)))
+
+
+def data_door(original: Any) -> Any:
+    def set_data(tensor: torch.Tensor, value: Any) -> None:
+        for recorder in OPEN:
+            recorder.before_door(tensor, Barrier.DOOR)
+        original.__set__(tensor, plain(value))
+
+    return property(lambda tensor: original.__get__(tensor), set_data)
+
+
+def parameter_door(original: Any) -> Any:
+    new = original.__func__ if isinstance(original, staticmethod) else original
+
+    @functools.wraps(new)
+    def door(cls: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if type(data) is LazyTensor:
+            # A Parameter outlives the region, and optimizers and modules look at its type.
+            data.cell.region.recorder.flush(Barrier.PARAMETER)
+            data = as_plain(data, requires_grad=False)
+        return new(cls, data, *args, **kwargs)
+
+    return staticmethod(door)
+
+
+def random_door(original: Any) -> Any:
+    plain_original = plain_arguments(original)
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        for recorder in OPEN:
+            recorder.before_random()
+        return plain_original(*args, **kwargs)
+
+    return door
+
+
+def generator_door(original: Any) -> Any:
+    plain_original = random_door(original)
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        # Some make tensors from C++, which must not become wrappers.
+        with torch._C._DisableTorchDispatch():
+            return plain_original(*args, **kwargs)
+
+    return door
+
+
+def default_door(original: Any) -> Any:
+    flushed = flush_door(Barrier.DEFAULTS)(original)
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return flushed(*args, **kwargs)
+        finally:
+            # The next region begins under the new default.
+            for recorder in OPEN:
+                recorder.restart()
+
+    return door
+
+
+def swap_door(original: Any) -> Any:
+    """torch.utils.swap_tensors refuses tensors with weak references, and a region knows its inputs by their identity."""
+
+    @functools.wraps(original)
+    def door(first: Any, second: Any) -> Any:
+        for recorder in OPEN:
+            recorder.flush(Barrier.DOOR)
+            settle_grads(recorder.take_leaves())
+        return original(first, plain(second) if type(first) is not LazyTensor else second)
+
+    return door
+
+
+def flush_door(cause: Barrier) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def door(*args: Any, **kwargs: Any) -> Any:
+            for recorder in OPEN:
+                recorder.flush(cause)
+            return original(*args, **kwargs)
+
+        return door
+
+    return make

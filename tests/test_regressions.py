@@ -1,0 +1,159 @@
+"""Bugs that were found by trying real training code, one test each; the name says what used to go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import kitsune
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    kitsune.reset()
+    yield
+
+
+def lazily(warmup: int = 0) -> object:
+    return kitsune.accelerate(warmup=warmup, device="cpu")
+
+
+def test_a_result_that_numpy_shares_is_read_before_numpy_writes_it() -> None:
+    x = torch.ones(3)
+    with lazily():
+        y = x * 2
+        shared = y.numpy()
+        z = y + 1
+        shared[:] = 100
+        assert z.tolist() == [3.0] * 3
+
+
+def test_memory_let_out_by_dlpack_is_read_before_others_write_it() -> None:
+    with lazily():
+        x = torch.ones(3) * 1
+        shared = torch.from_dlpack(x)
+        y = x * 2
+        with kitsune.disable():
+            shared[0] = 7
+        assert y.tolist() == [2.0] * 3
+
+
+def test_a_view_of_one_context_sees_the_write_of_another() -> None:
+    p = torch.zeros(4, requires_grad=True)
+    with lazily(1), torch.no_grad():
+        v = p.view(2, 2)
+    with lazily(0), torch.no_grad():
+        p.add_(1.0)
+        assert v.tolist() == [[1.0, 1.0]] * 2
+        assert v.numpy().sum() == 4.0
+
+
+def test_the_default_dtype_may_change_inside_a_context() -> None:
+    try:
+        with lazily():
+            (torch.ones(3) * 1).sum().item()
+            torch.set_default_dtype(torch.float64)
+            b = torch.ones(3) * 1
+        assert b.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_an_operator_of_another_library_draws_in_its_turn_and_sees_what_was_written() -> None:
+    state = torch.zeros(1)
+
+    @torch.library.custom_op("kitsune_tests::noisy", mutates_args=())
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand(3) + state
+
+    def program() -> list[list[float]]:
+        torch.manual_seed(0)
+        a = torch.rand(3)
+        state.add_(1)
+        b = noisy(torch.zeros(3))
+        return [t.tolist() for t in (a, b, torch.rand(3))]
+
+    expected = program()
+    state.zero_()
+    with lazily():
+        assert program() == expected
+
+
+def test_what_is_pending_is_no_inference_tensor_when_inference_mode_runs_it() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    with lazily():
+        average = weight.detach().clone()
+        with torch.inference_mode():
+            inside = (weight * 3).sum()
+            assert inside.item() == 9.0
+        average.requires_grad_()
+        (average * 2).sum().backward()
+        assert average.grad is not None
+    assert average.grad.tolist() == [2.0] * 3
+    assert inside.tolist() == 9.0
+    assert "9." in repr(inside)
+
+
+def test_modules_may_be_converted_by_swapping_their_tensors() -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with lazily():
+            model = nn.Linear(2, 2)
+            model(torch.ones(1, 2)).sum().backward()
+            model.to(torch.float64)
+            assert model(torch.ones(1, 2, dtype=torch.float64)).dtype == torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_a_cloned_generator_continues_after_what_was_drawn() -> None:
+    def program() -> list[float]:
+        torch.manual_seed(0)
+        torch.rand(3)
+        copied: list[float] = torch.rand(3, generator=torch.default_generator.clone_state()).tolist()
+        return copied
+
+    expected = program()
+    with lazily():
+        assert program() == expected
+
+
+def test_a_float_that_an_operator_refuses_is_refused_also_when_another_was_seen_before() -> None:
+    for _ in range(2):
+        with lazily():
+            torch.zeros(3, dtype=torch.int64).fill_(1.0).tolist()
+    with lazily(), pytest.raises(RuntimeError, match="overflow"):
+        torch.zeros(3, dtype=torch.int64).fill_(float("inf")).tolist()
+
+
+def test_modules_without_shapes_yet_can_be_built_inside() -> None:
+    with lazily():
+        model = nn.LazyLinear(2)
+        assert model(torch.ones(1, 3)).shape == (1, 2)
+    assert type(model.weight) is nn.Parameter
+
+
+def test_a_list_of_losses_becomes_a_tensor_after_the_context() -> None:
+    with lazily():
+        losses = [torch.ones(()) * i for i in range(3)]
+    assert torch.tensor(losses).tolist() == [0.0, 1.0, 2.0]
+    assert numpy.array([float(loss) for loss in losses]).sum() == 3.0
+
+
+def test_a_foreach_write_counts_as_one_version() -> None:
+    xs = [torch.ones(2), torch.ones(3)]
+    with lazily():
+        torch._foreach_zero_(xs)
+        assert [x._version for x in xs] == [1, 1]
+
+
+def test_torch_compile_is_left_alone_inside() -> None:
+    torch._dynamo.reset()
+    double = torch.compile(lambda x: x * 2 + 1, backend="eager")
+    with lazily():
+        x = torch.ones(3) * 2
+        assert double(x).tolist() == [5.0] * 3
