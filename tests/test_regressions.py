@@ -152,7 +152,6 @@ def test_a_foreach_write_counts_as_one_version() -> None:
 
 
 def test_torch_compile_is_left_alone_inside() -> None:
-    torch._dynamo.reset()
     double = torch.compile(lambda x: x * 2 + 1, backend="eager")
     with lazily():
         x = torch.ones(3) * 2

@@ -34,10 +34,16 @@ class Recorder(Recording):
         try:
             # By id, since OpOverload hashes in Python. The row keeps the overload, and so its id.
             row = self.rows.get(id(func)) or self._row_of(func)
-            if row.detour and (row.barrier is not None or row.is_view or not args or type(args[0]) is Tensor):
-                returned = self._detour(row, args, kwargs or {})
-                if returned is not RECORD:
-                    return returned
+            if row.detour:
+                first = args[0] if args else None
+                if (
+                    row.barrier is not None
+                    or type(first) is not LazyTensor
+                    or (row.is_view and (first.cell.external or first.cell.region is not self.region))
+                ):
+                    returned = self._detour(row, args, kwargs or {})
+                    if returned is not RECORD:
+                        return returned
             region = self.region
             key: list[Any] = [row]
             append = key.append
@@ -62,9 +68,9 @@ class Recorder(Recording):
                     append(self._key_of(a, row))
             if row.sees_grad_mode:
                 append(TRUE if is_grad_enabled() else FALSE)
-            elif row.is_view and args and region.odd is None:
+            elif row.is_view and args and region.odd is None and (cell := region.cell(args[0])).external:
                 # Inputs are known without the offset of their first element; a view's own counts from there.
-                append(region.cell(args[0]).type.offset)
+                append(cell.type.offset)
             whole = tuple(key)
             node = region.node.children.get(whole)
             if node is None or region.slow or not node.known:
