@@ -37,7 +37,6 @@ class Pipeline:
 
     def __init__(self, device: torch.device, warmup: int) -> None:
         self.schedules: dict[Graph, Schedule] = {}
-        self.view_replay = False
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False
         self.recorder = Listener(
@@ -80,6 +79,25 @@ def close(graph: Graph, cause: Barrier, site: Site | None) -> None:
         print(f"kitsune: {len(graph.ops)} operators, {cause.name} at {site}", file=sys.stderr)
     for listener in listeners:
         listener(graph)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to record for: by default the current CUDA device or, without one, the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise ValueError(f"Kitsune records for device 'cpu' or 'cuda', not {str(device)!r}.")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"device={str(device)!r} was asked for, but torch finds no CUDA device. Use device='cpu' or leave it out."
+        )
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    if index >= torch.cuda.device_count():
+        raise RuntimeError(f"device={str(device)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")
+    return torch.device("cuda", index)
 
 
 def _half_of_memory(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from kitsune.config import checked, config
 from kitsune.dispatch import foreign_modes
 from kitsune.ir import Barrier, Graph
 from kitsune.lazy import LazyTensor, close_doors, open_doors, settle_grads, settle_state
-from kitsune.pipeline import Pipeline, listeners, tally
+from kitsune.pipeline import Pipeline, listeners, resolve_device, tally
 from kitsune.profiler import Report, report
 
 __all__ = ["accelerate", "counters", "disable", "explain", "flush", "reset", "trace_regions"]
@@ -35,6 +35,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.pipelines: dict[Any, Pipeline] = {}
         self.depth: dict[Pipeline, int] = {}
+        self.view_replay = False
 
 
 _thread = _Thread()
@@ -94,7 +95,7 @@ class Accelerate:
         """This thread's pipeline for these options; None where the program is to run as plain PyTorch."""
         if not config.enabled:
             return None
-        device = _resolve(self._device if self._device is not None else config.device)
+        device = resolve_device(self._device if self._device is not None else config.device)
         if modes := foreign_modes():
             tally.passed_through[(Barrier.FOREIGN_MODE, type(modes[-1]).__name__)] += 1
             return None
@@ -222,9 +223,10 @@ def _open(pipeline: Pipeline) -> None:
             _step_hook = register_optimizer_step_post_hook(_end_step)
     pipeline.recorder.restart()
     open_doors(pipeline.recorder)
-    # A view of a view is replayed from its base's ops: as_strided on a wrapper without memory would be refused.
-    pipeline.view_replay = torch._C._is_view_replay_enabled()
-    torch._C._set_view_replay_enabled(True)
+    if len(_thread.depth) == 1:
+        # A view of a view is replayed from its base's ops: as_strided on a wrapper without memory would be refused.
+        _thread.view_replay = torch._C._is_view_replay_enabled()
+        torch._C._set_view_replay_enabled(True)
     if pipeline.left_behind:
         pipeline.left_behind = False
         pipeline.recorder.resume()
@@ -240,7 +242,8 @@ def _close(pipeline: Pipeline) -> None:
     if not pipeline.recorder.leave():
         pipeline.left_behind = True
         pipeline.recorder.pause()
-    torch._C._set_view_replay_enabled(pipeline.view_replay)
+    if not _thread.depth:
+        torch._C._set_view_replay_enabled(_thread.view_replay)
     close_doors(pipeline.recorder)
     settle_grads(pipeline.recorder.take_leaves())
     with _lock:
@@ -268,29 +271,17 @@ def _check_callable(fn: Any) -> None:
         )
 
 
-def _resolve(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type == "cpu":
-        return torch.device("cpu")
-    if resolved.type != "cuda":
-        raise ValueError(f"Kitsune records for device 'cpu' or 'cuda', not {str(device)!r}.")
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            f"device={str(device)!r} was asked for, but torch finds no CUDA device. Use device='cpu' or leave it out."
-        )
-    index = torch.cuda.current_device() if resolved.index is None else resolved.index
-    if index >= torch.cuda.device_count():
-        raise RuntimeError(f"device={str(device)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")
-    return torch.device("cuda", index)
+def _before_fork() -> None:
+    # A child inherits wrappers, but must not run the region: OpenMP hangs in it after a large product in the parent.
+    for pipeline in list(_everyone):
+        pipeline.recorder.flush(Barrier.FORK)
 
 
-def _leave_forked_child() -> None:
+def _in_forked_child() -> None:
     # A DataLoader's worker inherits the mode of its parent's thread, but not the parent's consumer of the regions.
     for pipeline in list(_everyone):
         pipeline.recorder.renew_lock()
         pipeline.recorder.pause()
 
 
-os.register_at_fork(after_in_child=_leave_forked_child)
+os.register_at_fork(before=_before_fork, after_in_child=_in_forked_child)

@@ -185,9 +185,7 @@ def test_a_door_is_explained_with_the_line_that_used_it() -> None:
     assert __file__ in flush.site
 
 
-@pytest.mark.parametrize(
-    "read", [len, torch.numel, lambda t: t.shape, lambda t: t.is_contiguous(), id, torch.is_tensor]
-)
+@pytest.mark.parametrize("read", [len, torch.numel, lambda t: t.shape, lambda t: t.is_contiguous(), id, torch.is_tensor])
 def test_what_needs_no_value_flushes_nothing(read: Door) -> None:
     with lazily():
         tensor = pending(made_outside())

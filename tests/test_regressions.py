@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import os
+import threading
+import warnings
+import weakref
 from collections.abc import Iterator
 
 import numpy
@@ -10,6 +16,7 @@ import torch
 from torch import nn
 
 import kitsune
+from kitsune.lazy.trie import Node
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +163,104 @@ def test_torch_compile_is_left_alone_inside() -> None:
     with lazily():
         x = torch.ones(3) * 2
         assert double(x).tolist() == [5.0] * 3
+
+
+def test_memory_let_out_to_numpy_by_dlpack_is_read_before_numpy_writes_it() -> None:
+    with lazily():
+        x = torch.ones(3) * 1
+        shared = numpy.from_dlpack(x)
+        y = x * 2
+        assert shared.tolist() == [1.0] * 3
+        ctypes.memset(shared.ctypes.data, 0, 12)  # the array says that it is read-only; its memory is not
+        assert y.tolist() == [2.0] * 3
+
+
+def test_an_interrupted_operator_leaves_no_scalar_behind() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    x = torch.ones(3)
+    with lazily():
+        for _ in range(2):
+            y = x * 2.0 + 0.5
+            kitsune.flush()
+        recorder = next(iter(kitsune.session._thread.depth)).recorder
+        recorder.region.scalars.append(9.0)  # as an interrupt between two lines would leave it
+        describe, recorder.describe = recorder.describe, interrupt  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            torch.special.erfcx(x)
+        recorder.describe = describe  # type: ignore[method-assign]
+        y = x * 2.0 + 0.5
+        assert y.tolist() == [2.5] * 3
+
+
+def test_another_thread_writes_after_what_was_asked_before_it_started() -> None:
+    p = torch.ones(2)
+    with lazily():
+        y = p + 1
+        thread = threading.Thread(target=lambda: p.add_(10))
+        thread.start()
+        thread.join()
+        assert y.tolist() == [2.0, 2.0]
+        assert (p + 0).tolist() == [11.0, 11.0]
+
+
+# Python 3.12 warns of forking with threads, of which torch has some.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_need_not_run_the_region_of_its_parent() -> None:
+    with lazily():
+        y = torch.ones(2) + 1
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(write, b"y" if y.tolist() == [2.0, 2.0] else b"n")
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(read, 1) == b"y"
+    assert kitsune.counters()["flushed"] == {"FORK": 1}
+
+
+def test_a_batch_is_freed_when_its_region_ends() -> None:
+    gc.disable()
+    try:
+        batch = torch.ones(3)
+        alive = weakref.ref(batch)
+        with lazily():
+            kept = batch * 2
+            kitsune.flush()
+            del batch
+            assert alive() is None
+            assert kept.tolist() == [2.0] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_program_that_never_repeats_frees_the_regions_it_forgets() -> None:
+    with kitsune.config.patch(max_pending_ops=40):
+        for n in range(1, 300):
+            with lazily():
+                torch.zeros(n).add(1).mul(2).sum()
+    gc.collect()
+    assert sum(type(o) is Node for o in gc.get_objects()) < 3000
+
+
+def test_a_complex_number_is_promoted_as_in_eager() -> None:
+    with lazily():
+        assert torch.ones(4).clamp(min=1 + 0j).dtype == torch.float32
+
+
+def test_a_function_is_traced_by_jit_inside() -> None:
+    with lazily(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(lambda a: a * 2 + 1, torch.ones(2) * 1)
+        assert traced(torch.ones(2)).tolist() == [3.0, 3.0]
+
+
+def test_contexts_closed_out_of_order_leave_torch_as_it_was() -> None:
+    first, second = kitsune.accelerate(warmup=0, device="cpu"), kitsune.accelerate(warmup=1, device="cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert not torch._C._is_view_replay_enabled()
+    assert torch.utils._python_dispatch._get_current_dispatch_mode_stack() == []

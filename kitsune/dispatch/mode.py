@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 class RecordMode(TorchDispatchMode):
     """Sees each op below autograd. What becomes of an op is its subclass's `__torch_dispatch__`, which the pipeline gives it."""
 
+    # cond, flex_attention and their like come too, to be passed through.
+    supports_higher_order_operators = True
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # The default wraps each call in a dynamo guard: 0.7 to 1.4 s of imports at first entry and 0.5 us per op.

@@ -63,6 +63,8 @@ METADATA = set("set_ set_data resize_ resize_as_ _resize_output_ resize_as_spars
 @cache
 def describe(target: OpOverload) -> OpRow:
     """The row of an overload."""
+    if not isinstance(target, OpOverload):  # a higher-order operator, which runs Python
+        return OpRow(target, Kind.EXTERN, barrier=Barrier.FOREIGN_NAMESPACE, detour=True)
     name = _base_name(target)
     kind = _kind(target, name)
     writes = _writes(target, name)

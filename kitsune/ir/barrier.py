@@ -31,6 +31,8 @@ class Barrier(enum.Enum):
     RANDOM_STATE = "the state of a random generator was read or set"
     DEFAULTS = "a default of torch was changed"
     MODES_OFF = "torch switched dispatch modes off for its own use"
+    FORK = "the process is about to be forked"
+    THREAD = "a thread was started or waited for"
     SYNCHRONIZE = "the device was synchronised, or an event or a stream was used"
     PARAMETER = "a tensor became a Parameter"
     UNTRUSTED = "the layout of an operator's result is not known before it has run once"

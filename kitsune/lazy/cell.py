@@ -20,6 +20,19 @@ def serial_of(tensor: torch.Tensor) -> int:
         return serial
 
 
+def may_defer(tensor: torch.Tensor) -> bool:
+    """May a read of this memory wait? Not if others write it unseen: NumPy, another process, who imported it by DLPack."""
+    storage: Any = storage_of(tensor)
+    # torch marks what it shares with NumPy as not resizable; the DLPack door marks what it lets out.
+    return storage.resizable() and not hasattr(storage, "_kitsune_shared")
+
+
+def share(tensor: torch.Tensor) -> None:
+    """From now on others may write the memory of this tensor."""
+    storage: Any = storage_of(tensor)
+    storage._kitsune_shared = True
+
+
 class Ref:
     """Stands for value number `id` of a region in keys; one object per number, so that keys compare by identity."""
 

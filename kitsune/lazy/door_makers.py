@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier
+from kitsune.lazy.cell import share
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recording import OPEN, PLAIN
-from kitsune.lazy.region import share
 from kitsune.lazy.settle import settle_grads
 from kitsune.lazy.tensor import LazyTensor, as_plain
 

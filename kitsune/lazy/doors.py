@@ -105,12 +105,14 @@ def _doors() -> Iterator[Door]:
     yield torch.Tensor, "data", data_door
     yield torch.Tensor, "__cuda_array_interface__", property_door
     yield torch.utils, "swap_tensors", swap_door
+    yield torch.jit, "trace", kernel_door
     yield python_dispatch, "_disable_current_modes", flush_door(Barrier.MODES_OFF)
     yield torch.nn.Parameter, "__new__", parameter_door
     yield torch.Tensor, "_make_subclass", make_subclass_door
     for table, make in (
         (_RANDOM, random_door),
         (_SYNCHRONIZE, flush_door(Barrier.SYNCHRONIZE)),
+        (((threading.Thread, "start join"),), flush_door(Barrier.THREAD)),
         (_DEFAULTS, default_door),
         (_GENERATOR, generator_door),
     ):

@@ -135,7 +135,9 @@ def _is_trusted(call: Call, cells: list[Cell]) -> bool:
         return _stays_inside(call, types[0])
     if not row.trusted or row.kind is Kind.VIEW:
         return row.trusted
-    if row.scalars_move and any(type(a) in (bool, complex) for a in call.args):
+    if row.scalars_move and any(type(a) is bool for a in call.args):
+        return False
+    if any(type(a) is complex for a in (*call.args, *call.kwargs.values())):
         return False
     # Of one dtype: mixtures are promoted by some kernels and refused by others (matrix products).
     if len({t.dtype for t in types}) > 1 or any(t.dtype not in COMMON for t in types):

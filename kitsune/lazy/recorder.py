@@ -68,7 +68,13 @@ class Recorder(Recording):
                     append(self._key_of(a, row))
             if row.sees_grad_mode:
                 append(TRUE if is_grad_enabled() else FALSE)
-            elif row.is_view and args and region.odd is None and (cell := region.cell(args[0])).external:
+            elif (
+                row.is_view
+                and args
+                and isinstance(args[0], Tensor)
+                and not region.odd
+                and (cell := region.cell(args[0])).external
+            ):
                 # Inputs are known without the offset of their first element; a view's own counts from there.
                 append(cell.type.offset)
             whole = tuple(key)
@@ -98,8 +104,8 @@ class Recorder(Recording):
                 self.flush(Barrier.BOUND)
             return wrapper
         except BaseException:
-            if self.region.admitted or self.region.odd is not None:
-                self.region.rollback()
+            # Also an interrupt between two lines of this: nothing of the op may stay in the region.
+            self.region.rollback()
             raise
         finally:
             self._release()

@@ -69,7 +69,7 @@ class Recording:
 
     def forget(self) -> None:
         """Drop every region seen so far; to be called between regions."""
-        self.roots: dict[torch.dtype, Node] = {}
+        self.roots: dict[Any, Node] = {}
         self.specs: dict[Any, OutputSpec] = {}
         self.graphs: dict[Any, Graph] = {}
         # Ops that once returned something else than their key promised: never recorded again.
@@ -80,8 +80,10 @@ class Recording:
         self.nowhere = Region(Node(), self)
 
     def _new_region(self) -> Region:
-        # Results of factories and of int * float depend on the default dtype, which no op shows.
-        return Region(self.roots.setdefault(torch.get_default_dtype(), Node()), self)
+        # Results of factories and of int * float depend on the default dtype, and errors on whether algorithms must be
+        # deterministic, which no op shows.
+        settings = (torch.get_default_dtype(), torch.get_deterministic_debug_mode())
+        return Region(self.roots.setdefault(settings, Node()), self)
 
     def restart(self) -> None:
         """A context is entered: what a region depends on besides its ops may have changed since the last one."""
@@ -184,6 +186,7 @@ class Recording:
                 live = self._run(region)
             elif end:
                 self.tally.observed += node.depth - region.observed_from
+                region.release()
             if end:
                 self._close(node, live, cause, site)
             if end and self.n_nodes > 5 * self.max_ops:
@@ -210,6 +213,8 @@ class Recording:
                 cell.real = values[cell.ref.id]
             region.produced.clear()
             region.inputs.clear()
+            if region is not self.region:
+                region.release()
         return live
 
     def _graph(self, node: Node, live: tuple[int, ...]) -> Graph:
@@ -221,10 +226,7 @@ class Recording:
         return graph
 
     def _close(self, node: Node, live: tuple[int, ...], cause: Barrier, site: Site | None) -> None:
-        if node.ends:
-            self.tally.recognised += 1
-        node.ends += 1
-        self.tally.close(node, cause, site)
+        node.tally = self.tally.close(node.tally, node.depth, cause, site)
         self.on_close(self._graph(node, live), cause, site)
 
 

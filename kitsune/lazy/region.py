@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Barrier, TensorType, storage_of, type_of
-from kitsune.lazy.cell import Cell, Ref, ref, serial_of
+from kitsune.ir import Barrier, TensorType, type_of
+from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 
@@ -92,7 +92,7 @@ class Region:
             self.refuse(odd)
             return None
         type_ = type_of(tensor)
-        key, number, storage = self._number(tensor, type_, lambda: self.plain.pop(id(tensor)))
+        key, number, storage = self._number(tensor, type_, lambda: self.plain.pop(id(tensor), None))
         cell = self.plain[id(tensor)] = Cell(self, number, type_, storage)
         cell.real, cell.external = tensor, True
         if tensor.requires_grad and tensor.is_leaf:
@@ -110,6 +110,13 @@ class Region:
             self.admitted.clear()
         del self.scalars[self.node.n_scalars :]
         self.odd, self.slow = None, self.observed_from is not None
+
+    def release(self) -> None:
+        """The region has ended. Its inputs hold it and it holds them: without this only the garbage collector frees a batch."""
+        self.plain.clear()
+        self.inputs.clear()
+        self.produced.clear()
+        self.admitted.clear()
 
     def is_target(self, device: torch.device) -> bool:
         """Is this the device that is recorded for?"""
@@ -143,19 +150,6 @@ class Region:
         if not self.is_target(tensor.device) and (tensor.dim() or tensor.device.type != "cpu"):
             return Barrier.OTHER_DEVICE
         return None if may_defer(tensor) else Barrier.FOREIGN_MEMORY
-
-
-def may_defer(tensor: torch.Tensor) -> bool:
-    """May a read of this memory wait? Not if others write it unseen: NumPy, another process, who imported it by DLPack."""
-    storage: Any = storage_of(tensor)
-    # torch marks what it shares with NumPy as not resizable; the DLPack door marks what it lets out.
-    return storage.resizable() and not hasattr(storage, "_kitsune_shared")
-
-
-def share(tensor: torch.Tensor) -> None:
-    """From now on others may write the memory of this tensor."""
-    storage: Any = storage_of(tensor)
-    storage._kitsune_shared = True
 
 
 def living(cells: list[Cell]) -> list[Cell]:

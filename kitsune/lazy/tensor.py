@@ -8,7 +8,7 @@ import torch
 from torch import _tensor_str
 
 from kitsune.ir import Barrier, TensorType
-from kitsune.lazy.cell import Cell
+from kitsune.lazy.cell import Cell, share
 
 
 class LazyTensor(torch.Tensor):
@@ -92,6 +92,8 @@ def _door(name: str, method: bool) -> Any:
 
     def door(self: LazyTensor, *args: Any, **kwargs: Any) -> Any:
         plain = as_plain(self)
+        if name == "__dlpack__":
+            share(plain)
         with torch._C._DisableTorchDispatch():
             return original(plain, *args, **kwargs)
 

@@ -49,10 +49,10 @@ class Node:
     # The first operand is written and returned: its value afterwards, and its storage.
     rewrites: Ref | None = None
     storage: int = 0
-    # how often this op was observed at this place, whether that is enough, and how often a region ended with it
+    # how often this op was observed at this place, whether that is enough, and what is counted of regions that end here
     sights: int = 0
     known: bool = False
-    ends: int = 0
+    tally: Any = None
     children: dict[Any, "Node"] = field(default_factory=dict)
 
     def path(self) -> list["Node"]:

@@ -66,7 +66,7 @@ class Report:
 
 def report(tally: Tally) -> Report:
     """The report of a tally, the most frequent first."""
-    regions = [RegionLine(n, tally.ends[key], cause.name, _line(site)) for key, (n, cause, site) in tally.regions.items()]
+    regions = [RegionLine(r.n_ops, r.times_seen, r.cause.name if r.cause else "", _line(r.site)) for r in tally.regions]
     flushes = [FlushLine(cause.name, cause.value, _line(site), n) for (cause, site), n in tally.flushed.most_common()]
     passed = [PassLine(reason.name, reason.value, op, n) for (reason, op), n in tally.passed_through.most_common()]
     regions.sort(key=lambda r: (-r.times_seen, -r.n_ops))

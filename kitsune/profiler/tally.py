@@ -1,9 +1,23 @@
 """The counts behind `kitsune.counters()` and `kitsune.explain()`."""
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from kitsune.ir import Barrier, Site
+
+# How many regions are told apart in a report; a program that never repeats has no end of them.
+MAX_REGIONS = 1000
+
+
+@dataclass(slots=True)
+class RegionTally:
+    """A distinct region: its operators, how often it came, and what ended it the last time."""
+
+    n_ops: int
+    times_seen: int = 0
+    cause: Barrier | None = None
+    site: Site | None = None
 
 
 class Tally:
@@ -21,14 +35,21 @@ class Tally:
         self.recognised = 0
         self.flushed: Counter[tuple[Barrier, Site | None]] = Counter()
         self.passed_through: Counter[tuple[Barrier, str]] = Counter()
-        # (operators, cause, line) of each distinct region, by the last node of its path
-        self.regions: dict[Any, tuple[int, Barrier, Site | None]] = {}
-        self.ends: Counter[Any] = Counter()
+        self.n_regions = 0
+        self.regions: list[RegionTally] = []
 
-    def close(self, key: Any, cause: Barrier, site: Site | None) -> None:
-        """A region ended."""
-        self.regions[key] = (key.depth, cause, site)
-        self.ends[key] += 1
+    def close(self, known: RegionTally | None, n_ops: int, cause: Barrier, site: Site | None) -> RegionTally:
+        """A region ended. `known` is what this returned when the region ended before, None for a new one."""
+        if known is None:
+            known = RegionTally(n_ops)
+            self.n_regions += 1
+            if len(self.regions) < MAX_REGIONS:
+                self.regions.append(known)
+        else:
+            self.recognised += 1
+        known.times_seen += 1
+        known.cause, known.site = cause, site
+        return known
 
     def counters(self) -> dict[str, Any]:
         """The counts as a plain dictionary; causes and reasons by name."""
@@ -43,7 +64,7 @@ class Tally:
             "observed": self.observed,
             "executed": self.executed,
             "skipped": self.skipped,
-            "regions": len(self.regions),
+            "regions": self.n_regions,
             "recognised": self.recognised,
             "flushed": dict(flushed),
             "passed_through": dict(passed),

@@ -147,9 +147,14 @@ def in_place(b: Builder, i: int, j: int, k: int) -> str:
         f"{x}.detach().add_(1)",
         f"{x}.data.mul_(2)",
     )
-    # Not with a history: eager remakes that of a base's views by as_strided, a replay of the views cannot.
-    geometry = (f"{x}.t_()", f"{x}.squeeze_()", f"{x}.unsqueeze_(0)")
-    return pick(calls if b.world.tensors[x].requires_grad else calls + geometry, k)
+    return pick(calls, k)
+
+
+@step()
+def in_place_geometry(b: Builder, i: int, j: int, k: int) -> str:
+    """Not with a history: eager remakes that of a base's views by as_strided, a replay of the views cannot."""
+    names = [name for name, t in b.world.tensors.items() if not t.requires_grad]
+    return f"{names[i % len(names)]}.{pick(('t_()', 'squeeze_()', 'unsqueeze_(0)'), k)}" if names else "pass"
 
 
 @step(3)
