@@ -264,3 +264,13 @@ def test_contexts_closed_out_of_order_leave_torch_as_it_was() -> None:
     second.__exit__(None, None, None)
     assert not torch._C._is_view_replay_enabled()
     assert torch.utils._python_dispatch._get_current_dispatch_mode_stack() == []
+
+
+def test_a_computed_tensor_can_be_transposed_in_place() -> None:
+    with lazily():
+        x = torch.ones(2, 3).sign()
+        kitsune.flush()
+        assert x.t_() is x
+        x[0] = 5
+    assert (x.shape, x._version) == ((3, 2), 2)
+    assert x.tolist() == [[5.0, 5.0], [1.0, 1.0], [1.0, 1.0]]

@@ -214,7 +214,7 @@ class Recorder(Recording):
         # A kernel that only moves sizes and strides runs on a tensor without memory too.
         with self.below_autograd(), torch._C._DisableTorchDispatch():
             row.target(*args, **kwargs)
-        wrapper.cell = view.cell
+        wrapper.cell = view.cell if type(view) is LazyTensor else self.settled(view).cell
         return wrapper
 
     def _is_host_counter(self, args: tuple[Any, ...]) -> bool:
