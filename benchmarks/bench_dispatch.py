@@ -1,6 +1,6 @@
 """What recording costs on the host, per op, and what `import kitsune` adds to `import torch`.
 
-    python -m benchmarks.bench_dispatch [--device cpu] [--ops 2000] [--rounds 25] [--json FILE]
+    python -m benchmarks.bench_dispatch [--device cpu] [--ops 2000] [--rounds 25] [--import-rounds 5] [--json FILE]
 
 Each row times a chain of equal ops on 8 x 8 tensors: eager; recorded when known (the region was seen before); recorded when
 unknown with warmup=0 (types inferred, region grown) and observed with warmup=1 (the same and run at once); and the flush, which
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ops", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--import-rounds", type=int, default=5, help="0 leaves the imports out")
     parser.add_argument("--json")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -137,8 +138,9 @@ def main() -> None:
             f"{name:14s}{row['eager_us']:8.2f}{row['known_us']:8.2f}{row['known_over_eager_us']:12.2f}"
             f"{row['unknown_us']:9.2f}{row['observed_us']:10.2f}{row['flush_us']:8.2f}"
         )
-    rows.append(import_seconds(7))
-    print(f"import kitsune adds {rows[-1]['import_kitsune_adds_s']} s to {rows[-1]['import_torch_s']} s of import torch")
+    if options.import_rounds:
+        rows.append(import_seconds(options.import_rounds))
+        print(f"import kitsune adds {rows[-1]['import_kitsune_adds_s']} s to {rows[-1]['import_torch_s']} s of import torch")
     print(f"kept in {keep('dispatch', rows, device, options.json)}")
 
 

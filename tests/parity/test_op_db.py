@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 import kitsune
 from tests import _compare, _opinfo
 
+pytest.importorskip("expecttest", reason="torch's operator database needs expecttest")
+
 NAMES = _opinfo.names()
 ROUNDS = 3
 
