@@ -177,6 +177,18 @@ def random_door(original: Any) -> Any:
     return door
 
 
+def thread_door(original: Any) -> Any:
+    flushed = flush_door(Barrier.THREAD)(original)
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        for recorder in OPEN:
+            recorder.shared = True
+        return flushed(*args, **kwargs)
+
+    return door
+
+
 def generator_door(original: Any) -> Any:
     plain_original = random_door(original)
 

@@ -4,6 +4,7 @@ One table. The doors are patched while any context is open and put back when the
 overrides (`tensor.py`), which stay for life.
 """
 
+import _thread
 import ctypes
 import gc
 import threading
@@ -30,6 +31,7 @@ from kitsune.lazy.door_makers import (
     random_door,
     subclass_door,
     swap_door,
+    thread_door,
 )
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recording import OPEN
@@ -112,7 +114,7 @@ def _doors() -> Iterator[Door]:
     for table, make in (
         (_RANDOM, random_door),
         (_SYNCHRONIZE, flush_door(Barrier.SYNCHRONIZE)),
-        (((threading.Thread, "start join"),), flush_door(Barrier.THREAD)),
+        (((threading.Thread, "start join"), (_thread, "start_new_thread")), thread_door),
         (_DEFAULTS, default_door),
         (_GENERATOR, generator_door),
     ):

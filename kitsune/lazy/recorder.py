@@ -30,7 +30,9 @@ class Recorder(Recording):
 
         The hot path: a known op must cost less than 6 us more than in eager (`benchmarks/bench_dispatch.py`).
         """
-        self._acquire()
+        shared = self.shared
+        if shared:
+            self._acquire()
         try:
             # By id, since OpOverload hashes in Python. The row keeps the overload, and so its id.
             row = self.rows.get(id(func)) or self._row_of(func)
@@ -108,7 +110,8 @@ class Recorder(Recording):
             self.region.rollback()
             raise
         finally:
-            self._release()
+            if shared:
+                self._release()
 
     def emit(self, node: Node, tensors: list[Any], reals: list[torch.Tensor] | None = None) -> Any:
         """Step to `node` and return its placeholders, which already have their values if `reals` are given."""
