@@ -36,6 +36,7 @@ class Recorder(Recording):
         try:
             # By id, since OpOverload hashes in Python. The row keeps the overload, and so its id.
             row = self.rows.get(id(func)) or self._row_of(func)
+            from_outside = False
             if row.detour:
                 first = args[0] if args else None
                 if (
@@ -46,6 +47,7 @@ class Recorder(Recording):
                     returned = self._detour(row, args, kwargs or {})
                     if returned is not RECORD:
                         return returned
+                    from_outside = row.is_view
             region = self.region
             key: list[Any] = [row]
             append = key.append
@@ -71,7 +73,7 @@ class Recorder(Recording):
             if row.sees_grad_mode:
                 append(TRUE if is_grad_enabled() else FALSE)
             elif (
-                row.is_view
+                from_outside
                 and args
                 and isinstance(args[0], Tensor)
                 and not region.odd
