@@ -1,31 +1,75 @@
 """The nouns that every stage shares. This package imports nothing of Kitsune."""
 
 from kitsune.ir.barrier import Barrier, Site
+from kitsune.ir.edges import bits, predecessors, roots
 from kitsune.ir.graph import Effects, Graph, Kind, Op, Operand, OpRow, OutputSpec, Result, Slot, Value
 from kitsune.ir.output_spec import describe_result
+from kitsune.ir.plan import (
+    Access,
+    Kernel,
+    Launch,
+    Load,
+    Local,
+    Plan,
+    Pointer,
+    Program,
+    Refusal,
+    Scalar,
+    Size,
+    Step,
+    Store,
+    Stride,
+    touched_bytes,
+)
+from kitsune.ir.plan_text import plan_text
+from kitsune.ir.serial import dump_graph, load_graph
 from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_type, type_of
 from kitsune.ir.text import graph_text
 from kitsune.ir.verify import verify
+from kitsune.ir.verify_plan import storages_of, verify_plan
 
 __all__ = [
+    "Access",
     "Barrier",
     "Effects",
     "Graph",
+    "Kernel",
     "Kind",
+    "Launch",
+    "Load",
+    "Local",
     "Op",
     "OpRow",
     "Operand",
     "OutputSpec",
+    "Plan",
+    "Pointer",
+    "Program",
+    "Refusal",
     "Result",
+    "Scalar",
     "Site",
+    "Size",
     "Slot",
+    "Step",
+    "Store",
+    "Stride",
     "TensorType",
     "Value",
+    "bits",
     "default_type",
     "describe_result",
+    "dump_graph",
     "graph_text",
+    "load_graph",
+    "plan_text",
+    "predecessors",
+    "roots",
     "storage_of",
+    "storages_of",
     "tensor_type",
+    "touched_bytes",
     "type_of",
     "verify",
+    "verify_plan",
 ]

@@ -95,6 +95,13 @@ class Op:
         """Every Value that this op defines."""
         return self.results + tuple(after for _, after in self.rewritten)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it must move by itself: each operand once, each result once; none for a view."""
+        if self.kind is Kind.VIEW:
+            return 0
+        return sum(v.type.nbytes for v in self.inputs) + sum(v.type.nbytes for v in self.outputs)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,22 +10,13 @@ import torch
 
 import kitsune
 from kitsune.ir import Graph
-from kitsune.session import trace_regions
+from tests.plan.recorded import record
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     kitsune.reset()
     yield
-
-
-def record(program: Callable[[], Any], warmup: int = 0) -> Graph:
-    """The one region of a program, whose result stays alive until it is flushed."""
-    with trace_regions() as graphs, kitsune.accelerate(warmup=warmup, device="cpu"):
-        kept = program()
-    assert len(graphs) == 1
-    del kept
-    return graphs[0]
 
 
 def lines(graph: Graph) -> list[str]:

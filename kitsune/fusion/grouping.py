@@ -1,0 +1,221 @@
+"""Which ops are put together: in program order each op joins the kernel of an op that it reads, or that reads the same.
+
+Nodes (a kernel to be, or a library call) form a graph of their own; an op may join one only if no path between the two leads
+through a third node. `anc` holds, for each node, the nodes before it as bits.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from kitsune.fusion.group import Group, base_name, why_not_pointwise
+from kitsune.ir import Graph, Kind, Op, Refusal, bits, predecessors, roots
+
+# An op looks this many nodes back for one that reads the same: further away, results would only be held longer.
+NEAR = 32
+# Refusals are for reading; a long region repeats itself.
+MAX_REFUSALS = 10_000
+
+
+@dataclass(slots=True)
+class Node:
+    """A kernel to be (`group`) or a library call; `numbers` are those of its ops in the graph."""
+
+    numbers: list[int]
+    group: Group | None = None
+    merged: bool = False
+    # Why it is a library call.
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Partition:
+    """A graph's ops in nodes. `worth(saved_bytes, saved_launches)` says whether joining pays; any answer is correct."""
+
+    graph: Graph
+    why_not_lowered: Callable[[Op], str | None]
+    worth: Callable[[int, int], bool]
+    fuel: int | None = None
+    nodes: list[Node] = field(default_factory=list)
+    node_of: dict[int, int] = field(default_factory=dict)
+    anc: list[int] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    # The nodes that have a node after them, as bits.
+    followed: int = 0
+    # Nodes that read a storage, the latest last.
+    readers: dict[int, list[int]] = field(default_factory=dict)
+
+    def living(self) -> list[int]:
+        """The numbers of the nodes that were not merged into another one."""
+        return [k for k, node in enumerate(self.nodes) if not node.merged]
+
+
+def partition(
+    graph: Graph,
+    why_not_lowered: Callable[[Op], str | None],
+    worth: Callable[[int, int], bool],
+    fuel: int | None = None,
+) -> Partition:
+    """Put a graph's ops into nodes; `fuel` bounds the number of times that an op joins others."""
+    p = Partition(graph, why_not_lowered, worth, fuel)
+    before, root_of = predecessors(graph), roots(graph)
+    for number, op in enumerate(graph.ops):
+        if op.kind is Kind.VIEW:
+            continue
+        preds = {p.node_of[n] for n in bits(before[number])}
+        reason = why_not_pointwise(op, why_not_lowered)
+        if reason is None:
+            _place(p, number, op, preds, Group(root_of))
+        else:
+            _refuse(p, preds, op, reason)
+            _new_node(p, number, preds, None)
+            p.nodes[-1].reason = reason
+        for value in op.inputs:
+            nodes = p.readers.setdefault(value.storage, [])
+            if not nodes or nodes[-1] != p.node_of[number]:
+                nodes.append(p.node_of[number])
+    return p
+
+
+def _place(p: Partition, number: int, op: Op, preds: set[int], fresh: Group) -> None:
+    """Let a pointwise op join the groups that it reads, or one that reads the same, or open a new one."""
+    home: int | None = None
+    for candidate in _candidates(p, op, preds):
+        if p.fuel is not None and p.fuel <= 0:
+            break
+        if home is None:
+            if _join(p, candidate, number, op, preds):
+                home = candidate
+        elif candidate in preds:
+            _merge(p, home, candidate, op)
+    if home is None:
+        for n in preds:
+            if p.nodes[n].group is None:
+                p.refusals.append(Refusal(base_name(p.graph.ops[p.nodes[n].numbers[-1]]), base_name(op), p.nodes[n].reason))
+        fresh.add(number, op)
+        _new_node(p, number, preds, fresh)
+
+
+def _candidates(p: Partition, op: Op, preds: set[int]) -> list[int]:
+    """The latest producers first, then the latest readers of the same tensors."""
+    producers = sorted((n for n in preds if p.nodes[n].group is not None), reverse=True)
+    siblings: Counter[int] = Counter()
+    for value in op.inputs:
+        for n in p.readers.get(value.storage, [])[-2:]:
+            n = _alive(p, n)
+            if n not in preds and p.nodes[n].group is not None and len(p.nodes) - n <= NEAR:
+                siblings[n] += value.type.nbytes
+    return producers + [n for n, _ in siblings.most_common(2)]
+
+
+def _alive(p: Partition, n: int) -> int:
+    while p.nodes[n].merged:
+        n = p.node_of[p.nodes[n].numbers[0]]
+    return n
+
+
+def _join(p: Partition, n: int, number: int, op: Op, preds: set[int]) -> bool:
+    node = p.nodes[n]
+    assert node.group is not None
+    between = any(p.anc[m] >> n & 1 for m in preds if m != n)
+    trial = node.group.copy()
+    reason = "another operator lies between them" if between else trial.add(number, op)
+    if reason is None and not p.worth(trial.shared_bytes, 1):
+        reason = "it would save too little"
+    if reason is not None:
+        _refuse(p, {n}, op, reason)
+        return False
+    node.group = trial
+    node.numbers.append(number)
+    p.node_of[number] = n
+    _add_ancestors(p, n, _closure(p, preds) & ~(1 << n))
+    _burn(p)
+    return True
+
+
+def _merge(p: Partition, home: int, other: int, op: Op) -> None:
+    """Take a whole group into the one that an op has joined, since the op reads both."""
+    a, b = p.nodes[home], p.nodes[other]
+    assert a.group is not None and b.group is not None
+    reason: str | None = None
+    if _path_through_third(p, home, other) or _path_through_third(p, other, home):
+        reason = "another operator lies between them"
+    trial = Group(a.group.roots)
+    saved = 0
+    for member in sorted(a.group.members + b.group.members, key=lambda m: m.number):
+        reason = reason or trial.add(member.number, member.op)
+        if reason is not None:
+            break
+        saved = trial.shared_bytes
+    if reason is None and not p.worth(saved, 1):
+        reason = "it would save too little"
+    if reason is not None:
+        _refuse(p, {other}, op, reason)
+        return
+    a.group = trial
+    contract(p, home, [other])
+    _burn(p)
+
+
+def contract(p: Partition, home: int, others: Iterable[int]) -> None:
+    """Let nodes be one with `home`, and for those who ask what comes before what."""
+    mask, before = 1 << home, p.anc[home]
+    for other in others:
+        node = p.nodes[other]
+        node.merged, node.group = True, None
+        p.nodes[home].numbers = sorted(p.nodes[home].numbers + node.numbers)
+        for number in node.numbers:
+            p.node_of[number] = home
+        mask |= 1 << other
+        before |= p.anc[other]
+    before &= ~mask
+    p.anc[home] = before
+    p.followed |= before
+    if p.followed & mask:
+        p.followed |= 1 << home
+        for n, found in enumerate(p.anc):
+            if found & mask:
+                p.anc[n] = (found | before | 1 << home) & ~(mask ^ 1 << home)
+
+
+def _path_through_third(p: Partition, first: int, last: int) -> bool:
+    """Does a node between lie on a path from the one to the other?"""
+    return any(p.anc[n] >> first & 1 for n in bits(p.anc[last]) if n != first) if p.anc[last] >> first & 1 else False
+
+
+def _new_node(p: Partition, number: int, preds: set[int], group: Group | None) -> None:
+    p.node_of[number] = len(p.nodes)
+    p.nodes.append(Node([number], group))
+    p.anc.append(_closure(p, preds))
+
+
+def _closure(p: Partition, preds: set[int]) -> int:
+    found = 0
+    for n in preds:
+        found |= p.anc[n] | 1 << n
+    p.followed |= found
+    return found
+
+
+def _add_ancestors(p: Partition, n: int, more: int) -> None:
+    if not more & ~p.anc[n]:
+        return
+    p.anc[n] |= more
+    if p.followed >> n & 1:
+        bit = 1 << n
+        for m, found in enumerate(p.anc):
+            if found & bit:
+                p.anc[m] = found | more
+
+
+def _burn(p: Partition) -> None:
+    if p.fuel is not None:
+        p.fuel -= 1
+
+
+def _refuse(p: Partition, nodes: set[int], op: Op, reason: str) -> None:
+    if len(p.refusals) < MAX_REFUSALS:
+        for n in nodes:
+            if p.nodes[n].group is not None:
+                before = base_name(p.graph.ops[p.nodes[n].numbers[-1]])
+                p.refusals.append(Refusal(before, base_name(op), reason))

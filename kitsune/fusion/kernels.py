@@ -1,0 +1,90 @@
+"""From a group to the Kernel that is rendered: its domain, its loads, and the stores that somebody reads."""
+
+from collections.abc import Iterable
+
+from kitsune.fusion.group import Group, Use, base_name
+from kitsune.fusion.grouping import Partition
+from kitsune.ir import Access, Kernel, Load, Local, Step, Store
+
+MAX_NAME = 48
+
+
+def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
+    """The kernel of a group that must leave the storages `needed` in memory."""
+    keep = set(needed)
+    results = [(local, Use(value, layout)) for storage, (local, value, layout) in group.produced.items() if storage in keep]
+    loads: list[Use] = []
+    steps = [Step(m.op, tuple(_operand(o, loads) for o in m.operands)) for m in group.members]
+    uses = loads + [use for _, use in results]
+    strides = [group.strides(use) for use in uses]
+    order = _order(group, strides[len(loads) :] + strides[: len(loads)])
+    domain, walks = _coalesce([group.factors.sizes[f] for f in order], [[s.get(f, 0) for f in order] for s in strides])
+    accesses = [Access(use.value, walk) for use, walk in zip(uses, walks, strict=True)]
+    stores = [Store(local, access) for (local, _), access in zip(results, accesses[len(loads) :], strict=True)]
+    return Kernel(_name(group), domain, tuple(accesses[: len(loads)]), tuple(steps), tuple(stores))
+
+
+def kernels_of(p: Partition) -> dict[int, Kernel]:
+    """The kernel of each node that is a group, in the order of their last ops."""
+    alive = {v.storage for v in (*p.graph.inputs, *p.graph.outputs)}
+    readers: dict[int, set[int]] = {}
+    for number, op in enumerate(p.graph.ops):
+        if number in p.node_of:
+            for value in op.inputs:
+                readers.setdefault(value.storage, set()).add(p.node_of[number])
+    found = {}
+    for n in sorted(p.living(), key=lambda n: max(p.nodes[n].numbers)):
+        group = p.nodes[n].group
+        if group is not None:
+            found[n] = as_kernel(group, {s for s in group.produced if s in alive or readers.get(s, set()) - {n}})
+    return found
+
+
+def _operand(operand: Use | Local | None, loads: list[Use]) -> Load | Local | None:
+    if not isinstance(operand, Use):
+        return operand
+    for k, known in enumerate(loads):
+        if known is operand:
+            return Load(k)
+    loads.append(operand)
+    return Load(len(loads) - 1)
+
+
+def _order(group: Group, strides: list[dict[int, int]]) -> list[int]:
+    """The factors, outermost first, as the tensors lie in memory: the first store decides, the next ones break ties."""
+
+    def key(factor: int) -> tuple[int, ...]:
+        return tuple(-s.get(factor, 0) for s in strides)
+
+    return sorted(group.factors.sizes, key=key)
+
+
+def _coalesce(sizes: list[int], walks: list[list[int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Neighbouring dimensions that every tensor walks as if they were one, made one."""
+    domain: list[int] = []
+    merged: list[list[int]] = [[] for _ in walks]
+    for d in range(len(sizes)):
+        if domain and all(m[-1] == walk[d] * sizes[d] for m, walk in zip(merged, walks, strict=True)):
+            domain[-1] *= sizes[d]
+            for m, walk in zip(merged, walks, strict=True):
+                m[-1] = walk[d]
+        else:
+            domain.append(sizes[d])
+            for m, walk in zip(merged, walks, strict=True):
+                m.append(walk[d])
+    return tuple(domain), [tuple(m) for m in merged]
+
+
+def _name(group: Group) -> str:
+    """What the kernel does, in the words of its ops; repeated ones once."""
+    words: list[str] = []
+    for member in group.members:
+        word = base_name(member.op).strip("_").removeprefix("foreach_")
+        if word not in words:
+            words.append(word)
+    name = ""
+    for k, word in enumerate(words):
+        if len(name) + len(word) > MAX_NAME:
+            return f"{name}_and_{len(words) - k}_more"
+        name = f"{name}_{word}" if name else word
+    return name

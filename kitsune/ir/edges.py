@@ -1,0 +1,69 @@
+"""What a Graph implies without saying it: which op must follow which, and which tensor a view is a view of."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from kitsune.ir.graph import Graph, Kind, Op, Value
+
+
+def predecessors(graph: Graph) -> list[int]:
+    """For each op the ops that must run before it, as the bits of an integer; views, which touch no memory, have none.
+
+    An op follows the last write of each storage that it touches, a write follows every read since, and random ops keep
+    their order.
+    """
+    writers: dict[int, int] = {}
+    readers: dict[int, int] = {}
+    random = 0
+    found = []
+    for i, op in enumerate(graph.ops):
+        before, bit = 0, 1 << i
+        if op.kind is not Kind.VIEW:
+            for value in op.inputs:
+                before |= writers.get(value.storage, 0)
+                readers[value.storage] = readers.get(value.storage, 0) | bit
+            for storage in op.effects.writes:
+                before |= readers.get(storage, 0)
+                writers[storage], readers[storage] = bit, 0
+            for value in op.results:
+                writers.setdefault(value.storage, bit)
+            if op.effects.random:
+                before |= random
+                random = bit
+        found.append(before & ~bit)
+    return found
+
+
+def bits(mask: int) -> Iterator[int]:
+    """The numbers of the bits that are set, lowest first."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def roots(graph: Graph) -> dict[int, Value]:
+    """For each value, by number, a stand-in for the memory that its offset counts in: two values with one root are comparable.
+
+    The root is an input, or what an op made that is no view. All views of an input share one root apart from the input's own,
+    since a region is known without the offset at which an input begins, and theirs are counted from the start of its memory.
+    A view that changes the dtype counts its elements in another unit and is a root of its own.
+    """
+    found = {value.id: value for value in graph.inputs}
+    behind = {value.id: replace(value) for value in graph.inputs}
+    for op in graph.ops:
+        for before, after in op.rewritten:
+            found[after.id] = found[before.id]
+        for value in op.results:
+            found[value.id] = _root(op, value, found, behind)
+    return found
+
+
+def _root(op: Op, value: Value, found: dict[int, Value], behind: dict[int, Value]) -> Value:
+    if op.kind is not Kind.VIEW or not op.inputs:
+        return value
+    base = op.inputs[0]
+    if base.storage != value.storage or base.type.dtype is not value.type.dtype or value.type.conj or value.type.neg:
+        return value
+    root = found[base.id]
+    return behind.get(root.id, root)

@@ -1,0 +1,218 @@
+"""What is run for a Graph: kernels and library calls in order, each with its stream, and a place for every byte."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kitsune.ir.graph import Graph, Op, Slot, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a kernel walks over a tensor: `strides` has, for each dimension of the kernel's domain, the distance in elements.
+
+    It starts at the first element of `value`, whose own shape and strides do not matter any more: views, transposes and
+    broadcasts (a stride of 0) are folded into these numbers.
+    """
+
+    value: Value
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An operand that is read from memory: number `index` of the kernel's loads."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """An operand that is still in a register: output number `output` (of `Op.outputs`) of an earlier step."""
+
+    step: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """An op inside a kernel. `operands` has an entry for each of `op.inputs`; None where the old content is not read."""
+
+    op: Op
+    operands: tuple[Load | Local | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A register that is written to memory."""
+
+    source: Local
+    access: Access
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernel:
+    """A group of pointwise ops that is run as one kernel, over a domain whose sizes are listed outermost first.
+
+    Every load happens before any store, element by element. `domain` is () for a single element; a size may be 0.
+    """
+
+    name: str
+    domain: tuple[int, ...]
+    loads: tuple[Access, ...]
+    steps: tuple[Step, ...]
+    stores: tuple[Store, ...]
+
+    @property
+    def n_elements(self) -> int:
+        """Elements of the domain."""
+        n = 1
+        for size in self.domain:
+            n *= size
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it must move: each input read once, each output written once; a broadcast input counts once."""
+        return sum(touched_bytes(access, self.domain) for access in (*self.loads, *(s.access for s in self.stores)))
+
+
+def touched_bytes(access: Access, domain: tuple[int, ...]) -> int:
+    """Bytes of the distinct elements that an access reaches."""
+    n = access.value.type.dtype.itemsize
+    for size, stride in zip(domain, access.strides, strict=True):
+        if stride:
+            n *= size
+    return n if all(domain) else 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launch:
+    """Kernels that are started together, or a call of the library: exactly one of `kernels` and `op` is there.
+
+    Several kernels in one launch have the same source, contiguous operands and no order between them: a horizontal fusion.
+    `waits` are numbers of launches on other streams that must have ended before. `host_only` is a view, which starts nothing.
+    """
+
+    kernels: tuple[Kernel, ...] = ()
+    op: Op | None = None
+    stream: int = 0
+    waits: tuple[int, ...] = ()
+    micros: float = 0.0
+
+    @property
+    def host_only(self) -> bool:
+        """Starts nothing on the device."""
+        return self.op is not None and self.op.kind.name == "VIEW"
+
+    @property
+    def name(self) -> str:
+        """What it does, in words of the op table."""
+        if self.op is not None:
+            return str(self.op.target.overloadpacket).rpartition(".")[2]
+        return self.kernels[0].name if len(self.kernels) == 1 else f"{self.kernels[0].name} x {len(self.kernels)}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it must move: each operand once, each result once."""
+        return self.op.nbytes if self.op is not None else sum(kernel.nbytes for kernel in self.kernels)
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The ops that it computes."""
+        return (self.op,) if self.op is not None else tuple(step.op for kernel in self.kernels for step in kernel.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why an op was not put into the kernel of the op that it reads, or that reads the same: a sentence."""
+
+    before: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A Graph, decided. `offsets` gives each storage that lives and dies inside the plan its first byte in the arena.
+
+    `drops` lists, for each launch, the storages whose last use it is, of those that are not in the arena.
+    """
+
+    graph: Graph
+    launches: tuple[Launch, ...]
+    offsets: Mapping[int, int]
+    arena: int
+    drops: tuple[tuple[int, ...], ...]
+    refusals: tuple[Refusal, ...] = ()
+    # Ops recorded, and those of them that would reach the device if each living one were run by itself.
+    n_recorded: int = 0
+    n_unplanned: int = 0
+
+    def __str__(self) -> str:
+        from kitsune.ir.plan_text import plan_text
+
+        return plan_text(self)
+
+    @property
+    def n_launches(self) -> int:
+        """Launches that reach the device."""
+        return sum(not launch.host_only for launch in self.launches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the launches must move: each operand of each once, each result once."""
+        return sum(launch.nbytes for launch in self.launches)
+
+    @property
+    def nbytes_unplanned(self) -> int:
+        """The same, if each op of the planned graph were run by itself."""
+        return sum(op.nbytes for op in self.graph.ops)
+
+    def refusal_counts(self) -> "Counter[str]":
+        """How often each reason kept two ops apart."""
+        return Counter(refusal.reason for refusal in self.refusals)
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """A kernel's parameter: the address of the first element of its load or store number `index` (loads first)."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A kernel's parameter: the size of a dimension of its domain; `dim` None for the number of elements."""
+
+    dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stride:
+    """A kernel's parameter: the stride of access number `index` along `dim`."""
+
+    index: int
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A kernel's parameter: a Python number, moving or constant, as Triton's type `type` (fp32, fp64, i64, i1)."""
+
+    value: Slot | float | int | bool
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A kernel's source and what to call it with, in the order of its parameters.
+
+    `parameters` are of the kernel that it was rendered from: another kernel with the same text has its own.
+    """
+
+    name: str
+    text: str
+    parameters: tuple[Pointer | Size | Stride | Scalar, ...]
+    # One launch for many kernels: the parameters of each are a row of a table.
+    batched: bool = False

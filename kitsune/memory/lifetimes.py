@@ -1,0 +1,48 @@
+"""Which launches use a storage, and which storages are the plan's own."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kitsune.ir import Graph, Kind, Launch, Op, TensorType, storages_of
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """A storage that is made by launch `first` and used by the launches `uses` (bits, `first` among them)."""
+
+    storage: int
+    nbytes: int
+    first: int
+    uses: int
+    # Lives and dies in memory that the plan gives it.
+    in_arena: bool
+
+
+def lifetimes(graph: Graph, launches: Sequence[Launch], writes_into: Callable[[Op], bool]) -> list[Lifetime]:
+    """The lifetime of each storage made in the plan. `writes_into(op)`: can this library call be given its results' memory?"""
+    alive = {v.storage for v in graph.outputs} | {v.storage for v in graph.inputs}
+    made: dict[int, tuple[int, int, bool]] = {}
+    uses: dict[int, int] = {}
+    for k, launch in enumerate(launches):
+        for storage, type_ in _made_by(launch):
+            ours = bool(launch.kernels) or (launch.op is not None and writes_into(launch.op))
+            made.setdefault(storage, (k, extent_bytes(type_), ours and storage not in alive))
+        for storage in storages_of(launch):
+            uses[storage] = uses.get(storage, 0) | 1 << k
+    return [Lifetime(s, nbytes, first, uses.get(s, 0) | 1 << first, ours) for s, (first, nbytes, ours) in made.items()]
+
+
+def extent_bytes(type_: TensorType) -> int:
+    """Bytes from the first to the last element of a tensor."""
+    if not type_.nbytes:
+        return 0
+    extent = sum((n - 1) * s for n, s in zip(type_.shape, type_.stride, strict=True)) + 1
+    return extent * type_.dtype.itemsize
+
+
+def _made_by(launch: Launch) -> list[tuple[int, TensorType]]:
+    if launch.op is not None:
+        return [] if launch.op.kind is Kind.VIEW else [(v.storage, v.type) for v in launch.op.results]
+    fresh = {v.storage: v.type for kernel in launch.kernels for step in kernel.steps for v in step.op.results}
+    stored = {store.access.value.storage for kernel in launch.kernels for store in kernel.stores}
+    return [(storage, type_) for storage, type_ in fresh.items() if storage in stored]

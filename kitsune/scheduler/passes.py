@@ -1,0 +1,51 @@
+"""Rewrites of a Graph before it is planned. A pass is a function Graph -> Graph; the runner verifies, times and shows it."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from kitsune.ir import Graph, Kind, Op, verify
+
+Pass = Callable[[Graph], Graph]
+
+
+def run_passes(
+    graph: Graph, passes: Sequence[Pass], check: bool = False, show: Callable[[str, Graph, float], None] | None = None
+) -> Graph:
+    """Apply passes in order; `check` verifies after each, `show` hears each one's name, result and seconds."""
+    for one in passes:
+        start = time.perf_counter()
+        graph = one(graph)
+        if check:
+            verify(graph)
+        if show is not None:
+            show(one.__name__, graph, time.perf_counter() - start)
+    return graph
+
+
+def dead_code(graph: Graph) -> Graph:
+    """Without the ops whose effects nobody can see."""
+    kept = needed_ops(graph)
+    return graph if len(kept) == len(graph.ops) else Graph(graph.inputs, tuple(kept), graph.outputs)
+
+
+def needed_ops(graph: Graph) -> list[Op]:
+    """The ops whose effects somebody can see. Judged by storage: a dead base may have a living view."""
+    needed = {v.storage for v in graph.inputs} | {v.storage for v in graph.outputs}
+    returned = {v.id for v in graph.outputs}
+    read: set[int] = set()
+    kept = []
+    for op in reversed(graph.ops):
+        if _is_needed(op, needed, returned, read):
+            kept.append(op)
+            needed.update(v.storage for v in op.inputs)
+            read.update(v.id for v in op.inputs)
+    return kept[::-1]
+
+
+def _is_needed(op: Op, storages: set[int], returned: set[int], read: set[int]) -> bool:
+    if op.effects.random or any(s in storages for s in op.effects.writes):
+        return True
+    # A view of an input shares its storage but changes nothing: needed only if it is read, which its value says.
+    if op.kind is Kind.VIEW:
+        return any(v.id in returned or v.id in read for v in op.results)
+    return any(v.storage in storages for v in op.results)
