@@ -25,9 +25,7 @@ def fresh() -> Iterator[None]:
 def chain(n: int) -> Graph:
     """x + 1 + 1 ...; the last value is the output."""
     values = [Value(i, F2, i) for i in range(n + 1)]
-    ops = [
-        Op(aten.add.Tensor, Kind.POINTWISE, (a, 1), (), (a,), Result(0), (b,)) for a, b in itertools.pairwise(values)
-    ]
+    ops = [Op(aten.add.Tensor, Kind.POINTWISE, (a, 1), (), (a,), Result(0), (b,)) for a, b in itertools.pairwise(values)]
     return Graph((values[0],), tuple(ops), (values[-1],))
 
 

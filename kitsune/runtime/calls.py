@@ -1,0 +1,92 @@
+"""One op through aten: arguments bound, results stored in the expected layout, errors given the user's line."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from kitsune.ir import Op, Result, Slot, TensorType, Value, type_of
+
+
+def call(op: Op, values: list[Any], scalars: list[float]) -> None:
+    """Make one call. `values` has its operands by value number and receives everything that it defines."""
+    args = [bind(a, values, scalars) for a in op.args]
+    kwargs = {name: bind(a, values, scalars) for name, a in op.kwargs}
+    try:
+        result = _make(op.target, op, args, kwargs)
+        if op.results:
+            _store(op.structure, result, op, values)
+    except Exception as error:
+        _name_the_line(error, op)
+        raise
+    for before, after in op.rewritten:
+        values[after.id] = values[before.id]
+
+
+def call_into(
+    op: Op, target: OpOverload, names: Sequence[str], memory: Sequence[torch.Tensor], values: list[Any], scalars: list[float]
+) -> None:
+    """The same by the op's out= form `target`: result k goes into `memory[k]`, which is argument `names[k]`."""
+    args = [bind(a, values, scalars) for a in op.args]
+    kwargs = {name: bind(a, values, scalars) for name, a in op.kwargs}
+    kwargs.update(zip(names, memory, strict=True))
+    try:
+        _make(target, op, args, kwargs)
+    except Exception as error:
+        _name_the_line(error, op)
+        raise
+    for value, tensor in zip(op.results, memory, strict=True):
+        values[value.id] = tensor
+
+
+def bind(argument: Any, values: list[Any], scalars: list[float]) -> Any:
+    """What an argument of an op stands for in this run."""
+    cls = type(argument)
+    if cls is Value:
+        return values[argument.id]
+    if cls is Slot:
+        return scalars[argument.index]
+    if cls is tuple:
+        return [bind(a, values, scalars) for a in argument]
+    return argument
+
+
+def _make(target: OpOverload, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if op.grad_enabled is None:
+        return target(*args, **kwargs)
+    with torch.set_grad_enabled(op.grad_enabled):
+        return target(*args, **kwargs)
+
+
+def _store(structure: Any, result: Any, op: Op, values: list[Any]) -> None:
+    if type(structure) is Result:
+        value = op.results[structure.index]
+        if result.shape != value.type.shape or result.stride() != value.type.stride or result.dtype is not value.type.dtype:
+            result = _conform(result, value.type, op)
+        values[value.id] = result
+    elif isinstance(structure, (list, tuple)):
+        for part, leaf in zip(structure, result, strict=True):
+            _store(part, leaf, op, values)
+
+
+def _conform(result: torch.Tensor, expected: TensorType, op: Op) -> torch.Tensor:
+    """A result in another layout than the program was told is copied into that layout; any other difference is an error."""
+    difference = (
+        f"{op.target} at {op.site} returned {type_of(result)} with strides {result.stride()} where {expected} with strides "
+    )
+    difference += f"{expected.stride} was expected. This is a bug in Kitsune: please report it."
+    if result.shape != expected.shape or result.dtype is not expected.dtype:
+        raise RuntimeError(f"{difference} KITSUNE=0 runs the program without Kitsune.")
+    warnings.warn(difference, RuntimeWarning, stacklevel=2)
+    laid_out = torch.empty_strided(expected.shape, expected.stride, dtype=expected.dtype, device=expected.device)
+    return laid_out.copy_(result)
+
+
+def _name_the_line(error: Exception, op: Op) -> None:
+    note = f"while running {op.target}, recorded by Kitsune at {op.site}"
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])

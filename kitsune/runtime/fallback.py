@@ -1,0 +1,91 @@
+"""A launch whose kernel cannot be used: its ops through aten, on tensors over the memory that the kernel would have used."""
+
+from collections.abc import Callable
+
+import torch
+
+from kitsune.ir import Launch, Op, Step, Value
+from kitsune.runtime.calls import call
+from kitsune.runtime.frame import Frame
+from kitsune.runtime.places import Places
+
+
+def run_by_ops(launch: Launch, places: Places, frame: Frame, relieve: Callable[[], None]) -> None:
+    """Run the ops of a kernel one by one. `relieve` frees memory that nobody uses, after which an op is tried once more.
+
+    New results are copied into their places at the end only: a kernel reads everything before it writes anything, so that the
+    memory planner may have put a result where an operand is that dies in the same kernel.
+    """
+    frame.partial = any(op.rewritten or op.effects.random for op in launch.ops)
+    values = frame.values
+    fresh = {v.id for op in launch.ops for v in op.results if v.id in places.maker}
+    inside = [number for root in fresh for number in places.family[root]]
+    frame.elsewhere = fresh
+    for number in inside:
+        values[number] = None
+    for step in (step for kernel in launch.kernels for step in kernel.steps):
+        unread = _bring(step, places, frame)
+        _call(step.op, frame, relieve)
+        for number in unread:
+            values[number] = None
+    stored = {places.root[store.access.value.id].id for kernel in launch.kernels for store in kernel.stores}
+    for number in fresh & stored:
+        frame.memory_of(number).copy_(values[number])
+    for number in inside:
+        values[number] = frame.furnished.get(number)
+    frame.elsewhere = set()
+    frame.partial = False
+
+
+def _bring(step: Step, places: Places, frame: Frame) -> list[int]:
+    """Tensors for the operands of a step; returns the numbers of those that only stand for a shape, as `x` in ones_like(x).
+
+    Their memory may be gone: for the planner, what is not read is not used.
+    """
+    written = {before.id for before, _ in step.op.rewritten}
+    unread = []
+    for value, operand in zip(step.op.inputs, step.operands, strict=True):
+        if operand is not None or value.id in written:
+            tensor_of(value, places, frame)
+        elif frame.values[value.id] is None:
+            type_ = value.type
+            frame.values[value.id] = torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
+            unread.append(value.id)
+    return unread
+
+
+def tensor_of(value: Value, places: Places, frame: Frame) -> torch.Tensor:
+    """A tensor for a value of which a kernel needed the address only; it is kept in `frame.values`."""
+    values, number = frame.values, value.id
+    if values[number] is None:
+        place = places.place(value)
+        lent = frame.layout.arena.get(place.root) if place.root not in frame.elsewhere else None
+        if number in places.before:
+            values[number] = tensor_of(places.before[number], places, frame)
+        elif number not in places.view_op:
+            values[number] = frame.memory_of(number)
+        elif lent is not None:
+            # Not by the op: as_strided counts from the start of the memory, which is here that of the whole arena.
+            values[number] = frame.in_arena(lent[0] + place.nbytes, value.type)
+        else:
+            op = places.view_op[number]
+            tensor_of(op.inputs[0], places, frame)
+            call(op, values, frame.scalars)
+    tensor: torch.Tensor = values[number]
+    return tensor
+
+
+def may_be_partial(op: Op) -> bool:
+    """Can the op have written one operand when it runs out of memory for another? Where there is one, kernels allocate first."""
+    return len(op.rewritten) > 1
+
+
+def _call(op: Op, frame: Frame, relieve: Callable[[], None]) -> None:
+    try:
+        return call(op, frame.values, frame.scalars)
+    except torch.OutOfMemoryError:
+        if may_be_partial(op):
+            raise
+    # Outside of the handler: the error would keep alive what the call had allocated.
+    relieve()
+    call(op, frame.values, frame.scalars)

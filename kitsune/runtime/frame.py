@@ -1,0 +1,142 @@
+"""One run of a plan: the tensors and addresses that its instructions share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kitsune.ir import Access, TensorType, storage_of
+
+# Not the attributes of torch.Tensor, which are watched while a program is recorded.
+data_ptr = torch._C.TensorBase.data_ptr
+storage_offset = torch._C.TensorBase.storage_offset
+# Plans for which a block keeps tensors: the regions of a step may share one.
+MAX_NOTES = 16
+
+
+class Startable(Protocol):
+    """Kernels, ready to start.
+
+    `start` puts them on a stream, all of them or none: after an exception, their ops are run in another way. `address` tells
+    where the first element of an access is.
+    """
+
+    def start(self, address: Callable[[Access], int], scalars: list[float], stream: int) -> None: ...
+
+
+class Block(Protocol):
+    """Memory for an arena: bytes, the address of the first, and what is kept as long as the memory is."""
+
+    tensor: torch.Tensor
+    address: int
+    notes: dict[Any, Any]
+
+
+class Pool(Protocol):
+    """Where arenas come from; see `kitsune.memory.MemoryPool`."""
+
+    def take(self, nbytes: int, device: torch.device, stream: int) -> Any: ...
+
+    def give(self, block: Any) -> None: ...
+
+    def free_all(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a plan's memory is: `places` gives (slot, bytes) by value number, `arena` (bytes, type) by that of a root.
+
+    Slot 0 is the arena; `inputs` are (slot, value number, whether from the start of the input's memory).
+    """
+
+    places: dict[int, tuple[int, int]]
+    arena: dict[int, tuple[int, TensorType]]
+    inputs: tuple[tuple[int, int, bool], ...]
+    n_slots: int
+
+
+class Frame:
+    """What a run has so far. `values` are tensors by value number, None where there is none or nobody needs one.
+
+    `memory` has tensors over memory that kernels fill, by the number of the root value; they are put into `values` once they
+    are filled. `bases` are addresses, by slot. `furnished` are the values in the arena that are in `values` from the start;
+    `partial`: the instruction that runs may have written something already. `elsewhere` are root values that it
+    has computed into other memory than theirs.
+    """
+
+    __slots__ = (
+        "address",
+        "bases",
+        "block",
+        "elsewhere",
+        "furnished",
+        "layout",
+        "memory",
+        "partial",
+        "position",
+        "scalars",
+        "stream",
+        "values",
+    )
+
+    def __init__(self, layout: Layout, values: list[Any], scalars: list[float], stream: int) -> None:
+        self.layout, self.values, self.scalars, self.stream = layout, values, scalars, stream
+        self.memory: dict[int, torch.Tensor] = {}
+        self.furnished: dict[int, torch.Tensor] = {}
+        self.block: Block | None = None
+        self.position = 0
+        self.partial = False
+        self.elsewhere: set[int] = set()
+        places, bases = layout.places, [0] * layout.n_slots
+        self.bases = bases
+
+        def address(access: Access) -> int:
+            slot, nbytes = places[access.value.id]
+            return bases[slot] + nbytes
+
+        self.address = address
+        for slot, number, from_start in layout.inputs:
+            tensor = values[number]
+            bases[slot] = data_ptr(tensor) - (storage_offset(tensor) * tensor.itemsize if from_start else 0)
+
+    def move_in(self, block: Block) -> None:
+        """Use a block as the arena."""
+        self.block = block
+        self.bases[0] = block.address
+
+    def furnish(self, key: Any, make: Callable[["Frame"], dict[int, torch.Tensor]]) -> None:
+        """Put the tensors in the arena that a plan needs into `values`; a block keeps them for the plan's next run."""
+        assert self.block is not None
+        notes = self.block.notes
+        known = notes.get(key)
+        if known is None:
+            if len(notes) >= MAX_NOTES:
+                notes.clear()
+            self.furnished = make(self)
+            known = notes[key] = (self.furnished, dict(self.memory))
+        else:
+            self.furnished = known[0]
+            self.memory.update(known[1])
+        values = self.values
+        for number, tensor in self.furnished.items():
+            values[number] = tensor
+
+    def memory_of(self, number: int) -> torch.Tensor:
+        """A tensor over the memory of root value `number`."""
+        tensor = self.memory.get(number)
+        if tensor is None:
+            nbytes, type_ = self.layout.arena[number]
+            tensor = self.memory[number] = self.in_arena(nbytes, type_)
+        return tensor
+
+    def in_arena(self, nbytes: int, type_: TensorType) -> torch.Tensor:
+        """A tensor of a type that begins `nbytes` into the arena."""
+        assert self.block is not None
+        memory = self.block.tensor
+        tensor = torch.empty(0, dtype=type_.dtype, device=type_.device)
+        offset = (storage_offset(memory) + nbytes) // type_.dtype.itemsize
+        torch.ops.aten.set_.source_Storage_storage_offset(tensor, storage_of(memory), offset, type_.shape, type_.stride)
+        torch._C._set_conj(tensor, type_.conj)
+        torch._C._set_neg(tensor, type_.neg)
+        return tensor
