@@ -7,7 +7,7 @@ with kitsune.accelerate():
 
 from kitsune.config import KitsuneWarning, config
 from kitsune.optimizer import KitsuneOptimizer
-from kitsune.session import accelerate, counters, disable, explain, flush, reset
+from kitsune.session import accelerate, counters, disable, explain, flush, last_plan, reset
 
 __version__ = "0.1.0"
 
@@ -20,5 +20,6 @@ __all__ = [
     "disable",
     "explain",
     "flush",
+    "last_plan",
     "reset",
 ]

@@ -80,6 +80,14 @@ def _check_device(value: object) -> str | None:
         raise ValueError from None
 
 
+def _check_folder(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise ValueError
+    return os.path.abspath(os.path.expanduser(os.fspath(value)))
+
+
 def _read_optional(text: str) -> str | None:
     return None if text.lower() == "none" else text
 
@@ -92,6 +100,18 @@ def whole(low: int, high: int | None = None) -> Accepts:
 flag = Accepts("True or False (in the environment 0/1, true/false, on/off or yes/no)", _check_bool, _read_bool)
 device_name = Accepts("the name of a torch device such as 'cpu' or 'cuda:0', or None", _check_device, _read_optional)
 n_bytes = Accepts("a number of bytes, a text such as '512MB' or '2GB', or None", _check_bytes, _read_optional)
+
+
+folder = Accepts("the path of a folder, or None", _check_folder, _read_optional)
+
+
+def optional(accepts: Accepts) -> Accepts:
+    """The same, or None."""
+
+    def read(text: str) -> object:
+        return None if text.lower() == "none" else accepts.read(text)
+
+    return Accepts(f"{accepts.words}, or None", lambda value: None if value is None else accepts.check(value), read)
 
 
 def knob(default: Any, variable: str, accepts: Accepts, effect: str) -> Any:
@@ -116,8 +136,22 @@ class Options:
         n_bytes,
         "bytes that pending results may need before they are flushed, such as 2GB; None: half of the device's memory",
     )
-    debug: int = knob(0, "KITSUNE_DEBUG", whole(0, 1), "1 prints one line per flush to stderr")
-    verify: bool = knob(False, "KITSUNE_VERIFY", flag, "1 checks every new graph for consistency")
+    fuse: bool = knob(True, "KITSUNE_FUSE", flag, "0 runs every region op by op: no planning, no kernels of Kitsune's own")
+    fuel: int | None = knob(
+        None, "KITSUNE_FUEL", optional(whole(0)), "only so many fusions in each region: bisects a wrong answer; None: all"
+    )
+    pool: bool = knob(True, "KITSUNE_POOL", flag, "0 gives each arena back to torch when its region has run")
+    cache_dir: str | None = knob(
+        None, "KITSUNE_CACHE_DIR", folder, "where kernels are kept; None: kitsune under XDG_CACHE_HOME or ~/.cache"
+    )
+    debug: int = knob(
+        0,
+        "KITSUNE_DEBUG",
+        whole(0, 5),
+        "prints to stderr: 1 each flush, 2 each launch of a new plan, 3 passes and refusals, 4 kernels, 5 graphs after each pass",
+    )
+    dump: str | None = knob(None, "KITSUNE_DUMP", folder, "writes each new region's graphs, plan and kernels into this folder")
+    verify: bool = knob(False, "KITSUNE_VERIFY", flag, "1 checks every new graph and plan for consistency")
 
 
 KNOBS: Mapping[str, Field[Any]] = {row.name: row for row in fields(Options)}
@@ -174,7 +208,12 @@ class Config:
     device: str | None
     max_pending_ops: int
     max_pending_bytes: int | None
+    fuse: bool
+    fuel: int | None
+    pool: bool
+    cache_dir: str | None
     debug: int
+    dump: str | None
     verify: bool
 
     def __init__(self, environment: Mapping[str, str]) -> None:

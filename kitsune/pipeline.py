@@ -1,20 +1,21 @@
-"""The stages, put together: dispatch -> lazy -> (planning to come) -> runtime -> profiler."""
+"""The stages, put together: dispatch -> lazy -> planning -> runtime -> profiler."""
 
 import os
-import sys
 from typing import Any
 
 import torch
 
 from kitsune.config import config
 from kitsune.dispatch import RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
-from kitsune.ir import Barrier, Graph, Site, verify
+from kitsune.ir import Barrier, Graph, Plan, Site, verify
 from kitsune.lazy import LazyTensor, Recorder
-from kitsune.profiler import Tally
-from kitsune.runtime import Schedule, prepare, replay
+from kitsune.planning import planner_for
+from kitsune.profiler import Show, Tally
+from kitsune.running import Runner, nearest_arch
 
-MAX_SCHEDULES = 1024
 tally = Tally()
+# What `last_plan` is asked for: the graph, and the cause of its end.
+latest: dict[str, Any] = {}
 # Hear of each region as it closes; `session.trace_regions` adds itself here.
 listeners: list[Any] = []
 
@@ -36,7 +37,7 @@ class Pipeline:
     """One per accelerating thread: a listener that intercepts and records, and an executor that runs what is flushed."""
 
     def __init__(self, device: torch.device, warmup: int) -> None:
-        self.schedules: dict[Graph, Schedule] = {}
+        self.runner = Runner(device, tally)
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False
         self.recorder = Listener(
@@ -54,31 +55,45 @@ class Pipeline:
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a flushed region: `values` has the inputs by number and receives the outputs."""
-        schedule = self.schedules.get(graph)
-        if schedule is None:
-            if len(self.schedules) > MAX_SCHEDULES:
-                self.schedules.clear()
-            schedule = self.schedules[graph] = prepare(graph)
-        tally.executed += len(schedule.instructions)
-        tally.skipped += schedule.n_dead
         with below_autograd(), torch._C._DisableTorchDispatch():
-            replay(schedule, values, scalars)
+            self.runner.run(graph, values, scalars)
 
     def forget(self) -> None:
-        """Drop every region seen so far, and its schedule."""
+        """Drop every region seen so far, and its plan."""
         self.recorder.flush(Barrier.FLUSH)
         self.recorder.forget()
-        self.schedules.clear()
+        latest.clear()
+        self.runner.forget()
 
 
 def close(graph: Graph, cause: Barrier, site: Site | None) -> None:
     """A region ended: check it, show it, tell who listens."""
+    if cause is Barrier.STEP or latest.get("cause") is not Barrier.STEP:
+        latest.update(graph=graph, cause=cause)
     if config.verify:
         verify(graph)
     if config.debug:
-        print(f"kitsune: {len(graph.ops)} operators, {cause.name} at {site}", file=sys.stderr)
+        Show(config.debug).flush(len(graph.ops), cause, site)
     for listener in listeners:
         listener(graph)
+
+
+def last_plan(arch: str | None = None) -> Plan | None:
+    """The plan of the last region that an optimizer's step() ended or, where none has, of the last region; None before any.
+
+    `arch` is the GPU to plan for, sm_80 or sm_90: by default the one that is here and, where there is none, sm_90. The plan
+    prints as a table. Raises ValueError for an architecture that Kitsune cannot plan for.
+    """
+    planner = planner_for(arch or _arch_here())
+    graph = latest.get("graph")
+    return None if graph is None else planner.plan(graph)
+
+
+def _arch_here() -> str:
+    if not torch.cuda.is_available():
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability()
+    return nearest_arch(major, minor)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -17,10 +17,10 @@ from kitsune.config import checked, config
 from kitsune.dispatch import foreign_modes
 from kitsune.ir import Barrier, Graph
 from kitsune.lazy import LazyTensor, close_doors, open_doors, settle_grads, settle_state
-from kitsune.pipeline import Pipeline, listeners, resolve_device, tally
+from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally
 from kitsune.profiler import Report, report
 
-__all__ = ["accelerate", "counters", "disable", "explain", "flush", "reset", "trace_regions"]
+__all__ = ["accelerate", "counters", "disable", "explain", "flush", "last_plan", "reset", "trace_regions"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -314,9 +314,7 @@ def test_a_wrapped_optimizer_can_be_wrapped_again():
 def test_wrong_arguments_are_sentences():
     model = tiny_model()
     inner = torch.optim.SGD(model.parameters())
-    with pytest.raises(
-        TypeError, match=r"takes a torch\.optim\.Optimizer, or a class of one, but got Sequential object\."
-    ):
+    with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer, or a class of one, but got Sequential object\."):
         KitsuneOptimizer(model)
     with pytest.raises(TypeError, match="but got the class Linear"):
         KitsuneOptimizer(nn.Linear, model.parameters())

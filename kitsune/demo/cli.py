@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=50, help="(%(default)s)")
     parser.add_argument("--warmup", type=int, choices=(0, 1), default=1, help="1 observes a region first (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--plan-for", metavar="ARCH", default=None, help="show the plan for this GPU: sm_80 or sm_90")
     parser.add_argument("--json", type=Path, metavar="F", help="write everything that is printed, and more, to F")
     parser.add_argument("--plot", type=Path, metavar="F", help="draw both loss curves to the PNG F (needs matplotlib)")
 
@@ -64,6 +65,11 @@ def run(args: argparse.Namespace) -> int:
 
 def check_requirements(models: Sequence[str], args: argparse.Namespace) -> None:
     """Whatever is missing is said before the first training, not after the last."""
+    if args.plan_for is not None:
+        try:
+            kitsune.last_plan(args.plan_for)
+        except ValueError as error:
+            raise DemoError(str(error)) from None
     if args.plot:
         require_matplotlib()
     for path in (args.json, args.plot):
@@ -109,7 +115,8 @@ def spare_threads(device: torch.device) -> Iterator[None]:
 
 def compare(model: str, args: argparse.Namespace, device: torch.device) -> Comparison:
     def one(form: str | None, steps: int, progress: Progress | None = None) -> Any:
-        return train(model, form, steps=steps, device=device, warmup=args.warmup, seed=args.seed, progress=progress)
+        options = {"warmup": args.warmup, "seed": args.seed, "progress": progress, "plan_for": args.plan_for}
+        return train(model, form, steps=steps, device=device, **options)
 
     print(f"{model}: training twice on {device}, {args.steps} steps each", flush=True)
     for form in (None, args.form):

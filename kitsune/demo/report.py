@@ -26,6 +26,7 @@ def render(comparison: Comparison, device: torch.device) -> str:
         render_verdict(c),
         render_counters(c.lazy.counters),
         render_explanation(c.lazy.report),
+        render_plan(c.lazy.plan, c.lazy.counters.get("kernels", 0), device),
         render_memory(c, device),
         render_time(c, device),
     ]
@@ -77,6 +78,34 @@ def render_explanation(report: Any) -> str:
     )
 
 
+def render_plan(plan: Any, used: int, device: torch.device) -> str:
+    if plan is None:
+        return ""
+    head = (
+        f"plan of a step: {used} kernels of its kind ran" if used else f"plan that a GPU would get for a step: {device} has none"
+    )
+    before, after = plan.nbytes_unplanned / 2**20, plan.nbytes / 2**20
+    rows = [
+        ("", "one by one", "planned"),
+        ("launches", str(plan.n_unplanned), str(plan.n_launches)),
+        ("bytes to move", f"{before:.1f} MiB", f"{after:.1f} MiB ({before - after:.1f} saved)"),
+    ]
+    kernels = [
+        (launch.name, f"{len(launch.ops)} ops", f"{launch.micros:.1f} us modelled") for launch in plan.launches if launch.kernels
+    ]
+    refused = [(times(n), reason) for reason, n in plan.refusal_counts().most_common()]
+    return "\n".join(
+        [
+            head,
+            *table(rows),
+            "kernels",
+            *table(first(kernels)),
+            "kept apart, by reason",
+            *(table(first(refused)) or ["  nothing"]),
+        ]
+    )
+
+
 def render_memory(c: Comparison, device: torch.device) -> str:
     if c.eager.peak_bytes is None or c.lazy.peak_bytes is None:
         return "peak memory: not measured, this system offers no peak that can be reset"
@@ -95,10 +124,12 @@ def render_time(c: Comparison, device: torch.device) -> str:
 
 def expectation(ratio: float, device: torch.device) -> str:
     measured = f"Here a step under Kitsune took {ratio:.2f} times the eager one."
-    today = "Today Kitsune replays its regions op by op; fusion and graph replay are not there yet"
     if device.type == "cuda":
-        return f"{measured} {today}, so expect no speed-up, and a slower step where Python is what limits it."
-    return f"{measured} {today}, so on a CPU expect it to be slower than eager."
+        return (
+            f"{measured} Its kernels move fewer bytes in fewer launches, but each step is still recorded and launched by Python: "
+            "expect a slower step where Python is what limits it."
+        )
+    return f"{measured} There are no kernels for a CPU: regions run op by op there, so expect it to be slower than eager."
 
 
 def where(device: torch.device) -> str:

@@ -39,6 +39,7 @@ class TrainResult:
     peak_bytes: int | None
     counters: dict[str, object]
     report: Any | None  # what kitsune.explain() returns
+    plan: Any | None = None  # of a step, as kitsune.last_plan() returns it
 
 
 @dataclass
@@ -73,8 +74,9 @@ def train(
     warmup: int = 1,
     seed: int = 0,
     progress: Progress | None = None,
+    plan_for: str | None = None,
 ) -> TrainResult:
-    """Train `model` for `steps` from `seed`. `form` is None for eager, or one of FORMS."""
+    """Train `model` for `steps` from `seed`. `form` is None for eager, or one of FORMS; `plan_for` a GPU's architecture."""
     if form is not None and form not in FORMS:
         raise DemoError(f"there is no form {form!r}; choose one of {', '.join(FORMS)}")
     with deterministic(device):
@@ -94,6 +96,7 @@ def train(
             peak_bytes=peak.nbytes,
             counters={} if form is None else dict(kitsune.counters()),
             report=None if form is None else kitsune.explain(),
+            plan=None if form is None else kitsune.last_plan(plan_for),
         )
 
 

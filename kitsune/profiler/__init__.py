@@ -1,6 +1,7 @@
 """Report: what was recorded, flushed, recognised and passed through, and why."""
 
-from kitsune.profiler.report import FlushLine, PassLine, RegionLine, Report, report
-from kitsune.profiler.tally import Tally
+from kitsune.profiler.report import FlushLine, PassLine, PlanLine, RegionLine, Report, report
+from kitsune.profiler.show import Show
+from kitsune.profiler.tally import PlanTally, Tally, plan_tally
 
-__all__ = ["FlushLine", "PassLine", "RegionLine", "Report", "Tally", "report"]
+__all__ = ["FlushLine", "PassLine", "PlanLine", "PlanTally", "RegionLine", "Report", "Show", "Tally", "plan_tally", "report"]

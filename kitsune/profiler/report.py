@@ -1,9 +1,13 @@
 """`kitsune.explain()`: the tally as lines that a user can read."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kitsune.profiler.tally import Tally
+from kitsune.profiler.tally import PlanTally, Tally
+
+# Reasons that `str(report)` shows for a plan; `to_dict()` has them all.
+MAX_REASONS = 8
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,23 @@ class PassLine:
 
 
 @dataclass(frozen=True)
+class PlanLine:
+    """A region that was run by plan: launches and bytes before and after planning, and what kept ops apart, by reason."""
+
+    n_ops: int
+    times_run: int
+    launches_before: int
+    launches: int
+    kernels: int
+    fused_ops: int
+    bytes_before: int
+    bytes: int
+    arena_bytes: int
+    modelled_us: float
+    refusals: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Report:
     """What Kitsune did so far. `str(report)` is the text that users read, `to_dict()` the same for machines."""
 
@@ -44,6 +65,9 @@ class Report:
     regions: tuple[RegionLine, ...]
     flushes: tuple[FlushLine, ...]
     passed_through: tuple[PassLine, ...]
+    plans: tuple[PlanLine, ...] = ()
+    # Failures that were worked around.
+    mended: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, ready for JSON."""
@@ -52,11 +76,13 @@ class Report:
     def __str__(self) -> str:
         c = self.counters
         lines = [
-            f"{c['recorded']} operators recorded, {c['observed']} observed, {c['executed']} run by replay, "
+            f"{c['recorded']} operators recorded, {c['observed']} observed, {c['executed']} executed, "
             f"{c['skipped']} needed by nobody",
             f"{c['regions']} regions, recognised {c['recognised']} times",
         ]
         lines += [f"  {r.times_seen:6d} x {r.n_ops:6d} operators, ended by {r.cause} at {r.site}" for r in self.regions]
+        lines += _plan_lines(self.plans)
+        lines += [f"mended: {sentence}" for sentence in self.mended]
         lines.append("flushes:" if self.flushes else "no flush")
         lines += [f"  {f.count:6d} x {f.cause} at {f.site}: {f.why}" for f in self.flushes]
         lines.append("ran as eager:" if self.passed_through else "no operator ran as eager")
@@ -70,7 +96,41 @@ def report(tally: Tally) -> Report:
     flushes = [FlushLine(cause.name, cause.value, _line(site), n) for (cause, site), n in tally.flushed.most_common()]
     passed = [PassLine(reason.name, reason.value, op, n) for (reason, op), n in tally.passed_through.most_common()]
     regions.sort(key=lambda r: (-r.times_seen, -r.n_ops))
-    return Report(tally.counters(), tuple(regions), tuple(flushes), tuple(passed))
+    plans = [plan_line(p) for p in sorted(tally.plans, key=lambda p: -p.times_run)]
+    return Report(tally.counters(), tuple(regions), tuple(flushes), tuple(passed), tuple(plans), tuple(tally.mended))
+
+
+def plan_line(run: PlanTally) -> PlanLine:
+    """What planning did to one region."""
+    plan = run.plan
+    return PlanLine(
+        n_ops=plan.n_recorded,
+        times_run=run.times_run,
+        launches_before=plan.n_unplanned,
+        launches=plan.n_launches,
+        kernels=run.n_kernels,
+        fused_ops=run.n_fused,
+        bytes_before=plan.nbytes_unplanned,
+        bytes=plan.nbytes,
+        arena_bytes=plan.arena,
+        modelled_us=sum(launch.micros for launch in plan.launches),
+        refusals=dict(plan.refusal_counts().most_common()),
+    )
+
+
+def _plan_lines(plans: Sequence[PlanLine]) -> list[str]:
+    if not plans:
+        return ["no region was planned: each ran op by op"]
+    lines = ["planned:"]
+    for p in plans:
+        saved = (p.bytes_before - p.bytes) / 2**20
+        lines.append(
+            f"  {p.times_run:6d} x {p.n_ops:6d} operators: {p.launches_before} launches -> {p.launches}, {p.kernels} of them "
+            f"kernels for {p.fused_ops} operators; {saved:.1f} MiB less to move, arena {p.arena_bytes / 2**20:.1f} MiB, "
+            f"{p.modelled_us:.1f} us modelled"
+        )
+        lines += [f"           {n:6d} x not fused: {reason}" for reason, n in list(p.refusals.items())[:MAX_REASONS]]
+    return lines
 
 
 def _line(site: Any) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from kitsune.ir import Barrier, Site
+from kitsune.ir import Barrier, Plan, Site
 
 # How many regions are told apart in a report; a program that never repeats has no end of them.
 MAX_REGIONS = 1000
@@ -20,6 +20,22 @@ class RegionTally:
     site: Site | None = None
 
 
+@dataclass(slots=True)
+class PlanTally:
+    """A plan that was run: its fused kernels, the ops in them, and how often."""
+
+    plan: Plan
+    n_kernels: int
+    n_fused: int
+    times_run: int = 0
+
+
+def plan_tally(plan: Plan) -> PlanTally:
+    """The tally of a plan that has not run yet."""
+    fused = [launch for launch in plan.launches if launch.kernels]
+    return PlanTally(plan, len(fused), sum(len(launch.ops) for launch in fused))
+
+
 class Tally:
     """Counts of one process since it started or since `reset()`; recorders add to it at each flush, not at each op."""
 
@@ -32,11 +48,33 @@ class Tally:
         self.observed = 0
         self.executed = 0
         self.skipped = 0
+        # Of the regions run by plan: their ops, what reached the device instead, and how much of that were kernels of ours.
+        self.planned = 0
+        self.launched = 0
+        self.kernels = 0
+        self.fused = 0
+        self.plans: list[PlanTally] = []
+        # Failures that were worked around, as sentences.
+        self.mended: list[str] = []
         self.recognised = 0
         self.flushed: Counter[tuple[Barrier, Site | None]] = Counter()
         self.passed_through: Counter[tuple[Barrier, str]] = Counter()
         self.n_regions = 0
         self.regions: list[RegionTally] = []
+
+    def ran(self, n_ops: int, n_dead: int, plan: PlanTally | None) -> None:
+        """A region was run, by plan or op by op."""
+        self.executed += n_ops
+        self.skipped += n_dead
+        if plan is None:
+            return
+        self.planned += n_ops
+        self.launched += plan.plan.n_launches
+        self.kernels += plan.n_kernels
+        self.fused += plan.n_fused
+        if not plan.times_run and len(self.plans) < MAX_REGIONS:
+            self.plans.append(plan)
+        plan.times_run += 1
 
     def close(self, known: RegionTally | None, n_ops: int, cause: Barrier, site: Site | None) -> RegionTally:
         """A region ended. `known` is what this returned when the region ended before, None for a new one."""
@@ -64,6 +102,10 @@ class Tally:
             "observed": self.observed,
             "executed": self.executed,
             "skipped": self.skipped,
+            "planned": self.planned,
+            "launched": self.launched,
+            "kernels": self.kernels,
+            "fused": self.fused,
             "regions": self.n_regions,
             "recognised": self.recognised,
             "flushed": dict(flushed),

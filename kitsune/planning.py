@@ -1,0 +1,108 @@
+"""From a region's Graph to its Plan, stage by stage: passes -> kernels -> batches -> order -> streams -> arena."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+
+from kitsune.codegen import text_key, why_not_batched, why_not_lowered
+from kitsune.config import config
+from kitsune.fusion import Partition, batch, kernels_of, partition
+from kitsune.ir import Graph, Kernel, Kind, Plan, verify_plan
+from kitsune.memory import Lifetime, assign_offsets, lifetimes
+from kitsune.runtime import out_form
+from kitsune.scheduler import (
+    RATES,
+    Costs,
+    Work,
+    assign_streams,
+    common_subexpressions,
+    dead_code,
+    happens_before,
+    in_order,
+    kernel_micros,
+    op_micros,
+    run_passes,
+    unlist,
+)
+
+PASSES = (dead_code, common_subexpressions, partial(unlist, why_not_lowered=why_not_lowered))
+Show = Callable[[str, Graph, float], None]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """How graphs are planned: for which device, at which costs, with how many fusions."""
+
+    costs: Costs
+    fuel: int | None = None
+    verify: bool = False
+
+    def plan(self, graph: Graph, show: Show | None = None) -> Plan:
+        """The plan of a graph; `show` hears of each pass."""
+        planned = run_passes(graph, PASSES, self.verify, show)
+        parts = partition(planned, why_not_lowered, self.costs.joining, self.fuel)
+        kernels = kernels_of(parts)
+        batches = batch(parts, kernels, _batch_key, self.costs.batching)
+        works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
+        launches = assign_streams(in_order(planned, works, self._micros(planned)))
+        before = happens_before(launches)
+        lives = lifetimes(planned, launches, lambda op: out_form(op) is not None)
+        offsets, arena = assign_offsets(lives, before)
+        plan = Plan(
+            graph=planned,
+            launches=launches,
+            offsets=offsets,
+            arena=arena,
+            drops=_drops(planned, lives, len(launches)),
+            refusals=tuple(parts.refusals),
+            n_recorded=len(graph.ops),
+            n_unplanned=sum(op.kind is not Kind.VIEW for op in dead_code(graph).ops),
+        )
+        if self.verify:
+            verify_plan(plan, before, {life.storage: life.nbytes for life in lives})
+        return plan
+
+    def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
+        """What a node becomes: a launch, or calls of the library."""
+        numbers = parts.nodes[n].numbers
+        if n in batches:
+            return [Work(tuple(numbers), tuple(kernels[m] for m in batches[n]))]
+        if n in kernels and self.costs.alone(kernels[n]):
+            return [Work(tuple(numbers), (kernels[n],))]
+        return [Work((number,)) for number in numbers]
+
+    def _micros(self, graph: Graph) -> Callable[[Work], float]:
+        rates = self.costs.rates
+
+        def micros(work: Work) -> float:
+            if work.kernels:
+                return rates.launch_us + sum(kernel_micros(kernel, rates) for kernel in work.kernels)
+            return rates.launch_us + op_micros(graph.ops[work.numbers[0]], rates)
+
+        return micros
+
+
+def plan_for(graph: Graph, arch: str = "sm_90", show: Show | None = None) -> Plan:
+    """The plan that a device of `arch` would get for a graph, wherever this runs."""
+    return planner_for(arch).plan(graph, show)
+
+
+def planner_for(arch: str) -> Planner:
+    """The planner with today's knobs. Raises ValueError for an architecture whose rates are not known."""
+    if arch not in RATES:
+        raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
+    return Planner(Costs(RATES[arch]), config.fuel, config.verify)
+
+
+def _batch_key(kernel: Kernel) -> Hashable | None:
+    return text_key(kernel) if why_not_batched(kernel) is None else None
+
+
+def _drops(graph: Graph, lives: list[Lifetime], n_launches: int) -> tuple[tuple[int, ...], ...]:
+    """For each launch the storages outside of the arena, and not returned, that nobody uses any more after it."""
+    returned = {v.storage for v in graph.outputs}
+    drops: list[list[int]] = [[] for _ in range(n_launches)]
+    for life in lives:
+        if not life.in_arena and life.storage not in returned:
+            drops[life.uses.bit_length() - 1].append(life.storage)
+    return tuple(map(tuple, drops))
