@@ -1,0 +1,91 @@
+"""Kernel sources as files, shared by processes: Triton and Python's tracebacks want to read a kernel from a file."""
+
+import hashlib
+import os
+import tempfile
+import threading
+import warnings
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_SEAL = "# sha256 "
+
+
+class KernelFiles:
+    """Sources in `directory`, one file each, sealed with a checksum. A damaged file counts as none.
+
+    Where the directory cannot be written, a private temporary one takes its place, with one warning.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self._private: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = threading.Lock()
+
+    def path_of(self, name: str, text: str, flags: str = "") -> Path:
+        """The file with this source, written if it is not there. `flags` tells apart what is compiled differently."""
+        digest = hashlib.sha256("\n".join((text, flags, versions())).encode()).hexdigest()[:20]
+        content = sealed(text)
+        try:
+            return _ensure(self.directory / f"{name[:80]}_{digest}.py", content)
+        except OSError as error:
+            with self._lock:
+                self._fall_back(error)
+            return _ensure(self.directory / f"{name[:80]}_{digest}.py", content)
+
+    def _fall_back(self, error: OSError) -> None:
+        if self._private is not None:
+            raise error
+        self._private = tempfile.TemporaryDirectory(prefix="kitsune-")
+        warnings.warn(
+            f"Kernels cannot be kept in {self.directory} ({error}): they are written to {self._private.name} for this process. "
+            "Name a directory that can be written to keep them.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        self.directory = Path(self._private.name)
+
+
+def _ensure(path: Path, content: str) -> Path:
+    if not is_intact(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(content)
+            # Another process may have written the same in the meantime: either file is right.
+            os.replace(temporary, path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    return path
+
+
+def sealed(text: str) -> str:
+    """A text with its checksum as a last line."""
+    return f"{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def is_intact(path: Path) -> bool:
+    """Does the file exist with the checksum of what it holds?"""
+    try:
+        content = path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return False
+    text, seal, _ = content.rpartition(_SEAL)
+    return bool(seal) and content == sealed(text)
+
+
+@cache
+def versions() -> str:
+    """Of everything that has a part in what a source compiles to."""
+    found = [torch.__version__]
+    for package in ("kitsune-torch", "triton"):
+        try:
+            found.append(metadata.version(package))
+        except metadata.PackageNotFoundError:
+            found.append("none")
+    return " ".join(found)

@@ -1,0 +1,74 @@
+"""When two kernels have the same text, told without writing it; and when they may share a launch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import kitsune.codegen.rules  # noqa: F401 -- fills the table
+from kitsune.codegen.lowering import arguments_of, base_name, lower_rules
+from kitsune.codegen.walks import ONE, counted, walk, walks
+from kitsune.ir import Slot, Value
+from kitsune.ir.plan import Kernel, Step
+
+# Numbers that choose between formulas instead of taking part in one.
+STRUCTURAL = frozenset("reduction decimals is_result maximize amsgrad nesterov is_first_step".split())
+# A kernel's row in the table of a batch: its addresses and numbers. More would not pay for the loads of the row.
+MAX_COLUMNS = 64
+
+
+def text_key(kernel: Kernel) -> tuple[Any, ...]:
+    """Equal for two kernels exactly if `render` gives them the same text but for the name."""
+    domain = kernel.domain
+    n_dims = len(counted(domain))
+    forms = [(a.value.type.dtype, walk(domain, a.strides)) for a in kernel.loads]
+    stores = [(s.source, s.access.value.type.dtype, walk(domain, s.access.strides)) for s in kernel.stores]
+    strided = any(type(form.kind) is tuple for _, form in forms) or any(type(s[2].kind) is tuple for s in stores)
+    return (n_dims if strided else 0, tuple(forms), tuple(stores), tuple(_step_key(step) for step in kernel.steps))
+
+
+def _step_key(step: Step) -> tuple[Any, ...]:
+    op = step.op
+    operands = operands_by_value(step)
+    literals = lower_rules[base_name(op)].literals
+    arguments = tuple(_argument_key(name, value, operands, literals) for name, value in arguments_of(op).items())
+    results = tuple((v.type.dtype, operands.get(before)) for v, before in _written(step))
+    return (op.target, arguments, results)
+
+
+def _written(step: Step) -> Iterator[tuple[Value, int]]:
+    for value in step.op.results:
+        yield value, -1
+    for before, after in step.op.rewritten:
+        yield after, before.id
+
+
+def operands_by_value(step: Step) -> dict[int, Any]:
+    """Where each operand's content is, by value number; an operand listed twice may be read in one place only."""
+    found: dict[int, Any] = {}
+    for value, operand in zip(step.op.inputs, step.operands, strict=True):
+        if operand is not None or value.id not in found:
+            found[value.id] = operand
+    return found
+
+
+def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: frozenset[str]) -> Any:
+    cls = type(value)
+    if cls is Value:
+        return (operands.get(value.id), value.type.dtype, not value.type.shape)
+    if cls is Slot:
+        return float
+    if cls in (int, bool):
+        return (cls, value) if name in STRUCTURAL or name in literals else cls
+    if cls is str or value is None:
+        return value
+    return cls
+
+
+def why_not_batched(kernel: Kernel) -> str | None:
+    """A sentence saying why a kernel cannot share a launch with others of the same text; None if it can."""
+    if any(type(form.kind) is tuple for form in walks(kernel)):
+        return "an operand is neither contiguous nor a single element"
+    if len(kernel.loads) + len(kernel.stores) > MAX_COLUMNS:
+        return f"it has more than {MAX_COLUMNS} operands"
+    if all(form.kind == ONE for form in walks(kernel)):
+        return "it computes a single number for many elements"
+    return None

@@ -1,0 +1,79 @@
+"""Ops as text, and why some stay with the library."""
+
+from typing import Any
+
+import torch
+
+import kitsune.codegen.rules  # noqa: F401 -- fills the table
+from kitsune.codegen.dtypes import SUPPORTED, cast
+from kitsune.codegen.lowering import Lowering, NotLowered, base_name, lower_rules
+from kitsune.ir import Kind, Op
+
+# Not pointwise by their kind, for they have no operands, but written by a kernel all the same.
+FACTORIES = frozenset("scalar_tensor full zeros ones new_full new_zeros new_ones".split())
+
+
+def lower(op: Op, registers: dict[int, str], scalar_name: Any, let: Any, used: set[str]) -> tuple[str, ...]:
+    """Texts for the op's outputs, as values of the outputs' dtypes. Raises NotLowered."""
+    rule = lower_rules[base_name(op)]
+    lowering = Lowering(op, rule, registers, scalar_name, let, used)
+    texts = rule.lower(lowering)
+    texts = texts if isinstance(texts, tuple) else (texts,)
+    source = torch.bool if rule.boolean else lowering.common if rule.exact else lowering.compute
+    return tuple(_as(t, source, v.type.dtype, used) for t, v in zip(texts, op.outputs, strict=True))
+
+
+def _as(text: str, source: torch.dtype, target: torch.dtype, used: set[str]) -> str:
+    # Parentheses only where something is called on the text.
+    return text if cast("x", source, target, used) == "x" else cast(_atom(text), source, target, used)
+
+
+def _atom(text: str) -> str:
+    """In parentheses, unless a method can be called on it as it is: a name, or one call."""
+    name, parenthesis, rest = text.partition("(")
+    if not parenthesis:
+        return text if text.isidentifier() else f"({text})"
+    depth = 1
+    for i, character in enumerate(rest):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return text if i == len(rest) - 1 and (not name or name.replace(".", "").isidentifier()) else f"({text})"
+    return f"({text})"
+
+
+def why_not_lowered(op: Op) -> str | None:
+    """A sentence saying why an op cannot be put into a kernel; None if it can."""
+    if op.kind is not Kind.POINTWISE and base_name(op) not in FACTORIES:
+        return f"{op.target} is not pointwise"
+    if base_name(op) not in lower_rules:
+        return f"{op.target} has no lowering rule"
+    if op.effects.random:
+        return f"{op.target} draws random numbers"
+    return _why_not_typed(op) or _why_not_ruled(op)
+
+
+def _why_not_typed(op: Op) -> str | None:
+    outputs = op.outputs
+    if not outputs:
+        return f"{op.target} computes nothing that could be stored"
+    device = outputs[0].type.device
+    for value in (*op.inputs, *outputs):
+        t = value.type
+        if t.dtype not in SUPPORTED:
+            return f"{op.target} works on {t.dtype}, which no kernel is written for"
+        if t.conj or t.neg:
+            return f"{op.target} works on a tensor that is conjugated or negated only in name"
+        if t.device != device:
+            return f"{op.target} works on tensors of two devices"
+    if any(type(a) is tuple and len(a) > 1 for a in (*op.args, *(a for _, a in op.kwargs))):
+        return f"{op.target} works on a list of several tensors, which is to be taken apart first"
+    return None
+
+
+def _why_not_ruled(op: Op) -> str | None:
+    registers = {v.id: "x" for v in op.inputs}
+    try:
+        lower(op, registers, lambda scalar: "s", lambda text: "t", set())
+    except NotLowered as refusal:
+        return str(refusal)
+    return None

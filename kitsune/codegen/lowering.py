@@ -1,0 +1,196 @@
+"""How one op becomes text: its operands by the names of its schema, cast to what eager would compute in."""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from kitsune.codegen.dtypes import FLOATING, HALF, cast, common_dtype, opmath
+from kitsune.ir import Op, Slot, Value
+from kitsune.ir.plan import Scalar
+
+
+class NotLowered(Exception):
+    """Says in a sentence why an op cannot be part of a kernel."""
+
+
+class Promotion(enum.Enum):
+    """Which dtype the operands meet in."""
+
+    COMMON = enum.auto()
+    # As COMMON, but integers become the default float.
+    FLOAT = enum.auto()
+    # That of the first output, whatever the operands are.
+    RESULT = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A row of the lowering table.
+
+    `lower` returns a text for each of `Op.outputs`. `operands` are the arguments that promote; None for all. `literals` are
+    numbers that stand in the text as they are, because the text depends on them. `boolean` results need no conversion from
+    the arithmetic's dtype; an `exact` rule returns one of its operands, which is of the common dtype already.
+    """
+
+    lower: Callable[["Lowering"], str | tuple[str, ...]]
+    promotion: Promotion = Promotion.COMMON
+    operands: tuple[str, ...] | None = None
+    literals: frozenset[str] = frozenset(("alpha",))
+    boolean: bool = False
+    exact: bool = False
+
+
+lower_rules: dict[str, Rule] = {}
+
+
+def base_name(op: Op) -> str:
+    """The row of an op: its name without the mark of the in-place and list forms."""
+    return _base_name(op.target._schema.name)
+
+
+@cache
+def _base_name(schema: str) -> str:
+    name = schema.rpartition("::")[2]
+    if name.startswith("_foreach_"):
+        name = name.removeprefix("_foreach_")
+    return name if name.startswith("__") else name.removesuffix("_") if not name.startswith("_fused") else name
+
+
+@cache
+def argument_names(target: Any) -> tuple[tuple[str, Any], ...]:
+    """(name, default) of each argument of an overload, keyword-only ones last, as in the schema."""
+    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in target._schema.arguments)
+
+
+def arguments_of(op: Op) -> dict[str, Any]:
+    """The op's arguments by name, defaults filled in; a list with one element counts as that element."""
+    names = argument_names(op.target)
+    bound = dict(names)
+    for (name, _), value in zip(names, op.args, strict=False):
+        bound[name] = value
+    bound.update(op.kwargs)
+    for name, value in bound.items():
+        if type(value) in (tuple, list):
+            bound[name] = value[0] if len(value) == 1 else value or None
+    return bound
+
+
+@dataclass(slots=True)
+class Lowering:
+    """An op on its way to text. `registers` are the operands' texts by value number, of the operand's dtype."""
+
+    op: Op
+    rule: Rule
+    registers: dict[int, str]
+    scalar_name: Callable[[Scalar], str]
+    let: Callable[[str], str]
+    used: set[str] = field(default_factory=set)
+    arguments: dict[str, Any] = field(init=False)
+    common: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.arguments = arguments_of(self.op)
+        self.common = self._common()
+
+    def _common(self) -> torch.dtype:
+        if self.rule.promotion is Promotion.RESULT:
+            return self.op.outputs[0].type.dtype
+        operands = self.rule.operands
+        chosen = [a for name, a in self.arguments.items() if operands is None or name in operands]
+        tensors = [(a.type.dtype, len(a.type.shape)) for a in chosen if type(a) is Value]
+        # Other numbers than those declared as operands are parameters of the op, which do not promote.
+        numbers = (
+            [float if type(a) is Slot else type(a) for a in chosen if type(a) in (Slot, float, int, bool)] if operands else []
+        )
+        dtype = common_dtype(tensors, numbers)
+        if self.rule.promotion is Promotion.FLOAT and not dtype.is_floating_point:
+            return torch.get_default_dtype()
+        return dtype
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What eager computes in."""
+        return opmath(self.common)
+
+    @property
+    def is_float(self) -> bool:
+        """Floating-point arithmetic, as opposed to integers and booleans."""
+        return self.common in FLOATING
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> str:
+        """A tensor operand, cast to the common dtype or to `dtype`."""
+        value = self.arguments[name]
+        if type(value) is not Value:
+            raise NotLowered(f"{name} of {self.op.target} is not a tensor")
+        return cast(self.registers[value.id], value.type.dtype, dtype or self.common, self.used)
+
+    def number(self, name: str, rounded: bool = False, dtype: torch.dtype | None = None) -> str:
+        """A Python number as the op computes with it; `rounded` where eager takes it as the tensors' dtype."""
+        value = self.arguments[name]
+        dtype = dtype or self.common
+        if name in self.rule.literals and type(value) is int:
+            return self.constant(value, dtype)
+        if type(value) not in (Slot, float, int, bool):
+            raise NotLowered(f"{name} of {self.op.target} is no number that a kernel can take")
+        if opmath(dtype) not in FLOATING:
+            return self._whole(value, dtype)
+        text = self.scalar_name(Scalar(value, "fp64" if dtype is torch.float64 else "fp32"))
+        return cast(text, torch.float32, dtype, self.used) if rounded and dtype in HALF else text
+
+    def _whole(self, value: Any, dtype: torch.dtype) -> str:
+        if type(value) is Slot:
+            raise NotLowered(f"{self.op.target} takes a number that moves, as an integer")
+        text = self.scalar_name(Scalar(bool(value) if dtype is torch.bool else int(value), "i64"))
+        return text if dtype is torch.int64 else cast(text, torch.int64, dtype, self.used)
+
+    def value(self, name: str, rounded: bool = False) -> str:
+        """A tensor or a number."""
+        return self.tensor(name) if self.is_tensor(name) else self.number(name, rounded)
+
+    def is_tensor(self, name: str) -> bool:
+        """Was a tensor given for this argument?"""
+        return type(self.arguments.get(name)) is Value
+
+    def given(self, name: str) -> bool:
+        """Was anything given for this argument?"""
+        return self.arguments.get(name) is not None
+
+    def constant(self, number: float, dtype: torch.dtype | None = None) -> str:
+        """A number that is part of the op's definition."""
+        dtype = dtype or self.compute
+        if dtype is torch.float64:
+            return f"tl.full((), {float(number)!r}, tl.float64)"
+        return repr(float(number)) if dtype in FLOATING else repr(int(number))
+
+    def call(self, helper: str, *operands: str) -> str:
+        """A call of a device function of this package."""
+        self.used.add(helper)
+        return f"{helper}({', '.join(operands)})"
+
+    def divide(self, a: str, b: str) -> str:
+        """Correctly rounded division; Triton's own `/` of float32 is an approximation."""
+        return f"({a} / {b})" if self.compute is torch.float64 else f"tl.div_rn({a}, {b})"
+
+    def square_root(self, x: str) -> str:
+        """Correctly rounded square root."""
+        return f"tl.sqrt({x})" if self.compute is torch.float64 else f"tl.sqrt_rn({x})"
+
+    def fma(self, a: str, b: str, c: str) -> str:
+        """a * b + c with one rounding, as nvcc contracts it inside eager's kernel."""
+        return f"libdevice.fma({a}, {b}, {c})"
+
+    def negative(self, x: str) -> str:
+        """-x for floats. Triton subtracts from zero, which makes +0.0 of +0.0."""
+        return f"({x} * -1.0)"
+
+    def rounded(self, text: str) -> str:
+        """A step of an op that eager computes in the tensors' own dtype."""
+        return self.let(cast(text, self.compute, self.common, self.used))
+
+    def refuse(self, reason: str) -> NotLowered:
+        """The exception for an op with arguments that no rule covers."""
+        return NotLowered(f"{self.op.target} {reason}")
