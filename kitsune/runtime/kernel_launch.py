@@ -119,7 +119,7 @@ class PreparedLaunch:
         self._tables = _Tables(self._device)
 
     def start(self, address: Callable[[Access], int], scalars: Sequence[float], stream: int) -> None:
-        """Put the kernels on a stream. `address` tells where the first element of an access is.
+        """Put the kernels on the current stream, whose handle is `stream`. `address` tells where an access's first element is.
 
         Raises KernelUnavailable, in which case nothing was started.
         """
@@ -201,13 +201,13 @@ class _Tables:
         for row, n in zip(rows, sizes, strict=True):
             complete.append([*row, first])
             first += -(-n // block)
-        table = self._on_stream(torch.tensor(complete, dtype=torch.int64), stream)
+        table = self._on_device(torch.tensor(complete, dtype=torch.int64))
         self._tables[stream] = (rows, table)
         return table
 
-    def _on_stream(self, host: torch.Tensor, stream: int) -> torch.Tensor:
+    def _on_device(self, host: torch.Tensor) -> torch.Tensor:
         if self._device.type != "cuda":
             return host
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self._device)):
-            # Pinned, so that the host does not wait for the stream.
-            return host.pin_memory().to(self._device, non_blocking=True)
+        # Pinned, so that the host does not wait; on the current stream, where the launch goes as well. It cannot be named by
+        # its handle: torch takes the handle 0 of the default stream for a wish for a new one.
+        return host.pin_memory().to(self._device, non_blocking=True)
