@@ -1,7 +1,9 @@
 """Kernel sources as files, shared by processes: Triton and Python's tracebacks want to read a kernel from a file."""
 
+import atexit
 import hashlib
 import os
+import shutil
 import tempfile
 import threading
 import warnings
@@ -22,7 +24,7 @@ class KernelFiles:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self._private: tempfile.TemporaryDirectory[str] | None = None
+        self._private: Path | None = None
         self._lock = threading.Lock()
 
     def path_of(self, name: str, text: str, flags: str = "") -> Path:
@@ -39,14 +41,15 @@ class KernelFiles:
     def _fall_back(self, error: OSError) -> None:
         if self._private is not None:
             raise error
-        self._private = tempfile.TemporaryDirectory(prefix="kitsune-")
+        self._private = Path(tempfile.mkdtemp(prefix="kitsune-"))
+        atexit.register(shutil.rmtree, self._private, ignore_errors=True)
         warnings.warn(
-            f"Kernels cannot be kept in {self.directory} ({error}): they are written to {self._private.name} for this process. "
+            f"Kernels cannot be kept in {self.directory} ({error}): they are written to {self._private} for this process. "
             "Name a directory that can be written to keep them.",
             RuntimeWarning,
             stacklevel=4,
         )
-        self.directory = Path(self._private.name)
+        self.directory = self._private
 
 
 def _ensure(path: Path, content: str) -> Path:
@@ -82,7 +85,7 @@ def is_intact(path: Path) -> bool:
 @cache
 def versions() -> str:
     """Of everything that has a part in what a source compiles to."""
-    found = [torch.__version__]
+    found = [str(torch.__version__)]
     for package in ("kitsune-torch", "triton"):
         try:
             found.append(metadata.version(package))

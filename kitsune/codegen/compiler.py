@@ -112,7 +112,7 @@ class Compiler:
         path = self.path_of(program)
         module = _module(path)
         function = getattr(module, program.name)
-        constants = {"ALIGNED": aligned} if program.batched else {}
+        constants: dict[str, int] = {"ALIGNED": aligned} if program.batched else {}
         constants |= {"WIDE": wide, "BLOCK": BLOCK}
         types = {name: _type(type_, wide) for name, type_ in module.SIGNATURE.items()}
         values = tuple(constants.values())

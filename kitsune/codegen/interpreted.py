@@ -30,7 +30,7 @@ def _apply(function: Callable[..., torch.Tensor], *operands: Any) -> tl.tensor:
     arrays = [x.handle.data if isinstance(x, tl.tensor) else numpy.array(_plain(x)) for x in operands]
     result = function(*(torch.from_numpy(a.astype(numpy.float64)) for a in arrays)).numpy()
     scalar = typed.dtype
-    data = result.astype(_NUMPY[scalar.name])
+    data: numpy.ndarray = result.astype(_NUMPY[scalar.name])
     kind = tl.block_type(scalar, list(data.shape)) if isinstance(like, tl.tensor) and like.type.is_block() else scalar
     return tl.tensor(TensorHandle(data, scalar), kind)
 

@@ -10,7 +10,7 @@ from kitsune.ir import Slot, Value
 from kitsune.ir.plan import Kernel, Step
 
 # Numbers that choose between formulas instead of taking part in one.
-STRUCTURAL = frozenset("reduction decimals is_result maximize amsgrad nesterov is_first_step".split())
+STRUCTURAL = frozenset("decimals is_result maximize amsgrad nesterov is_first_step".split())
 # A kernel's row in the table of a batch: its addresses and numbers. More would not pay for the loads of the row.
 MAX_COLUMNS = 64
 
@@ -29,7 +29,9 @@ def _step_key(step: Step) -> tuple[Any, ...]:
     op = step.op
     operands = operands_by_value(step)
     literals = lower_rules[base_name(op)].literals
-    arguments = tuple(_argument_key(name, value, operands, literals) for name, value in arguments_of(op).items())
+    # Beside a floating-point tensor, the kind of a number makes no difference.
+    is_float = any(v.type.dtype.is_floating_point for v in op.inputs)
+    arguments = tuple(_argument_key(name, value, operands, literals, is_float) for name, value in arguments_of(op).items())
     results = tuple((v.type.dtype, operands.get(before)) for v, before in _written(step))
     return (op.target, arguments, results)
 
@@ -50,14 +52,14 @@ def operands_by_value(step: Step) -> dict[int, Any]:
     return found
 
 
-def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: frozenset[str]) -> Any:
+def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: frozenset[str], is_float: bool) -> Any:
     cls = type(value)
     if cls is Value:
         return (operands.get(value.id), value.type.dtype, not value.type.shape)
     if cls is Slot:
         return float
     if cls in (int, bool):
-        return (cls, value) if name in STRUCTURAL or name in literals else cls
+        return (cls, value) if name in STRUCTURAL or name in literals else float if is_float else cls
     if cls is str or value is None:
         return value
     return cls

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 import kitsune.codegen.rules  # noqa: F401 -- fills the table
-from kitsune.codegen.dtypes import SUPPORTED, cast
+from kitsune.codegen.dtypes import HALF, SUPPORTED, cast
 from kitsune.codegen.lowering import Lowering, NotLowered, base_name, lower_rules
 from kitsune.ir import Kind, Op
 
@@ -25,7 +25,10 @@ def lower(op: Op, registers: dict[int, str], scalar_name: Any, let: Any, used: s
 
 def _as(text: str, source: torch.dtype, target: torch.dtype, used: set[str]) -> str:
     # Parentheses only where something is called on the text.
-    return text if cast("x", source, target, used) == "x" else cast(_atom(text), source, target, used)
+    if cast("x", source, target, used) == "x":
+        return text
+    is_operand = target in HALF and (source in HALF or source is torch.float32)
+    return cast(text if is_operand else _atom(text), source, target, used)
 
 
 def _atom(text: str) -> str:

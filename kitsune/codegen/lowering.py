@@ -49,7 +49,11 @@ lower_rules: dict[str, Rule] = {}
 
 def base_name(op: Op) -> str:
     """The row of an op: its name without the mark of the in-place and list forms."""
-    return _base_name(op.target._schema.name)
+    name = _base_name(op.target._schema.name)
+    # With a rounding mode, integers are not promoted.
+    if name in ("div", "divide") and any(key == "rounding_mode" and mode is not None for key, mode in op.kwargs):
+        return "div.mode"
+    return name
 
 
 @cache

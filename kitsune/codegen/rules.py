@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 import kitsune.codegen.rules_activation
+import kitsune.codegen.rules_loss
 import kitsune.codegen.rules_math
 import kitsune.codegen.rules_optimizer  # noqa: F401
 from kitsune.codegen.dtypes import HALF, LANGUAGE

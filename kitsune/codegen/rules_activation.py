@@ -1,4 +1,4 @@
-"""Rows of activations and losses and their backwards.
+"""Rows of activations and their backwards.
 
 Where a product feeds a sum inside one op, nvcc contracts the two in eager's kernel, and the rule writes the same fma.
 """
@@ -9,8 +9,7 @@ from math import pi, sqrt
 import torch
 
 from kitsune.codegen.dtypes import HALF
-from kitsune.codegen.lowering import Lowering, Rule, lower_rules
-from kitsune.ir.plan import Scalar
+from kitsune.codegen.lowering import Lowering, Promotion, Rule, lower_rules
 
 KAPPA = 0.044715
 
@@ -200,51 +199,6 @@ def _gelu_backward(c: Lowering) -> str:
     return f"{grad} * {c.fma(half, f'({one} + {t})', right)}"
 
 
-def _dropout_backward(c: Lowering) -> str:
-    mask = f"{c.tensor('mask', torch.bool)}.to({'tl.float64' if c.compute is torch.float64 else 'tl.float32'})"
-    return f"{mask} * {c.tensor('grad_output')} * {c.number('scale')}"
-
-
-def _steps(c: Lowering, *factors: str) -> str:
-    """A product from left to right, each step rounded to the tensors' dtype."""
-    text = factors[0]
-    for factor in factors[1:]:
-        text = c.rounded(f"({text} * {factor})")
-    return text
-
-
-def _norm(c: Lowering, factor: float) -> str:
-    """factor, or its mean over the elements, as the tensors' dtype."""
-    n = max(c.op.outputs[0].type.shape.numel(), 1)
-    number = factor / n if c.arguments["reduction"] == 1 else factor
-    name = c.scalar_name(Scalar(number, "fp64" if c.compute is torch.float64 else "fp32"))
-    return c.rounded(name) if c.common in HALF else name
-
-
-def _difference(c: Lowering) -> str:
-    return c.rounded(f"({c.tensor('self')} - {c.tensor('target')})")
-
-
-def _mse_backward(c: Lowering) -> str:
-    return _steps(c, _norm(c, 2.0), _difference(c), c.tensor("grad_output"))
-
-
-def _smooth_l1_backward(c: Lowering) -> str:
-    grad, beta, norm = c.tensor("grad_output"), c.let(c.number("beta", rounded=True)), _norm(c, 1.0)
-    x = _difference(c)
-    flat = _steps(c, norm, grad)
-    steep = c.divide(_steps(c, norm, x, grad), beta)
-    return f"tl.where({x} < -{beta}, {c.negative(flat)}, tl.where({x} > {beta}, {flat}, {steep}))"
-
-
-def _huber_backward(c: Lowering) -> str:
-    grad, delta, norm = c.tensor("grad_output"), c.let(c.number("delta", rounded=True)), _norm(c, 1.0)
-    x = _difference(c)
-    flat = _steps(c, norm, grad, delta)
-    steep = _steps(c, norm, x, grad)
-    return f"tl.where({x} < -{delta}, {c.negative(flat)}, tl.where({x} > {delta}, {flat}, {steep}))"
-
-
 def _prelu(c: Lowering) -> str:
     x = c.tensor("self")
     return f"tl.where({x} > 0, {x}, {c.tensor('weight')} * {x})"
@@ -285,22 +239,15 @@ _ROWS: dict[str, Callable[[Lowering], str | tuple[str, ...]]] = {
     "mish_backward": _mish_backward,
     "gelu": _gelu,
     "gelu_backward": _gelu_backward,
-    "native_dropout_backward": _dropout_backward,
-    "mse_loss_backward": _mse_backward,
-    "smooth_l1_loss_backward": _smooth_l1_backward,
-    "huber_loss_backward": _huber_backward,
     "_prelu_kernel": _prelu,
     "_prelu_kernel_backward": _prelu_backward,
 }
 
 
 def _fill_table() -> None:
-    from kitsune.codegen.lowering import Promotion
-
     for name, lower in _ROWS.items():
         promotion = Promotion.FLOAT if name in ("sigmoid", "special_expit") else Promotion.COMMON
-        operands = ("grad_output",) if name == "native_dropout_backward" else None
-        lower_rules[name] = Rule(lower, promotion, operands, frozenset())
+        lower_rules[name] = Rule(lower, promotion, literals=frozenset())
     lower_rules["relu"] = Rule(_relu, exact=True)
     for name in ("threshold", "threshold_backward", "hardtanh_backward"):
         lower_rules[name] = Rule(_ROWS[name], exact=True)

@@ -1,0 +1,114 @@
+"""Run in a process of its own, for Triton's interpreter must be chosen before Triton is imported: prints a line per difference.
+
+Usage: python -m tests.codegen.interpret <folder for sources> <shapes | ops>
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from kitsune.codegen import Compiler, render, why_not_lowered
+from kitsune.ir.plan import Launch
+from kitsune.runtime.kernel_launch import PreparedLaunch
+from tests.codegen.build import Built, build
+from tests.codegen.samples import SAMPLES, Sample, draw
+
+# The CPU's fused SGD handles `maximize` and 16-bit types otherwise than the GPU's, and its log_sigmoid keeps a buffer.
+OTHER_ON_CPU = {"_fused_sgd_", "log_sigmoid_backward"}
+Tensors = list[torch.Tensor]
+
+
+def run(
+    built: Built, compiler: Compiler, inputs: list[torch.Tensor], fresh: list[torch.Tensor], batched: bool
+) -> list[torch.Tensor]:
+    kernel = built.kernel
+    outputs = [torch.full_like(t, 1) for t in built.written]
+    before = {id(t): f for t, f in zip(inputs, fresh, strict=True)}
+    tensors = [*(before.get(id(t), t) for t in built.read), *outputs]
+    accesses = (*kernel.loads, *(s.access for s in kernel.stores))
+    where = {id(a): t.data_ptr() for a, t in zip(accesses, tensors, strict=True)}
+    launch = PreparedLaunch(Launch((kernel,)), render(kernel, batched), compiler)
+    launch.start(lambda access: where[id(access)], built.slots, 0)
+    return outputs
+
+
+def differs(got: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Rounding is compared on GPUs; here a library function stands in for another, and the CPU rounds steps elsewhere."""
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        return f"{got.dtype}{tuple(got.shape)} instead of {expected.dtype}{tuple(expected.shape)}"
+    if not got.dtype.is_floating_point:
+        return None if torch.equal(got, expected) else f"{int((got != expected).sum())} elements"
+    eps = 8 * torch.finfo(got.dtype).eps
+    if torch.allclose(got, expected, rtol=eps, atol=eps, equal_nan=True):
+        return None
+    return f"by up to {(got.double() - expected.double()).abs().max().item():.3g}"
+
+
+def compare(
+    name: str, call: Callable[..., Any], inputs: list[Any], compiler: Compiler, moving: Any = (), batched: bool = False
+) -> None:
+    fresh = [t.clone() if t.is_contiguous() else t for t in inputs]
+    expected = call(*(t.clone() if t.is_contiguous() else t for t in inputs))
+    built = build(call, inputs, "kernel", moving)
+    if reasons := [reason for op in built.ops if (reason := why_not_lowered(op))]:
+        print(f"{name}: {reasons[0]}")
+        return
+    got = run(built, compiler, inputs, fresh, batched)
+    for a, b in zip(got, [expected] if isinstance(expected, torch.Tensor) else expected, strict=True):
+        if difference := differs(a, b):
+            print(f"{name}: {difference}")
+
+
+def ops(compiler: Compiler) -> None:
+    for i, sample in enumerate(SAMPLES):
+        for dtype in sample.dtypes if sample.rule not in OTHER_ON_CPU else ():
+            inputs = draw(sample, dtype, (3, 21))
+            if supported(sample, inputs):
+                compare(f"{i} {sample.rule} {dtype}", sample.call, inputs, compiler, sample.moving)
+
+
+def supported(sample: Sample, inputs: list[torch.Tensor]) -> bool:
+    try:
+        sample.call(*(t.clone() for t in inputs))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def layouts(dtype: torch.dtype) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Pairs of tensors of every kind of geometry."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return draw(SAMPLES[0], dtype, shape)[0]
+
+    for shape in ((), (0,), (1,), (63,), (5, 7), (3, 1, 4), (2, 3, 0)):
+        yield f"{shape}", [new(*shape), new(*shape)]
+    yield "transposed", [new(5, 7), new(7, 5).t()]
+    yield "both transposed", [new(7, 5).t(), new(7, 5).t()]
+    yield "strided", [new(6, 20)[:, ::2], new(6, 10)]
+    yield "sliced", [new(9, 33)[1:6, 2:9], new(5, 7)]
+    yield "expanded", [new(5, 1).expand(5, 7), new(7)]
+    yield "broadcast in 3-D", [new(4, 1, 6), new(5, 1)]
+    yield "one number", [new(1500), new()]
+    yield "channels last", [new(2, 3, 4, 5).to(memory_format=torch.channels_last), new(3, 1, 1)]
+
+
+def shapes(compiler: Compiler) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool):
+        for name, inputs in layouts(dtype):
+            chain = (lambda x, y: (x | y) & x) if dtype is torch.bool else (lambda x, y: (x + y) * x)
+            compare(f"{name} {dtype}", chain, inputs, compiler)
+    x = torch.randn(1500)
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        compare(f"batched {dtype}", lambda x, y: x * y + 0.5, [x.to(dtype), x.to(dtype)], compiler, (0.5,), batched=True)
+
+
+if __name__ == "__main__":
+    {"ops": ops, "shapes": shapes}[sys.argv[2]](Compiler(sys.argv[1], interpret=True))

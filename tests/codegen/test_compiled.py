@@ -1,0 +1,106 @@
+"""Machine code without a device: what the compiler made of a kernel is as fast and as exact as its text says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from kitsune.codegen import Compiler, render
+from kitsune.codegen.compiler import OnDevice
+from tests.codegen.build import Built, build
+from tests.codegen.samples import SAMPLES, draw
+
+triton = pytest.importorskip("triton")
+
+# A sample of the samples: every formula with its fma, division, root, library calls and integer forms.
+CHOSEN = (
+    "add div sqrt exp tanh pow gelu gelu_backward silu_backward tanh_backward sigmoid_backward maximum clamp lerp addcdiv where "
+    "_to_copy remainder floor_divide mse_loss_backward native_dropout_backward _fused_adamw_ _fused_sgd_ signbit"
+).split()
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Compiler:
+    return Compiler(tmp_path_factory.mktemp("kernels"))
+
+
+def chosen() -> list[tuple[int, torch.dtype]]:
+    """The first sample of each chosen op, in float32 and in bfloat16."""
+    found = []
+    for name in CHOSEN:
+        i = next(i for i, sample in enumerate(SAMPLES) if sample.rule == name)
+        found += [(i, dtype) for dtype in SAMPLES[i].dtypes if dtype in (torch.float32, torch.bfloat16)]
+    return found
+
+
+def ptx_of(built: Built, compiler: Compiler, arch: int, aligned: bool = True, batched: bool = False) -> str:
+    compiled = compiler.compile(render(built.kernel, batched), arch, aligned, False)
+    assert isinstance(compiled, OnDevice)
+    return compiled.kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize(("i", "dtype"), chosen(), ids=lambda v: str(v).removeprefix("torch."))
+def test_arithmetic_is_as_written(i: int, dtype: torch.dtype, compiler: Compiler) -> None:
+    sample = SAMPLES[i]
+    built = build(sample.call, draw(sample, dtype, (64,)), sample.rule, sample.moving)
+    text = render(built.kernel).text
+    ptx = ptx_of(built, compiler, 90 if dtype is torch.float32 else 80)
+    assert "div.full" not in ptx
+    calls = set(re.findall(r"libdevice\.(\w+)\(", text))
+    if not calls - {"fma"}:
+        # Library functions are written with approximations of their own.
+        assert "div.approx" not in ptx and ".ftz" not in ptx
+    if not calls:
+        # A product alone may be an fma of 16 bits, which rounds it once as well.
+        assert "fma.rn.f32" not in ptx and "fma.rn.f64" not in ptx
+    assert vectorised(ptx) or "ld.global" not in ptx, "an aligned kernel loads 128 bits at a time"
+
+
+def vectorised(ptx: str) -> bool:
+    return bool(re.search(r"ld\.global(\.\w+)*\.v4\.b32", ptx))
+
+
+def test_unaligned_code_loads_single_elements(compiler: Compiler) -> None:
+    built = build(lambda x: x * 0.5, [torch.randn(64)], "half")
+    assert ".v4" not in ptx_of(built, compiler, 90, aligned=False)
+    assert ".v4" in ptx_of(built, compiler, 90)
+
+
+def test_a_batch_loads_128_bits_as_well(compiler: Compiler) -> None:
+    built = build(lambda x: x * 0.5, [torch.randn(64)], "half")
+    assert ".v4" in ptx_of(built, compiler, 90, batched=True)
+
+
+def test_a_broadcast_row_is_loaded_in_vectors(compiler: Compiler) -> None:
+    built = build(torch.add, [torch.randn(64, 32), torch.randn(32)], "bias")
+    assert len(re.findall(r"ld\.global\S*\.v4", ptx_of(built, compiler, 90))) == 4
+
+
+def test_no_register_is_spilled(compiler: Compiler, tmp_path: Path) -> None:
+    sample = next(s for s in SAMPLES if s.rule == "_fused_adamw_")
+    compiled = compiler.compile(
+        render(build(sample.call, draw(sample, torch.bfloat16, (64,)), "adam", sample.moving).kernel), 90, True, False
+    )
+    assert isinstance(compiled, OnDevice)
+    (tmp_path / "k.cubin").write_bytes(compiled.kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton brings no cuobjdump")
+    said = subprocess.run([tool, "-res-usage", tmp_path / "k.cubin"], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(pattern, said)[1]) for pattern in (r"REG:(\d+)", r"STACK:(\d+)"))  # type: ignore[index]
+    assert stack == 0 and registers <= 128
+
+
+def test_another_batch_size_is_not_compiled_again(compiler: Compiler) -> None:
+    first, second = (build(torch.add, [torch.randn(n, 8), torch.randn(8)], "bias") for n in (4, 32))
+    assert compiler.compile(render(first.kernel), 90, True, False) is compiler.compile(render(second.kernel), 90, True, False)
+
+
+def test_wide_indices_have_64_bits(compiler: Compiler) -> None:
+    program = render(build(lambda x: x * 0.5, [torch.randn(64)], "half").kernel)
+    compiled = compiler.compile(program, 90, True, True)
+    assert (isinstance(compiled, OnDevice) and "mul.wide" in compiled.kernel.asm["ptx"]) or "i64" in compiled.kernel.asm["ttir"]

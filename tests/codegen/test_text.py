@@ -1,0 +1,112 @@
+"""What a kernel's text depends on: its structure, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from kitsune.codegen import parameters_of, render, text_key, why_not_batched, why_not_lowered
+from kitsune.ir import Slot
+from kitsune.ir.plan import Pointer, Scalar, Size, Stride
+from tests.codegen.build import Built, build
+from tests.codegen.samples import SAMPLES, draw
+
+
+def layer(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x + bias) * 0.5
+
+
+def built(*shape: int, dtype: torch.dtype = torch.float32, name: str = "layer", moving: tuple[float, ...] = ()) -> Built:
+    return build(layer, [torch.randn(*shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)], name, moving)
+
+
+def test_another_batch_or_layer_size_has_the_same_text() -> None:
+    first, second = built(4, 8).kernel, built(32, 100).kernel
+    assert render(first).text == render(second).text
+    assert text_key(first) == text_key(second)
+
+
+def test_a_moving_number_is_a_parameter_like_a_constant() -> None:
+    constant, moving = built(4, 8).kernel, built(4, 8, moving=(0.5,)).kernel
+    assert render(constant).text == render(moving).text
+    assert Scalar(Slot(0), "fp32") in render(moving).parameters
+    assert Scalar(0.5, "fp32") in render(constant).parameters
+
+
+def test_parameters_are_in_the_order_of_the_signature() -> None:
+    kernel = built(4, 8).kernel
+    program = render(kernel)
+    assert program.parameters == parameters_of(kernel)
+    assert program.parameters == (Pointer(0), Pointer(1), Pointer(2), Size(), Size(1), Scalar(0.5, "fp32"))
+
+
+def test_a_transposed_operand_passes_its_stride() -> None:
+    kernel = build(torch.add, [torch.randn(5, 7), torch.randn(7, 5).t()], "k").kernel
+    assert Stride(1, 1) in render(kernel).parameters
+
+
+def test_a_kernel_may_be_called_like_a_function_that_it_calls() -> None:
+    kernel = build(lambda x, y: torch.lerp(x, y, 0.3), [torch.randn(4), torch.randn(4)], "lerp").kernel
+    assert render(kernel).name == "kernel_lerp"
+
+
+def everything() -> list[tuple[Any, str]]:
+    found = []
+    for sample in SAMPLES:
+        for dtype in sample.dtypes[:2]:
+            for shape in ((3, 5), (4,)):
+                try:
+                    kernel = build(sample.call, draw(sample, dtype, shape), "k", sample.moving).kernel
+                except (RuntimeError, NotImplementedError):
+                    continue
+                found.append((text_key(kernel), render(kernel).text))
+    return found
+
+
+def test_keys_are_equal_exactly_if_texts_are() -> None:
+    texts: dict[Any, str] = {}
+    for key, text in everything():
+        assert texts.setdefault(key, text) == text
+    keys: dict[str, Any] = {}
+    for key, text in texts.items():
+        assert keys.setdefault(text, key) == key
+
+
+def test_two_thousand_ops_are_keyed_in_time() -> None:
+    kernel = build(lambda x, y: [x.add_(y, alpha=0.5) for _ in range(20)], [torch.randn(8), torch.randn(8)], "k").kernel
+    text_key(kernel)
+    start = time.perf_counter()
+    for _ in range(100):
+        text_key(kernel)
+    assert time.perf_counter() - start < 0.2
+
+
+def test_what_cannot_be_batched() -> None:
+    assert why_not_batched(built(4, 8).kernel) == "an operand is neither contiguous nor a single element"
+    flat = build(lambda x: x * 0.5, [torch.randn(64)], "k").kernel
+    assert why_not_batched(flat) is None
+    with pytest.raises(ValueError, match="cannot be batched"):
+        render(built(4, 8).kernel, batched=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "inputs", "reason"),
+    [
+        (torch.digamma, [torch.ones(3)], "has no lowering rule"),
+        (torch.exp, [torch.ones(3, dtype=torch.complex64)], "works on torch.complex64"),
+        (lambda x: torch.round(x, decimals=2), [torch.ones(3)], "rounds to decimals"),
+        (lambda x: torch.pow(x, -3), [torch.ones(3, dtype=torch.int64)], "has no|power that is not a small number|negative"),
+        (lambda x: torch._foreach_add([x, x], 1.0), [torch.ones(3)], "list of several tensors"),
+    ],
+)
+def test_why_not_lowered(call: Any, inputs: list[torch.Tensor], reason: str) -> None:
+    try:
+        ops = build(call, inputs, "k").ops
+    except RuntimeError as error:
+        assert re.search(reason, str(error))
+        return
+    assert any(re.search(reason, why_not_lowered(op) or "") for op in ops)
