@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 import kitsune
 from kitsune.lazy.trie import Node
+from kitsune.pipeline import Pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -274,3 +276,28 @@ def test_a_computed_tensor_can_be_transposed_in_place() -> None:
         x[0] = 5
     assert (x.shape, x._version) == ((3, 2), 2)
     assert x.tolist() == [[5.0, 5.0], [1.0, 1.0], [1.0, 1.0]]
+
+
+def test_a_door_passed_while_a_region_runs_does_not_run_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor's own synchronisation, at a divergence, where the region goes on after its flush."""
+    runs = []
+    run = Pipeline.run
+
+    def through_a_door(self: Any, graph: Any, values: Any, scalars: Any) -> None:
+        runs.append(len(graph.ops))
+        run(self, graph, values, scalars)
+        torch.Tensor.data_ptr(counter)
+
+    monkeypatch.setattr(Pipeline, "run", through_a_door)
+    kitsune.reset()
+    kitsune.session._thread.pipelines.clear()
+    counter = torch.zeros(1)
+    try:
+        for last in (torch.sin, torch.sin, torch.cos):
+            with kitsune.accelerate(warmup=1, device="cpu"):
+                counter.add_(1)
+                last(counter * 2)
+        assert counter.item() == 3
+        assert runs == [3, 2], "the second round whole, and of the third what was pending at the divergence"
+    finally:
+        kitsune.session._thread.pipelines.clear()

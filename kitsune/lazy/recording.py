@@ -56,8 +56,10 @@ class Recording:
         # Can another thread record or read here? Autograd has one for each CUDA device. The lock costs 0.25 us per op.
         self.shared = True
         self.paused = 0
-        # While torch infers for the recorder, its Python may pass a door: that is no act of the program's.
+        # While torch infers for the recorder, or a region runs, its Python may pass a door: that is no act of the program's, and
+        # a region that goes on after its flush (at a divergence) would be run twice.
         self.inferring = False
+        self.running = False
         self.rows: dict[int, OpRow] = {}
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -177,7 +179,7 @@ class Recording:
         """Close the region: run what is pending, give every living wrapper its value, and start the next region."""
         with self.lock:
             region, node = self.region, self.region.node
-            if not node.depth or self.inferring:
+            if not node.depth or self.inferring or self.running:
                 return
             site = user_site()
             self.tally.flushed[(cause, site)] += 1
@@ -204,6 +206,7 @@ class Recording:
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
         for number, tensor in region.inputs:
             values[number] = tensor
+        self.running = True
         try:
             self.run(self._graph(region.node, live), values, region.scalars)
         except BaseException as error:
@@ -212,6 +215,7 @@ class Recording:
                 self.region = self._new_region()
             raise
         finally:
+            self.running = False
             for cell in cells:
                 cell.real = values[cell.ref.id]
             region.produced.clear()
