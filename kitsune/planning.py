@@ -53,7 +53,7 @@ class Planner:
             launches=launches,
             offsets=offsets,
             arena=arena,
-            drops=_drops(planned, lives, len(launches)),
+            drops=_drops(planned, lives, offsets, len(launches)),
             refusals=tuple(parts.refusals),
             n_recorded=len(graph.ops),
             n_unplanned=sum(op.kind is not Kind.VIEW for op in dead_code(graph).ops),
@@ -98,11 +98,11 @@ def _batch_key(kernel: Kernel) -> Hashable | None:
     return text_key(kernel) if why_not_batched(kernel) is None else None
 
 
-def _drops(graph: Graph, lives: list[Lifetime], n_launches: int) -> tuple[tuple[int, ...], ...]:
+def _drops(graph: Graph, lives: list[Lifetime], offsets: dict[int, int], n_launches: int) -> tuple[tuple[int, ...], ...]:
     """For each launch the storages outside of the arena, and not returned, that nobody uses any more after it."""
     returned = {v.storage for v in graph.outputs}
     drops: list[list[int]] = [[] for _ in range(n_launches)]
     for life in lives:
-        if not life.in_arena and life.storage not in returned:
+        if life.storage not in offsets and life.storage not in returned:
             drops[life.uses.bit_length() - 1].append(life.storage)
     return tuple(map(tuple, drops))

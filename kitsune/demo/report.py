@@ -26,7 +26,7 @@ def render(comparison: Comparison, device: torch.device) -> str:
         render_verdict(c),
         render_counters(c.lazy.counters),
         render_explanation(c.lazy.report),
-        render_plan(c.lazy.plan, c.lazy.counters.get("kernels", 0), device),
+        render_plan(c.lazy.plan, int(str(c.lazy.counters.get("kernels", 0))), device),
         render_memory(c, device),
         render_time(c, device),
     ]

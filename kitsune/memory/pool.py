@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 ALIGNMENT = 512
-Key = tuple[int, torch.device, int]
+# Above 16 MiB a block is a multiple of what torch's allocator deals in: an eighth of an arena would be too much to waste.
+LARGE, LARGE_STEP = 16 << 20, 2 << 20
+Place = tuple[torch.device, int]
 
 
 @dataclass(eq=False, slots=True)
@@ -22,7 +24,7 @@ class Block:
     tensor: torch.Tensor
     nbytes: int
     address: int
-    key: Key
+    place: Place
     notes: dict[Hashable, Any] = field(default_factory=dict)
 
 
@@ -37,10 +39,12 @@ class PoolStatistics:
 
 
 class MemoryPool:
-    """Blocks by size class, device and stream. Safe to use from several threads.
+    """Blocks by device and stream. Safe to use from several threads.
 
-    Of the blocks that nobody uses, the most recently used are kept, `budget` bytes of them at most. A block is used again on
-    the stream that it was made for only, whose order of work keeps an earlier user's kernels before a later one's.
+    Regions run one after the other, so that one block serves them all: the smallest that has room is used again, and those
+    that are too small are let go of before a larger one is made. Of the blocks that nobody uses, the most recently used are
+    kept, `budget` bytes of them at most. A block is used again on the stream that it was made for only, whose order of work
+    keeps an earlier user's kernels before a later one's.
     """
 
     def __init__(self, budget: int) -> None:
@@ -55,13 +59,15 @@ class MemoryPool:
 
     def take(self, nbytes: int, device: torch.device, stream: int) -> Block:
         """A block of at least `nbytes` bytes. Raises torch.OutOfMemoryError as torch.empty does."""
-        key = (size_class(nbytes), device, stream)
+        size, place = size_class(nbytes), (device, stream)
         with self._lock:
-            block = self._reuse(key)
+            block = self._reuse(size, place)
             if block is not None:
                 return block
             self._misses += 1
-        block = _new_block(key)
+            for number in [number for number, idle in self._idle.items() if idle.place == place]:
+                del self._idle[number]
+        block = _new_block(size, place)
         with self._lock:
             self._used[id(block)] = block
         return block
@@ -94,28 +100,31 @@ class MemoryPool:
             idle = sum(block.nbytes for block in self._idle.values())
             return PoolStatistics(used + idle, used, self._hits, self._misses)
 
-    def _reuse(self, key: Key) -> Block | None:
-        for number in reversed(self._idle):
-            if self._idle[number].key == key:
-                block = self._used[number] = self._idle.pop(number)
-                self._hits += 1
-                return block
-        return None
+    def _reuse(self, size: int, place: Place) -> Block | None:
+        fitting = [
+            (block.nbytes, number) for number, block in self._idle.items() if block.place == place and block.nbytes >= size
+        ]
+        if not fitting:
+            return None
+        _, number = min(fitting)
+        block = self._used[number] = self._idle.pop(number)
+        self._hits += 1
+        return block
 
 
 def size_class(nbytes: int) -> int:
     """The size of the block that `nbytes` get: eight sizes for each power of two, so that at most an eighth is wasted.
 
-    Below 4 KiB blocks differ by 512 bytes, the alignment.
+    Below 4 KiB blocks differ by 512 bytes, the alignment; above 16 MiB by 2 MiB.
     """
     if nbytes < 0:
         raise ValueError(f"A block has 0 or more bytes, not {nbytes}.")
-    step = max(ALIGNMENT, 1 << max(0, nbytes.bit_length() - 4))
+    step = LARGE_STEP if nbytes > LARGE else max(ALIGNMENT, 1 << max(0, nbytes.bit_length() - 4))
     return max(step, -(-nbytes // step) * step)
 
 
-def _new_block(key: Key) -> Block:
-    nbytes, device, _ = key
+def _new_block(nbytes: int, place: Place) -> Block:
+    device, _ = place
     tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
     # Not the attribute of torch.Tensor, which is watched while a program is recorded.
     address = torch._C.TensorBase.data_ptr(tensor)
@@ -124,4 +133,4 @@ def _new_block(key: Key) -> Block:
         skip = -torch._C.TensorBase.data_ptr(tensor) % ALIGNMENT
         tensor = tensor[skip : skip + nbytes]
         address = torch._C.TensorBase.data_ptr(tensor)
-    return Block(tensor, nbytes, address, key)
+    return Block(tensor, nbytes, address, place)

@@ -88,6 +88,18 @@ def test_a_block_comes_back_to_the_same_stream_only() -> None:
     assert (pool.statistics.hits, pool.statistics.misses) == (1, 2)
 
 
+def test_a_large_block_wastes_two_mebibytes_at_most() -> None:
+    assert size_class((1 << 31) + 1) == (1 << 31) + (2 << 20)
+
+
+def test_one_block_serves_regions_of_all_sizes() -> None:
+    pool = MemoryPool(1 << 30)
+    for nbytes in (1000, 300_000, 20_000, 300_000, 1000):
+        pool.give(pool.take(nbytes, CPU, 0))
+    assert pool.statistics.held_bytes == size_class(300_000)
+    assert (pool.statistics.hits, pool.statistics.misses) == (3, 2)
+
+
 def test_the_most_recently_used_are_kept() -> None:
     pool = MemoryPool(3 * 4096)
     blocks = [pool.take(4096, CPU, stream) for stream in range(5)]
