@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial
 
-from kitsune.codegen import text_key, why_not_batched, why_not_lowered
+import torch
+
+from kitsune.codegen import text_key, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
 from kitsune.fusion import Partition, batch, kernels_of, partition
-from kitsune.ir import Graph, Kernel, Kind, Plan, verify_plan
+from kitsune.ir import Graph, Kernel, Kind, Op, Plan, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes
 from kitsune.runtime import out_form
 from kitsune.scheduler import (
@@ -25,7 +26,6 @@ from kitsune.scheduler import (
     unlist,
 )
 
-PASSES = (dead_code, common_subexpressions, partial(unlist, why_not_lowered=why_not_lowered))
 Show = Callable[[str, Graph, float], None]
 
 
@@ -36,11 +36,13 @@ class Planner:
     costs: Costs
     fuel: int | None = None
     verify: bool = False
+    # Is the math library there that eager was built with? Without it fewer ops keep eager's bits.
+    toolkit: bool = True
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        planned = run_passes(graph, PASSES, self.verify, show)
-        parts = partition(planned, why_not_lowered, self.costs.joining, self.fuel)
+        planned = run_passes(graph, (dead_code, common_subexpressions, self.lists_taken_apart), self.verify, show)
+        parts = partition(planned, self.why_not_fused, self.costs.joining, self.fuel)
         kernels = kernels_of(parts)
         batches = batch(parts, kernels, _batch_key, self.costs.batching)
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
@@ -61,6 +63,14 @@ class Planner:
         if self.verify:
             verify_plan(plan, before, {life.storage: life.nbytes for life in lives})
         return plan
+
+    def lists_taken_apart(self, graph: Graph) -> Graph:
+        """The pass that gives each tensor of a list call an op of its own."""
+        return unlist(graph, self.why_not_fused)
+
+    def why_not_fused(self, op: Op) -> str | None:
+        """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
+        return why_not_lowered(op) or why_not_exact(op, self.toolkit)
 
     def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
         """What a node becomes: a launch, or calls of the library."""
@@ -91,7 +101,8 @@ def planner_for(arch: str) -> Planner:
     """The planner with today's knobs. Raises ValueError for an architecture whose rates are not known."""
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
-    return Planner(Costs(RATES[arch]), config.fuel, config.verify)
+    toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
+    return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit)
 
 
 def _batch_key(kernel: Kernel) -> Hashable | None:

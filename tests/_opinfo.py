@@ -68,11 +68,12 @@ def reseed(seed: int = SEED) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def sample(name: str, device: str) -> Sample | None:
-    """The entry's representative sample; None when it supports no dtype on the device."""
+def sample(name: str, device: str, dtype: torch.dtype | None = None) -> Sample | None:
+    """The entry's representative sample; None when it does not support the dtype, or any, on the device."""
     op = _database()[name]
-    dtype = _dtype(op, device)
     if dtype is None:
+        dtype = _dtype(op, device)
+    if dtype is None or not op.supports_dtype(dtype, device):
         return None
     grad = op.supports_autograd and op.supports_dtype(dtype, device) and dtype in op.supported_backward_dtypes(device)
     reseed()

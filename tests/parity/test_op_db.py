@@ -99,8 +99,10 @@ class Outcome:
         return _compare.alias_sets([*self.inputs, *(t for t in self.outputs if isinstance(t, torch.Tensor))])
 
 
-def run(name: str, device: str, context: AbstractContextManager[Any], backward: bool = True) -> Outcome:
-    sample = _sample(name, device).fresh()
+def run(
+    name: str, device: str, context: AbstractContextManager[Any], backward: bool = True, dtype: torch.dtype | None = None
+) -> Outcome:
+    sample = _sample(name, device, dtype).fresh()
     inputs = _tensors(sample.inputs)
     _opinfo.reseed()
     outputs: Any = ()
@@ -137,17 +139,17 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
-def _sample(name: str, device: str) -> _opinfo.Sample:
-    sample = _opinfo.sample(name, device)
+def _sample(name: str, device: str, dtype: torch.dtype | None = None) -> _opinfo.Sample:
+    sample = _opinfo.sample(name, device, dtype)
     if sample is None:
-        pytest.skip(f"{name} supports no dtype on {device}")
+        pytest.skip(f"{name} does not support {dtype or 'any dtype'} on {device}")
     return sample
 
 
 @lru_cache(maxsize=2)
-def eager(name: str, device: str) -> tuple[Outcome, list[str]]:
+def eager(name: str, device: str, dtype: torch.dtype | None = None) -> tuple[Outcome, list[str]]:
     """The outcome in eager, and in what a second eager run differs from it."""
-    first, second = (run(name, device, nullcontext()) for _ in range(2))
+    first, second = (run(name, device, nullcontext(), dtype=dtype) for _ in range(2))
     return first, list(differences(name, first, second))
 
 
