@@ -1,4 +1,4 @@
-"""The text of kernels, to be read in a diff. KITSUNE_ACCEPT=1 writes the files anew."""
+"""The text of kernels, to be read in a diff. ACCEPT_GOLDEN=1 writes the files anew."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ CASES: dict[str, tuple[Callable[..., Any], list[torch.Tensor]]] = {
 
 def check(name: str, text: str) -> None:
     path = FOLDER / f"{name}.py.expected"
-    if os.environ.get("KITSUNE_ACCEPT"):
+    if os.environ.get("ACCEPT_GOLDEN"):
         path.write_text(text)
-    assert path.exists() and path.read_text() == text, "run once with KITSUNE_ACCEPT=1 and read the diff"
+    assert path.exists() and path.read_text() == text, "run once with ACCEPT_GOLDEN=1 and read the diff"
 
 
 @pytest.mark.parametrize("name", CASES)

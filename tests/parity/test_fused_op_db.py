@@ -1,4 +1,4 @@
-"""Every entry of torch's operator database in the three floating types, each pointwise op as a kernel: eager's bits on the GPU."""
+"""Every entry of torch's operator database in three floating types, each pointwise op as a kernel: eager's bits on the GPU."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ def test_kernels_give_eagers_bits(name: str, dtype: torch.dtype) -> None:
     assert not report.mended, "no kernel may fail to compile or start"
     if not report.counters["kernels"]:
         pytest.skip("no operator of it is put into a kernel")
-    if path := os.environ.get("KITSUNE_OP_DB_JSON"):
+    if path := os.environ.get("KEEP_KERNEL_COUNTS"):
         with Path(path).open("a") as file:
             file.write(json.dumps({"entry": name, "dtype": str(dtype), "kernels": report.counters["kernels"]}) + "\n")

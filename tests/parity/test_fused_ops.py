@@ -123,7 +123,7 @@ def test_kernel_is_as_eager(case: tuple[int, torch.dtype], compiler: Compiler) -
 
 
 def note(case: str, worst: Any) -> None:
-    """A line of the file that KITSUNE_ULP_JSON names; several processes may write to it."""
-    if path := os.environ.get("KITSUNE_ULP_JSON"):
+    """A line of the file that KEEP_DISTANCES names; several processes may write to it."""
+    if path := os.environ.get("KEEP_DISTANCES"):
         with Path(path).open("a") as file:
             file.write(json.dumps({"case": case, "ulp": worst}) + "\n")
