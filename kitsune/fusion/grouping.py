@@ -92,8 +92,10 @@ def _place(p: Partition, number: int, op: Op, preds: set[int], fresh: Group) -> 
         for n in preds:
             if p.nodes[n].group is None:
                 p.refusals.append(Refusal(base_name(p.graph.ops[p.nodes[n].numbers[-1]]), base_name(op), p.nodes[n].reason))
-        fresh.add(number, op)
-        _new_node(p, number, preds, fresh)
+        # An op may be in its own way: one that copies a part of a tensor onto another part.
+        reason = fresh.add(number, op)
+        _new_node(p, number, preds, fresh if reason is None else None)
+        p.nodes[-1].reason = reason or ""
 
 
 def _candidates(p: Partition, op: Op, preds: set[int]) -> list[int]:

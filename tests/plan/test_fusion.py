@@ -146,6 +146,19 @@ def test_a_write_that_a_read_through_another_view_would_meet_is_refused():
     assert any("order" in reason for reason in reasons(plan))
 
 
+def test_a_copy_within_one_tensor_is_no_kernel():
+    x = torch.zeros(8, requires_grad=True)
+
+    def program():
+        y = x * 1
+        y[:2].copy_(y[6:])
+        return y
+
+    plan = plan_of(program)
+    assert launched(plan) == ["mul", "copy_"]
+    assert not any(launch.kernels for launch in plan.launches)
+
+
 def test_two_inputs_that_share_memory_are_not_mixed():
     memory = torch.zeros(8)
     low, shifted = memory[:6], memory[1:7]

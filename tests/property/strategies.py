@@ -26,12 +26,12 @@ BINARY = ("add", "sub", "mul", "div", "maximum", "minimum", "atan2", "eq", "lt",
 REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "argmax", "any", "logsumexp", "cumsum", "softmax")
 
 
-def step(weight: int = 1) -> Callable[[Step], Step]:
+def step(weight: int = 1, table: dict[str, Step] = STEPS) -> Callable[[Step], Step]:
     """Put a step into the table, as often as its weight says."""
 
     def put(function: Step) -> Step:
         for i in range(weight):
-            STEPS[f"{function.__name__}{i or ''}"] = function
+            table[f"{function.__name__}{i or ''}"] = function
         return function
 
     return put
@@ -109,22 +109,22 @@ def make(shape: str, k: int, dtype: str, grad: bool = False) -> str:
 
 
 @st.composite
-def programs(draw: Any, steps: int = 30) -> Program:
-    """A program that eager has run once, exceptions included.
+def programs(draw: Any, steps: int = 30, table: dict[str, Step] = STEPS, begin: Any = None) -> Program:
+    """A program of steps from the table that eager has run once, exceptions included; `begin` makes its first tensors.
 
     A step is one drawn number, scattered: hypothesis likes small and equal numbers, and four of those for each step made
     programs so much alike that 400 of them missed a bug that 5 % of scattered ones have.
     """
     builder = Builder()
-    names = sorted(STEPS)
+    names = sorted(table)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            start(builder, draw(st.integers(0, 255)))
+            (begin or start)(builder, draw(st.integers(0, 255)))
             for number in draw(st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=steps)):
                 scattered = Random(number)
                 name, (i, j, k) = scattered.choice(names), (scattered.randrange(256) for _ in range(3))
-                line = STEPS[name](builder, i, j, k)
+                line = table[name](builder, i, j, k)
                 if len(builder.world.tensors) > MOST_TENSORS:
                     line += f"; del {builder.any(i + j)}"
                 builder.add(line, builder.program.inside)
