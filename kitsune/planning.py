@@ -77,7 +77,7 @@ class Planner:
         numbers = parts.nodes[n].numbers
         if n in batches:
             return [Work(tuple(numbers), tuple(kernels[m] for m in batches[n]))]
-        if n in kernels and self.costs.alone(kernels[n]):
+        if n in kernels and self.costs.alone(kernels[n], _has_out_form(kernels[n])):
             return [Work(tuple(numbers), (kernels[n],))]
         return [Work((number,)) for number in numbers]
 
@@ -103,6 +103,11 @@ def planner_for(arch: str) -> Planner:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
     return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit)
+
+
+def _has_out_form(kernel: Kernel) -> bool:
+    """Can every op of a kernel be a library call on memory that it is given?"""
+    return all(step.op.rewritten or out_form(step.op) is not None for step in kernel.steps)
 
 
 def _batch_key(kernel: Kernel) -> Hashable | None:

@@ -35,13 +35,12 @@ TRUSTED = set(
 # Results that share memory with an operand although the schema does not say so.
 UNDECLARED_VIEW = {"_unsafe_view", "lift_fresh"}
 # Operands that are written although the schema does not say so.
-UNDECLARED_WRITES = {
-    "native_batch_norm": ((3, "running_mean"), (4, "running_var")),
-    "cudnn_batch_norm": ((3, "running_mean"), (4, "running_var")),
-    "miopen_batch_norm": ((3, "running_mean"), (4, "running_var")),
-    "batch_norm_gather_stats": ((3, "running_mean"), (4, "running_var")),
-    "batch_norm_gather_stats_with_counts": ((3, "running_mean"), (4, "running_var")),
-}
+# The last three are composite, and come by as they are in inference mode only.
+UNDECLARED_WRITES = dict.fromkeys(
+    "native_batch_norm cudnn_batch_norm miopen_batch_norm batch_norm_gather_stats batch_norm_gather_stats_with_counts "
+    "batch_norm instance_norm _batch_norm_impl_index".split(),
+    ((3, "running_mean"), (4, "running_var")),
+)
 # Views whose error cases depend on the size of the memory behind an operand, which its type does not tell.
 UNTRUSTED_VIEW = {"as_strided", "_reshape_alias", "view_as_complex"}
 # Whether these raise depends on the float they are given (infinity into an int): another float is another call.

@@ -207,6 +207,8 @@ def why_not_pointwise(op: Op, why_not_lowered: Callable[[Op], str | None]) -> st
         return f"{base_name(op)} draws random numbers" if op.effects.random else f"{base_name(op)} makes no tensor"
     if not op.outputs[0].type.nbytes:
         return "it has no elements"
+    if len(set(op.effects.writes)) < len(op.effects.writes):
+        return "it writes one tensor's memory twice"
     if any(_overlaps(after.type) for after in op.outputs):
         return "its result has several elements at one address"
     return why_not_lowered(op)

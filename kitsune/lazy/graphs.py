@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kitsune.ir import Effects, Graph, Op, Value
+from kitsune.ir import Effects, Graph, Kind, Op, Value
 from kitsune.ir.graph import PURE
 from kitsune.lazy.cell import Ref
 from kitsune.lazy.trie import Node
@@ -35,11 +35,15 @@ def _op(node: Node, values: dict[int, Value], versions: dict[int, int]) -> Op:
     for number, type_, storage in node.results:
         values[number.id] = Value(number.id, type_, storage, versions.setdefault(storage, 0))
         results.append(values[number.id])
+    kind = node.row.kind
+    if kind is Kind.VIEW and not {v.storage for v in results} <= {v.storage for v in inputs}:
+        # In inference mode reshape, contiguous and `to` come by as they are, and this one had to copy.
+        kind = Kind.EXTERN
     writes = tuple(after.storage for _, after in rewritten)
     effects = Effects(writes, node.row.random) if writes or node.row.random else PURE
     return Op(
         node.row.target,
-        node.row.kind,
+        kind,
         args,
         kwargs,
         inputs,

@@ -1,72 +1,97 @@
 """Where each storage lies in the arena: two share bytes only if every use of the one happens before the other is made."""
 
+import itertools
 from collections.abc import Sequence
 
-from kitsune.ir import bits
 from kitsune.memory.lifetimes import Lifetime
 
 # What the allocator of CUDA memory aligns to; vector loads need 16.
 ALIGNMENT = 512
+# The part of the peak that an arena may add to it. With none, a few bytes that lie idle next to the worst moment forbid it.
+SLACK = 100
+# Sizes of the arena that are tried: each halves what is not known of the best.
+TRIES = 4
 
 
 def assign_offsets(lives: Sequence[Lifetime], before: Sequence[int]) -> tuple[dict[int, int], int]:
     """The first byte of each storage that lies in the arena, and the arena's size.
 
-    `before[k]` has the launches that have ended when launch k starts, as bits. The arena is as large as what it holds at the
-    moment when most memory is in use, counting also what is made elsewhere: so it never adds to the peak. What is alive then is
-    stacked; the rest, largest first, goes where it fits, and what fits nowhere is left to memory of its own.
+    `before[k]` has the launches that have ended when launch k starts, as bits. The arena is held from the first launch to the
+    last, so that a byte of it that nobody uses adds to what is made elsewhere at that moment. It is therefore no larger than
+    what it holds at the moment when most memory is in use, and made smaller until the peak rises by a hundredth at most. What
+    does not fit has memory of its own.
     """
     ours = [life for life in lives if life.in_arena and life.nbytes]
     conflicts = _conflicts(ours, before)
-    worst = _worst_moment(lives)
-    at_worst = [life.first <= worst < life.uses.bit_length() for life in ours]
-    arena = sum(_rounded(life.nbytes) for life, then in zip(ours, at_worst, strict=True) if then)
-    order = sorted(range(len(ours)), key=lambda k: (not at_worst[k], -ours[k].nbytes, ours[k].first))
-    offsets: dict[int, int] = {}
+    in_use = _in_use(lives, len(before))
+    peak = max(in_use, default=0)
+    worst = in_use.index(peak) if in_use else 0
+    # Of those in use at the worst moment, which are stacked, the longest-lived come first: they fill the arena at others too.
+    order = sorted(range(len(ours)), key=lambda k: _rank(ours[k], worst))
+    low, high = 0, sum(_rounded(life.nbytes) for life in ours if _lives_at(life, worst))
+    best: tuple[dict[int, int], int] = ({}, 0)
+    limit = high
+    for _ in range(TRIES):
+        offsets, arena = _pack(ours, conflicts, order, limit)
+        elsewhere = _in_use([life for life in lives if life.storage not in offsets], len(before))
+        if arena + max(elsewhere, default=0) <= peak + peak // SLACK:
+            best, low = (offsets, arena), limit
+        else:
+            high = limit
+        if high - low <= ALIGNMENT or low == limit == high:
+            break
+        limit = (low + high) // 2 // ALIGNMENT * ALIGNMENT
+    return best
+
+
+def _rank(life: Lifetime, worst: int) -> tuple[int, int, int]:
+    if _lives_at(life, worst):
+        return (0, life.first - life.uses.bit_length(), -life.nbytes)
+    return (1, -life.nbytes, life.first)
+
+
+def _pack(
+    lives: Sequence[Lifetime], conflicts: Sequence[Sequence[int]], order: Sequence[int], limit: int
+) -> tuple[dict[int, int], int]:
+    """Offsets below `limit` for as many storages as find room in this order, each as low as it can lie."""
     placed: dict[int, tuple[int, int]] = {}
-    mask = 0
     for k in order:
-        size = _rounded(ours[k].nbytes)
-        taken = sorted(placed[other] for other in bits(conflicts[k] & mask))
-        offset = _lowest_gap(taken, size)
-        if offset + size <= arena:
+        size = _rounded(lives[k].nbytes)
+        offset = _lowest_gap(sorted([placed[other] for other in conflicts[k] if other in placed]), size)
+        if offset + size <= limit:
             placed[k] = (offset, offset + size)
-            mask |= 1 << k
-            offsets[ours[k].storage] = offset
-    return offsets, arena
+    return {lives[k].storage: offset for k, (offset, _) in placed.items()}, max((end for _, end in placed.values()), default=0)
+
+
+def _lives_at(life: Lifetime, k: int) -> bool:
+    return life.first <= k < life.uses.bit_length()
+
+
+def _in_use(lives: Sequence[Lifetime], n_launches: int) -> list[int]:
+    """Bytes in use during each launch."""
+    change = [0] * (n_launches + 1)
+    for life in lives:
+        change[life.first] += _rounded(life.nbytes)
+        change[life.uses.bit_length()] -= _rounded(life.nbytes)
+    return list(itertools.accumulate(change[:-1]))
 
 
 def _rounded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _worst_moment(lives: Sequence[Lifetime]) -> int:
-    """The launch during which most bytes are in use."""
-    change: dict[int, int] = {}
-    for life in lives:
-        change[life.first] = change.get(life.first, 0) + life.nbytes
-        end = life.uses.bit_length()
-        change[end] = change.get(end, 0) - life.nbytes
-    in_use = most = worst = 0
-    for k in sorted(change):
-        in_use += change[k]
-        if in_use > most:
-            most, worst = in_use, k
-    return worst
-
-
-def _conflicts(lives: Sequence[Lifetime], before: Sequence[int]) -> list[int]:
-    """For each storage those that may be in use at the same time, as bits."""
+def _conflicts(lives: Sequence[Lifetime], before: Sequence[int]) -> list[list[int]]:
+    """For each storage those that may be in use at the same time."""
     ended = _ended_for_good(before)
-    found = [0] * len(lives)
+    found: list[list[int]] = [[] for _ in lives]
     active: list[int] = []
     for k in sorted(range(len(lives)), key=lambda k: lives[k].first):
         first = lives[k].first
         active = [other for other in active if lives[other].uses & ~ended[first]]
         for other in active:
             if lives[other].uses & ~before[first]:
-                found[k] |= 1 << other
-                found[other] |= 1 << k
+                found[k].append(other)
+                found[other].append(k)
         active.append(k)
     return found
 

@@ -29,7 +29,10 @@ def lifetimes(graph: Graph, launches: Sequence[Launch], writes_into: Callable[[O
             made.setdefault(storage, (k, extent_bytes(type_), ours and storage not in alive))
         for storage in storages_of(launch):
             uses[storage] = uses.get(storage, 0) | 1 << k
-    return [Lifetime(s, nbytes, first, uses.get(s, 0) | 1 << first, ours) for s, (first, nbytes, ours) in made.items()]
+    # What is returned is held until the end.
+    end = 1 << len(launches) - 1 if launches else 0
+    held = {s: uses.get(s, 0) | 1 << first | (end if s in alive else 0) for s, (first, _, _) in made.items()}
+    return [Lifetime(s, nbytes, first, held[s], ours) for s, (first, nbytes, ours) in made.items()]
 
 
 def extent_bytes(type_: TensorType) -> int:

@@ -67,9 +67,13 @@ class Costs:
         """Does it pay to start a kernel together with others of its source?"""
         return kernel_micros(kernel, self.rates) < BATCH_BELOW_US
 
-    def alone(self, kernel: Kernel) -> bool:
-        """Does a kernel that is in no batch beat the library? With one op only it moves the same bytes, and must be compiled."""
-        return len(kernel.steps) > 1
+    def alone(self, kernel: Kernel, has_out_form: bool) -> bool:
+        """Does a kernel that is in no batch beat the library?
+
+        With one op only it moves the same bytes, and must be compiled. But the plan can give it memory, which a cast, for one,
+        takes from nobody; walks that jump through memory are left to kernels of the library that are made for them.
+        """
+        return len(kernel.steps) > 1 or (not has_out_form and len(kernel.domain) <= 1)
 
 
 def graph_micros(graph: Graph, rates: Rates) -> float:

@@ -91,4 +91,6 @@ class _Known:
             return ("slot", argument.index)
         if isinstance(argument, float):
             return ("float", argument.hex())
+        if isinstance(argument, complex):
+            return ("complex", argument.real.hex(), argument.imag.hex())
         return (type(argument), argument)

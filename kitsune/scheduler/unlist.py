@@ -39,7 +39,8 @@ def _parts(op: Op) -> list[Op] | None:
 
 
 def _is_list(argument: Any) -> bool:
-    return isinstance(argument, (tuple, list)) and all(isinstance(a, (Value, Slot, float, int)) for a in argument)
+    # The first element tells: a list of the schema has one type.
+    return isinstance(argument, (tuple, list)) and isinstance(next(iter(argument), 0), (Value, Slot, float, int))
 
 
 def _part(op: Op, k: int, n: int) -> Op:

@@ -73,6 +73,21 @@ def test_the_arena_is_no_larger_than_what_lives_in_it_at_the_worst_moment(lives)
     assert arena <= max(bytes_in_use([x for x in lives if x.in_arena], k) for k in range(24)) if lives else arena == 0
 
 
+@given(lives())
+def test_the_arena_does_not_add_to_the_peak(lives):
+    offsets, arena = assign_offsets(lives, happens_before([Launch()] * 24))
+    elsewhere = [life for life in lives if life.storage not in offsets]
+    for k in range(24):
+        assert arena + bytes_in_use(elsewhere, k) <= 1.01 * max(bytes_in_use(lives, j) for j in range(24))
+
+
+def test_an_arena_that_stands_empty_beside_a_large_result_is_made_smaller():
+    early = Lifetime(0, 8192, 0, 0b11, False)
+    late = [Lifetime(k, 4096, 5, 1 << 5 | 1 << 6, True) for k in (1, 2, 3)]
+    offsets, arena = assign_offsets([early, *late], happens_before([Launch()] * 8))
+    assert arena <= 4096 and len(offsets) <= 1
+
+
 def test_what_would_make_the_arena_larger_has_memory_of_its_own():
     early = Lifetime(0, 10_000, 0, 0b11, False)
     then = Lifetime(1, 4096, 0, 0b11, True)

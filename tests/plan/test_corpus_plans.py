@@ -38,7 +38,7 @@ class RandomCosts(Costs):
     def batching(self, kernel: Kernel) -> bool:
         return self.die.random() < 0.7
 
-    def alone(self, kernel: Kernel) -> bool:
+    def alone(self, kernel: Kernel, has_out_form: bool) -> bool:
         return self.die.random() < 0.5
 
 
