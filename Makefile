@@ -7,9 +7,12 @@
 # PYTHON=...   the python to make .venv from, or with SETUP=0 the one to run
 # TORCH=...    what to install when .venv has no torch; the default index has the CPU build under this pin for some
 #              platforms and a CUDA build for others
+# TRITON=...   the same for Triton, whose interpreter and compiler the tests of kernels use (Linux only); CPU builds of torch
+#              come without one
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 SETUP ?= 1
 VENV := .venv
 
@@ -53,6 +56,9 @@ $(VENV)/.ready: pyproject.toml
 	@$(VENV)/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
 	  || $(VENV)/bin/python -m pip install -q "$(TORCH)"
 	@$(VENV)/bin/python -m pip install -q -e '.[demo,report,dev]'
+	@$(VENV)/bin/python -c 'import importlib.util, sys; sys.exit(sys.platform == "linux" and importlib.util.find_spec("triton") is None)' \
+	  || $(VENV)/bin/python -m pip install -q "$(TRITON)" \
+	  || echo "$(TRITON) cannot be installed here: the tests that need it are skipped" >&2
 	@touch $@
 
 clean:

@@ -8,10 +8,39 @@ from pathlib import Path
 
 import pytest
 
+from kitsune.codegen import text_key
 from kitsune.ir import Graph, Kernel, load_graph
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs
 
+# Of each recorded step: launches op by op, launches planned, fused ones among them, distinct programs of those. A change of the
+# planner shows here; more launches than before want a reason.
+LAUNCHES = {
+    "bert-full-amp-cuda": (962, 543, 86, 17),
+    "bert-small-amp-cpu": (275, 163, 45, 26),
+    "bert-small-amp-cuda": (202, 123, 26, 17),
+    "bert-small-fp32-cpu": (182, 157, 25, 14),
+    "demo-gpt-cpu": (563, 198, 34, 14),
+    "demo-lenet-cpu": (69, 38, 8, 5),
+    "gpt2-full-amp-cuda": (962, 446, 107, 15),
+    "gpt2-small-amp-cpu": (257, 144, 46, 27),
+    "gpt2-small-amp-cuda": (182, 95, 26, 15),
+    "gpt2-small-fp32-cpu": (194, 136, 31, 21),
+    "lenet-small-amp-cpu": (58, 38, 10, 7),
+    "lenet-small-fp32-cpu": (38, 37, 9, 6),
+    "mlp-small-amp-cpu": (37, 25, 8, 7),
+    "mlp-small-fp32-cpu": (25, 24, 7, 6),
+    "resnet18-small-amp-cpu": (120, 85, 15, 10),
+    "resnet18-small-amp-cuda": (132, 86, 16, 11),
+    "resnet18-small-fp32-cpu": (92, 84, 14, 9),
+    "resnet50-full-amp-cuda": (523, 330, 40, 11),
+    "resnet50-small-amp-cpu": (158, 113, 15, 10),
+    "resnet50-small-fp32-cpu": (120, 112, 14, 9),
+    "vit-full-amp-cuda": (658, 436, 80, 10),
+    "vit-small-amp-cpu": (139, 97, 21, 10),
+    "vit-small-amp-cuda": (138, 96, 20, 10),
+    "vit-small-fp32-cpu": (83, 83, 6, 6),
+}
 CORPUS = Path(__file__).parent.parent / "corpus"
 FILES = sorted(CORPUS.glob("*.jsonl.gz"))
 
@@ -54,3 +83,11 @@ def test_a_plan_is_sound_whatever_the_costs(path, seed):
 def test_the_same_graph_gets_the_same_plan(path):
     texts = [str(Planner(Costs(RATES["sm_90"]), verify=True).plan(graph_of(path))) for _ in range(2)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])
+def test_a_step_needs_these_launches(path):
+    plan = Planner(Costs(RATES["sm_90"]), verify=True).plan(graph_of(path))
+    fused = [launch for launch in plan.launches if launch.kernels]
+    programs = {(text_key(launch.kernels[0]), len(launch.kernels) > 1) for launch in fused}
+    assert LAUNCHES[path.name.partition(".")[0]] == (plan.n_unplanned, plan.n_launches, len(fused), len(programs))
