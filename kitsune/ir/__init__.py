@@ -2,7 +2,7 @@
 
 from kitsune.ir.barrier import Barrier, Site
 from kitsune.ir.edges import bits, predecessors, roots
-from kitsune.ir.graph import Effects, Graph, Kind, Op, Operand, OpRow, OutputSpec, Result, Slot, Value
+from kitsune.ir.graph import Effects, Graph, Kind, Op, Operand, OpRow, OutputSpec, Result, Slot, Value, values_in
 from kitsune.ir.output_spec import describe_result
 from kitsune.ir.plan import (
     Access,
@@ -70,6 +70,7 @@ __all__ = [
     "tensor_type",
     "touched_bytes",
     "type_of",
+    "values_in",
     "verify",
     "verify_plan",
 ]

@@ -1,6 +1,7 @@
 """A flushed region: a straight list of typed ops on values. Program order, which is always a legal order to run."""
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,15 @@ class Value:
 
     def __str__(self) -> str:
         return f"${self.id}"
+
+
+def values_in(argument: Any) -> Iterator[Value]:
+    """The Values among an op's arguments, in their order; lists and tuples are looked into."""
+    if isinstance(argument, Value):
+        yield argument
+    elif isinstance(argument, (tuple, list)):
+        for a in argument:
+            yield from values_in(a)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir.graph import Effects, Graph, Kind, Op, Operand, Result, Slot, Value
+from kitsune.ir.graph import Effects, Graph, Kind, Op, Operand, Result, Slot, Value, values_in
 from kitsune.ir.tensor_type import TensorType, tensor_type
 
 
@@ -81,7 +81,7 @@ def _spell_op(op: Op, types: dict[TensorType, int]) -> dict[str, Any]:
 def _read_op(row: dict[str, Any], values: dict[int, Value], define: Callable[[list[int]], Value]) -> Op:
     args = tuple(_read(a, values) for a in row["args"])
     kwargs = tuple((name, _read(a, values)) for name, a in row["kwargs"])
-    inputs = tuple(_values_in((args, kwargs)))
+    inputs = tuple(values_in((args, kwargs)))
     results = tuple(define(entry) for entry in row["results"])
     rewritten = tuple((values[before], define(after)) for before, after in row["rewritten"])
     return Op(
@@ -141,14 +141,6 @@ def _read(a: Any, values: dict[int, Value]) -> Any:
         return float.fromhex(content)
     nouns: dict[str, Callable[[Any], Any]] = {"%": Slot, "result": Result, "operand": Operand}
     return (nouns.get(word) or READ[word])(content)
-
-
-def _values_in(argument: Any) -> Any:
-    if isinstance(argument, Value):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
-        for a in argument:
-            yield from _values_in(a)
 
 
 def _spell_type(t: TensorType) -> list[Any]:

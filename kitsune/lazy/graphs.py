@@ -25,7 +25,7 @@ def _op(node: Node, values: dict[int, Value], versions: dict[int, int]) -> Op:
     assert node.row is not None
     args = tuple(_with_values(a, values) for a in node.args)
     kwargs = tuple((name, _with_values(a, values)) for name, a in node.kwargs)
-    inputs = tuple(_values_in((args, kwargs)))
+    inputs = tuple(values_in((args, kwargs)))
     rewritten = []
     for _, before, after, storage in node.written:
         versions[storage] += 1
@@ -62,11 +62,3 @@ def _with_values(argument: Any, values: dict[int, Value]) -> Any:
     if isinstance(argument, tuple):
         return tuple(_with_values(a, values) for a in argument)
     return argument
-
-
-def _values_in(argument: Any) -> Any:
-    if isinstance(argument, Value):
-        yield argument
-    elif isinstance(argument, tuple):
-        for a in argument:
-            yield from _values_in(a)

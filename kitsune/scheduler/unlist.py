@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from kitsune.ir import Effects, Graph, Op, Result, Slot, Value
+from kitsune.ir import Effects, Graph, Op, Result, Slot, Value, values_in
 from kitsune.ir.graph import PURE
 
 PREFIXES = ("_foreach_", "_fused_adam", "_fused_sgd")
@@ -49,7 +49,7 @@ def _part(op: Op, k: int, n: int) -> Op:
 
     args = tuple(pick(a) for a in op.args)
     kwargs = tuple((name, pick(a)) for name, a in op.kwargs)
-    inputs = tuple(v for a in (*args, *(a for _, a in kwargs)) for v in _values(a))
+    inputs = tuple(values_in((args, kwargs)))
     rewritten = op.rewritten[k::n]  # list after list: element k of each
     effects = Effects(tuple(after.storage for _, after in rewritten), op.effects.random) if rewritten else PURE
     results = (op.results[k],) if op.results else ()
@@ -57,11 +57,3 @@ def _part(op: Op, k: int, n: int) -> Op:
     return replace(
         op, args=args, kwargs=kwargs, inputs=inputs, results=results, structure=structure, rewritten=rewritten, effects=effects
     )
-
-
-def _values(argument: Any) -> Any:
-    if isinstance(argument, Value):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
-        for a in argument:
-            yield from _values(a)
