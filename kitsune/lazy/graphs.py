@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kitsune.ir import Effects, Graph, Kind, Op, Value
+from kitsune.ir import Effects, Graph, Kind, Op, Value, values_in
 from kitsune.ir.graph import PURE
 from kitsune.lazy.cell import Ref
 from kitsune.lazy.trie import Node
