@@ -65,8 +65,8 @@ class Planner:
         return plan
 
     def lists_taken_apart(self, graph: Graph) -> Graph:
-        """The pass that gives each tensor of a list call an op of its own."""
-        return unlist(graph, self.why_not_fused)
+        """The pass that gives each tensor of a list call an op of its own, of which some may be needed by nobody."""
+        return dead_code(unlist(graph, self.why_not_fused))
 
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
@@ -77,9 +77,18 @@ class Planner:
         numbers = parts.nodes[n].numbers
         if n in batches:
             return [Work(tuple(numbers), tuple(kernels[m] for m in batches[n]))]
-        if n in kernels and self.costs.alone(kernels[n], _has_out_form(kernels[n])):
+        if n in kernels and self._pays(parts, kernels[n]):
             return [Work(tuple(numbers), (kernels[n],))]
         return [Work((number,)) for number in numbers]
+
+    def _pays(self, parts: Partition, kernel: Kernel) -> bool:
+        """Is a kernel that is in no batch a launch of its own? One of a single op takes fuel, for its text may be wrong too."""
+        if not self.costs.alone(kernel, _has_out_form(kernel)):
+            return False
+        if parts.fuel is None or len(kernel.steps) > 1:
+            return True
+        parts.fuel -= 1
+        return parts.fuel >= 0
 
     def _micros(self, graph: Graph) -> Callable[[Work], float]:
         rates = self.costs.rates

@@ -125,8 +125,12 @@ def _number_of_two(function: str, plain: str) -> Callable[[Lowering], str]:
     return lower
 
 
-def _clamp(lower_name: str | None, upper_name: str | None) -> Callable[[Lowering], str]:
+def _clamp(
+    lower_name: str | None, upper_name: str | None, of_list: Callable[[Lowering], str] | None = None
+) -> Callable[[Lowering], str]:
     def lower(c: Lowering) -> str:
+        if of_list is not None and "_foreach_" in str(c.op.target):
+            return of_list(c)  # the kernels of _foreach_maximum and _foreach_minimum, whose bound has another name
         text = c.tensor("self")
         for name, helper in ((lower_name, "maximum"), (upper_name, "minimum")):
             if name is not None and c.given(name):
@@ -229,8 +233,8 @@ def _fill_table() -> None:
     lower_rules["fmax"] = Rule(_number_of_two("fmax", "maximum"), exact=True)
     lower_rules["fmin"] = Rule(_number_of_two("fmin", "minimum"), exact=True)
     lower_rules["clamp"] = lower_rules["clip"] = Rule(_clamp("min", "max"), operands=("self", "min", "max"))
-    lower_rules["clamp_min"] = Rule(_clamp("min", None), operands=("self", "min"))
-    lower_rules["clamp_max"] = Rule(_clamp(None, "max"), operands=("self", "max"))
+    lower_rules["clamp_min"] = Rule(_clamp("min", None, _larger(">", "maximum", "|")), operands=("min", *both))
+    lower_rules["clamp_max"] = Rule(_clamp(None, "max", _larger("<", "minimum", "&")), operands=("max", *both))
     lower_rules["hardtanh"] = Rule(_clamp("min_val", "max_val"))
     for name, function in (("atan2", "atan2"), ("arctan2", "atan2"), ("hypot", "hypot")):
         lower_rules[name] = Rule(_library_of_two(function), float_, both)

@@ -19,10 +19,14 @@ def run_by_ops(launch: Launch, places: Places, frame: Frame, relieve: Callable[[
     frame.partial = any(op.rewritten or op.effects.random for op in launch.ops)
     values = frame.values
     fresh = {v.id for op in launch.ops for v in op.results if v.id in places.maker}
-    inside = [number for root in fresh for number in places.family[root]]
-    frame.elsewhere = fresh
+    scratch = _overwritten(launch, places) - fresh
+    inside = [number for root in fresh | scratch for number in places.family[root]]
+    frame.elsewhere = fresh | scratch
     for number in inside:
         values[number] = None
+    for number in scratch:
+        type_ = places.root[number].type
+        values[number] = torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
     for step in (step for kernel in launch.kernels for step in kernel.steps):
         unread = _bring(step, places, frame)
         _call(step.op, frame, relieve)
@@ -35,6 +39,14 @@ def run_by_ops(launch: Launch, places: Places, frame: Frame, relieve: Callable[[
         values[number] = frame.furnished.get(number)
     frame.elsewhere = set()
     frame.partial = False
+
+
+def _overwritten(launch: Launch, places: Places) -> set[int]:
+    """Roots that the ops write, but of which the kernels neither read nor store anything: for the planner they died before,
+    and what it puts into their memory now must be left alone."""
+    accesses = [a for kernel in launch.kernels for a in (*kernel.loads, *(store.access for store in kernel.stores))]
+    written = {places.root[before.id].id for op in launch.ops for before, _ in op.rewritten}
+    return written - {places.root[a.value.id].id for a in accesses}
 
 
 def _bring(step: Step, places: Places, frame: Frame) -> list[int]:

@@ -184,9 +184,10 @@ def _first(op: Any, *rest: Any, **kwargs: Any) -> Callable[..., Any]:
 def _lists() -> list[Sample]:
     rows = [
         Sample(n, _first(getattr(aten, f"_foreach_{n}_"), 0.3), 1, F, moving=(0.3,))
-        for n in ("add", "sub", "mul", "div", "maximum")
+        for n in ("add", "sub", "mul", "div", "maximum", "clamp_min", "clamp_max")
     ]
-    rows += [Sample(n, _first(getattr(aten, f"_foreach_{n}_")), 2) for n in ("add", "sub", "mul", "div", "minimum")]
+    names = ("add", "sub", "mul", "div", "minimum", "clamp_min", "clamp_max")
+    rows += [Sample(n, _first(getattr(aten, f"_foreach_{n}_")), 2) for n in names]
     rows += [Sample(n, _first(getattr(aten, f"_foreach_{n}_"), [0.3]), 1) for n in ("add", "mul", "div")]
     rows += [
         Sample("add", _first(aten._foreach_add_, alpha=0.7), 2, F, moving=(0.7,)),

@@ -206,6 +206,15 @@ def test_a_list_call_joins_the_kernels_around_it():
     assert len(plan.launches[0].ops) == 4
 
 
+def test_a_part_of_a_list_call_that_nobody_needs_is_not_launched():
+    x, y = torch.zeros(6), torch.ones(6)
+
+    def program():
+        torch._foreach_copy_([x, x.cumsum(0)], [y, y])
+
+    assert launched(plan_of(program)) == ["_foreach_copy_"]
+
+
 def test_fuel_bounds_the_fusions(x):
     names = [launched(plan_of(lambda: torch.tanh((x + 1) * x).relu(), fuel=n)) for n in range(4)]
     assert list(map(len, names)) == [4, 3, 2, 1]

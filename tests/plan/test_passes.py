@@ -94,3 +94,8 @@ def test_the_runner_verifies_and_tells():
     graph = record(lambda: torch.zeros(4) + 1)
     run_passes(graph, (dead_code,), True, lambda name, graph, seconds: heard.append((name, len(graph.ops), seconds >= 0)))
     assert heard == [("dead_code", len(graph.ops), True)]
+
+
+def test_complex_numbers_with_zeros_of_other_signs_differ():
+    x = torch.zeros(4, dtype=torch.complex64)
+    assert merged(lambda: ((x + complex(0.0, 0.0)) * 2, (x + complex(0.0, -0.0)) * 2)).count("add") == 2

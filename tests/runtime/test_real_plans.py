@@ -81,3 +81,54 @@ def test_random_programs(start: Any, program: Program) -> None:
             program.run(kitsune.accelerate(warmup=0, device="cpu"))
     assert not it.wrong, it.wrong[0]
     assert not it.told or start is Broken
+
+
+def overwritten() -> Any:
+    x = torch.arange(24.0).view(4, 6)
+    x = x * 2
+    scratch = x.cumsum(0)
+    later = (x * 3).cumsum(0)
+    # The value that the library made is never read, so the planner lets it die before the kernel that overwrites it.
+    scratch.zero_()
+    return scratch + 1, later @ later.t()
+
+
+def partly_needed() -> Any:
+    a, b = torch.arange(6.0) * 2, torch.arange(6.0) * 3
+    kitsune.flush()
+    c = (a * 2).cumsum(0)
+    torch._foreach_copy_([a, b, c], [b * 2, b * 3, b * 4])
+    return a, b
+
+
+def same_memory_twice() -> Any:
+    p, state, step = torch.arange(6.0) * 1.5, torch.zeros(6) * 2, torch.tensor(3.0)
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8, "amsgrad": False, "maximize": False}
+    torch._fused_adamw_([p], [p], [state], [state], [], [step], **numbers)
+    return p * 2 + 1, state
+
+
+def inference() -> Any:
+    """Composite operators come by as they are: views that copy, and a normalization that writes its statistics."""
+    with torch.inference_mode():
+        x = torch.arange(12.0).view(3, 4) * 2
+        flat = x.t().reshape(-1)
+        x.add_(1)
+        wide = x.to(torch.float64)
+        x.mul_(3)
+        mean, var = torch.zeros(4) * 1, torch.ones(4) * 1
+        normal = torch.nn.functional.batch_norm(x, mean, var, training=True)
+        before = mean * 2
+        torch.nn.functional.instance_norm(x[..., None] + torch.arange(2.0), mean, var)
+        return flat * 2, wide + 1, normal, before, mean + 1, var + 1
+
+
+@pytest.mark.parametrize("start", [Walk, Broken])
+@pytest.mark.parametrize("program", [overwritten, partly_needed, same_memory_twice, inference], ids=lambda p: p.__name__)
+def test_regressions(program: Any, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with checked(monkeypatch, start=start, plan=plan) as it:
+        for _ in range(2):
+            with kitsune.accelerate(warmup=0, device="cpu"):
+                kept = program()
+            del kept
+    assert not it.wrong
