@@ -1,6 +1,7 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
 import importlib.util
+import itertools
 import os
 import time
 import warnings
@@ -23,6 +24,10 @@ from kitsune.scheduler import RATES, dead_code, run_passes
 
 # Regions that are kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
+# The plan that is shown where none is run: of the newest device whose rates are known.
+SHOWN_ARCH = "sm_90"
+# Of regions as they are shown; the runners of several threads may write into one folder.
+_numbers = itertools.count()
 
 
 @dataclass(slots=True)
@@ -74,10 +79,13 @@ class Runner:
             else:
                 assert self.executor is not None
                 self.executor.run(ready.work, values, scalars)
-                if not config.pool:
-                    self.executor.pool.free_all()
+        except BaseException as error:
+            self._say(error)
+            raise
         finally:
-            self._say()
+            if self.executor is not None and not config.pool:
+                self.executor.pool.free_all()
+        self._say()
 
     def forget(self) -> None:
         """Drop every plan, and the memory kept for them."""
@@ -86,9 +94,12 @@ class Runner:
             self.executor.pool.free_all()
 
     def _prepare(self, graph: Graph) -> Ready:
-        if self.executor is not None and config.fuse:
+        if config.fuse:
             try:
-                return self._planned(graph)
+                if self.executor is not None:
+                    return self._planned(graph)
+                if _show().wanted:
+                    show_plan(graph, SHOWN_ARCH)
             except Exception as error:
                 if config.verify:
                     raise
@@ -101,23 +112,32 @@ class Runner:
 
     def _planned(self, graph: Graph) -> Ready:
         assert self.executor is not None
-        plan = show_plan(graph, self.arch, len(self.ready))
+        plan = show_plan(graph, self.arch)
         n_ops = sum(len(launch.ops) for launch in plan.launches)
         return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, len(graph.ops) - len(dead_code(graph).ops))
 
-    def _say(self) -> None:
+    def _say(self, error: BaseException | None = None) -> None:
+        """Warn of what was mended. Where warnings are errors, none takes the place of the `error` that ended the run."""
         while self.sentences:
             sentence = self.sentences.pop(0)
             self.tally.mended.append(sentence)
-            warnings.warn(sentence, KitsuneWarning, stacklevel=2)
+            try:
+                warnings.warn(sentence, KitsuneWarning, stacklevel=2)
+            except KitsuneWarning:
+                if error is None:
+                    raise
 
 
-def show_plan(graph: Graph, arch: str, number: int) -> Plan:
+def _show() -> Show:
+    return Show(config.debug, Path(config.dump) if config.dump else None)
+
+
+def show_plan(graph: Graph, arch: str) -> Plan:
     """The plan of a graph, printed and dumped as KITSUNE_DEBUG and KITSUNE_DUMP ask."""
-    show = Show(config.debug, Path(config.dump) if config.dump else None)
+    show = _show()
     if not show.wanted:
         return planner_for(arch).plan(graph)
-    show = show.region(graph, number)
+    show = show.region(graph, next(_numbers))
     start = time.perf_counter()
     plan = planner_for(arch).plan(graph, show.passed)
     show.plan(plan, time.perf_counter() - start)

@@ -31,11 +31,13 @@ class KernelFiles:
         """The file with this source, written if it is not there. `flags` tells apart what is compiled differently."""
         digest = hashlib.sha256("\n".join((text, flags, versions())).encode()).hexdigest()[:20]
         content = sealed(text)
+        directory = self.directory
         try:
-            return _ensure(self.directory / f"{name[:80]}_{digest}.py", content)
+            return _ensure(directory / f"{name[:80]}_{digest}.py", content)
         except OSError as error:
             with self._lock:
-                self._fall_back(error)
+                if self.directory == directory:  # else another thread has found out
+                    self._fall_back(error)
             return _ensure(self.directory / f"{name[:80]}_{digest}.py", content)
 
     def _fall_back(self, error: OSError) -> None:
@@ -43,13 +45,14 @@ class KernelFiles:
             raise error
         self._private = Path(tempfile.mkdtemp(prefix="kitsune-"))
         atexit.register(shutil.rmtree, self._private, ignore_errors=True)
+        # First of all: the warning may be raised as an error.
+        refused, self.directory = self.directory, self._private
         warnings.warn(
-            f"Kernels cannot be kept in {self.directory} ({error}): they are written to {self._private} for this process. "
+            f"Kernels cannot be kept in {refused} ({error}): they are written to {self._private} for this process. "
             "Name a directory that can be written to keep them.",
             RuntimeWarning,
             stacklevel=4,
         )
-        self.directory = self._private
 
 
 def _ensure(path: Path, content: str) -> Path:

@@ -10,6 +10,8 @@ from kitsune.ir import Barrier, Graph, Plan, Program, Site
 
 # The levels of KITSUNE_DEBUG.
 FLUSHES, LAUNCHES, PASSES, KERNELS, GRAPHS = range(1, 6)
+# Folders that could not be written, which is said once.
+_refused: set[Path] = set()
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Show:
 
     def region(self, graph: Graph, number: int) -> "Show":
         """The same for one region, in a folder of its own."""
-        folder = None if self.folder is None else _made(self.folder / f"region_{number:04d}")
+        folder = None if self.folder is None or self.folder in _refused else self.folder / f"region_{number:04d}"
         one = Show(self.level, folder, self.out)
         one._write("00_recorded.txt", str(graph))
         if self.level >= GRAPHS:
@@ -78,10 +80,11 @@ class Show:
             return
         path = self.folder / name
         try:
-            _made(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text + "\n")
         except OSError as error:
             self._print(f"kitsune: cannot write {path} ({error.strerror}); set KITSUNE_DUMP to a folder that can be written.")
+            _refused.add(self.folder.parent)
             self.folder = None
 
 
@@ -98,8 +101,3 @@ def plan_dot(plan: Plan) -> str:
         lines += [f"  l{source} -> l{k};" for source in sorted(sources)]
         writer.update((v.storage, k) for op in ops for v in op.outputs)
     return "\n".join([*lines, "}"])
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
