@@ -1,7 +1,8 @@
 """One op through aten: arguments bound, results stored in the expected layout, errors given the user's line."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ def call(op: Op, values: list[Any], scalars: list[float]) -> None:
     args = [bind(a, values, scalars) for a in op.args]
     kwargs = {name: bind(a, values, scalars) for name, a in op.kwargs}
     try:
-        result = _make(op.target, op, args, kwargs)
+        with _versions_kept(op, values):
+            result = _make(op.target, op, args, kwargs)
         if op.results:
             _store(op.structure, result, op, values)
     except Exception as error:
@@ -51,6 +53,18 @@ def bind(argument: Any, values: list[Any], scalars: list[float]) -> Any:
     if cls is tuple:
         return [bind(a, values, scalars) for a in argument]
     return argument
+
+
+@contextlib.contextmanager
+def _versions_kept(op: Op, values: list[Any]) -> Iterator[None]:
+    """The list kernels of CUDA count a write up themselves, which was done when it was recorded: autograd would see two."""
+    written = ()
+    if op.rewritten and op.target._opname.startswith("_foreach_"):
+        written = tuple(t for before, _ in op.rewritten if not (t := values[before.id]).is_inference())
+    versions = tuple(t._version for t in written)
+    yield
+    if written:
+        torch._C._autograd._unsafe_set_version_counter(written, versions)
 
 
 def _make(target: OpOverload, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:

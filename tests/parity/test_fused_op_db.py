@@ -13,7 +13,16 @@ import torch
 
 import kitsune
 from kitsune.scheduler import Costs
-from tests.parity.test_op_db import NAMES, PASSES_THROUGH, PASSES_THROUGH_ON_CUDA, differences, eager, run
+from tests.parity.test_op_db import (
+    NAMES,
+    OTHER_FORMULA,
+    PASSES_THROUGH,
+    PASSES_THROUGH_ON_CUDA,
+    UNORDERED_ON_CUDA,
+    differences,
+    eager,
+    run,
+)
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,6 +46,10 @@ def every_op_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", ENTRIES)
 def test_kernels_give_eagers_bits(name: str, dtype: torch.dtype) -> None:
+    if name in UNORDERED_ON_CUDA:
+        pytest.skip("eager itself: two runs may differ")
+    if name in OTHER_FORMULA and dtype is not torch.float32:
+        pytest.skip("torch takes another formula for its gradient while any dispatch mode is on")
     expected, unstable = eager(name, "cuda", dtype)
     if unstable or expected.error:
         pytest.skip(f"eager itself: {(unstable or [expected.error])[0]}"[:200])

@@ -61,6 +61,9 @@ MAY_PASS_THROUGH: dict[str, str] = {
     "quantile": "torch 2.11 checks the range of q on the host",
 }
 
+# Backward kernels that add in the order in which threads arrive, on CUDA: two eager runs may agree and a third differ.
+UNORDERED_ON_CUDA = {"grid_sampler_2d", "grid_sampler_3d", "nn.functional.grid_sample", "nn.functional.adaptive_avg_pool3d"}
+
 # Results that hold whatever was in memory before: compared in everything but their values.
 UNINITIALISED: dict[str, str] = {
     "empty": "allocates without writing",
@@ -228,6 +231,8 @@ def test_entry_is_as_in_eager(name: str, warmup: int) -> None:
 @pytest.mark.parametrize("warmup", [0, 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_entry_is_as_in_eager_on_cuda(name: str, warmup: int, deterministic: None) -> None:
+    if name in UNORDERED_ON_CUDA:
+        pytest.skip("eager itself: two runs may differ")
     check(name, "cuda", warmup)
 
 

@@ -102,3 +102,14 @@ def test_grad_mode_of_the_recording_is_that_of_the_run() -> None:
                 kitsune.flush()
             out.sum().backward()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_a_list_call_counts_its_write_once() -> None:
+    """The list kernels of CUDA count up by themselves what was counted when the call was recorded."""
+    tensors = [torch.zeros(3, device="cuda"), torch.zeros(4, device="cuda")]
+    with kitsune.config.patch(fuse=False), kitsune.accelerate(warmup=0, device="cuda"):
+        for _ in range(2):
+            torch._foreach_add_(tensors, 1)
+            kitsune.flush()
+    assert [t._version for t in tensors] == [2, 2]
