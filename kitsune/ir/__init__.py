@@ -27,6 +27,7 @@ from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_
 from kitsune.ir.text import graph_text
 from kitsune.ir.verify import verify
 from kitsune.ir.verify_plan import storages_of, verify_plan
+from kitsune.ir.versions import versions_kept
 
 __all__ = [
     "Access",
@@ -73,4 +74,5 @@ __all__ = [
     "values_in",
     "verify",
     "verify_plan",
+    "versions_kept",
 ]

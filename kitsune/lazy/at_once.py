@@ -4,15 +4,16 @@ from typing import Any
 
 from torch.autograd.graph import increment_version
 
-from kitsune.ir import Barrier, OpRow, type_of
+from kitsune.ir import Barrier, OpRow, type_of, versions_kept
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import written_operands
 
 
-def call(recorder: Recording, func: Any, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
-    """Make a call on real tensors; returns the result and the operands."""
+def call(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
+    """Make a call on real tensors, its writes counted; returns the result and the operands."""
+    func = row.target
     reals = [_real(t) for t in tensors]
     by_id = {id(t): real for t, real in zip(tensors, reals, strict=True)}
     real_args, real_kwargs = replace_tensors((args, kwargs), by_id)
@@ -20,7 +21,12 @@ def call(recorder: Recording, func: Any, args: Any, kwargs: Any, tensors: list[A
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
         return func(*real_args, **real_kwargs), reals
     with recorder.below_autograd():
-        return func(*real_args, **real_kwargs), reals
+        if not row.bumps:
+            return func(*real_args, **real_kwargs), reals
+        with versions_kept(list(written_operands(row, real_args, real_kwargs))):
+            result = func(*real_args, **real_kwargs)
+    increment_version(list(written_operands(row, args, kwargs)))
+    return result, reals
 
 
 def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason: Barrier | None) -> Any:
@@ -28,9 +34,7 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     assert reason is not None
     tensors = tensors_in((args, kwargs))
     flush_for(recorder, row, args, kwargs, tensors, reason)
-    result, reals = call(recorder, row.target, args, kwargs, tensors)
-    if row.bumps:
-        increment_version(list(written_operands(row, args, kwargs)))
+    result, reals = call(recorder, row, args, kwargs, tensors)
     return hand_out(recorder, row, result, tensors, reals, reason)
 
 

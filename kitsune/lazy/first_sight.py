@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.graph import increment_version
 
 from kitsune.ir import Barrier, Kind, Operand, OpRow, OutputSpec, TensorType, describe_result, type_of
 from kitsune.lazy.at_once import call as call_at_once, flush_for, hand_out, pass_through
@@ -12,7 +11,7 @@ from kitsune.lazy.rebuild import fill, replace_tensors, tensors_in, without_numb
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.region import is_strided
 from kitsune.lazy.sites import user_site
-from kitsune.lazy.trie import Node, agrees, grow, written_operands
+from kitsune.lazy.trie import Node, agrees, grow
 
 MASKS = (torch.bool, torch.uint8)
 COMMON = (torch.float32, torch.float64)
@@ -65,7 +64,7 @@ def observe(recorder: Any, call: Call, node: Node | None) -> Any:
             recorder.flush(Barrier.DIVERGED, end=False)
         region.observed_from, region.slow = region.node.depth, True
     try:
-        result, reals = call_at_once(recorder, call.row.target, call.args, call.kwargs, call.tensors)
+        result, reals = call_at_once(recorder, call.row, call.args, call.kwargs, call.tensors)
     except BaseException:
         region.rollback()
         raise
@@ -108,10 +107,8 @@ def record_new(recorder: Any, call: Call) -> Any:
         return recorder.emit(node, call.tensors)
     recorder.region.rollback()
     flush_for(recorder, call.row, call.args, call.kwargs, call.tensors, Barrier.UNTRUSTED)
-    result, reals = call_at_once(recorder, call.row.target, call.args, call.kwargs, call.tensors)
+    result, reals = call_at_once(recorder, call.row, call.args, call.kwargs, call.tensors)
     recorder.tally.observed += 1
-    if call.row.bumps:
-        increment_version(list(written_operands(call.row, call.args, call.kwargs)))
     if not _is_recordable(result):
         return hand_out(recorder, call.row, result, call.tensors, reals, Barrier.FOREIGN_LAYOUT)
     spec = recorder.specs[spec_key] = describe_result(result, reals, type_of)

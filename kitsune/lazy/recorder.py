@@ -123,7 +123,7 @@ class Recorder(Recording):
         for operand, _, after, storage in node.written:
             region.cell(tensors[operand]).ref = after
             region.dirty.add(storage)
-        if node.row is not None and node.row.bumps:
+        if reals is None and node.row is not None and node.row.bumps:
             increment_version([tensors[operand] for operand, *_ in node.written])
         made: list[Any] = []
         for number, type_, storage in node.results:

@@ -2,13 +2,13 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
-from kitsune.ir import Op, Result, Slot, TensorType, Value, type_of
+from kitsune.ir import Op, Result, Slot, TensorType, Value, type_of, versions_kept
 
 
 def call(op: Op, values: list[Any], scalars: list[float]) -> None:
@@ -16,7 +16,7 @@ def call(op: Op, values: list[Any], scalars: list[float]) -> None:
     args = [bind(a, values, scalars) for a in op.args]
     kwargs = {name: bind(a, values, scalars) for name, a in op.kwargs}
     try:
-        with _versions_kept(op, values):
+        with versions_kept(args[0]) if _writes_a_list(op) else contextlib.nullcontext():
             result = _make(op.target, op, args, kwargs)
         if op.results:
             _store(op.structure, result, op, values)
@@ -55,16 +55,8 @@ def bind(argument: Any, values: list[Any], scalars: list[float]) -> Any:
     return argument
 
 
-@contextlib.contextmanager
-def _versions_kept(op: Op, values: list[Any]) -> Iterator[None]:
-    """The list kernels of CUDA count a write up themselves, which was done when it was recorded: autograd would see two."""
-    written = ()
-    if op.rewritten and op.target._opname.startswith("_foreach_"):
-        written = tuple(t for before, _ in op.rewritten if not (t := values[before.id]).is_inference())
-    versions = tuple(t._version for t in written)
-    yield
-    if written:
-        torch._C._autograd._unsafe_set_version_counter(written, versions)
+def _writes_a_list(op: Op) -> bool:
+    return bool(op.rewritten) and op.target._opname.startswith("_foreach_")
 
 
 def _make(target: OpOverload, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
