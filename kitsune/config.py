@@ -136,6 +136,9 @@ class Options:
         n_bytes,
         "bytes that pending results may need before they are flushed, such as 2GB; None: half of the device's memory",
     )
+    follow: bool = knob(
+        True, "KITSUNE_FOLLOW", flag, "follow whole calls of torch's API, and a plain `backward()`, once they are known"
+    )
     fuse: bool = knob(True, "KITSUNE_FUSE", flag, "0 runs every region op by op: no planning, no kernels of Kitsune's own")
     fuel: int | None = knob(
         None, "KITSUNE_FUEL", optional(whole(0)), "only so many fusions in each region: bisects a wrong answer; None: all"
@@ -208,6 +211,7 @@ class Config:
     device: str | None
     max_pending_ops: int
     max_pending_bytes: int | None
+    follow: bool
     fuse: bool
     fuel: int | None
     pool: bool

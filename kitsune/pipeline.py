@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from kitsune.config import config
-from kitsune.dispatch import RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
+from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
-from kitsune.lazy import LazyTensor, Recorder
+from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, open_graph_doors
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, nearest_arch
@@ -33,6 +33,16 @@ class Listener(RecordMode, Recorder):
         Recorder.__init__(self, **stages)
 
 
+class Follower(CallMode, CallLane):
+    """The function mode and the call lane in one object."""
+
+    __torch_function__ = CallLane.call
+
+    def __init__(self, recorder: Recorder) -> None:
+        CallMode.__init__(self)
+        CallLane.__init__(self, recorder)
+
+
 class Pipeline:
     """One per accelerating thread: a listener that intercepts and records, and an executor that runs what is flushed."""
 
@@ -52,6 +62,26 @@ class Pipeline:
             tally=tally,
             on_close=close,
         )
+        self.recorder.lane = self.lane = Follower(self.recorder)
+        self.recorder.reenter = lambda on: self.recorder.enter() if on else self.recorder.leave()
+        self.follows = False
+
+    def enter(self) -> None:
+        """Take the calls and ops of this thread from here on."""
+        self.recorder.enter()
+        self.follows = config.follow and self.lane.enter()
+        if self.follows:
+            self.recorder.hook = self.lane.stray
+            open_graph_doors(self.lane)
+
+    def leave(self) -> bool:
+        """The opposite; False if that is not possible now."""
+        if self.follows:
+            self.lane.settle_spent()
+            self.lane.leave()
+            close_graph_doors(self.lane)
+            self.recorder.hook, self.follows = None, False
+        return self.recorder.leave()
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a flushed region: `values` has the inputs by number and receives the outputs."""

@@ -230,7 +230,7 @@ def _open(pipeline: Pipeline) -> None:
     if pipeline.left_behind:
         pipeline.left_behind = False
         pipeline.recorder.resume()
-    pipeline.recorder.enter()
+    pipeline.enter()
 
 
 def _close(pipeline: Pipeline) -> None:
@@ -239,7 +239,7 @@ def _close(pipeline: Pipeline) -> None:
     if _thread.depth[pipeline]:
         return
     del _thread.depth[pipeline]
-    if not pipeline.recorder.leave():
+    if not pipeline.leave():
         pipeline.left_behind = True
         pipeline.recorder.pause()
     if not _thread.depth:
@@ -254,9 +254,10 @@ def _close(pipeline: Pipeline) -> None:
 
 def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if _thread.depth:
-        for pipeline in list(_thread.depth):
-            pipeline.recorder.flush(Barrier.STEP)
-        settle_state(optimizer)
+        with torch._C.DisableTorchFunction():
+            for pipeline in list(_thread.depth):
+                pipeline.recorder.flush(Barrier.STEP)
+            settle_state(optimizer)
 
 
 def _check_callable(fn: Any) -> None:

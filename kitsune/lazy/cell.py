@@ -36,10 +36,12 @@ def share(tensor: torch.Tensor) -> None:
 class Ref:
     """Stands for value number `id` of a region in keys; one object per number, so that keys compare by identity."""
 
-    __slots__ = ("id",)
+    __slots__ = ("graded", "id")
 
     def __init__(self, id: int) -> None:
         self.id = id
+        # Stands in keys of calls for the same value with a place in the autograd graph.
+        self.graded = ("graded", id)
 
     def __repr__(self) -> str:
         return f"Ref({self.id})"
@@ -58,7 +60,7 @@ def ref(id: int) -> Ref:
 class Cell:
     """What a wrapper stands for: a value of a region, and its tensor once it has been computed."""
 
-    __slots__ = ("external", "real", "ref", "region", "storage", "type")
+    __slots__ = ("came", "external", "real", "ref", "region", "storage", "type")
 
     def __init__(self, region: Any, ref: Ref, type: TensorType, storage: int) -> None:
         self.region = region
@@ -66,5 +68,6 @@ class Cell:
         self.storage = storage
         self.type = type
         self.real: torch.Tensor | None = None
-        # Came into the region from outside; not a result of one of its ops.
+        # Came into the region from outside, as value `came`; not a result of one of its ops.
         self.external = False
+        self.came: Ref | None = None

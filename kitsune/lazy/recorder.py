@@ -34,6 +34,8 @@ class Recorder(Recording):
         if shared:
             self._acquire()
         try:
+            if self.hook is not None and self.hook(args, kwargs):
+                return self.redo(func, args, kwargs or {})
             # By id, since OpOverload hashes in Python. The row keeps the overload, and so its id.
             row = self.rows.get(id(func)) or self._row_of(func)
             from_outside = False
@@ -48,6 +50,8 @@ class Recorder(Recording):
                     if returned is not RECORD:
                         return returned
                     from_outside = row.is_view
+            if self.walk is not None:
+                return self.walk.take(row, tensors_in((args, kwargs)))
             region = self.region
             key: list[Any] = [row]
             append = key.append
@@ -114,6 +118,20 @@ class Recorder(Recording):
         finally:
             if shared:
                 self._release()
+
+    def redo(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make a call again from above autograd, which did not know yet that its operands have a history."""
+        with torch.overrides.enable_reentrant_dispatch():
+            self.reenter(True)
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.reenter(False)
+
+    def after_follow(self) -> None:
+        """The region has grown by a whole call."""
+        if self.region.node.full:
+            self.flush(Barrier.BOUND)
 
     def emit(self, node: Node, tensors: list[Any], reals: list[torch.Tensor] | None = None) -> Any:
         """Step to `node` and return its placeholders, which already have their values if `reals` are given."""

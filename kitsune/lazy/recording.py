@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, type_of
 from kitsune.lazy.cell import Cell, ref, serial_of
+from kitsune.lazy.edges import History
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.region import Region, is_strided, living
 from kitsune.lazy.sites import user_site
@@ -60,6 +61,13 @@ class Recording:
         # a region that goes on after its flush (at a divergence) would be run twice.
         self.inferring = False
         self.running = False
+        # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
+        self.lane: Any = None
+        self.hook: Any = None
+        self.reenter: Any = None
+        self.walk: Any = None
+        # Counts the times that autocast has forgotten its casts of weights.
+        self.epoch = 0
         self.rows: dict[int, OpRow] = {}
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -79,6 +87,7 @@ class Recording:
         # Ops that once returned something else than their key promised: never recorded again.
         self.unstable: set[Any] = set()
         self.n_nodes = 0
+        self.beginning = History()
         self.region = self._new_region()
         # The region of wrappers that were made around a tensor that was there already.
         self.nowhere = Region(Node(), self)
@@ -181,6 +190,8 @@ class Recording:
             region, node = self.region, self.region.node
             if not node.depth or self.inferring or self.running:
                 return
+            if region.calls and self.lane is not None:
+                self.lane.own_up()
             site = user_site()
             self.tally.flushed[(cause, site)] += 1
             if end:

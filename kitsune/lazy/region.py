@@ -18,15 +18,18 @@ class Region:
 
     __slots__ = (
         "admitted",
+        "calls",
         "device",
         "dirty",
         "error",
+        "history",
         "inputs",
         "node",
         "observed_from",
         "odd",
         "plain",
         "produced",
+        "real",
         "recorder",
         "scalars",
         "slow",
@@ -53,6 +56,11 @@ class Region:
         self.odd: Barrier | None = None
         # Set with `odd` and `observed_from`: a known op is not to be taken on sight.
         self.slow = False
+        # Calls that were followed and still lack their place in the autograd graph; which calls made a graph so far, None if
+        # that is not known; and whether any of them was made for real, so that autograd has nodes.
+        self.calls: list[Any] = []
+        self.history: Any = recorder.beginning
+        self.real = False
         # What went wrong when the region was run: its values were never computed.
         self.error: BaseException | None = None
 
@@ -76,28 +84,44 @@ class Region:
             except BaseException:
                 self.rollback()
                 raise
-        before = (cell.region, cell.ref, cell.storage, cell.external)
+        before = (cell.region, cell.ref, cell.storage, cell.external, cell.came)
 
         def undo() -> None:
-            cell.region, cell.ref, cell.storage, cell.external = before
+            cell.region, cell.ref, cell.storage, cell.external, cell.came = before
 
         key, cell.ref, cell.storage = self._number(real, cell.type, undo)
-        cell.region, cell.external = self, True
+        cell.region, cell.external, cell.came = self, True, cell.ref
         return key
 
     def admit(self, tensor: torch.Tensor) -> Any:
         """A plain tensor comes in; returns its key, or refuses the op."""
-        odd = self._oddness(tensor)
+        odd = self.oddness(tensor)
         if odd is not None:
             self.refuse(odd)
             return None
         type_ = type_of(tensor)
         key, number, storage = self._number(tensor, type_, lambda: self.plain.pop(id(tensor), None))
         cell = self.plain[id(tensor)] = Cell(self, number, type_, storage)
-        cell.real, cell.external = tensor, True
+        cell.real, cell.external, cell.came = tensor, True, number
         if tensor.requires_grad and tensor.is_leaf:
             self.recorder.leaves[id(tensor)] = weakref.ref(tensor)
         return key
+
+    def let_in(self, tensor: Any, serial: int, number: Ref, type_: TensorType, storage: int) -> None:
+        """A tensor comes in with a call that is known, as the value that it was before."""
+        if type(tensor) is LazyTensor:
+            cell = tensor.cell
+            real = cell.real
+            assert real is not None
+            cell.region, cell.ref, cell.storage = self, number, storage
+        else:
+            cell = self.plain[id(tensor)] = Cell(self, number, type_, storage)
+            cell.real = real = tensor
+            if tensor.requires_grad:
+                self.recorder.leaves[id(tensor)] = weakref.ref(tensor)
+        cell.external, cell.came = True, number
+        self.inputs.append((number.id, real))
+        self.storages[serial] = storage
 
     def rollback(self) -> None:
         """Undo what the key of an op that is not recorded has let in."""
@@ -117,6 +141,7 @@ class Region:
         self.inputs.clear()
         self.produced.clear()
         self.admitted.clear()
+        self.calls.clear()
 
     def is_target(self, device: torch.device) -> bool:
         """Is this the device that is recorded for?"""
@@ -141,7 +166,7 @@ class Region:
         """How many storages are numbered, those of the op at hand included."""
         return max([self.node.n_storages, *[storage + 1 for _, _, storage, _ in self.admitted]])
 
-    def _oddness(self, tensor: torch.Tensor) -> Barrier | None:
+    def oddness(self, tensor: torch.Tensor) -> Barrier | None:
         if not is_strided(tensor):
             return Barrier.FOREIGN_LAYOUT
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):

@@ -22,6 +22,10 @@ class LazyTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     cell: Cell
+    # Set while autograd does not know that the tensor has a history: to its region, or to a mark where the history is used up.
+    virtual: Any = None
+    # The name of that history.
+    virtual_name: Any = None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -64,6 +68,28 @@ class LazyTensor(torch.Tensor):
         return copy
 
     @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return self.virtual is not None or _requires_grad.__get__(self)
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self._own_up()
+        _requires_grad.__set__(self, value)
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        return self.virtual is None and _is_leaf.__get__(self)
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        self._own_up()
+        return _grad_fn.__get__(self)
+
+    def _own_up(self) -> None:
+        if self.virtual is not None:
+            self.cell.region.recorder.lane.own_up([self])
+
+    @property
     def data(self) -> torch.Tensor:
         return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
 
@@ -72,8 +98,15 @@ class LazyTensor(torch.Tensor):
         self.cell.region.recorder.replace_data(self, value)
 
 
-def _history(tensor: torch.Tensor) -> str:
+_requires_grad: Any = torch._C.TensorBase.requires_grad
+_is_leaf: Any = torch._C.TensorBase.is_leaf
+_grad_fn: Any = torch._C.TensorBase.grad_fn
+
+
+def _history(tensor: "LazyTensor") -> str:
     """What torch prints of a tensor's place in the autograd graph."""
+    if tensor.virtual is not None:
+        return f"grad_fn=<{tensor.virtual_name}>"
     try:
         grad_fn = tensor.grad_fn
     except RuntimeError:
@@ -154,13 +187,14 @@ def as_plain(tensor: LazyTensor, requires_grad: bool | None = None) -> torch.Ten
     """The computed value as a plain leaf on the same memory; `requires_grad` is the wrapper's own unless given."""
     real = tensor.cell.region.recorder.materialize(tensor.cell, Barrier.DOOR)
     # An alias of an inference tensor can be made in inference mode only, of any other only outside.
-    with torch._C._DisableTorchDispatch(), torch.no_grad(), torch.inference_mode(real.is_inference()):
+    inference = real.is_inference()
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad(), torch.inference_mode(inference):
         plain: torch.Tensor = real.detach()
-    # In place, a bool tensor can get a history: `mask[0] = loss`. No leaf of that dtype can.
-    can = plain.dtype.is_floating_point or plain.dtype.is_complex
-    if plain.is_inference():
-        return plain
-    return plain.requires_grad_(can and (tensor.requires_grad if requires_grad is None else requires_grad))
+        # In place, a bool tensor can get a history: `mask[0] = loss`. No leaf of that dtype can.
+        can = plain.dtype.is_floating_point or plain.dtype.is_complex
+        if inference:
+            return plain
+        return plain.requires_grad_(can and (tensor.requires_grad if requires_grad is None else requires_grad))
 
 
 def _lazy_tensors(tree: Any) -> Any:

@@ -54,6 +54,8 @@ class Node:
     known: bool = False
     tally: Any = None
     children: dict[Any, "Node"] = field(default_factory=dict)
+    # Whole calls of torch's API that begin here, by key; see `edges.py`.
+    calls: dict[Any, Any] = field(default_factory=dict)
 
     def path(self) -> list["Node"]:
         """The nodes from the region's first op to this one."""

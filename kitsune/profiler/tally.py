@@ -57,6 +57,10 @@ class Tally:
         # Failures that were worked around, as sentences.
         self.mended: list[str] = []
         self.recognised = 0
+        # Calls of torch's API, and backwards, that were followed; how often followed calls were made again for their graph.
+        self.followed = 0
+        self.backwards = 0
+        self.realized = 0
         self.flushed: Counter[tuple[Barrier, Site | None]] = Counter()
         self.passed_through: Counter[tuple[Barrier, str]] = Counter()
         self.n_regions = 0
@@ -108,6 +112,9 @@ class Tally:
             "fused": self.fused,
             "regions": self.n_regions,
             "recognised": self.recognised,
+            "followed": self.followed,
+            "backwards_followed": self.backwards,
+            "realized": self.realized,
             "flushed": dict(flushed),
             "passed_through": dict(passed),
         }

@@ -1,0 +1,34 @@
+"""The TorchFunctionMode that hands every call of torch's API to the call lane."""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
+
+
+class CallMode(TorchFunctionMode):
+    """Sees each call before autograd. What becomes of it is its subclass's `__torch_function__`, which the pipeline gives it."""
+
+    def enter(self) -> bool:
+        """Put this mode on top of the calling thread's stack; False if others are there that are to see every call."""
+        stack = _get_current_function_mode_stack()
+        if self in stack or any(type(mode) is not DeviceContext for mode in stack):
+            return False
+        _push_mode(self)
+        return True
+
+    def leave(self) -> None:
+        """Take this mode off the stack wherever it is."""
+        if self not in _get_current_function_mode_stack():
+            return
+        above = []
+        while (mode := _pop_mode()) is not self:
+            above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)
+
+
+def without_calls() -> Any:
+    """A context in which no call of torch's API is looked at, only the ops that it makes."""
+    return torch._C.DisableTorchFunction()

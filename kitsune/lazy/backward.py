@@ -1,0 +1,190 @@
+"""A backward that is known is followed: the gradients get their placeholders, and the autograd engine does not run."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd.graph import increment_version
+
+from kitsune.lazy.edges import Before, Edge, Incoming, Made, Returned, arrivals_of, cell_in, path_between
+from kitsune.lazy.realize import SPENT, Followed
+from kitsune.lazy.rebuild import tensors_in
+from kitsune.lazy.tensor import LazyTensor, wrapper_maker
+from kitsune.lazy.trie import NOTHING
+
+NONE = object()
+
+
+def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradients: list[Any], plain: bool) -> Any:
+    """Take one backward: follow it, or have autograd run it. `plain`: with no option that asks for more than gradients."""
+    from kitsune.lazy.call_keys import key_of
+
+    recorder = lane.recorder
+    with recorder.lock:
+        region, call = recorder.region, Incoming()
+        leaves = dict(_leaves(region))
+        key = None
+        if plain and region.history is not None and not _runs_python(leaves.values()):
+            named = [leaf.grad for leaf in leaves.values()]
+            tree = (losses, gradients, named)
+            key = key_of(region, torch.Tensor.backward, tree, {}, (region.history, tuple(leaves)), call)
+        if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
+            edge = region.node.calls.get(key)
+            if edge is not None and edge.sights >= lane.sights and _is_whole(region, edge, losses):
+                return _follow(recorder, edge, call, leaves)
+        lane.own_up([*losses, *gradients])
+        return _run(lane, run, None if call.unknown else key, call, leaves)
+
+
+def _leaves(region: Any) -> Iterator[tuple[int, Any]]:
+    """The tensors of the region that collect gradients, by their value number."""
+    for cell in region.plain.values():
+        if cell.real.requires_grad and cell.real.is_leaf:
+            yield cell.came.id, cell.real
+
+
+def _runs_python(leaves: Any) -> bool:
+    """Might Python of somebody run inside of the engine, or see its graph?"""
+    if torch.is_anomaly_enabled() or _distributed():
+        return True
+    return any(leaf._backward_hooks or leaf._post_accumulate_grad_hooks for leaf in leaves)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
+    """Which calls lead to the losses? Every loss must come from a call that was followed."""
+    if edge.spent is None:
+        # Written in place by a later call, a tensor has that call for a maker as well.
+        makers: dict[int, list[int]] = {}
+        for k, call in enumerate(region.calls):
+            for t in (*call.made, *(call.flat[n] for n, _ in call.edge.rewrites)):
+                makers.setdefault(id(t), []).append(k)
+        waiting, spent = list(losses), set()
+        while waiting:
+            tensor = waiting.pop()
+            if type(tensor) is not LazyTensor or tensor.virtual is None:
+                if tensor.requires_grad and not tensor.is_leaf:
+                    return False
+                continue
+            if id(tensor) not in makers:
+                return False
+            for k in makers[id(tensor)]:
+                if k not in spent:
+                    spent.add(k)
+                    waiting += region.calls[k].flat
+        edge.spent = frozenset(spent)
+    return bool(edge.spent)
+
+
+def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any]) -> None:
+    from kitsune.lazy.call_lane import arrive, place
+
+    region = recorder.region
+    arrive(region, edge, list(call.fresh.values()))
+    region.scalars.extend(edge.scalars)
+    for k, after in edge.rewrites:
+        cell = cell_in(call.flat[k], region)
+        assert cell is not None
+        cell.ref = after
+    region.dirty = region.dirty | edge.dirty
+    if edge.bumps:
+        increment_version([call.flat[k] for k in edge.bumps])
+    region.node = edge.node
+    for number, made in edge.grads:
+        leaf = leaves[number]
+        assert made is not None
+        leaf.grad = place(region, made)
+        recorder.leaves[id(leaf)] = weakref.ref(leaf)
+    region.history = region.history.then(edge)
+    spend(recorder, region, edge.spent)
+    recorder.tally.backwards += 1
+    recorder.after_follow()
+
+
+def spend(recorder: Any, region: Any, spent: frozenset[int]) -> None:
+    """The graph of these calls is used up; what the program still holds of them is remembered."""
+    kept: list[Followed] = []
+    gone: list[weakref.ref[LazyTensor]] = []
+    for k, followed in enumerate(region.calls):
+        if k not in spent:
+            kept.append(followed)
+            continue
+        for tensor in followed.made:
+            if tensor.virtual is not None:
+                tensor.virtual = SPENT
+                gone.append(weakref.ref(tensor))
+    region.calls = kept
+    tensor = followed = None  # type: ignore[assignment]
+    recorder.lane.spent = [reference for reference in (*recorder.lane.spent, *gone) if reference() is not None]
+
+
+def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: dict[int, Any]) -> Any:
+    recorder, region = lane.recorder, lane.recorder.region
+    start, first, n = region.node, region.node.n_values, len(region.scalars)
+    flat = call.flat
+    before = {number: (leaf, leaf.grad) for number, leaf in leaves.items()}
+    known = Before(flat, region)
+    region.real = True
+    result = lane.made(run)
+    if recorder.region is not region:
+        return result
+    edge = None
+    if key is not None:
+        edge = _edge(region, call, before, known, start, first, n)
+        edge = lane.remember(start, key, edge)
+    region.history = None if edge is None or region.history is None else region.history.then(edge)
+    return result
+
+
+def _edge(region: Any, call: Incoming, before: dict[int, Any], known: Before, start: Any, first: int, n: int) -> Edge | None:
+    path = path_between(start, region.node)
+    if not path:
+        return None
+    arrivals = arrivals_of(path, [t for t, _ in call.fresh.values()], region)
+    if arrivals is None:
+        return None
+    grads: list[tuple[int, Made | None]] = []
+    returned = Returned(None, call.flat, region, first, wrapper_maker)
+    for number, (leaf, grad) in before.items():
+        now = leaf.grad
+        if now is grad:
+            continue
+        made = returned.new(now) if type(now) is LazyTensor and not now.requires_grad else None
+        if made is None:
+            return None
+        grads.append((number, made))
+    written = known.written()
+    if written is None:
+        return None
+    rewrites, bumps, graduates = written
+    if graduates:
+        return None
+    return Edge(
+        node=region.node,
+        arrivals=arrivals,
+        rewrites=rewrites,
+        dirty=frozenset(storage for node in path for *_, storage in node.written),
+        bumps=bumps,
+        scalars=tuple(region.scalars[n:]),
+        moves=False,
+        structure=None,
+        form=NOTHING,
+        made=(),
+        graded=False,
+        grads=tuple(grads),
+    )
+
+
+def losses_of(tensors: Any, gradients: Any) -> tuple[list[Any], list[Any]] | None:
+    """The tensors that a backward begins at and its gradients; None if one of them is something else than a tensor."""
+    losses = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors) if isinstance(tensors, (tuple, list)) else []
+    given = [] if gradients is None else [gradients] if isinstance(gradients, torch.Tensor) else list(gradients)
+    if not losses or any(not isinstance(t, torch.Tensor) for t in losses):
+        return None
+    if len(tensors_in(given)) + sum(t is None for t in given) != len(given):
+        return None
+    return losses, given

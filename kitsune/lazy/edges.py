@@ -1,0 +1,238 @@
+"""Whole calls of torch's API that are known at a place of a region: what each takes in, what it leaves, how far it goes.
+
+An op is known by its node in the trie; a call by an edge from the node before it to the node behind its last op.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kitsune.ir import TensorType
+from kitsune.ir.graph import Operand, Result
+from kitsune.lazy.cell import Cell, Ref, ref
+from kitsune.lazy.tensor import LazyTensor
+from kitsune.lazy.trie import GENERAL, NOTHING, ONE, SELF, Node
+
+
+class History:
+    """The calls so far, in this region, that autograd made nodes for; one object for each such sequence."""
+
+    __slots__ = ("after",)
+
+    def __init__(self) -> None:
+        self.after: dict[Any, History] = {}
+
+    def then(self, edge: Any) -> "History":
+        """What this becomes with one more call."""
+        found = self.after.get(edge)
+        if found is None:
+            found = self.after[edge] = History()
+        return found
+
+
+class Incoming:
+    """What a call brings along: its tensors in order, those that are new to the region by id, its moving numbers."""
+
+    __slots__ = ("flat", "floats", "fresh", "serials", "unknown")
+
+    def __init__(self) -> None:
+        self.flat: list[Any] = []
+        # id -> (tensor, serial of its storage)
+        self.fresh: dict[int, tuple[Any, int]] = {}
+        self.serials: set[int] = set()
+        self.floats: list[float] = []
+        # It cannot be told from others by a key.
+        self.unknown = False
+
+
+@dataclass(slots=True)
+class Made:
+    """A tensor that a call returns: its value, type and storage, what makes its wrapper, and the name of its history, if any."""
+
+    ref: Ref
+    type: TensorType
+    storage: int
+    make: Any = field(compare=False)
+    graded: str | None
+
+
+@dataclass(slots=True, eq=False)
+class Edge:
+    """A call at one place of a region.
+
+    `arrivals` are (position among the fresh tensors, value, type, storage); `rewrites` (position among all, value afterwards);
+    `bumps` the positions of the plain tensors that it writes, once for each write. `scalars` are its moving numbers as it has
+    them; where `moves`, they are the call's own. `grads` are (leaf's value, what becomes of its gradient) after a backward.
+    """
+
+    node: Node
+    arrivals: tuple[tuple[int, Ref, TensorType, int], ...]
+    rewrites: tuple[tuple[int, Ref], ...]
+    dirty: frozenset[int]
+    bumps: tuple[int, ...]
+    scalars: tuple[float, ...]
+    moves: bool
+    structure: Any
+    form: int
+    made: tuple[Made, ...]
+    graded: bool
+    # Operands that get a history by being written, and its name.
+    graduates: tuple[tuple[int, str], ...] = ()
+    grads: tuple[tuple[int, Made | None], ...] = ()
+    # What it does was not recorded: it is made for real each time, which no gradient needs to know.
+    plain: bool = False
+    sights: int = 0
+    # How often it turned out to do something else.
+    restarts: int = 0
+    # Of a backward: which of the calls before it lead to its loss, once known.
+    spent: Any = None
+    floats: tuple[float, ...] = field(default=())
+
+    def same(self, other: "Edge") -> bool:
+        """Did the call do again what it did before?"""
+        return (
+            self.node is other.node
+            and self.arrivals == other.arrivals
+            and self.rewrites == other.rewrites
+            and self.bumps == other.bumps
+            and self.structure == other.structure
+            and self.plain == other.plain
+            and self.moves == other.moves
+            and self.graduates == other.graduates
+            and self.grads == other.grads
+            and self.made == other.made
+        )
+
+
+def history_of(tensor: Any) -> str:
+    """The name of a tensor's place in the autograd graph, as torch prints it."""
+    if tensor.virtual is not None:
+        name: str = tensor.virtual_name
+        return name
+    node = tensor.grad_fn
+    return type(node).__name__ if type(node).__name__ != "CppFunction" else str(node.name().rpartition("::")[2])
+
+
+class Before:
+    """What is known of a call's tensors before it is made: their values and versions."""
+
+    def __init__(self, flat: list[Any], region: Any) -> None:
+        self._flat, self._region = flat, region
+        self._cells = [cell_in(t, region) for t in flat]
+        self._refs = [None if cell is None else cell.ref for cell in self._cells]
+        self._versions = [0 if t.is_inference() else t._version for t in flat]
+        self._graded = [t.requires_grad for t in flat]
+
+    def written(self) -> tuple[tuple[tuple[int, Ref], ...], tuple[int, ...], tuple[tuple[int, str], ...]] | None:
+        """The tensors that have been written since, as an Edge has them; None if one of them is of another kind now."""
+        rewrites, bumps, graduates, seen = [], [], [], set()
+        for k, (tensor, known, value) in enumerate(zip(self._flat, self._cells, self._refs, strict=True)):
+            cell = cell_in(tensor, self._region)
+            if cell is not known and known is not None:
+                return None
+            if cell is None or id(tensor) in seen or cell.ref is (value or cell.came):
+                continue
+            seen.add(id(tensor))
+            if tensor.requires_grad and not self._graded[k]:
+                if type(tensor) is not LazyTensor or cell.external:
+                    return None
+                graduates.append((k, history_of(tensor)))
+            rewrites.append((k, cell.ref))
+            # A wrapper's own count is brought up to date when its graph is made.
+            if type(tensor) is not LazyTensor or cell.external:
+                bumps += [k] * (tensor._version - self._versions[k])
+        return tuple(rewrites), tuple(bumps), tuple(graduates)
+
+
+def path_between(before: Node, after: Node) -> list[Node] | None:
+    """The nodes behind `before` up to `after`; None if the one does not lead to the other."""
+    nodes: list[Node] = []
+    node: Node | None = after
+    while node is not None and node is not before:
+        if node.depth <= before.depth:
+            return None
+        nodes.append(node)
+        node = node.parent
+    nodes.reverse()
+    return nodes if node is before else None
+
+
+def arrivals_of(path: Sequence[Node], fresh: Sequence[Any], region: Any) -> tuple[Any, ...] | None:
+    """Where the tensors come from that the nodes let in; None if one of them is not among the call's own."""
+    came = {}
+    for k, tensor in enumerate(fresh):
+        cell = cell_in(tensor, region)
+        if cell is not None and cell.came is not None:
+            came[cell.came.id] = k
+    found = []
+    for node in path:
+        for number, type_, storage in node.admitted:
+            if number not in came:
+                return None
+            found.append((came[number], ref(number), type_, storage))
+    return tuple(found)
+
+
+def cell_in(tensor: Any, region: Any) -> Cell | None:
+    """The cell of a tensor in a region, if it is there."""
+    if type(tensor) is LazyTensor:
+        cell: Cell = tensor.cell
+        return cell if cell.region is region else None
+    return region.plain.get(id(tensor))  # type: ignore[no-any-return]
+
+
+class Returned:
+    """What a call returned, in terms of the region; `fits` is False where it cannot be made again without the call."""
+
+    def __init__(self, result: Any, flat: list[Any], region: Any, first: int, maker: Any) -> None:
+        self.made: list[Made] = []
+        self.fits = True
+        self.graded = False
+        self._ids = {id(t): k for k, t in reversed(list(enumerate(flat)))}
+        self._seen: set[int] = set()
+        self._region, self._first, self._maker = region, first, maker
+        self.structure = self._described(result)
+
+    @property
+    def form(self) -> int:
+        """How the result is put together; see the trie."""
+        if isinstance(self.structure, Result):
+            return ONE
+        if isinstance(self.structure, Operand):
+            return SELF
+        return NOTHING if self.structure is None else GENERAL
+
+    def _described(self, result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            return self._tensor(result)
+        if type(result) in (tuple, list):
+            return type(result)(self._described(x) for x in result)
+        if result is not None and type(result) not in (int, bool, str):
+            self.fits = False
+        return result
+
+    def _tensor(self, tensor: Any) -> Any:
+        if id(tensor) in self._ids:
+            return Operand(self._ids[id(tensor)])
+        made = self.new(tensor)
+        if made is None:
+            self.fits = False
+            return None
+        self.made.append(made)
+        return Result(len(self.made) - 1)
+
+    def new(self, tensor: Any) -> Made | None:
+        """A tensor that the call has made; None if it is another one, or came twice."""
+        cell = cell_in(tensor, self._region) if type(tensor) is LazyTensor else None
+        if cell is None or cell.external or id(tensor) in self._seen or cell.ref.id < self._first:
+            return None
+        self._seen.add(id(tensor))
+        graded = None
+        if tensor.requires_grad:
+            if tensor.is_leaf:
+                return None
+            graded = history_of(tensor)
+            self.graded = True
+        return Made(cell.ref, cell.type, cell.storage, self._maker(cell.type), graded)

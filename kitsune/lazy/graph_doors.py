@@ -1,0 +1,115 @@
+"""Ways to the autograd graph that calls of torch's API do not show: while a call lane is open, they tell it first."""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from kitsune.lazy.call_lane import CallLane
+
+_here = threading.local()
+_originals: list[tuple[Any, str, Any]] = []
+_lock = threading.Lock()
+_n_open = 0
+
+
+def lanes() -> list[CallLane]:
+    """The lanes that are open in this thread."""
+    if not hasattr(_here, "lanes"):
+        _here.lanes = []
+    found: list[CallLane] = _here.lanes
+    return found
+
+
+def open_graph_doors(lane: CallLane) -> None:
+    """Watch for a lane of this thread."""
+    global _n_open
+    lanes().append(lane)
+    with _lock:
+        _n_open += 1
+        if _n_open == 1:
+            for owner, name, make in _doors():
+                original = getattr(owner, name)
+                _originals.append((owner, name, original))
+                setattr(owner, name, make(original))
+
+
+def close_graph_doors(lane: CallLane) -> None:
+    """Stop watching."""
+    global _n_open
+    lanes().remove(lane)
+    with _lock:
+        _n_open -= 1
+        while not _n_open and _originals:
+            setattr(*_originals.pop())
+
+
+def _lost_track(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        for lane in lanes():
+            lane.lose_track()
+        return original(*args, **kwargs)
+
+    return door
+
+
+def _backward(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: Any = None,
+        create_graph: Any = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> Any:
+        def run() -> Any:
+            return original(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+
+        if not lanes():
+            return run()
+        plain = not retain_graph and not create_graph and grad_variables is None and inputs is None
+        return lanes()[-1].backward(run, tensors, grad_tensors, plain)
+
+    return door
+
+
+def _casts(original: Any) -> Any:
+    @functools.wraps(original)
+    def door() -> None:
+        for lane in lanes():
+            lane.recorder.epoch += 1
+        original()
+
+    return door
+
+
+def _quiet(original: Any) -> Any:
+    """It reads and sets gradients by the hundred, at 1 us each while calls are looked at."""
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        if not lanes():
+            return original(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return original(*args, **kwargs)
+
+    return door
+
+
+Door = tuple[Any, str, Callable[[Any], Any]]
+
+
+def _doors() -> Iterator[Door]:
+    # `Function.apply` asks this first, also where a program has bound it beforehand.
+    yield torch._C, "_are_functorch_transforms_active", _lost_track
+    yield torch.autograd, "backward", _backward
+    yield torch._C._autograd, "_push_saved_tensors_default_hooks", _lost_track
+    yield torch, "clear_autocast_cache", _casts
+    yield torch.optim.Optimizer, "zero_grad", _quiet
+    yield torch.nn.Module, "zero_grad", _quiet
+    for scripted in ("ScriptFunction", "ScriptMethod"):
+        yield getattr(torch._C, scripted), "__call__", _lost_track

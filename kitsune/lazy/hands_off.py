@@ -1,0 +1,73 @@
+"""Functions of torch's API that are no part of what is followed, by what they could tell or change."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PROPERTIES = (
+    "shape dtype device layout ndim itemsize nbytes is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_nested is_meta is_mps "
+    "is_xpu is_ipu is_xla is_mkldnn is_mtia is_vulkan is_maia requires_grad is_leaf names"
+)
+_METHODS = (
+    "size stride dim ndimension numel nelement element_size is_contiguous is_floating_point is_complex is_signed storage_offset "
+    "get_device is_same_size is_conj is_neg is_inference __len__ dim_order has_names is_set_to is_coalesced"
+)
+_FUNCTIONS = "is_floating_point is_complex is_signed numel is_same_size is_conj is_neg is_inference can_cast promote_types"
+
+
+_GRAD: Any = Tensor.grad
+
+
+def _getter(name: str) -> object:
+    return getattr(Tensor, name).__get__
+
+
+def _found(owner: object, names: str) -> set[object]:
+    return {getattr(owner, name) for name in names.split() if hasattr(owner, name)}
+
+
+# They tell what a wrapper knows by itself, or set a gradient.
+HARMLESS = frozenset(
+    {_getter(name) for name in _PROPERTIES.split() if hasattr(Tensor, name)}
+    | _found(Tensor, _METHODS)
+    | _found(torch, _FUNCTIONS)
+    | {torch._C._set_grad_enabled}
+    | {_GRAD.__get__, _GRAD.__set__, _GRAD.__delete__}
+)
+
+# They ask for a value, and leave it as it is.
+VALUES = frozenset(
+    _found(
+        Tensor,
+        "item tolist numpy __bool__ __float__ __int__ __index__ __complex__ __array__ __repr__ __format__ __deepcopy__ "
+        "__reduce_ex__ "
+        "data_ptr const_data_ptr storage untyped_storage _typed_storage __dlpack__ __dlpack_device__ __contains__ __hash__ "
+        "is_shared is_pinned __dir__",
+    )
+)
+# They ask for a value, or for a place in the graph.
+ASKS = VALUES | frozenset(
+    {_getter(name) for name in "grad_fn _version _base data output_nr retains_grad name _backward_hooks".split()}
+    | _found(Tensor, "_is_view")
+)
+
+# From here on autograd, or the program, does something that the calls alone do not show.
+REACHES_GRAPH = frozenset(
+    {getattr(Tensor, name).__set__ for name in "requires_grad data _backward_hooks".split()}
+    | _found(
+        Tensor,
+        "requires_grad_ detach_ register_hook retain_grad register_post_accumulate_grad_hook set_ resize_ resize_as_ "
+        "share_memory_ "
+        "as_subclass rename_",
+    )
+)
+
+
+def may_write(func: object) -> bool:
+    """Does a function write its first argument, by its name?"""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        reads = ("__invert__", "__index__", "__int__", "__iter__")
+        return name == "__setitem__" or (name.startswith("__i") and name not in reads)
+    return name.endswith("_")

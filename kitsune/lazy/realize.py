@@ -1,0 +1,180 @@
+"""Calls that were followed get their place in the autograd graph after all: they are made again, their values are not.
+
+The wrappers that the program holds of them are handed to autograd as results, so that it is those that get a history.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kitsune.ir import versions_kept
+from kitsune.lazy.cell import Cell
+from kitsune.lazy.edges import Edge, path_between
+from kitsune.lazy.rebuild import fill
+from kitsune.lazy.tensor import LazyTensor, wrap
+from kitsune.lazy.trie import Node
+
+
+@dataclass(slots=True)
+class Followed:
+    """A call that was followed: from which node, with what, what it gave, and what it changed of its operands' cells."""
+
+    edge: Edge
+    start: Node
+    func: Any
+    args: Any
+    kwargs: Any
+    flat: list[Any]
+    made: list[LazyTensor]
+    undo: list[tuple[Cell, Any]]
+    dirty: set[int]
+    modes: Any
+    epoch: int
+
+
+class Spent:
+    """The mark of a wrapper whose graph a followed backward has used up."""
+
+
+SPENT = Spent()
+# Not the name in torch, which is watched.
+_clear_casts = torch.clear_autocast_cache
+TWICE = (
+    "Trying to backward through the graph a second time (or directly access saved tensors after they have already been freed). "
+    "Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). Specify retain_graph=True if "
+    "you need to backward through the graph a second time or if you need to access saved tensors after calling backward."
+)
+
+
+class Walk:
+    """Takes the ops of calls that are made again: each is known, its results are there."""
+
+    def __init__(self, region: Any) -> None:
+        self.region = region
+        self.path: list[Node] = []
+        self.held: dict[int, LazyTensor] = {}
+
+    def begin(self, call: Followed) -> None:
+        """From here on the ops of this call come."""
+        path = path_between(call.start, call.edge.node)
+        assert path is not None
+        path.reverse()
+        self.path = path
+        self.held = {made.ref.id: tensor for made, tensor in zip(call.edge.made, call.made, strict=True)}
+
+    def take(self, row: Any, tensors: list[Any]) -> Any:
+        """The results of an op."""
+        node = self.path.pop() if self.path else None
+        if node is None or node.row is not row:
+            expected = "none" if node is None or node.row is None else node.row.target
+            raise RuntimeError(
+                f"a call that Kitsune followed was to be made again for its gradient and did another operator, {row.target}, "
+                f"instead of {expected}. This is a bug in Kitsune: please report it. KITSUNE_FOLLOW=0 runs the program without "
+                "following."
+            )
+        region = self.region
+        for operand, _, after, storage in node.written:
+            region.cell(tensors[operand]).ref = after
+            region.dirty.add(storage)
+        return fill(node.structure, [self._result(*result) for result in node.results], tensors)
+
+    def _result(self, ref: Any, type_: Any, storage: int) -> LazyTensor:
+        held = self.held.get(ref.id)
+        if held is not None:
+            return held
+        cell = Cell(self.region, ref, type_, storage)
+        self.region.produced.append(cell)
+        return wrap(cell)
+
+
+def realize(recorder: Any, region: Any) -> None:
+    """Give every followed call of the region its place in the autograd graph."""
+    calls, region.calls = region.calls, []
+    now = region.dirty
+    refs = [(cell, cell.ref) for call in calls for cell, _ in call.undo]
+    for call in reversed(calls):
+        for cell, before in reversed(call.undo):
+            cell.ref = before
+    walk = Walk(region)
+    hook, recorder.hook, recorder.walk = recorder.hook, None, walk
+    try:
+        with _modes(recorder) as adopt:
+            for call in calls:
+                adopt(call)
+                region.dirty = set(call.dirty)
+                walk.begin(call)
+                for tensor in (*call.made, *(call.flat[k] for k, _ in call.edge.graduates)):
+                    tensor.virtual = None
+                for tensor in call.flat:
+                    if tensor_is_spent(tensor):
+                        attach_spent(recorder, tensor)
+                with versions_kept([t for t in call.flat if type(t) is not LazyTensor]):
+                    call.func(*call.args, **call.kwargs)
+    finally:
+        recorder.walk, recorder.hook = None, hook
+        region.dirty = now
+        for cell, ref in refs:
+            cell.ref = ref
+    region.real = True
+
+
+def tensor_is_spent(tensor: Any) -> bool:
+    """Is this a wrapper whose graph is used up?"""
+    return type(tensor) is LazyTensor and tensor.virtual is SPENT
+
+
+class Gone(torch.autograd.Function):
+    """The history of a wrapper whose graph is used up: it says so when it is asked for gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, wrapper: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(wrapper)
+        return wrapper
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        raise RuntimeError(TWICE)
+
+
+_anchor = torch.zeros((), requires_grad=True)
+
+
+def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
+    """Let autograd know that the wrapper had a graph, which is gone."""
+    tensor.virtual = None
+    hook, recorder.hook = recorder.hook, None
+    try:
+        with torch.enable_grad(), versions_kept([tensor]):
+            Gone.apply(_anchor, tensor)
+    finally:
+        recorder.hook = hook
+
+
+@contextlib.contextmanager
+def _modes(recorder: Any) -> Iterator[Any]:
+    """Brings back the grad mode and the autocast of each call, with the casts of weights that it shared with others."""
+    device = recorder.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    epoch: list[int] = []
+
+    def adopt(call: Followed) -> None:
+        if epoch and epoch[0] != call.epoch:
+            _clear_casts()
+        epoch[:] = [call.epoch]
+        _, autocast = call.modes
+        torch.set_autocast_enabled(device, autocast is not None)
+        if autocast is not None:
+            torch.set_autocast_dtype(device, autocast)
+
+    torch.autocast_increment_nesting()
+    try:
+        with torch.enable_grad():
+            yield adopt
+    finally:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+        if torch.autocast_decrement_nesting() == 0 or (epoch and epoch[0] != recorder.epoch):
+            _clear_casts()
