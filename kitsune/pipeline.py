@@ -63,7 +63,6 @@ class Pipeline:
             on_close=close,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
-        self.recorder.reenter = lambda on: self.recorder.enter() if on else self.recorder.leave()
         self.follows = False
 
     def enter(self) -> None:

@@ -26,6 +26,19 @@ class RecordMode(TorchDispatchMode):
         if self not in _get_current_dispatch_mode_stack():
             _push_mode(self)
 
+    @contextlib.contextmanager
+    def above_autograd(self) -> Iterator[None]:
+        """A context for calls that autograd and this mode are to see, also from within the handling of an op."""
+        if self in _get_current_dispatch_mode_stack():
+            yield
+            return
+        with torch.overrides.enable_reentrant_dispatch():
+            self.enter()
+            try:
+                yield
+            finally:
+                self.leave()
+
     def leave(self) -> bool:
         """Take this mode off the stack wherever it is: a user's own mode may have been entered after it and be open still.
 

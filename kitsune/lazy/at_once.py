@@ -34,6 +34,8 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     assert reason is not None
     tensors = tensors_in((args, kwargs))
     flush_for(recorder, row, args, kwargs, tensors, reason)
+    if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER):
+        recorder.n_unrecorded += 1
     result, reals = call(recorder, row, args, kwargs, tensors)
     return hand_out(recorder, row, result, tensors, reals, reason)
 

@@ -129,11 +129,12 @@ def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: di
     before = {number: (leaf, leaf.grad) for number, leaf in leaves.items()}
     known = Before(flat, region)
     region.real = True
+    n_unrecorded = recorder.n_unrecorded
     result = lane.made(run)
     if recorder.region is not region:
         return result
     edge = None
-    if key is not None:
+    if key is not None and recorder.n_unrecorded == n_unrecorded:
         edge = _edge(region, call, before, known, start, first, n)
         edge = lane.remember(start, key, edge)
     region.history = None if edge is None or region.history is None else region.history.then(edge)

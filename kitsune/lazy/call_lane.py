@@ -5,6 +5,7 @@ anything else that could tell the difference has the calls made again for their 
 """
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.autograd.graph import increment_version
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.cell import Cell
-from kitsune.lazy.edges import Before, Edge, Incoming, Returned, arrivals_of, cell_in, path_between
+from kitsune.lazy.edges import Before, Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between
 from kitsune.lazy.hands_off import ASKS, HARMLESS, REACHES_GRAPH, VALUES, may_write
 from kitsune.lazy.realize import Followed, attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
@@ -138,8 +139,6 @@ class CallLane:
             cell.ref = after
         if edge.dirty:
             region.dirty = dirty | edge.dirty
-        if edge.bumps:
-            increment_version([flat[k] for k in edge.bumps])
         region.node = edge.node
         wrappers = [place(region, made) for made in edge.made]
         if edge.graded:
@@ -150,6 +149,9 @@ class CallLane:
                 flat[k].virtual, flat[k].virtual_name = region, name
             region.history = region.history.then(edge)
             region.calls.append(Followed(edge, start, func, args, kwargs, flat, wrappers, undo, dirty, modes, recorder.epoch))
+        if edge.bumps:
+            # Those with a history yet to come are counted when they get it.
+            increment_version([t for k in edge.bumps if type(t := flat[k]) is not LazyTensor or t.virtual is None])
         recorder.tally.followed += 1
         if edge.form == ONE:
             result: Any = wrappers[0]
@@ -181,12 +183,14 @@ class CallLane:
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars = region.node, region.node.n_values, len(region.scalars)
-        before = Before(flat, region)
+        learns = key is not None and not graph
+        n_unrecorded = recorder.n_unrecorded
+        before = Before(flat, region) if learns else None
         result = self.made(lambda: func(*args, **kwargs))
         if recorder.region is not region or region.history is None:
             return result
         edge = None
-        if key is not None and not graph:
+        if learns and recorder.n_unrecorded == n_unrecorded:
             edge = self._learn(key, func, kwargs, call, start, first, before, n_scalars, result)
         if graded:
             region.history = None if edge is None else region.history.then(edge)
@@ -244,6 +248,10 @@ class CallLane:
         written = before.written()
         if written is None:
             return None
+        storages = {cell.storage for t in flat if (cell := cell_in(t, region)) is not None}
+        if any(made.storage in storages and made.graded is None for made in returned.made):
+            # A view shares its base's count of writes, which only autograd's own kernels can bring about.
+            return _plain_edge(region.node)
         rewrites, bumps, graduates = written
         scalars = tuple(region.scalars[n:])
         return Edge(
@@ -256,7 +264,7 @@ class CallLane:
             moves=len(path) == 1 and bool(scalars) and list(scalars) == call.floats and _in_order(kwargs),
             structure=returned.structure,
             form=returned.form,
-            made=tuple(returned.made),
+            made=tuple(replace(made, born=born(path, made.ref)) for made in returned.made),
             graded=returned.graded or (torch.is_grad_enabled() and any(flat[k].requires_grad for k, _ in rewrites)),
             graduates=graduates,
             floats=tuple(call.floats),

@@ -56,6 +56,8 @@ class Made:
     storage: int
     make: Any = field(compare=False)
     graded: str | None
+    # As what the call made it, before it wrote to it.
+    born: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -140,8 +142,7 @@ class Before:
                     return None
                 graduates.append((k, history_of(tensor)))
             rewrites.append((k, cell.ref))
-            # A wrapper's own count is brought up to date when its graph is made.
-            if type(tensor) is not LazyTensor or cell.external:
+            if not tensor.is_inference():
                 bumps += [k] * (tensor._version - self._versions[k])
         return tuple(rewrites), tuple(bumps), tuple(graduates)
 
@@ -173,6 +174,15 @@ def arrivals_of(path: Sequence[Node], fresh: Sequence[Any], region: Any) -> tupl
                 return None
             found.append((came[number], ref(number), type_, storage))
     return tuple(found)
+
+
+def born(path: Sequence[Node], value: Ref) -> int:
+    """The number of the value that a tensor was when one of the nodes made it."""
+    before = {after.id: number for node in path for _, number, after, _ in node.written}
+    number = value.id
+    while number in before:
+        number = before[number]
+    return number
 
 
 def cell_in(tensor: Any, region: Any) -> Cell | None:

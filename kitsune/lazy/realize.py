@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from kitsune.ir import versions_kept
+from kitsune.ir.graph import Result
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Edge, path_between
-from kitsune.lazy.rebuild import fill
+from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 
@@ -63,7 +64,7 @@ class Walk:
         assert path is not None
         path.reverse()
         self.path = path
-        self.held = {made.ref.id: tensor for made, tensor in zip(call.edge.made, call.made, strict=True)}
+        self.held = {made.born: tensor for made, tensor in zip(call.edge.made, call.made, strict=True)}
 
     def take(self, row: Any, tensors: list[Any]) -> Any:
         """The results of an op."""
@@ -79,12 +80,14 @@ class Walk:
         for operand, _, after, storage in node.written:
             region.cell(tensors[operand]).ref = after
             region.dirty.add(storage)
-        return fill(node.structure, [self._result(*result) for result in node.results], tensors)
+        return fill(node.structure, [self._result(row, *result) for result in node.results], tensors)
 
-    def _result(self, ref: Any, type_: Any, storage: int) -> LazyTensor:
+    def _result(self, row: Any, ref: Any, type_: Any, storage: int) -> LazyTensor:
         held = self.held.get(ref.id)
         if held is not None:
-            return held
+            held.cell.ref = ref
+            # Autograd makes a copy of a view that somebody holds, and that one would get the history.
+            return wrap(held.cell) if row.is_view else held
         cell = Cell(self.region, ref, type_, storage)
         self.region.produced.append(cell)
         return wrap(cell)
@@ -101,7 +104,7 @@ def realize(recorder: Any, region: Any) -> None:
     walk = Walk(region)
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk
     try:
-        with _modes(recorder) as adopt:
+        with torch._C.DisableTorchFunction(), recorder.above_autograd(), _modes(recorder) as adopt:
             for call in calls:
                 adopt(call)
                 region.dirty = set(call.dirty)
@@ -112,13 +115,48 @@ def realize(recorder: Any, region: Any) -> None:
                     if tensor_is_spent(tensor):
                         attach_spent(recorder, tensor)
                 with versions_kept([t for t in call.flat if type(t) is not LazyTensor]):
-                    call.func(*call.args, **call.kwargs)
+                    hand_over(call.func(*call.args, **call.kwargs), call)
     finally:
         recorder.walk, recorder.hook = None, hook
         region.dirty = now
         for cell, ref in refs:
             cell.ref = ref
     region.real = True
+
+
+def hand_over(result: Any, call: Followed) -> None:
+    """Let the wrappers that the program holds be the tensors that the call has returned."""
+    for made, held in zip(tensors_in(_results(result, call.edge.structure)), call.made, strict=True):
+        if made is held or not made.requires_grad:
+            continue
+        try:
+            # One is new, the other has never been known to C++: nothing else refers to either.
+            torch._C._swap_tensor_impl(held, made)
+        except RuntimeError:
+            with torch.enable_grad():
+                Same.apply(made, held)
+
+
+def _results(result: Any, structure: Any) -> Any:
+    """The part of a result that the call has made, in order."""
+    if isinstance(structure, Result):
+        return [result]
+    if isinstance(structure, (list, tuple)):
+        return [_results(part, form) for part, form in zip(result, structure, strict=True)]
+    return []
+
+
+class Same(torch.autograd.Function):
+    """Gives a wrapper the history of another one that stands for the same value."""
+
+    @staticmethod
+    def forward(ctx: Any, made: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(held)
+        return held
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        return grad, None
 
 
 def tensor_is_spent(tensor: Any) -> bool:
@@ -147,7 +185,7 @@ def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
     tensor.virtual = None
     hook, recorder.hook = recorder.hook, None
     try:
-        with torch.enable_grad(), versions_kept([tensor]):
+        with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad(), versions_kept([tensor]):
             Gone.apply(_anchor, tensor)
     finally:
         recorder.hook = hook

@@ -121,12 +121,12 @@ class Recorder(Recording):
 
     def redo(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Make a call again from above autograd, which did not know yet that its operands have a history."""
-        with torch.overrides.enable_reentrant_dispatch():
-            self.reenter(True)
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self.reenter(False)
+        with self.above_autograd():
+            return func(*args, **kwargs)
+
+    def above_autograd(self) -> Any:
+        """A context for calls that autograd and this recorder are to see; the pipeline's mode has it."""
+        raise NotImplementedError
 
     def after_follow(self) -> None:
         """The region has grown by a whole call."""

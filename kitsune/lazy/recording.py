@@ -64,8 +64,9 @@ class Recording:
         # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
         self.lane: Any = None
         self.hook: Any = None
-        self.reenter: Any = None
         self.walk: Any = None
+        # Counts the ops that ran beside the region: what they tell may be in the calls' later arguments, unseen by any key.
+        self.n_unrecorded = 0
         # Counts the times that autocast has forgotten its casts of weights.
         self.epoch = 0
         self.rows: dict[int, OpRow] = {}
