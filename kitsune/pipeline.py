@@ -68,23 +68,32 @@ class Pipeline:
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
         self.recorder.enter()
+        self.follow()
+
+    def follow(self) -> None:
+        """Take calls, not ops alone."""
         self.follows = config.follow and self.lane.enter()
         if self.follows:
             self.recorder.hook = self.lane.stray
             open_graph_doors(self.lane)
 
-    def leave(self) -> bool:
-        """The opposite; False if that is not possible now."""
+    def stop_following(self) -> None:
+        """Take ops alone: another pipeline has been opened inside, or none is open any more."""
         if self.follows:
             self.lane.settle_spent()
             self.lane.leave()
             close_graph_doors(self.lane)
             self.recorder.hook, self.follows = None, False
+
+    def leave(self) -> bool:
+        """The opposite of `enter`; False if that is not possible now."""
+        self.stop_following()
         return self.recorder.leave()
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a flushed region: `values` has the inputs by number and receives the outputs."""
-        with below_autograd(), torch._C._DisableTorchDispatch():
+        # A region that ends outside of a call of the API would have its own ops looked at as calls.
+        with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             self.runner.run(graph, values, scalars)
 
     def forget(self) -> None:

@@ -217,6 +217,7 @@ def _open(pipeline: Pipeline) -> None:
         # From here on the inner pipeline sees the ops: nothing that it reads may still be pending in an outer one.
         if other is not pipeline:
             other.recorder.flush(Barrier.NESTED)
+            other.stop_following()
     with _lock:
         _n_open += 1
         if _n_open == 1:
@@ -242,7 +243,9 @@ def _close(pipeline: Pipeline) -> None:
     if not pipeline.leave():
         pipeline.left_behind = True
         pipeline.recorder.pause()
-    if not _thread.depth:
+    if _thread.depth:
+        next(reversed(_thread.depth)).follow()
+    else:
         torch._C._set_view_replay_enabled(_thread.view_replay)
     close_doors(pipeline.recorder)
     settle_grads(pipeline.recorder.take_leaves())

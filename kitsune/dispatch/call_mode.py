@@ -1,8 +1,5 @@
 """The TorchFunctionMode that hands every call of torch's API to the call lane."""
 
-from typing import Any
-
-import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 
@@ -27,8 +24,3 @@ class CallMode(TorchFunctionMode):
             above.append(mode)
         for mode in reversed(above):
             _push_mode(mode)
-
-
-def without_calls() -> Any:
-    """A context in which no call of torch's API is looked at, only the ops that it makes."""
-    return torch._C.DisableTorchFunction()

@@ -28,16 +28,17 @@ class RecordMode(TorchDispatchMode):
 
     @contextlib.contextmanager
     def above_autograd(self) -> Iterator[None]:
-        """A context for calls that autograd and this mode are to see, also from within the handling of an op."""
-        if self in _get_current_dispatch_mode_stack():
-            yield
-            return
-        with torch.overrides.enable_reentrant_dispatch():
-            self.enter()
+        """A context for calls that autograd and this mode are to see, also where an op is handled or somebody hides modes."""
+        hidden = self not in _get_current_dispatch_mode_stack()
+        include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        with torch._C._ForceDispatchKeyGuard(include, exclude - _ABOVE):
+            if hidden:
+                self.enter()
             try:
                 yield
             finally:
-                self.leave()
+                if hidden:
+                    self.leave()
 
     def leave(self) -> bool:
         """Take this mode off the stack wherever it is: a user's own mode may have been entered after it and be open still.

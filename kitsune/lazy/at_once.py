@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch.autograd.graph import increment_version
 
 from kitsune.ir import Barrier, OpRow, type_of, versions_kept
@@ -20,7 +21,7 @@ def call(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: list[
     if func.namespace != "aten" or any(type(real) not in PLAIN for real in reals):
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
         return func(*real_args, **real_kwargs), reals
-    with recorder.below_autograd():
+    with recorder.below_autograd(), torch._C.DisableTorchFunction():
         if not row.bumps:
             return func(*real_args, **real_kwargs), reals
         with versions_kept(list(written_operands(row, real_args, real_kwargs))):

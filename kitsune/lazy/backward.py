@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from kitsune.lazy.edges import Before, Edge, Incoming, Made, Returned, arrivals_of, cell_in, path_between
 from kitsune.lazy.realize import SPENT, Followed
 from kitsune.lazy.rebuild import tensors_in
+from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
 from kitsune.lazy.trie import NOTHING
 
@@ -31,8 +32,9 @@ def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradient
             key = key_of(region, torch.Tensor.backward, tree, {}, (region.history, tuple(leaves)), call)
         if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
             edge = region.node.calls.get(key)
-            if edge is not None and edge.sights >= lane.sights and _is_whole(region, edge, losses):
-                return _follow(recorder, edge, call, leaves)
+            numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(region.scalars)
+            if numbers is not None and _is_whole(region, edge, losses):
+                return _follow(recorder, edge, call, leaves, numbers)
         lane.own_up([*losses, *gradients])
         return _run(lane, run, None if call.unknown else key, call, leaves)
 
@@ -58,11 +60,14 @@ def _distributed() -> bool:
 def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
     """Which calls lead to the losses? Every loss must come from a call that was followed."""
     if edge.spent is None:
-        # Written in place by a later call, a tensor has that call for a maker as well.
         makers: dict[int, list[int]] = {}
+        # Who writes to a tensor's memory, maybe through a view, is one of its makers as well.
+        writers: dict[int, list[int]] = {}
         for k, call in enumerate(region.calls):
-            for t in (*call.made, *(call.flat[n] for n, _ in call.edge.rewrites)):
+            for t in call.made:
                 makers.setdefault(id(t), []).append(k)
+            for storage in call.edge.dirty:
+                writers.setdefault(storage, []).append(k)
         waiting, spent = list(losses), set()
         while waiting:
             tensor = waiting.pop()
@@ -72,7 +77,7 @@ def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
                 continue
             if id(tensor) not in makers:
                 return False
-            for k in makers[id(tensor)]:
+            for k in (*makers[id(tensor)], *writers.get(tensor.cell.storage, ())):
                 if k not in spent:
                     spent.add(k)
                     waiting += region.calls[k].flat
@@ -80,12 +85,12 @@ def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
     return bool(edge.spent)
 
 
-def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any]) -> None:
+def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], numbers: Any) -> None:
     from kitsune.lazy.call_lane import arrive, place
 
     region = recorder.region
     arrive(region, edge, list(call.fresh.values()))
-    region.scalars.extend(edge.scalars)
+    region.scalars.extend(numbers)
     for k, after in edge.rewrites:
         cell = cell_in(call.flat[k], region)
         assert cell is not None
@@ -124,10 +129,10 @@ def spend(recorder: Any, region: Any, spent: frozenset[int]) -> None:
 
 def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: dict[int, Any]) -> Any:
     recorder, region = lane.recorder, lane.recorder.region
-    start, first, n = region.node, region.node.n_values, len(region.scalars)
+    start, first, scalars = region.node, region.node.n_values, tuple(region.scalars)
     flat = call.flat
     before = {number: (leaf, leaf.grad) for number, leaf in leaves.items()}
-    known = Before(flat, region)
+    written = Before(flat, region)
     region.real = True
     n_unrecorded = recorder.n_unrecorded
     result = lane.made(run)
@@ -135,7 +140,13 @@ def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: di
         return result
     edge = None
     if key is not None and recorder.n_unrecorded == n_unrecorded:
-        edge = _edge(region, call, before, known, start, first, n)
+        edge = _edge(region, call, before, written, start, first, len(scalars))
+        known = start.calls.get(key)
+        if edge is not None:
+            if known is not None and known.same(edge):
+                known.sources.see(scalars, edge.scalars)
+            else:
+                edge.sources = ScalarSources(scalars, edge.scalars)
         edge = lane.remember(start, key, edge)
     region.history = None if edge is None or region.history is None else region.history.then(edge)
     return result
@@ -161,9 +172,7 @@ def _edge(region: Any, call: Incoming, before: dict[int, Any], known: Before, st
     written = known.written()
     if written is None:
         return None
-    rewrites, bumps, graduates = written
-    if graduates:
-        return None
+    rewrites, bumps = written
     return Edge(
         node=region.node,
         arrivals=arrivals,

@@ -145,8 +145,6 @@ class CallLane:
             for wrapper, made in zip(wrappers, edge.made, strict=True):
                 if made.graded is not None:
                     wrapper.virtual, wrapper.virtual_name = region, made.graded
-            for k, name in edge.graduates:
-                flat[k].virtual, flat[k].virtual_name = region, name
             region.history = region.history.then(edge)
             region.calls.append(Followed(edge, start, func, args, kwargs, flat, wrappers, undo, dirty, modes, recorder.epoch))
         if edge.bumps:
@@ -187,6 +185,9 @@ class CallLane:
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         result = self.made(lambda: func(*args, **kwargs))
+        if not graded and any(t.requires_grad for t in tensors_in(result) if not any(t is known for known in flat)):
+            # A factory has made a leaf, or a function of others has built a graph.
+            recorder.region.real, recorder.region.history = True, None
         if recorder.region is not region or region.history is None:
             return result
         edge = None
@@ -252,21 +253,22 @@ class CallLane:
         if any(made.storage in storages and made.graded is None for made in returned.made):
             # A view shares its base's count of writes, which only autograd's own kernels can bring about.
             return _plain_edge(region.node)
-        rewrites, bumps, graduates = written
+        rewrites, bumps = written
         scalars = tuple(region.scalars[n:])
+        dirty = frozenset(storage for node in path for *_, storage in node.written)
         return Edge(
             node=region.node,
             arrivals=arrivals,
             rewrites=rewrites,
-            dirty=frozenset(storage for node in path for *_, storage in node.written),
+            dirty=dirty,
             bumps=bumps,
             scalars=scalars,
             moves=len(path) == 1 and bool(scalars) and list(scalars) == call.floats and _in_order(kwargs),
             structure=returned.structure,
             form=returned.form,
             made=tuple(replace(made, born=born(path, made.ref)) for made in returned.made),
-            graded=returned.graded or (torch.is_grad_enabled() and any(flat[k].requires_grad for k, _ in rewrites)),
-            graduates=graduates,
+            # Who writes to a tensor with a history, maybe through a view of it, gets a place in that history.
+            graded=returned.graded or (torch.is_grad_enabled() and bool(dirty) and any(t.requires_grad for t in flat)),
             floats=tuple(call.floats),
         )
 

@@ -80,8 +80,6 @@ class Edge:
     form: int
     made: tuple[Made, ...]
     graded: bool
-    # Operands that get a history by being written, and its name.
-    graduates: tuple[tuple[int, str], ...] = ()
     grads: tuple[tuple[int, Made | None], ...] = ()
     # What it does was not recorded: it is made for real each time, which no gradient needs to know.
     plain: bool = False
@@ -90,6 +88,8 @@ class Edge:
     restarts: int = 0
     # Of a backward: which of the calls before it lead to its loss, once known.
     spent: Any = None
+    # Of a backward: where its numbers come from.
+    sources: Any = None
     floats: tuple[float, ...] = field(default=())
 
     def same(self, other: "Edge") -> bool:
@@ -102,7 +102,6 @@ class Edge:
             and self.structure == other.structure
             and self.plain == other.plain
             and self.moves == other.moves
-            and self.graduates == other.graduates
             and self.grads == other.grads
             and self.made == other.made
         )
@@ -127,24 +126,23 @@ class Before:
         self._versions = [0 if t.is_inference() else t._version for t in flat]
         self._graded = [t.requires_grad for t in flat]
 
-    def written(self) -> tuple[tuple[tuple[int, Ref], ...], tuple[int, ...], tuple[tuple[int, str], ...]] | None:
+    def written(self) -> tuple[tuple[tuple[int, Ref], ...], tuple[int, ...]] | None:
         """The tensors that have been written since, as an Edge has them; None if one of them is of another kind now."""
-        rewrites, bumps, graduates, seen = [], [], [], set()
+        rewrites, bumps, seen = [], [], set()
         for k, (tensor, known, value) in enumerate(zip(self._flat, self._cells, self._refs, strict=True)):
             cell = cell_in(tensor, self._region)
             if cell is not known and known is not None:
                 return None
+            if tensor.requires_grad and not self._graded[k]:
+                # By being written; and so have all that share its memory.
+                return None
             if cell is None or id(tensor) in seen or cell.ref is (value or cell.came):
                 continue
             seen.add(id(tensor))
-            if tensor.requires_grad and not self._graded[k]:
-                if type(tensor) is not LazyTensor or cell.external:
-                    return None
-                graduates.append((k, history_of(tensor)))
             rewrites.append((k, cell.ref))
             if not tensor.is_inference():
                 bumps += [k] * (tensor._version - self._versions[k])
-        return tuple(rewrites), tuple(bumps), tuple(graduates)
+        return tuple(rewrites), tuple(bumps)
 
 
 def path_between(before: Node, after: Node) -> list[Node] | None:

@@ -109,7 +109,7 @@ def realize(recorder: Any, region: Any) -> None:
                 adopt(call)
                 region.dirty = set(call.dirty)
                 walk.begin(call)
-                for tensor in (*call.made, *(call.flat[k] for k, _ in call.edge.graduates)):
+                for tensor in call.made:
                     tensor.virtual = None
                 for tensor in call.flat:
                     if tensor_is_spent(tensor):

@@ -1,0 +1,54 @@
+"""Where a backward's numbers come from: from nowhere, or from numbers of the forward, which may move from step to step."""
+
+from collections.abc import Sequence
+from math import copysign
+
+
+def same(a: float, b: float) -> bool:
+    """Are these the same number, down to the sign of zero?"""
+    return (a == b and (a != 0 or copysign(1, a) == copysign(1, b))) or (a != a and b != b)
+
+
+class ScalarSources:
+    """What is known of the numbers `made` by a backward, given the numbers `before` it in its region.
+
+    Each sight narrows down which number before it a number may be, or be the negative of. A number that no change has moved is
+    a constant. Only of those that have been seen to move is it known what moves with them.
+    """
+
+    def __init__(self, before: Sequence[float], made: Sequence[float]) -> None:
+        self._before, self._made = tuple(before), tuple(made)
+        # (position, sign) of every number that each may be; None for a constant.
+        self._sources: list[set[tuple[int, int]] | None] = [None] * len(self._made)
+        self._moved: set[int] = set()
+        self._unexplained = False
+
+    def see(self, before: Sequence[float], made: Sequence[float]) -> None:
+        """It was made again."""
+        changed = {i for i, (a, b) in enumerate(zip(self._before, before, strict=True)) if not same(a, b)}
+        for j, (old, new) in enumerate(zip(self._made, made, strict=True)):
+            sources = self._sources[j]
+            if sources is None and not same(old, new):
+                every = ((i, sign) for i in changed for sign in (1, -1))
+                sources = {(i, sign) for i, sign in every if same(sign * self._before[i], old)}
+            if sources is not None:
+                sources = {(i, sign) for i, sign in sources if same(sign * before[i], new)}
+                self._unexplained = self._unexplained or not sources
+            self._sources[j] = sources
+        self._moved |= changed
+        self._before, self._made = tuple(before), tuple(made)
+
+    def numbers(self, before: Sequence[float]) -> Sequence[float] | None:
+        """What a backward makes after these numbers; None if that is not known."""
+        changed = {i for i, (a, b) in enumerate(zip(self._before, before, strict=True)) if not same(a, b)}
+        if not changed:
+            return self._made
+        if self._unexplained or not changed <= self._moved:
+            return None
+        found = []
+        for constant, sources in zip(self._made, self._sources, strict=True):
+            values = [constant] if sources is None else [sign * before[i] for i, sign in sources]
+            if not all(same(values[0], value) for value in values):
+                return None
+            found.append(values[0])
+        return found
