@@ -68,19 +68,17 @@ def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
                 makers.setdefault(id(t), []).append(k)
             for storage in call.edge.dirty:
                 writers.setdefault(storage, []).append(k)
-        waiting, spent = list(losses), set()
+        waiting = list(losses)
+        spent: set[int] = set()
         while waiting:
             tensor = waiting.pop()
-            if type(tensor) is not LazyTensor or tensor.virtual is None:
-                if tensor.requires_grad and not tensor.is_leaf:
-                    return False
+            if not tensor.requires_grad or tensor.is_leaf:
                 continue
             if id(tensor) not in makers:
                 return False
-            for k in (*makers[id(tensor)], *writers.get(tensor.cell.storage, ())):
-                if k not in spent:
-                    spent.add(k)
-                    waiting += region.calls[k].flat
+            for k in {*makers[id(tensor)], *writers.get(tensor.cell.storage, ())} - spent:
+                spent.add(k)
+                waiting += region.calls[k].flat
         edge.spent = frozenset(spent)
     return bool(edge.spent)
 

@@ -5,7 +5,6 @@ anything else that could tell the difference has the calls made again for their 
 """
 
 import weakref
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,27 +13,25 @@ from torch.autograd.graph import increment_version
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.cell import Cell
-from kitsune.lazy.edges import Before, Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between
+from kitsune.lazy.edges import Before, Edge, Incoming, cell_in
 from kitsune.lazy.hands_off import ASKS, HARMLESS, REACHES_GRAPH, VALUES, may_write
+from kitsune.lazy.learning import Learner, Sight
 from kitsune.lazy.realize import Followed, attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
-from kitsune.lazy.tensor import LazyTensor, wrapper_maker
+from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 
 # An edge is followed once it was seen this often: on the second sight it must do again what it did on the first.
 SIGHTS = 2
 
 
-class CallLane:
+class CallLane(Learner):
     """Takes the calls of one accelerating thread, for its recorder."""
 
     def __init__(self, recorder: Any) -> None:
-        self.recorder = recorder
-        # By function and names of its keywords: do its floats become scalars of its op as they are? Proven once it was seen
-        # with different ones.
-        self.moves: dict[Any, bool] = {}
-        self.proven: set[Any] = set()
+        super().__init__(recorder)
         self.sights = SIGHTS
+        # Wrappers whose graph a followed backward has used up.
         self.spent: list[weakref.ref[LazyTensor]] = []
         # Calls of torch's API that torch is making now.
         self.inside = 0
@@ -108,11 +105,12 @@ class CallLane:
             key = key_of(region, func, args, kwargs, modes, call)
             if call.floats and not self.moves.get((func, *kwargs), False):
                 key = (key, tuple(map(float.hex, call.floats)))
-            if not call.unknown and region.observed_from is None and not region.real and not region.slow:
+            if not call.unknown and region.observed_from is None and not region.slow:
                 edge = region.node.calls.get(key)
                 if (
                     edge is not None
                     and edge.sights >= self.sights
+                    and not (edge.graded and region.real)
                     and (call.floats == list(edge.floats) or (func, *kwargs) in self.proven)
                 ):
                     if edge.plain:
@@ -142,10 +140,7 @@ class CallLane:
         region.node = edge.node
         wrappers = [place(region, made) for made in edge.made]
         if edge.graded:
-            for wrapper, made in zip(wrappers, edge.made, strict=True):
-                if made.graded is not None:
-                    wrapper.virtual, wrapper.virtual_name = region, made.graded
-            region.history = region.history.then(edge)
+            owe(region, edge, wrappers)
             region.calls.append(Followed(edge, start, func, args, kwargs, flat, wrappers, undo, dirty, modes, recorder.epoch))
         if edge.bumps:
             # Those with a history yet to come are counted when they get it.
@@ -188,89 +183,14 @@ class CallLane:
         if not graded and any(t.requires_grad for t in tensors_in(result) if not any(t is known for known in flat)):
             # A factory has made a leaf, or a function of others has built a graph.
             recorder.region.real, recorder.region.history = True, None
-        if recorder.region is not region or region.history is None:
+        if recorder.region is not region:
             return result
         edge = None
-        if learns and recorder.n_unrecorded == n_unrecorded:
-            edge = self._learn(key, func, kwargs, call, start, first, before, n_scalars, result)
+        if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.history is None):
+            edge = self.learn(key, func, kwargs, Sight(call, start, first, n_scalars, before, result))
         if graded:
-            region.history = None if edge is None else region.history.then(edge)
+            region.history = None if edge is None or region.history is None else region.history.then(edge)
         return result
-
-    def _learn(
-        self, key: Any, func: Any, kwargs: Any, call: Incoming, start: Any, first: int, before: Any, n: int, result: Any
-    ) -> Edge | None:
-        edge = self._edge(func, kwargs, call, start, first, before, n, result)
-        if edge is not None and call.floats:
-            name = (func, *kwargs)
-            if name not in self.moves:
-                self.moves[name] = edge.moves
-                key = key[0] if edge.moves else key
-            elif self.moves[name] and not edge.moves:
-                self.moves[name] = False
-                return None
-            known = start.calls.get(key)
-            if known is not None and known.moves and known.floats != edge.floats and known.same(edge):
-                self.proven.add(name)
-        return self.remember(start, key, edge)
-
-    def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:
-        """Note what a call did; returns what is known of it by now."""
-        known: Edge | None = start.calls.get(key)
-        if edge is None:
-            start.calls.pop(key, None)
-            return None
-        if known is None or not known.same(edge):
-            # Something else than last time: it begins anew, a few times.
-            edge.restarts = 0 if known is None else known.restarts + 1
-            start.calls[key] = known = edge
-        known.floats = edge.floats
-        known.sights += 1
-        return known
-
-    def _edge(
-        self, func: Any, kwargs: Any, call: Incoming, start: Any, first: int, before: Any, n: int, result: Any
-    ) -> Edge | None:
-        region, flat = self.recorder.region, call.flat
-        path = path_between(start, region.node)
-        if path is None:
-            return None
-        returned = Returned(result, flat, region, first, wrapper_maker)
-        if not path:
-            if any(type(t) is LazyTensor and (t.virtual is not None or t.requires_grad) for t in (*flat, *tensors_in(result))):
-                # Such as `contiguous()`, which gives back what it was given.
-                if not (returned.fits and returned.form == SELF):
-                    return None
-            else:
-                return _plain_edge(region.node)
-        arrivals = arrivals_of(path, [t for t, _ in call.fresh.values()], region)
-        if arrivals is None or not returned.fits:
-            return None
-        written = before.written()
-        if written is None:
-            return None
-        storages = {cell.storage for t in flat if (cell := cell_in(t, region)) is not None}
-        if any(made.storage in storages and made.graded is None for made in returned.made):
-            # A view shares its base's count of writes, which only autograd's own kernels can bring about.
-            return _plain_edge(region.node)
-        rewrites, bumps = written
-        scalars = tuple(region.scalars[n:])
-        dirty = frozenset(storage for node in path for *_, storage in node.written)
-        return Edge(
-            node=region.node,
-            arrivals=arrivals,
-            rewrites=rewrites,
-            dirty=dirty,
-            bumps=bumps,
-            scalars=scalars,
-            moves=len(path) == 1 and bool(scalars) and list(scalars) == call.floats and _in_order(kwargs),
-            structure=returned.structure,
-            form=returned.form,
-            made=tuple(replace(made, born=born(path, made.ref)) for made in returned.made),
-            # Who writes to a tensor with a history, maybe through a view of it, gets a place in that history.
-            graded=returned.graded or (torch.is_grad_enabled() and bool(dirty) and any(t.requires_grad for t in flat)),
-            floats=tuple(call.floats),
-        )
 
     def own_up(self, tensors: Any = ()) -> None:
         """From here on autograd is to know of every call so far."""
@@ -295,17 +215,16 @@ def place(region: Any, made: Any) -> LazyTensor:
     return wrapper
 
 
+def owe(region: Any, edge: Edge, wrappers: list[LazyTensor]) -> None:
+    """The wrappers have a history that autograd does not know of yet."""
+    for wrapper, made in zip(wrappers, edge.made, strict=True):
+        if made.graded is not None:
+            wrapper.virtual, wrapper.virtual_name = region, made.graded
+    region.history = region.history.then(edge)
+
+
 def arrive(region: Any, edge: Edge, fresh: list[tuple[Any, int]]) -> None:
     """Let the tensors in that a call brings along."""
     for k, number, type_, storage in edge.arrivals:
         tensor, serial = fresh[k]
         region.let_in(tensor, serial, number, type_, storage)
-
-
-def _in_order(kwargs: Any) -> bool:
-    # Keywords come in the order in which the user wrote them, the op's scalars in that of its schema.
-    return sum(type(a) is float for a in kwargs.values()) < 2
-
-
-def _plain_edge(node: Any) -> Edge:
-    return Edge(node, (), (), frozenset(), (), (), False, None, NOTHING, (), False, plain=True)

@@ -50,7 +50,7 @@ def kernel_door(original: Any) -> Any:
                 recorder.before_door(tensor, Barrier.DOOR)
         plain = {id(t): as_plain(t) for t in tensors if type(t) is LazyTensor}
         args, kwargs = replace_tensors((args, kwargs), plain)
-        with torch._C._DisableTorchDispatch():
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             return original(*args, **kwargs)
 
     return door

@@ -54,7 +54,8 @@ ASKS = VALUES | frozenset(
 
 # From here on autograd, or the program, does something that the calls alone do not show.
 REACHES_GRAPH = frozenset(
-    {getattr(Tensor, name).__set__ for name in "requires_grad data _backward_hooks".split()}
+    {torch.autograd.grad}
+    | {getattr(Tensor, name).__set__ for name in "requires_grad data _backward_hooks".split()}
     | _found(
         Tensor,
         "requires_grad_ detach_ register_hook retain_grad register_post_accumulate_grad_hook set_ resize_ resize_as_ "

@@ -1,0 +1,116 @@
+"""What is learned from calls that are made for real: by the next time they may be followed."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between
+from kitsune.lazy.rebuild import tensors_in
+from kitsune.lazy.tensor import LazyTensor, wrapper_maker
+from kitsune.lazy.trie import NOTHING, SELF, Node
+
+
+@dataclass(slots=True)
+class Sight:
+    """A call that was made: what it brought, where the region was, what was known of its operands, and what it returned."""
+
+    call: Incoming
+    start: Node
+    first: int
+    n_scalars: int
+    before: Any
+    result: Any
+
+
+class Learner:
+    """Learns from the calls of one accelerating thread."""
+
+    def __init__(self, recorder: Any) -> None:
+        self.recorder = recorder
+        # By function and names of its keywords: do its floats become scalars of its op as they are? Proven once it was seen
+        # with different ones.
+        self.moves: dict[Any, bool] = {}
+        self.proven: set[Any] = set()
+
+    def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
+        """Note what a call did that was made for real; returns what is known of it by now."""
+        call, start = sight.call, sight.start
+        edge = self._edge(kwargs, sight)
+        if edge is not None and call.floats:
+            name = (func, *kwargs)
+            if name not in self.moves:
+                self.moves[name] = edge.moves
+                key = key[0] if edge.moves else key
+            elif self.moves[name] and not edge.moves:
+                self.moves[name] = False
+                return None
+            known = start.calls.get(key)
+            if known is not None and known.moves and known.floats != edge.floats and known.same(edge):
+                self.proven.add(name)
+        return self.remember(start, key, edge)
+
+    def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:
+        """Note what a call did; returns what is known of it by now."""
+        known: Edge | None = start.calls.get(key)
+        if edge is None:
+            start.calls.pop(key, None)
+            return None
+        if known is None or not known.same(edge):
+            # Something else than last time: it begins anew, a few times.
+            edge.restarts = 0 if known is None else known.restarts + 1
+            start.calls[key] = known = edge
+        known.floats = edge.floats
+        known.sights += 1
+        return known
+
+    def _edge(self, kwargs: Any, sight: Sight) -> Edge | None:
+        region, call, flat = self.recorder.region, sight.call, sight.call.flat
+        path = path_between(sight.start, region.node)
+        if path is None:
+            return None
+        returned = Returned(sight.result, flat, region, sight.first, wrapper_maker)
+        if not path and not any(_has_history(t) for t in (*flat, *tensors_in(sight.result))):
+            return _plain_edge(region.node)
+        # Without an op, a call may give back what it was given: `contiguous()`.
+        if not path and not (returned.fits and returned.form == SELF):
+            return None
+        arrivals = arrivals_of(path, [t for t, _ in call.fresh.values()], region)
+        written = sight.before.written()
+        if arrivals is None or written is None or not returned.fits:
+            return None
+        rewrites, bumps = written
+        scalars = tuple(region.scalars[sight.n_scalars :])
+        dirty = frozenset(storage for node in path for *_, storage in node.written)
+        storages = {cell.storage for t in flat if (cell := cell_in(t, region)) is not None}
+        if any(made.storage in storages and made.graded is None for made in returned.made):
+            # A view shares its base's count of writes, which only autograd's own kernels can bring about.
+            return None if returned.graded or dirty else _plain_edge(region.node)
+        return Edge(
+            node=region.node,
+            arrivals=arrivals,
+            rewrites=rewrites,
+            dirty=dirty,
+            bumps=bumps,
+            scalars=scalars,
+            moves=len(path) == 1 and bool(scalars) and list(scalars) == call.floats and _in_order(kwargs),
+            structure=returned.structure,
+            form=returned.form,
+            made=tuple(replace(made, born=born(path, made.ref)) for made in returned.made),
+            # Who writes to a tensor with a history, maybe through a view of it, gets a place in that history.
+            graded=returned.graded or (torch.is_grad_enabled() and bool(dirty) and any(t.requires_grad for t in flat)),
+            floats=tuple(call.floats),
+        )
+
+
+def _has_history(tensor: Any) -> bool:
+    return type(tensor) is LazyTensor and (tensor.virtual is not None or tensor.requires_grad)
+
+
+def _in_order(kwargs: Any) -> bool:
+    # Keywords come in the order in which the user wrote them, the op's scalars in that of its schema.
+    return sum(type(a) is float for a in kwargs.values()) < 2
+
+
+def _plain_edge(node: Any) -> Edge:
+    return Edge(node, (), (), frozenset(), (), (), False, None, NOTHING, (), False, plain=True)
