@@ -56,12 +56,15 @@ def _draw_panel(axis: Any, panel: tuple[str, str, str], rows: list[dict[str, Any
         heights = [value - 1 if value else 0.0 for value in speeds]
         axis.bar(places, heights, width, bottom=1.0, color=COLOURS[column], label=column)
         for place, value in zip(places, speeds, strict=True):
-            text, at = (f"{value:.2f}", value) if value else ("no", 1.0)
+            text, at = (f"{value:.2f}", max(value, 1.0)) if value else ("no", 1.0)
             axis.annotate(text, (place, at), (0, 3), textcoords="offset points", ha="center", fontsize=6, rotation=90)
     axis.set_yscale("log")
+    for numbers in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        numbers(lambda value, _: f"{value:g}")
+    axis.tick_params(axis="y", which="both", labelsize=7)
     axis.margins(y=0.2)
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(models)), models)
     size, precision, read = panel
     axis.set_title(f"{precision}, {size} size, loss read {read}", fontsize=9)
-    axis.legend(ncols=len(columns), fontsize=7, loc="upper right")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -90,8 +90,8 @@ def first_steps(step: Stepper, program: Program, start: float, task: Task) -> di
 
 
 def steady_from(taken: list[float]) -> int | None:
-    """Steps after which none takes over twice the (lower) median of the last half, half a millisecond allowed for; None if the last
-    step still does."""
+    """After how many steps none takes over twice the median of the last half, half a millisecond allowed for; None if the last
+    one still does. The lower of two medians: with few steps, a slow one is not to set the measure."""
     limit = 2 * statistics.median_low(taken[len(taken) // 2 :]) + 0.5
     slow = [i for i, ms in enumerate(taken) if ms > limit]
     n_slow = slow[-1] + 1 if slow else 0
