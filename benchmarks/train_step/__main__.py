@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def measure_all(options: argparse.Namespace) -> None:
     """Measure every column that was asked for, keeping the file complete after each."""
     device = torch.device(options.device)
     target = Path(options.json) if options.json else RESULTS / f"train-step-{device.type}.json"
-    kept, commit, measured = rows.load_for_merging(target, device), environment(device)["commit"], []
+    kept, commit, measured = rows.load_for_merging(target, device), options.commit or environment(device)["commit"], []
     for task in tasks(options):
         row = {**rows.measure(task, options.timeout, not options.no_warm), "commit": commit}
         measured.append(row)
@@ -81,7 +82,7 @@ def _told(row: rows.Row) -> str:
     return head + ", ".join(parts)
 
 
-def _choice(known: tuple[str, ...]) -> object:
+def _choice(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     def some(text: str) -> list[str]:
         chosen = list(known) if text == "all" else [name.strip() for name in text.split(",")]
         for name in chosen:
@@ -109,6 +110,7 @@ def parse() -> argparse.Namespace:
     add("--samples", type=int, default=30, help="at most so many samples of 20 steps (%(default)s)")
     add("--seconds", type=float, default=3.0, help="no sample starts after so long, if there are five (%(default)s)")
     add("--timeout", type=float, default=300.0, help="seconds that a process may take (%(default)s)")
+    add("--commit", help="what to note as measured, where the tree is a copy without its history (default: git's HEAD)")
     add("--json", help="file to join (default: benchmarks/results/train-step-<device type>.json)")
     add("--table", metavar="FILE", help="print what a file says, and measure nothing")
     add("--chart", metavar="FILE", help="draw a file, and measure nothing")

@@ -55,14 +55,19 @@ def _draw_panel(axis: Any, panel: tuple[str, str, str], rows: list[dict[str, Any
         # From 1 upwards or downwards: slower than eager is a bar that hangs.
         heights = [value - 1 if value else 0.0 for value in speeds]
         axis.bar(places, heights, width, bottom=1.0, color=COLOURS[column], label=column)
-        for place, value in zip(places, speeds, strict=True):
-            text, at = (f"{value:.2f}", max(value, 1.0)) if value else ("no", 1.0)
-            axis.annotate(text, (place, at), (0, 3), textcoords="offset points", ha="center", fontsize=6, rotation=90)
+        for place, value, model in zip(places, speeds, models, strict=True):
+            # Nothing is written where nothing was measured yet.
+            text = f"{value:.2f}" if value else "no" if model in of_model else ""
+            axis.annotate(
+                text, (place, max(value or 1.0, 1.0)), (0, 3), textcoords="offset points", ha="center", fontsize=6, rotation=90
+            )
     axis.set_yscale("log")
     for numbers in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         numbers(lambda value, _: f"{value:g}")
     axis.tick_params(axis="y", which="both", labelsize=7)
-    axis.margins(y=0.2)
+    # Room above the bars for their figures, also where no bar goes up.
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, max(high, 1.05) * 1.5)
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(models)), models)
     size, precision, read = panel

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def merge(old: list[Row], new: list[Row]) -> list[Row]:
 
 
 def compare_losses(rows: list[Row]) -> list[Row]:
-    """Adds how far the losses of each column are from eager's; to eager, how far its second process is from its first."""
+    """Adds how far the losses of each column are from eager's, in the first step and at most; to eager, how far its second
+    process is from its first."""
     for row in rows:
         eager = find(rows, row, "eager")
         if eager is None or "cold" not in eager or "cold" not in row:
@@ -72,11 +74,16 @@ def compare_losses(rows: list[Row]) -> list[Row]:
         visits = [row[name]["losses"] for name in ("cold", "warm") if name in row]
         if row is eager:
             visits = visits[1:]
-        apart = [abs(a - b) for losses in visits for a, b in zip(losses, eager["cold"]["losses"], strict=False)]
+        apart = [[abs(a - b) for a, b in zip(losses, eager["cold"]["losses"], strict=False)] for losses in visits]
         if apart:
-            # A distance that is no number, from a loss that is none, is the largest of all.
-            row["losses_apart"] = max(apart, key=lambda distance: (distance != distance, distance))
+            row["losses_apart"] = _largest(distance for distances in apart for distance in distances)
+            row["first_loss_apart"] = _largest(distances[0] for distances in apart)
     return rows
+
+
+def _largest(distances: Iterable[float]) -> float:
+    """One that is no number, from a loss that is none, is larger than any."""
+    return max(distances, key=lambda distance: (distance != distance, distance))
 
 
 def find(rows: list[Row], like: Row, column: str) -> Row | None:

@@ -52,7 +52,7 @@ def speed(rows: list[Row], row: Row, peer: str) -> float | None:
 def starts(rows: list[Row]) -> list[str]:
     """Seconds to the first and to the first steady step by state of the caches; peak memory; distance of the losses."""
     head = f"{'model':10s}{'column':16s}{'first s, empty':>15s}{'steady s':>9s}{'first s, warm':>15s}{'steady s':>9s}"
-    head += f"{'peak GiB: all':>14s}{'reserved':>9s}{'steady':>8s}{'reserved':>9s}{'losses off':>12s}"
+    head += f"{'peak GiB: all':>14s}{'reserved':>9s}{'steady':>8s}{'reserved':>9s}{'loss off, 1st':>15s}{'at most':>10s}"
     lines = [head]
     for row in _with(rows, "cold"):
         line = f"{row['model']:10s}{row['column']:16s}"
@@ -62,9 +62,11 @@ def starts(rows: list[Row]) -> list[str]:
         for when, width in (("overall", 14), ("steady", 8)):
             seen = row.get("memory", {}).get(when, {})
             line += _gib(seen.get("allocated"), width) + _gib(seen.get("reserved"), 9)
-        apart = row.get("losses_apart")
-        lines.append(line + (f"{apart:12.3g}" if apart is not None else f"{'-':>12s}"))
-    lines.append("(losses off: the largest distance from eager's; for eager itself, of its second process from its first)")
+        lines.append(line + _distance(row.get("first_loss_apart"), 15) + _distance(row.get("losses_apart"), 10))
+    lines.append(
+        "(loss off: from eager's, in the first step and at most; for eager itself, of its second process from its first."
+        " Where there is dropout, compilers draw other random numbers.)"
+    )
     return lines
 
 
@@ -112,3 +114,7 @@ def _number(value: Any, width: int, digits: int) -> str:
 
 def _gib(nbytes: int | None, width: int) -> str:
     return _number(None if nbytes is None else nbytes / GIB, width, 2)
+
+
+def _distance(value: float | None, width: int) -> str:
+    return f"{'-':>{width}s}" if value is None else f"{value:{width}.3g}"
