@@ -30,6 +30,7 @@ from kitsune.runtime import (
     SteadyState,
     Work,
     current_stream,
+    numeric_settings,
     plan_work,
     prepare,
     replay,
@@ -95,7 +96,7 @@ class Runner:
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        key = (graph, config.fuse, config.fuel)
+        key = (graph, config.fuse, config.fuel, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
@@ -156,7 +157,11 @@ class Runner:
             return False
         if ready.steady is None:
             ready.steady = self.steady.region(ready.graph, lambda table: self._work(ready, table))
-        return self.steady.run(ready.steady, values, scalars)
+        n_captured = self.tally.n_captured
+        done = self.steady.run(ready.steady, values, scalars)
+        if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
+            _show().captured(ready.n_ops, ready.steady.captured.nbytes)
+        return done
 
     def _work(self, ready: Ready, table: SlotTable) -> Work:
         """What is captured of a region. Only kernels can read moving numbers from memory."""

@@ -87,16 +87,16 @@ class Captured:
         self._record(values, scalars, moved)
 
     def _record(self, values: list[Any], scalars: Sequence[float], moved: Callable[[int], None]) -> None:
-        numbers = WatchedNumbers(scalars)
+        numbers, n_values = WatchedNumbers(scalars), len(values)
         aliases = {v.id for v in self._aliases}
         made = tuple(dict.fromkeys(v.id for v in self.graph.outputs if v.id not in aliases))
 
-        def work() -> list[torch.Tensor]:
-            inside = [None] * len(values)
-            for n in (*self._fixed, *self._copied):
-                inside[n] = self._statics.get(n, values[n])
+        def work(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            inside: list[Any] = [None] * n_values
+            for n, tensor in (*zip(self._fixed, inputs, strict=True), *self._statics.items()):
+                inside[n] = tensor
             self._work.run(inside, numbers)
-            return [inside[n] for n in made]  # type: ignore[misc]
+            return [inside[n] for n in made]
 
         self._recorded: Recorded = self._recorder.record(work, [values[n] for n in self._fixed])
         self.baked = {n: struct.pack("d", scalars[n]) for n in numbers.read}

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Graph, lent_memory
+from kitsune.ir import Graph, Kind, lent_memory
 from kitsune.runtime.capturable import used_inputs, why_not_captured, why_not_moving
 from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, Work
 from kitsune.runtime.cuda_graph import GraphRecorder
@@ -95,15 +95,16 @@ class SteadyState:
     def region(self, graph: Graph, make_work: Callable[[SlotTable], Work]) -> Steady:
         """What is to be passed to `run` with each run of a region."""
         region = Steady(graph, make_work)
-        if reason := why_not_captured(graph, self.device):
+        if all(op.kind is Kind.VIEW for op in graph.ops):
+            # Nothing is lost, and nobody needs to hear of it.
+            region.refusal = "The region starts nothing on the device."
+        elif reason := why_not_captured(graph, self.device):
             self._refuse(region, reason)
         return region
 
     def run(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> bool:
         """Replay the region, or capture it first where it is time. False if it has to be run in the ordinary way."""
-        if self._kept:
-            self.recorder.follow_stream()
-        if region.refusal is not None:
+        if not self.recorder.follow_stream() or region.refusal is not None:
             return False
         outcome = Outcome.OBSERVE if region.captured is None else self._replay(region, values, scalars)
         if outcome is Outcome.OBSERVE and region.refusal is None and self._agrees(region, values):

@@ -15,14 +15,15 @@ from kitsune.running import Backend
 from kitsune.runtime import SlotTable
 from kitsune.runtime.cuda_graph import Work
 from tests.runtime.checked import forget, get_state, set_state
+from tests.runtime.naive import at_address
 from tests.runtime.test_real_plans import Walk
 
 
 class Repeated:
     """Work that fills the same outputs each time."""
 
-    def __init__(self, work: Work, outputs: list[torch.Tensor], recorder: Repeater) -> None:
-        self.work, self.outputs, self.recorder = work, outputs, recorder
+    def __init__(self, work: Work, places: list[Any], outputs: list[torch.Tensor], recorder: Repeater) -> None:
+        self.work, self.places, self.outputs, self.recorder = work, places, outputs, recorder
         self._memory = list(outputs)
         self.nbytes = sum(storage_of(t).nbytes() for t in outputs)
         self.destroyed = False
@@ -30,7 +31,7 @@ class Repeated:
     def replay(self) -> None:
         assert not self.destroyed
         self.recorder.fail_if("replay")
-        again = self.work()
+        again = self.work([place() for place in self.places])
         for storage, fresh in {storage_of(a)._cdata: (storage_of(a), storage_of(b)) for a, b in self._pairs(again)}.values():
             storage.copy_(fresh)
 
@@ -40,7 +41,7 @@ class Repeated:
     def destroy(self) -> None:
         self.destroyed = True
         self.recorder.n_alive -= 1
-        self.work = list
+        self.work = lambda inputs: []
         self._memory = []
 
 
@@ -56,15 +57,17 @@ class Repeater:
         if what in self.broken:
             raise self.broken[what]
 
-    def follow_stream(self) -> None:
-        pass
+    def follow_stream(self) -> bool:
+        return True
 
     def record(self, work: Work, inputs: Sequence[torch.Tensor]) -> Repeated:
         state = get_state(torch.default_generator)
         storages = {storage_of(t)._cdata: storage_of(t) for t in inputs}
         before = [(storage, storage.clone()) for storage in storages.values()]
+        # By address: a graph does not keep its inputs alive.
+        places = [place_of(t) for t in inputs]
         try:
-            outputs = work()
+            outputs = work([place() for place in places])
             self.fail_if("record")
         finally:
             for storage, content in before:
@@ -75,7 +78,22 @@ class Repeater:
             storage_of(t).fill_(0x55)
         self.n_alive += 1
         self.n_recorded += 1
-        return Repeated(work, outputs, self)
+        return Repeated(work, places, outputs, self)
+
+
+def place_of(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Makes tensors where this one is, without holding it."""
+    memory, n = storage_of(tensor).data_ptr(), storage_of(tensor).nbytes() // tensor.itemsize
+    offset, shape, stride = torch._C.TensorBase.storage_offset(tensor), tensor.shape, tensor.stride()
+    dtype, marks = tensor.dtype, (tensor.is_conj(), tensor.is_neg())
+
+    def place() -> torch.Tensor:
+        twin = at_address(memory, dtype, (n,), (1,)).as_strided(shape, stride, offset)
+        torch._C._set_conj(twin, marks[0])
+        torch._C._set_neg(twin, marks[1])
+        return twin
+
+    return place
 
 
 class WalkInGraph(Walk):

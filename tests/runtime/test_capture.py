@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import nn
 from torch.nn import functional as F
 
 import kitsune
 from kitsune.config import KitsuneWarning, config
+from tests.property import steps as _steps, steps_autograd as _autograd  # noqa: F401  (they fill the table)
+from tests.property.strategies import programs
+from tests.property.test_programs import SLOW
+from tests.property.world import Program, differences
 from tests.runtime.backends import assert_equal, lazily, loop
 from tests.runtime.repeated import counts, graphs
 
@@ -249,6 +254,31 @@ def test_an_exception_in_between_changes_nothing() -> None:
     expected = program(kitsune.disable())
     with graphs():
         assert_equal(program(lazily()), expected)
+
+
+def test_a_setting_of_the_libraries_is_another_graph() -> None:
+    with graphs() as repeater, lazily():
+        x = torch.ones(4)
+        for k in range(16):
+            torch._C._set_cudnn_benchmark(k % 8 > 3)
+            y = state(x)
+            kitsune.flush()
+            assert y.tolist() == [3.0] * 4
+        assert repeater.n_alive == 2
+    torch._C._set_cudnn_benchmark(False)
+
+
+@settings(SLOW, max_examples=150)
+@given(program=programs())
+@pytest.mark.parametrize("kernels", [True, False])
+def test_random_programs(program: Program, kernels: bool) -> None:
+    expected = program.run(contextlib.nullcontext(), eager=True)
+    with graphs(kernels), pytest.MonkeyPatch.context() as patch:
+        # At the second sight, so that more of them get as far.
+        patch.setattr("kitsune.runtime.steady.RUNS", 1)
+        for turn in range(5):
+            got = program.run(lazily())
+            assert not (found := differences(expected, got)), f"round {turn}: {found}"
 
 
 def test_loops_of_other_tests_are_the_same_with_graphs() -> None:
