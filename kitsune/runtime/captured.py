@@ -1,5 +1,6 @@
 """A region as one graph: what it was captured with, when that still holds, and how it is replayed."""
 
+import operator
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,8 @@ class Captured:
         self._places = Places(graph)
         used = used_inputs(graph)
         self._fixed = tuple(n for n in used if n not in moving)
+        # Guards cost 0.05 us for each input where nothing is done in Python for each.
+        self._take: Callable[[list[Any]], Any] = operator.itemgetter(*self._fixed) if len(self._fixed) > 1 else self._take_few
         self._addresses = [data_ptr(values[n]) for n in self._fixed]
         self._copied = tuple(n for n in used if n in moving)
         self._statics = {n: _like(values[n]) for n in self._copied}
@@ -116,7 +119,7 @@ class Captured:
 
     def replay(self, values: list[Any], scalars: Sequence[float]) -> None:
         """Run the region: `values` has the inputs by number and receives the outputs. Raises Miss where it does not fit."""
-        if [data_ptr(values[n]) for n in self._fixed] != self._addresses:
+        if list(map(data_ptr, self._take(values))) != self._addresses:
             raise InputsMoved([n for n, a in zip(self._fixed, self._addresses, strict=True) if data_ptr(values[n]) != a])
         for n, bits in self.baked.items():
             if struct.pack("d", scalars[n]) != bits:
@@ -134,6 +137,9 @@ class Captured:
         self.n_replays += 1
         for memory in self._memories:
             memory.hand_out(values)
+
+    def _take_few(self, values: list[Any]) -> list[Any]:
+        return [values[n] for n in self._fixed]
 
     def destroy(self) -> None:
         """Let go of the graph; what others hold of its outputs stays."""

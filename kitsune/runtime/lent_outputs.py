@@ -25,13 +25,16 @@ class OutputMemory:
         self._storage: Any = storage_of(next(iter(self._outputs.values())))
         self._moved = moved
         self._held: list[weakref.ref[torch.Tensor]] = []
+        # Bound once: this is done for every output of every replay.
+        self._key: int = self._storage._cdata
+        self._attributes: dict[str, Any] = vars(self._storage)
         self._own_count: int | None = None
         mark_lent(self._storage, self)
 
     def hand_out(self, values: list[Any]) -> None:
         """Put a fresh tensor for each output into `values`."""
         if self._own_count is None:
-            self._own_count = _count(self._storage._cdata)
+            self._own_count = _count(self._key)
         for number, tensor in self._outputs.items():
             values[number] = made = _alias(tensor)
             self._held.append(weakref.ref(made))
@@ -46,13 +49,13 @@ class OutputMemory:
         Raises torch.OutOfMemoryError, and nothing has moved.
         """
         alive = [tensor for ref in self._held if (tensor := ref()) is not None]
-        if self._own_count is not None and _count(self._storage._cdata) > self._own_count + len(alive):
+        if self._own_count is not None and _count(self._key) > self._own_count + len(alive):
             return False
         if alive:
             self._move(alive)
-        elif hasattr(self._storage, SERIAL):
+        else:
             # What is written next is another storage to the program.
-            delattr(self._storage, SERIAL)
+            self._attributes.pop(SERIAL, None)
         self._held.clear()
         return True
 
@@ -75,10 +78,9 @@ class OutputMemory:
                 _on(tensor, storage, torch._C.TensorBase.storage_offset(tensor), tensor.shape, tensor.stride())
                 torch._C._set_conj(tensor, conj)
                 torch._C._set_neg(tensor, neg)
-        if hasattr(self._storage, SERIAL):
+        if SERIAL in self._attributes:
             # To the program it is the same storage as before.
-            setattr(storage, SERIAL, getattr(self._storage, SERIAL))
-            delattr(self._storage, SERIAL)
+            setattr(storage, SERIAL, self._attributes.pop(SERIAL))
         self._moved(len(alive))
 
 
