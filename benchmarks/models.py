@@ -80,6 +80,15 @@ def make(
     return Workload(name, model, adamw, (x.to(device), y.to(device)), recipe.loss, device, precision)
 
 
+def make_batches(name: str, device: str | torch.device, n: int, size: Size = "full", seed: int = 0) -> list[Batch]:
+    """`n` different batches on the device; the first is that of `make`."""
+    batches = []
+    for i in range(n):
+        x, y = RECIPES[name].batch(size, torch.Generator().manual_seed(seed + i))
+        batches.append((x.to(device), y.to(device)))
+    return batches
+
+
 class LeNet(nn.Module):
     """LeNet-5 on 28x28 pictures, with ReLU and max pooling."""
 

@@ -144,6 +144,11 @@ class Options:
         None, "KITSUNE_FUEL", optional(whole(0)), "only so many fusions in each region: bisects a wrong answer; None: all"
     )
     pool: bool = knob(True, "KITSUNE_POOL", flag, "0 gives each arena back to torch when its region has run")
+    graphs: bool = knob(True, "KITSUNE_GRAPHS", flag, "0 launches every region anew each time: no CUDA graphs")
+    max_graphs: int = knob(64, "KITSUNE_MAX_GRAPHS", whole(1), "CUDA graphs that are kept; the least recently used goes first")
+    graph_memory: int | None = knob(
+        None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
+    )
     cache_dir: str | None = knob(
         None, "KITSUNE_CACHE_DIR", folder, "where kernels are kept; None: kitsune under XDG_CACHE_HOME or ~/.cache"
     )
@@ -215,6 +220,9 @@ class Config:
     fuse: bool
     fuel: int | None
     pool: bool
+    graphs: bool
+    max_graphs: int
+    graph_memory: int | None
     cache_dir: str | None
     debug: int
     dump: str | None

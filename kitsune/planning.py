@@ -8,7 +8,7 @@ import torch
 from kitsune.codegen import text_key, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
 from kitsune.fusion import Partition, batch, kernels_of, partition
-from kitsune.ir import Graph, Kernel, Kind, Op, Plan, verify_plan
+from kitsune.ir import Graph, Kernel, Kind, Op, Plan, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes
 from kitsune.runtime import out_form
 from kitsune.scheduler import (
@@ -38,10 +38,14 @@ class Planner:
     verify: bool = False
     # Is the math library there that eager was built with? Without it fewer ops keep eager's bits.
     toolkit: bool = True
+    # Are ops that take a moving number to be kernels, which can read it from memory? A library call has it baked in.
+    slots_in_kernels: bool = False
+    # Passes beside those that every plan needs.
+    shared: tuple[Callable[[Graph], Graph], ...] = (common_subexpressions,)
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        planned = run_passes(graph, (dead_code, common_subexpressions, self.lists_taken_apart), self.verify, show)
+        planned = run_passes(graph, (dead_code, *self.shared, self.lists_taken_apart), self.verify, show)
         parts = partition(planned, self.why_not_fused, self.costs.joining, self.fuel)
         kernels = kernels_of(parts)
         batches = batch(parts, kernels, _batch_key, self.costs.batching)
@@ -83,7 +87,8 @@ class Planner:
 
     def _pays(self, parts: Partition, kernel: Kernel) -> bool:
         """Is a kernel that is in no batch a launch of its own? One of a single op takes fuel, for its text may be wrong too."""
-        if not self.costs.alone(kernel, _has_out_form(kernel)):
+        wanted = self.slots_in_kernels and any(reads_slots(step.op) for step in kernel.steps)
+        if not wanted and not self.costs.alone(kernel, _has_out_form(kernel)):
             return False
         if parts.fuel is None or len(kernel.steps) > 1:
             return True
@@ -101,6 +106,15 @@ class Planner:
         return micros
 
 
+@dataclass(frozen=True)
+class SlotPlanner(Planner):
+    """Plans for CUDA graphs of regions that are run op by op: kernels for the ops that take moving numbers only."""
+
+    def why_not_fused(self, op: Op) -> str | None:
+        """Why an op may be in no kernel."""
+        return super().why_not_fused(op) if reads_slots(op) else f"{op.target} takes no number that moves"
+
+
 def plan_for(graph: Graph, arch: str = "sm_90", show: Show | None = None) -> Plan:
     """The plan that a device of `arch` would get for a graph, wherever this runs."""
     return planner_for(arch).plan(graph, show)
@@ -111,7 +125,13 @@ def planner_for(arch: str) -> Planner:
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
-    return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit)
+    return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit, config.graphs)
+
+
+def slot_planner_for(arch: str) -> SlotPlanner:
+    """What plans CUDA graphs of regions that are run op by op."""
+    planner = planner_for(arch)
+    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, ())
 
 
 def _has_out_form(kernel: Kernel) -> bool:

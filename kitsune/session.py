@@ -179,7 +179,9 @@ def flush() -> None:
 
 def counters() -> dict[str, Any]:
     """Counts since the start or the last `reset()`: ops `recorded`, `observed`, `executed` by replay and `skipped` because
-    nobody needed them; distinct `regions` and how often one was `recognised`; `flushed` by cause; `passed_through` by reason.
+    nobody needed them; distinct `regions` and how often one was `recognised`; CUDA graphs `captured`, runs `replayed` by one,
+    results `moved` because they were still held, `graph_missed` and `graph_refused` by reason; `flushed` by cause;
+    `passed_through` by reason.
     """
     return tally.counters()
 

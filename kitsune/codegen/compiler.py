@@ -36,6 +36,9 @@ class Compiled:
         """Start `grid` blocks. `args` are the program's parameters, pointers as addresses; `stream` is a CUDA stream's handle."""
         raise NotImplementedError
 
+    def load(self) -> None:
+        """Bring the code to the device, which a launch does otherwise: not allowed while a CUDA graph is captured."""
+
 
 class OnDevice(Compiled):
     """Machine code. `kernel` is Triton's CompiledKernel, of which `asm` has every stage."""
@@ -49,6 +52,10 @@ class OnDevice(Compiled):
         kernel = self.kernel
         run = kernel.run  # loads the code at its first use
         run(grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *args, *self._constants)
+
+    def load(self) -> None:
+        """Bring the code to the device."""
+        assert self.kernel.run is not None  # a property, which loads
 
 
 class Interpreted(Compiled):
@@ -97,9 +104,9 @@ class Compiler:
                 found = self._compiled[key] = self._compile(program, target, aligned, wide)
         return found
 
-    def parameters_of(self, kernel: Kernel) -> tuple[Parameter, ...]:
+    def parameters_of(self, kernel: Kernel, slots_in_memory: bool = False) -> tuple[Parameter, ...]:
         """What to pass to the program of another kernel with the same `text_key`."""
-        return parameters_of(kernel)
+        return parameters_of(kernel, slots_in_memory)
 
     def path_of(self, program: Program) -> Path:
         """The file with the program's source."""

@@ -11,7 +11,8 @@ from kitsune.codegen.helpers import HELPERS, helper_texts
 from kitsune.codegen.keys import operands_by_value, why_not_batched
 from kitsune.codegen.lower import lower
 from kitsune.codegen.walks import LINEAR, ONE, Parameter, Walk, accesses, counted, walk
-from kitsune.ir.plan import Access, Kernel, Load, Local, Pointer, Program, Scalar, Size, Step, Stride
+from kitsune.ir.graph import Slot
+from kitsune.ir.plan import Access, Kernel, Load, Local, Pointer, Program, Scalar, Size, SlotAddress, Step, Stride
 
 HEADER = """import triton
 import triton.language as tl
@@ -21,15 +22,16 @@ from triton.language.extra.cuda import libdevice
 INDEX = "index"
 
 
-def render(kernel: Kernel, batched: bool = False) -> Program:
+def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False) -> Program:
     """The kernel's text and parameters. Raises NotLowered for an op that `why_not_lowered` warned of.
 
     A batched program takes a table with a row per kernel instead: the values of `parameters` in order, then the number of
-    its first block; and for each block the number of its row.
+    its first block; and for each block the number of its row. With `slots_in_memory` the program takes the address of each
+    moving number instead of the number, so that a CUDA graph that has captured the launch can be given other numbers.
     """
     if batched and (reason := why_not_batched(kernel)):
         raise ValueError(f"{kernel.name} cannot be batched: {reason}.")
-    body = _Body(kernel)
+    body = _Body(kernel, slots_in_memory)
     body.write()
     name = _identifier(kernel.name)
     function = _batched_function(name, body) if batched else _function(name, body)
@@ -55,9 +57,9 @@ def _identifier(name: str) -> str:
     return name if name.isidentifier() and not taken else f"kernel_{name}"
 
 
-def parameters_of(kernel: Kernel) -> tuple[Parameter, ...]:
+def parameters_of(kernel: Kernel, slots_in_memory: bool = False) -> tuple[Parameter, ...]:
     """What to pass to the program of a kernel with the same `text_key`."""
-    body = _Body(kernel)
+    body = _Body(kernel, slots_in_memory)
     body.write()
     return tuple(p.meaning for p in body.parameters)
 
@@ -83,6 +85,7 @@ class _Body:
     """The statements of a kernel and its parameters, while they are written."""
 
     kernel: Kernel
+    slots_in_memory: bool = False
     lines: list[str] = field(default_factory=list)
     pointers: list[_Named] = field(default_factory=list)
     sizes: dict[Parameter, _Named] = field(default_factory=dict)
@@ -187,7 +190,13 @@ class _Body:
 
     def _scalar(self, scalar: Scalar) -> str:
         name = f"s{len(self.scalars)}"
-        self.scalars.append(_Named(name, scalar.type, scalar))
+        if self.slots_in_memory and isinstance(scalar.value, Slot):
+            # The same conversion that a number passed by value goes through on its way into the arguments.
+            rounded = "" if scalar.type == "fp64" else ".to(tl.float32)"
+            self.scalars.append(_Named(f"{name}_at", "*fp64", SlotAddress(scalar.value.index)))
+            self.lines.append(f"{name} = tl.load({name}_at){rounded}")
+        else:
+            self.scalars.append(_Named(name, scalar.type, scalar))
         return name
 
     def _let(self, text: str) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from kitsune.ir.plan import Access, Kernel, Pointer, Scalar, Size, Stride
+from kitsune.ir.plan import Access, Kernel, Pointer, Scalar, Size, SlotAddress, Stride
 
-Parameter = Pointer | Size | Stride | Scalar
+Parameter = Pointer | Size | Stride | Scalar | SlotAddress
 
 LINEAR = "linear"
 ONE = "one"

@@ -2,7 +2,22 @@
 
 from kitsune.ir.barrier import Barrier, Site
 from kitsune.ir.edges import bits, predecessors, roots
-from kitsune.ir.graph import Effects, Graph, Kind, Op, Operand, OpRow, OutputSpec, Result, Slot, Value, values_in
+from kitsune.ir.graph import (
+    Effects,
+    Graph,
+    Kind,
+    Op,
+    Operand,
+    OpRow,
+    OutputSpec,
+    Result,
+    Slot,
+    Value,
+    reads_slots,
+    slots_in,
+    values_in,
+)
+from kitsune.ir.lent import LentMemory, lent_memory, mark_lent, own
 from kitsune.ir.output_spec import describe_result
 from kitsune.ir.plan import (
     Access,
@@ -16,6 +31,7 @@ from kitsune.ir.plan import (
     Refusal,
     Scalar,
     Size,
+    SlotAddress,
     Step,
     Store,
     Stride,
@@ -37,6 +53,7 @@ __all__ = [
     "Kernel",
     "Kind",
     "Launch",
+    "LentMemory",
     "Load",
     "Local",
     "Op",
@@ -52,6 +69,7 @@ __all__ = [
     "Site",
     "Size",
     "Slot",
+    "SlotAddress",
     "Step",
     "Store",
     "Stride",
@@ -62,10 +80,15 @@ __all__ = [
     "describe_result",
     "dump_graph",
     "graph_text",
+    "lent_memory",
     "load_graph",
+    "mark_lent",
+    "own",
     "plan_text",
     "predecessors",
+    "reads_slots",
     "roots",
+    "slots_in",
     "storage_of",
     "storages_of",
     "tensor_type",

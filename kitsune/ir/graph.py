@@ -53,6 +53,15 @@ class Slot:
         return f"%{self.index}"
 
 
+def slots_in(argument: Any) -> Iterator[Slot]:
+    """The Slots among an op's arguments; lists and tuples are looked into."""
+    if isinstance(argument, Slot):
+        yield argument
+    elif isinstance(argument, (tuple, list)):
+        for a in argument:
+            yield from slots_in(a)
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """New tensor number `index` in the structure of a return value."""
@@ -111,6 +120,11 @@ class Op:
         if self.kind is Kind.VIEW:
             return 0
         return sum(v.type.nbytes for v in self.inputs) + sum(v.type.nbytes for v in self.outputs)
+
+
+def reads_slots(op: Op) -> bool:
+    """Does the op take a moving number?"""
+    return next(slots_in((op.args, op.kwargs)), None) is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

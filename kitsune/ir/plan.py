@@ -205,6 +205,13 @@ class Scalar:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotAddress:
+    """A kernel's parameter: where in memory moving number `index` is to be read, as float64."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """A kernel's source and what to call it with, in the order of its parameters.
 
@@ -213,6 +220,6 @@ class Program:
 
     name: str
     text: str
-    parameters: tuple[Pointer | Size | Stride | Scalar, ...]
+    parameters: tuple[Pointer | Size | Stride | Scalar | SlotAddress, ...]
     # One launch for many kernels: the parameters of each are a row of a table.
     batched: bool = False

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from kitsune.ir import Barrier, OpRow, type_of, versions_kept
+from kitsune.ir import Barrier, OpRow, own, type_of, versions_kept
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
 from kitsune.lazy.tensor import LazyTensor
@@ -16,6 +16,10 @@ def call(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: list[
     """Make a call on real tensors, its writes counted; returns the result and the operands."""
     func = row.target
     reals = [_real(t) for t in tensors]
+    if row.is_view:
+        for tensor, real in zip(tensors, reals, strict=True):
+            if type(tensor) is LazyTensor:
+                own(real)
     by_id = {id(t): real for t, real in zip(tensors, reals, strict=True)}
     real_args, real_kwargs = replace_tensors((args, kwargs), by_id)
     if func.namespace != "aten" or any(type(real) not in PLAIN for real in reals):

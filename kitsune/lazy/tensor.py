@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import _tensor_str
 
-from kitsune.ir import Barrier, TensorType
+from kitsune.ir import Barrier, TensorType, own
 from kitsune.lazy.cell import Cell, share
 
 
@@ -183,9 +183,14 @@ def wrap(cell: Cell) -> LazyTensor:
     return tensor
 
 
-def as_plain(tensor: LazyTensor, requires_grad: bool | None = None) -> torch.Tensor:
-    """The computed value as a plain leaf on the same memory; `requires_grad` is the wrapper's own unless given."""
+def as_plain(tensor: LazyTensor, requires_grad: bool | None = None, owned: bool = True) -> torch.Tensor:
+    """The computed value as a plain leaf on the same memory; `requires_grad` is the wrapper's own unless given.
+
+    The memory is its own for good if `owned`; else a captured graph may write it again.
+    """
     real = tensor.cell.region.recorder.materialize(tensor.cell, Barrier.DOOR)
+    if owned:
+        own(real)
     # An alias of an inference tensor can be made in inference mode only, of any other only outside.
     inference = real.is_inference()
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad(), torch.inference_mode(inference):

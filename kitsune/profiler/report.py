@@ -82,6 +82,7 @@ class Report:
         ]
         lines += [f"  {r.times_seen:6d} x {r.n_ops:6d} operators, ended by {r.cause} at {r.site}" for r in self.regions]
         lines += _plan_lines(self.plans)
+        lines += _graph_lines(c)
         lines += [f"mended: {sentence}" for sentence in self.mended]
         lines.append("flushes:" if self.flushes else "no flush")
         lines += [f"  {f.count:6d} x {f.cause} at {f.site}: {f.why}" for f in self.flushes]
@@ -131,6 +132,16 @@ def _plan_lines(plans: Sequence[PlanLine]) -> list[str]:
         )
         lines += [f"           {n:6d} x not fused: {reason}" for reason, n in list(p.refusals.items())[:MAX_REASONS]]
     return lines
+
+
+def _graph_lines(c: dict[str, Any]) -> list[str]:
+    lines = []
+    if c["captured"]:
+        lines.append(
+            f"{c['captured']} CUDA graphs captured, replayed {c['replayed']} times; {c['moved']} results moved, being still held"
+        )
+    lines += [f"  {n:6d} x no replay: {reason}" for reason, n in c["graph_missed"].items()]
+    return lines + [f"  {n:6d} x no CUDA graph: {reason}" for reason, n in c["graph_refused"].items()]
 
 
 def _line(site: Any) -> str:

@@ -42,6 +42,11 @@ class Show:
         if self.level >= FLUSHES:
             self._print(f"kitsune: {n_ops} operators, {cause.name} at {site or '(no Python line)'}")
 
+    def captured(self, n_ops: int, nbytes: int) -> None:
+        """A region was captured as a CUDA graph."""
+        if self.level >= FLUSHES:
+            self._print(f"kitsune: {n_ops} operators captured as a CUDA graph, which keeps {nbytes / 2**20:.1f} MiB")
+
     def passed(self, name: str, graph: Graph, seconds: float) -> None:
         """A pass is done."""
         self.n_passes += 1

@@ -56,6 +56,13 @@ class Tally:
         self.plans: list[PlanTally] = []
         # Failures that were worked around, as sentences.
         self.mended: list[str] = []
+        # CUDA graphs: regions captured, runs that were replays, results moved because they were still held, runs that a graph
+        # did not fit, and regions without one, by reason.
+        self.n_captured = 0
+        self.n_replayed = 0
+        self.n_moved = 0
+        self.missed_graphs: Counter[str] = Counter()
+        self.refused_graphs: Counter[str] = Counter()
         self.recognised = 0
         # Calls of torch's API, and backwards, that were followed; how often followed calls were made again for their graph.
         self.followed = 0
@@ -79,6 +86,26 @@ class Tally:
         if not plan.times_run and len(self.plans) < MAX_REGIONS:
             self.plans.append(plan)
         plan.times_run += 1
+
+    def captured(self, n_ops: int, nbytes: int) -> None:
+        """A region was captured as a CUDA graph."""
+        self.n_captured += 1
+
+    def replayed(self) -> None:
+        """A CUDA graph was replayed."""
+        self.n_replayed += 1
+
+    def moved(self, n: int) -> None:
+        """Results of an earlier replay were moved, because they are still held."""
+        self.n_moved += n
+
+    def missed(self, reason: str) -> None:
+        """A CUDA graph did not fit this time."""
+        self.missed_graphs[reason] += 1
+
+    def refused(self, reason: str) -> None:
+        """A region is not captured, or not any more."""
+        self.refused_graphs[reason] += 1
 
     def close(self, known: RegionTally | None, n_ops: int, cause: Barrier, site: Site | None) -> RegionTally:
         """A region ended. `known` is what this returned when the region ended before, None for a new one."""
@@ -115,6 +142,11 @@ class Tally:
             "followed": self.followed,
             "backwards_followed": self.backwards,
             "realized": self.realized,
+            "captured": self.n_captured,
+            "replayed": self.n_replayed,
+            "moved": self.n_moved,
+            "graph_missed": dict(self.missed_graphs),
+            "graph_refused": dict(self.refused_graphs),
             "flushed": dict(flushed),
             "passed_through": dict(passed),
         }

@@ -1,7 +1,33 @@
-"""Run: executors of closed regions and of their plans."""
+"""Run: executors of closed regions and of their plans, and their replay as CUDA graphs."""
 
+from kitsune.runtime.captured import Captured, NotCaptured, Work
+from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
+from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
+from kitsune.runtime.numeric_settings import numeric_settings
 from kitsune.runtime.out_forms import out_form
-from kitsune.runtime.plan_executor import PlanExecutor, Prepared
+from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
 from kitsune.runtime.replay import Schedule, prepare, replay
+from kitsune.runtime.slots import SlotTable
+from kitsune.runtime.steady import Steady, SteadyState
 
-__all__ = ["PlanExecutor", "Prepared", "Schedule", "out_form", "prepare", "replay"]
+__all__ = [
+    "Arenas",
+    "Captured",
+    "CudaGraphs",
+    "GraphRecorder",
+    "NotCaptured",
+    "PlanExecutor",
+    "Prepared",
+    "Schedule",
+    "SlotTable",
+    "Steady",
+    "SteadyState",
+    "Work",
+    "current_stream",
+    "numeric_settings",
+    "out_form",
+    "plan_work",
+    "prepare",
+    "replay",
+    "schedule_work",
+]

@@ -74,6 +74,22 @@ class Start(Instruction):
 
 
 @dataclass(eq=False, slots=True)
+class StartInGraph(Instruction):
+    """The same while a CUDA graph is captured. A kernel that does not start ends the capture."""
+
+    launch: Launch
+    places: Places
+    prepared: Startable | None
+
+    def run(self, frame: Frame) -> None:
+        """Raises what the kernels and the ops raise."""
+        if self.prepared is None:
+            run_by_ops(self.launch, self.places, frame, lambda: None)
+        else:
+            self.prepared.start(frame.address, frame.scalars, frame.stream)
+
+
+@dataclass(eq=False, slots=True)
 class Call(Instruction):
     """A library call or a view; (number, slot) of results whose addresses kernels need."""
 

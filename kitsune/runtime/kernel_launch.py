@@ -7,9 +7,10 @@ from typing import Any, Protocol
 import torch
 
 from kitsune.ir.graph import Slot
-from kitsune.ir.plan import Access, Kernel, Launch, Pointer, Program, Scalar, Size, Stride
+from kitsune.ir.plan import Access, Kernel, Launch, Pointer, Program, Scalar, Size, SlotAddress, Stride
+from kitsune.runtime.launch_tables import LaterTables, Tables
 
-Parameters = Sequence[Pointer | Size | Stride | Scalar]
+Parameters = Sequence[Pointer | Size | Stride | Scalar | SlotAddress]
 # Indices are 32-bit below this: the last block may compute as many beyond the end as it has elements.
 WIDE_FROM = 2**31 - 2**16
 
@@ -30,13 +31,15 @@ class Compiled(Protocol):
 
     def launch(self, grid: int, args: Sequence[Any], stream: int) -> None: ...
 
+    def load(self) -> None: ...
+
 
 class Compiler(Protocol):
     """What makes programs runnable."""
 
     def compile(self, program: Program, target: torch.device, aligned: bool, wide: bool) -> Compiled: ...
 
-    def parameters_of(self, kernel: Kernel) -> Parameters: ...
+    def parameters_of(self, kernel: Kernel, slots_in_memory: bool = ...) -> Parameters: ...
 
     def path_of(self, program: Program) -> Any: ...
 
@@ -44,7 +47,7 @@ class Compiler(Protocol):
 class _Bound:
     """The parameters of one kernel: `values` with what never changes, and where pointers and moving numbers go."""
 
-    def __init__(self, kernel: Kernel, parameters: Parameters) -> None:
+    def __init__(self, kernel: Kernel, parameters: Parameters, slots_at: int) -> None:
         accesses = (*kernel.loads, *(store.access for store in kernel.stores))
         self.n = kernel.n_elements
         self.values: list[Any] = [0] * len(parameters)
@@ -52,6 +55,7 @@ class _Bound:
         self.pointers: list[tuple[int, Access, bool]] = []
         self.slots: list[tuple[int, int]] = []
         self.doubles: list[int] = []
+        self.slots_at = slots_at
         self.aligned = self.n % 16 == 0
         self.wide = max([self.n, *(_reach(a, kernel.domain) for a in accesses)]) >= WIDE_FROM
         for position, parameter in enumerate(parameters):
@@ -68,6 +72,8 @@ class _Bound:
                 self.values[position] = int(parameter.value) if parameter.type == "i64" else float(parameter.value)
             if parameter.type != "i64":
                 self.doubles.append(position)
+        elif isinstance(parameter, SlotAddress):
+            self.values[position] = self.slots_at + 8 * parameter.index
         else:
             self.values[position] = number = _number(parameter, kernel, accesses)
             self.aligned = self.aligned and number % 16 == 0
@@ -99,10 +105,19 @@ class PreparedLaunch:
     """The kernels of a launch, to be started any number of times.
 
     `program` is the text of all of them, a batched one if there are several. `device` is where their memory is; left out,
-    that of their first operand. Nothing is compiled before the first start.
+    that of their first operand. Nothing is compiled before the first start. One with `slots_at` is for a CUDA graph: moving
+    numbers are read from the table at that address, for which the program must have been rendered, and what a batch reads
+    from memory is written by `fill_tables` once the capture is over.
     """
 
-    def __init__(self, launch: Launch, program: Program, compiler: Compiler, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        program: Program,
+        compiler: Compiler,
+        device: torch.device | None = None,
+        slots_at: int | None = None,
+    ) -> None:
         if len(launch.kernels) > 1 and not program.batched:
             raise ValueError(f"{launch.name} needs a batched program: render it with batched=True.")
         self.launch = launch
@@ -110,13 +125,30 @@ class PreparedLaunch:
         self.name = program.name
         self._compiler = compiler
         first = launch.kernels[0]
-        given = [program.parameters, *(compiler.parameters_of(kernel) for kernel in launch.kernels[1:])]
-        self._bound = [_Bound(kernel, p) for kernel, p in zip(launch.kernels, given, strict=True)]
+        rest = [compiler.parameters_of(kernel, slots_at is not None) for kernel in launch.kernels[1:]]
+        given = zip(launch.kernels, [program.parameters, *rest], strict=True)
+        self._bound = [_Bound(kernel, parameters, slots_at or 0) for kernel, parameters in given]
         self._bound = [bound for bound in self._bound if bound.n]
         self._device = device or (*first.loads, *(s.access for s in first.stores))[0].value.type.device
         self._wide = any(bound.wide for bound in self._bound)
         self._variants: dict[bool, Compiled] = {}
-        self._tables = _Tables(self._device)
+        self._tables = Tables(self._device) if slots_at is None else LaterTables(self._device)
+
+    def load(self, like: "PreparedLaunch") -> None:
+        """Before a capture: compile and load the variants that `like` has used so far, make memory for tables.
+
+        Raises KernelUnavailable.
+        """
+        for aligned in tuple(like._variants) or (True,):
+            compiled = self._variant(aligned)
+            compiled.load()
+            if self.program.batched:
+                sizes = [bound.n for bound in self._bound]
+                self._tables.reserve(sizes, len(self.program.parameters), compiled.block)
+
+    def fill_tables(self) -> None:
+        """Write what captured starts are to read from memory, on the current stream."""
+        self._tables.fill()
 
     def start(self, address: Callable[[Access], int], scalars: Sequence[float], stream: int) -> None:
         """Put the kernels on the current stream, whose handle is `stream`. `address` tells where an access's first element is.
@@ -170,44 +202,3 @@ class PreparedLaunch:
 
 def _bits(number: float) -> int:
     return int(struct.unpack("q", struct.pack("d", number))[0])
-
-
-class _Tables:
-    """What a batch reads from memory: its parameters by kernel, and the kernel of each block. Kept while they do not change."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._blocks: tuple[int, torch.Tensor] | None = None
-        # By stream: the rows and the table with them. A table on another stream might not be written yet.
-        self._tables: dict[int, tuple[list[list[int]], torch.Tensor]] = {}
-
-    def blocks(self, sizes: Sequence[int], block: int) -> tuple[int, torch.Tensor]:
-        """The number of blocks, and for each the number of its kernel."""
-        if self._blocks is None:
-            counts = torch.tensor([-(-n // block) for n in sizes])
-            owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), counts)
-            self._blocks = (owners.numel(), owners.to(self._device))
-            if self._device.type == "cuda":
-                # Other streams read it as well, and this happens once.
-                torch.cuda.current_stream(self._device).synchronize()
-        return self._blocks
-
-    def table(self, rows: list[list[int]], sizes: Sequence[int], block: int, stream: int) -> torch.Tensor:
-        """The rows in memory that kernels on the stream can read."""
-        known = self._tables.get(stream)
-        if known is not None and known[0] == rows:
-            return known[1]
-        first, complete = 0, []
-        for row, n in zip(rows, sizes, strict=True):
-            complete.append([*row, first])
-            first += -(-n // block)
-        table = self._on_device(torch.tensor(complete, dtype=torch.int64))
-        self._tables[stream] = (rows, table)
-        return table
-
-    def _on_device(self, host: torch.Tensor) -> torch.Tensor:
-        if self._device.type != "cuda":
-            return host
-        # Pinned, so that the host does not wait; on the current stream, where the launch goes as well. It cannot be named by
-        # its handle: torch takes the handle 0 of the default stream for a wish for a new one.
-        return host.pin_memory().to(self._device, non_blocking=True)

@@ -9,7 +9,7 @@ import torch
 from kitsune.ir import Launch, Plan, Value
 from kitsune.runtime.assembly import Assembly
 from kitsune.runtime.fallback import tensor_of
-from kitsune.runtime.frame import Frame, Layout, Pool, Startable
+from kitsune.runtime.frame import Block, Frame, Layout, Pool, Startable
 from kitsune.runtime.instructions import Instruction, Start
 from kitsune.runtime.places import Places
 from kitsune.runtime.replay import prepare as schedule_of, replay
@@ -77,9 +77,18 @@ class PlanExecutor:
         finally:
             _enter_device(previous)
 
+    def trace(self, prepared: Prepared, block: Block | None, values: list[Any], scalars: list[float]) -> None:
+        """Go through a plan once, in an arena that is given, with no way on if anything fails: what a CUDA graph captures."""
+        frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
+        if prepared.layout.arena:
+            assert block is not None
+            frame.move_in(block)
+            frame.furnish(prepared, lambda frame: _furnish(prepared, frame))
+        _execute(prepared.instructions, frame, 0)
+
     def _run_planned(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> bool:
         """False if there is not enough memory for the arena or with it, and nothing was done yet that others could see."""
-        frame = Frame(prepared.layout, values, scalars, _current_stream(prepared.device))
+        frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
         try:
             if not self._move_in(prepared, frame):
                 return False
@@ -183,7 +192,8 @@ def _device_of(plan: Plan) -> torch.device:
     return next((device for device in made if device.type != "cpu"), torch.device("cpu"))
 
 
-def _current_stream(device: torch.device) -> int:
+def current_stream(device: torch.device) -> int:
+    """The handle of the current stream of a device; 0 where there are none."""
     return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
 
 

@@ -26,17 +26,30 @@ Tensors = list[torch.Tensor]
 
 
 def run(
-    built: Built, compiler: Compiler, inputs: list[torch.Tensor], fresh: list[torch.Tensor], batched: bool
+    built: Built,
+    compiler: Compiler,
+    inputs: list[torch.Tensor],
+    fresh: list[torch.Tensor],
+    batched: bool,
+    table: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
+    """What the kernel writes. With a `table`, it finds moving numbers there."""
     kernel = built.kernel
     outputs = [torch.full_like(t, 1) for t in built.written]
     before = {id(t): f for t, f in zip(inputs, fresh, strict=True)}
     tensors = [*(before.get(id(t), t) for t in built.read), *outputs]
     accesses = (*kernel.loads, *(s.access for s in kernel.stores))
     where = {id(a): t.data_ptr() for a, t in zip(accesses, tensors, strict=True)}
-    launch = PreparedLaunch(Launch((kernel,)), render(kernel, batched), compiler)
-    launch.start(lambda access: where[id(access)], built.slots, 0)
+    slots_at = None if table is None else table.data_ptr()
+    launch = PreparedLaunch(Launch((kernel,)), render(kernel, batched, table is not None), compiler, slots_at=slots_at)
+    launch.start(lambda access: where[id(access)], built.slots if table is None else [], 0)
     return outputs
+
+
+def differs_in_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.dim() else a.item() != b.item()
+    )
 
 
 def differs(got: torch.Tensor, expected: torch.Tensor) -> str | None:
@@ -60,7 +73,11 @@ def compare(
     if reasons := [reason for op in built.ops if (reason := why_not_lowered(op))]:
         print(f"{name}: {reasons[0]}")
         return
-    got = run(built, compiler, inputs, fresh, batched)
+    got = run(built, compiler, inputs, [t.clone() for t in fresh] if built.slots else fresh, batched)
+    if built.slots and not batched:
+        from_memory = run(built, compiler, inputs, fresh, batched, torch.tensor(built.slots, dtype=torch.float64))
+        if any(differs_in_bits(a, b) for a, b in zip(got, from_memory, strict=True)):
+            print(f"{name}: numbers from memory give other bits than numbers by value")
     for a, b in zip(got, [expected] if isinstance(expected, torch.Tensor) else expected, strict=True):
         if difference := differs(a, b):
             print(f"{name}: {difference}")

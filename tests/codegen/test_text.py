@@ -11,7 +11,7 @@ import torch
 
 from kitsune.codegen import parameters_of, render, text_key, why_not_batched, why_not_lowered
 from kitsune.ir import Slot
-from kitsune.ir.plan import Pointer, Scalar, Size, Stride
+from kitsune.ir.plan import Pointer, Scalar, Size, SlotAddress, Stride
 from tests.codegen.build import Built, build
 from tests.codegen.samples import SAMPLES, draw
 
@@ -35,6 +35,16 @@ def test_a_moving_number_is_a_parameter_like_a_constant() -> None:
     assert render(constant).text == render(moving).text
     assert Scalar(Slot(0), "fp32") in render(moving).parameters
     assert Scalar(0.5, "fp32") in render(constant).parameters
+
+
+def test_a_moving_number_may_be_read_from_memory() -> None:
+    kernel = built(4, 8, moving=(0.5,)).kernel
+    program = render(kernel, slots_in_memory=True)
+    assert "s0 = tl.load(s0_at).to(tl.float32)" in program.text
+    assert program.parameters == parameters_of(kernel, slots_in_memory=True)
+    assert program.parameters[-1] == SlotAddress(0)
+    constant = built(4, 8).kernel
+    assert render(constant, slots_in_memory=True) == render(constant)
 
 
 def test_parameters_are_in_the_order_of_the_signature() -> None:

@@ -111,6 +111,7 @@ def test_an_older_gpu_has_a_sentence_and_no_backend(monkeypatch: pytest.MonkeyPa
 
 def test_a_gpu_without_a_backend_is_told_at_the_first_region(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("kitsune.running.recorder_of", lambda device: None)
     tally = Tally()
     it = Runner(CUDA, tally)
     with trace_regions() as graphs, lazily():

@@ -1,0 +1,183 @@
+"""CUDA graphs: how work is captured, and what is put right when a capture breaks off."""
+
+import contextlib
+import gc
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+# From the inputs to the outputs. What it is called with must not be kept: the inputs' holders decide when they die.
+Work = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+
+
+class Recorded(Protocol):
+    """Work that can be repeated: `outputs` are the tensors that it fills each time, `nbytes` the memory that it keeps."""
+
+    outputs: list[torch.Tensor]
+    nbytes: int
+
+    def replay(self) -> None:
+        """Do the work, on the current stream."""
+        ...
+
+    def destroy(self) -> None:
+        """Let go of it and of its memory; what others hold of its outputs stays."""
+        ...
+
+
+class GraphRecorder(Protocol):
+    """What makes work repeatable."""
+
+    def record(self, work: Work, inputs: Sequence[torch.Tensor]) -> Recorded:
+        """Take down what `work` does to the memory of `inputs`. It has no effect yet, on none of the inputs that it writes."""
+        ...
+
+    def follow_stream(self) -> bool:
+        """To be called before each run: runs share memory, so that one must not overtake another on another stream.
+
+        False where nothing can be replayed now, because the program itself captures what runs.
+        """
+        ...
+
+
+# Bytes of destroyed graphs that may lie idle.
+EMPTY_AT = 32 << 20
+# torch can capture on one thread at a time only: the default generator takes part in each capture.
+_one_capture = threading.Lock()
+# Captures that broke off. torch's allocators may still ask them which memory is theirs.
+_broken_off: list[Any] = []
+# Counts, by device, how often the generator's state had to be replaced: graphs that were captured before draw from the old one.
+_generator_changes: dict[int, int] = {}
+
+
+class CudaGraph:
+    """A captured graph of one device."""
+
+    def __init__(self, graph: Any, outputs: list[torch.Tensor], nbytes: int, recorder: "CudaGraphs") -> None:
+        self.outputs, self.nbytes = outputs, nbytes
+        self._graph, self._recorder = graph, recorder
+        self._generator = _generator_changes.get(recorder.index, 0)
+
+    def replay(self) -> None:
+        """Start it on the current stream. Raises RuntimeError if it can no longer draw random numbers as eager would."""
+        if _generator_changes and self._generator != _generator_changes.get(self._recorder.index, 0):
+            raise RuntimeError("the state of the device's generator was replaced after a capture that broke off")
+        self._graph.replay()
+
+    def destroy(self) -> None:
+        """The memory of outputs stays as long as they do."""
+        self.outputs = []
+        self._graph.reset()
+        self._recorder.gave_up(self.nbytes)
+
+
+class CudaGraphs:
+    """Captures on a stream of its own. Each graph has a memory pool of its own: two graphs that shared one could run in
+    another order than they were captured in, and what the one uses in between would be where the other's outputs are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.index: int = device.index or 0
+        self._given_up = 0
+        self._stream: torch.cuda.Stream | None = None
+        self._last: tuple[int, torch.cuda.Stream] | None = None
+
+    def follow_stream(self) -> bool:
+        """Let the current stream wait for the last run where that was on another one; False if it is being captured."""
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return False
+        handle = torch._C._cuda_getCurrentRawStream(self.index)
+        if self._last is not None and self._last[0] == handle:
+            return True
+        stream = torch.cuda.current_stream(self.index)
+        if self._last is not None:
+            event = torch.cuda.Event()
+            event.record(self._last[1])
+            event.wait(stream)
+        self._last = (handle, stream)
+        return True
+
+    def record(self, work: Work, inputs: Sequence[torch.Tensor]) -> CudaGraph:
+        """Capture. Raises what `work` raises and what CUDA says of it; memory and generator are then as before."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.index)
+        # Instantiated apart, to know what is to be undone where that fails.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with _one_capture, _no_collection(), torch.cuda.device(self.index), torch.cuda.stream(self._stream):
+            # Not a MemPool, which ends the process if it dies before its graph.
+            pool, before = torch.cuda.graph_pool_handle(), torch.cuda.memory_reserved(self.index)
+            # A workspace from outside could be in use on another stream when the graph runs, and one from inside must not be
+            # found by others.
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                # Not "global", which breaks off when another thread, such as a loader's, pins memory.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                outputs = work(inputs)
+                torch._C._cuda_clearCublasWorkspaces()
+                _end(graph)
+            except BaseException:
+                self._break_off(graph, pool)
+                raise
+            try:
+                graph.instantiate()
+            except BaseException:
+                graph.reset()
+                raise
+            nbytes = max(torch.cuda.memory_reserved(self.index) - before, 0)
+        return CudaGraph(graph, outputs, nbytes, self)
+
+    def gave_up(self, nbytes: int) -> None:
+        """A graph was destroyed. torch keeps its pool's memory, for nobody, until its caches are emptied."""
+        self._given_up += nbytes
+        if self._given_up >= EMPTY_AT:
+            self._given_up = 0
+            torch.cuda.empty_cache()
+
+    def _break_off(self, graph: Any, pool: Any) -> None:
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            _end(graph)
+        except RuntimeError:
+            # CUDA has ended the capture, but torch has stopped halfway through its own end of it.
+            _broken_off.append((graph, pool))
+            for give_back in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with contextlib.suppress(RuntimeError):
+                    give_back(self.index, pool)
+            self._free_generator()
+        else:
+            graph.reset()
+
+    def _free_generator(self) -> None:
+        """A generator that still takes itself to be captured gets a new state object, with the same seed and offset."""
+        generator = torch.cuda.default_generators[self.index]
+        fresh = generator.clone_state()
+        probe = torch.empty(1, device=self.device)
+        try:
+            probe.uniform_()
+        except RuntimeError:
+            _generator_changes[self.index] = _generator_changes.get(self.index, 0) + 1
+            generator.graphsafe_set_state(fresh)
+        else:
+            generator.set_offset(fresh.get_offset())
+
+
+def _end(graph: Any) -> None:
+    with warnings.catch_warnings():
+        # Of a graph in which nothing is launched, which may be: kernels over no elements.
+        warnings.simplefilter("ignore")
+        graph.capture_end()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A tensor or a graph that the garbage collector frees in the middle of a capture could break it off."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

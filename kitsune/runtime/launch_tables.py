@@ -1,0 +1,91 @@
+"""What a batched launch reads from memory: a row of parameters for each kernel, and the number of the kernel of each block."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def owners_of(sizes: Sequence[int], block: int) -> torch.Tensor:
+    """For each block the number of its kernel."""
+    counts = torch.tensor([-(-n // block) for n in sizes])
+    return torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), counts)
+
+
+def complete_rows(rows: list[list[int]], sizes: Sequence[int], block: int) -> torch.Tensor:
+    """The rows with the number of each kernel's first block at their end."""
+    first, complete = 0, []
+    for row, n in zip(rows, sizes, strict=True):
+        complete.append([*row, first])
+        first += -(-n // block)
+    return torch.tensor(complete, dtype=torch.int64)
+
+
+class Tables:
+    """What a batch reads from memory: its parameters by kernel, and the kernel of each block. Kept while they do not change."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._blocks: tuple[int, torch.Tensor] | None = None
+        # By stream: the rows and the table with them. A table on another stream might not be written yet.
+        self._tables: dict[int, tuple[list[list[int]], torch.Tensor]] = {}
+
+    def blocks(self, sizes: Sequence[int], block: int) -> tuple[int, torch.Tensor]:
+        """The number of blocks, and for each the number of its kernel."""
+        if self._blocks is None:
+            owners = owners_of(sizes, block)
+            self._blocks = (owners.numel(), owners.to(self._device))
+            if self._device.type == "cuda":
+                # Other streams read it as well, and this happens once.
+                torch.cuda.current_stream(self._device).synchronize()
+        return self._blocks
+
+    def table(self, rows: list[list[int]], sizes: Sequence[int], block: int, stream: int) -> torch.Tensor:
+        """The rows in memory that kernels on the stream can read."""
+        known = self._tables.get(stream)
+        if known is not None and known[0] == rows:
+            return known[1]
+        table = self._on_device(complete_rows(rows, sizes, block))
+        self._tables[stream] = (rows, table)
+        return table
+
+    def reserve(self, sizes: Sequence[int], n_columns: int, block: int) -> None:
+        """Make memory ahead of a capture."""
+
+    def fill(self) -> None:
+        """Write what was put off until the end of a capture."""
+
+    def _on_device(self, host: torch.Tensor) -> torch.Tensor:
+        if self._device.type != "cuda":
+            return host
+        # Pinned, so that the host does not wait; on the current stream, where the launch goes as well. It cannot be named by
+        # its handle: torch takes the handle 0 of the default stream for a wish for a new one.
+        return host.pin_memory().to(self._device, non_blocking=True)
+
+
+class LaterTables(Tables):
+    """Tables of a launch that a CUDA graph captures: memory before the capture, the parameters when it is over.
+
+    A copy from the host that is captured would be made again by every replay, and memory from inside the capture was another
+    tensor's before, which every replay writes again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._memory: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
+
+    def reserve(self, sizes: Sequence[int], n_columns: int, block: int) -> None:
+        """Make memory for a row of `n_columns` parameters for each kernel."""
+        self.blocks(sizes, block)
+        self._memory = torch.empty((len(sizes), n_columns + 1), dtype=torch.int64, device=self._device)
+
+    def table(self, rows: list[list[int]], sizes: Sequence[int], block: int, stream: int) -> torch.Tensor:
+        """The memory that will hold the rows."""
+        assert self._memory is not None
+        self._rows = complete_rows(rows, sizes, block)
+        return self._memory
+
+    def fill(self) -> None:
+        """Write the rows, on the current stream."""
+        if self._memory is not None and self._rows is not None:
+            self._memory.copy_(self._on_device(self._rows))

@@ -1,0 +1,44 @@
+"""Moving numbers under a captured graph: kernels read them from a table; one that was read on the host is baked in."""
+
+from array import array
+from collections.abc import Iterable, Sequence
+
+import torch
+
+
+def bits_of(numbers: Iterable[float]) -> bytes:
+    """Tells numbers apart as kernels do: 0.0 from -0.0, and not NaN from itself."""
+    return array("d", numbers).tobytes()
+
+
+class SlotTable:
+    """The moving numbers of a region as float64 in the memory of a device."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.memory = torch.zeros(max(n, 1), dtype=torch.float64, device=device)
+        self.address: int = torch._C.TensorBase.data_ptr(self.memory)
+        self._bits = b""
+
+    def set(self, numbers: Sequence[float]) -> None:
+        """Bring the table up to date on the current stream: one small copy, and none if nothing has changed."""
+        bits = bits_of(numbers)
+        if not bits or bits == self._bits:
+            return
+        host = torch.frombuffer(bytearray(bits), dtype=torch.float64)
+        if self.memory.device.type == "cuda":
+            # Fresh pinned memory each time: an earlier copy may not have run yet. torch uses it again once it has.
+            host = host.pin_memory()
+        self.memory.copy_(host, non_blocking=True)
+        self._bits = bits
+
+
+class WatchedNumbers(list[float]):
+    """The moving numbers of the run that is captured; `read` are those that the host has looked at."""
+
+    def __init__(self, numbers: Iterable[float]) -> None:
+        super().__init__(numbers)
+        self.read: set[int] = set()
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        self.read.add(index)
+        return super().__getitem__(index)

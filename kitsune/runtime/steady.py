@@ -1,0 +1,255 @@
+"""Steady state: which regions have come back often enough to be captured, and the graphs that are kept."""
+
+import enum
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from kitsune.ir import Graph, Kind, lent_memory
+from kitsune.runtime.capturable import used_inputs, why_not_captured, why_not_moving
+from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, Work
+from kitsune.runtime.cuda_graph import GraphRecorder
+from kitsune.runtime.slots import SlotTable
+
+data_ptr = torch._C.TensorBase.data_ptr
+# Ordinary runs before a capture: the first compiles kernels and lets libraries choose, the second is a steady one.
+RUNS = 2
+# Passes that an input may take until it stays where it is: those of another region's outputs, until that is captured.
+PATIENCE = 8
+# A region that does not stay captured, or is pushed out again and again, costs more than it saves.
+MAX_CAPTURES = 6
+# Replays after which a capture has paid.
+WORTH = 100
+
+
+class Outcome(enum.Enum):
+    """What came of a replay, or what is to be done instead."""
+
+    DONE = enum.auto()
+    # Run in the ordinary way, this time.
+    ORDINARY = enum.auto()
+    # The same, unless the inputs are where they were at the run before: then capture anew.
+    OBSERVE = enum.auto()
+    CAPTURE = enum.auto()
+
+
+class Told(Protocol):
+    """Hears of captures; see `kitsune.profiler.Tally`."""
+
+    def captured(self, n_ops: int, nbytes: int) -> None: ...
+
+    def replayed(self) -> None: ...
+
+    def moved(self, n: int) -> None: ...
+
+    def missed(self, reason: str) -> None: ...
+
+    def refused(self, reason: str) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Steady:
+    """What is known of the runs of one region. `graph` is what runs, without dead code; `make_work(table)` what is captured."""
+
+    graph: Graph
+    make_work: Callable[[SlotTable], Work]
+    inputs: tuple[int, ...] = ()
+    captured: Captured | None = None
+    # Why it is not captured any more.
+    refusal: str | None = None
+    n_runs: int = 0
+    n_waits: int = 0
+    n_captures: int = 0
+    n_baked_changes: int = 0
+    # Addresses of the inputs at the ordinary run before, if that was the last run.
+    addresses: list[int] | None = None
+    # How often an input was not where it was when the region was captured.
+    changes: Counter[int] = field(default_factory=Counter)
+    moving: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.inputs = used_inputs(self.graph)
+
+
+class SteadyState:
+    """The graphs of one thread and device. `limits()` are how many may be kept and their bytes; `relieve(hard)` frees
+    memory that is kept for other runs, if `hard` torch's as well; `report(sentence)` hears what went wrong and was mended."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        recorder: GraphRecorder,
+        limits: Callable[[], tuple[int, int]],
+        relieve: Callable[[bool], None],
+        report: Callable[[str], None],
+        told: Told,
+    ) -> None:
+        self.device, self.recorder, self.limits = device, recorder, limits
+        self.relieve, self.report, self.told = relieve, report, told
+        # The least recently replayed first.
+        self._kept: OrderedDict[Steady, Captured] = OrderedDict()
+
+    def region(self, graph: Graph, make_work: Callable[[SlotTable], Work]) -> Steady:
+        """What is to be passed to `run` with each run of a region."""
+        region = Steady(graph, make_work)
+        if all(op.kind is Kind.VIEW for op in graph.ops):
+            # Nothing is lost, and nobody needs to hear of it.
+            region.refusal = "The region starts nothing on the device."
+        elif reason := why_not_captured(graph, self.device):
+            self._refuse(region, reason)
+        return region
+
+    def run(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> bool:
+        """Replay the region, or capture it first where it is time. False if it has to be run in the ordinary way."""
+        if not self.recorder.follow_stream() or region.refusal is not None:
+            return False
+        outcome = Outcome.OBSERVE if region.captured is None else self._replay(region, values, scalars)
+        if outcome is Outcome.OBSERVE and region.refusal is None and self._agrees(region, values):
+            outcome = Outcome.CAPTURE
+        if outcome is Outcome.CAPTURE and self._capture(region, values, scalars):
+            outcome = self._replay(region, values, scalars)
+        return outcome is Outcome.DONE
+
+    def forget(self) -> None:
+        """Destroy every graph."""
+        while self._kept:
+            self._drop(next(iter(self._kept)))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the graphs keep."""
+        return sum(captured.nbytes for captured in self._kept.values())
+
+    def _replay(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> Outcome:
+        assert region.captured is not None
+        try:
+            region.captured.replay(values, scalars)
+        except Miss as miss:
+            self.told.missed(str(miss))
+            if isinstance(miss, InputsMoved):
+                return self._inputs_moved(region, values, miss.numbers)
+            if isinstance(miss, NumberChanged):
+                return self._number_changed(region, str(miss))
+            return Outcome.ORDINARY
+        except torch.OutOfMemoryError:
+            self.told.missed("there is no memory for results that are still held")
+            self._drop(region)
+            return Outcome.ORDINARY
+        except Exception as error:
+            self._drop(region)
+            self._refuse(region, f"A replay failed ({type(error).__name__}: {_first_line(error)}).", mended=True)
+            return Outcome.ORDINARY
+        self._kept.move_to_end(region)
+        region.addresses = None
+        self.told.replayed()
+        return Outcome.DONE
+
+    def _inputs_moved(self, region: Steady, values: list[Any], numbers: list[int]) -> Outcome:
+        foreign = [n for n in numbers if lent_memory(values[n]) is None]
+        region.changes.update(foreign)
+        movable = all(region.changes[n] > 1 and why_not_moving(region.graph, n, values[n]) is None for n in numbers)
+        if movable:
+            region.moving.update(numbers)
+        return Outcome.CAPTURE if movable else Outcome.OBSERVE
+
+    def _number_changed(self, region: Steady, sentence: str) -> Outcome:
+        # A schedule that changes it once in a while is worth a capture each time.
+        assert region.captured is not None
+        region.n_baked_changes = 1 if region.captured.n_replays >= WORTH else region.n_baked_changes + 1
+        region.n_captures -= region.captured.n_replays >= WORTH
+        self._drop(region)
+        if region.n_baked_changes > 1:
+            self._refuse(region, sentence)
+        return Outcome.OBSERVE
+
+    def _agrees(self, region: Steady, values: list[Any]) -> bool:
+        """Have there been enough ordinary runs, and are the inputs where they were at the last one, or may be elsewhere?"""
+        before, region.addresses = region.addresses, [data_ptr(values[n]) for n in region.inputs]
+        region.n_runs += 1
+        if before is None or region.n_runs <= RUNS:
+            return False
+        apart = [n for n, a, b in zip(region.inputs, before, region.addresses, strict=True) if a != b]
+        apart = [n for n in apart if n not in region.moving]
+        if not apart:
+            return True
+        reasons = [why_not_moving(region.graph, n, values[n]) for n in apart]
+        reason = next((r for r in reasons if r is not None), None)
+        # What another region's graph returns will be at one address, as soon as both are captured.
+        if reason is not None or any(lent_memory(values[n]) is not None for n in apart):
+            region.n_waits += 1
+            if region.n_waits <= PATIENCE:
+                return False
+            if reason is not None:
+                self._refuse(region, reason)
+                return False
+        region.moving.update(apart)
+        return True
+
+    def _capture(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> bool:
+        if region.captured is not None:
+            self._drop(region)
+        if region.n_captures >= MAX_CAPTURES:
+            self._refuse(region, f"The region was captured {MAX_CAPTURES} times, and never fitted for long.")
+            return False
+        region.n_captures += 1
+        max_graphs, max_bytes = self.limits()
+        while self._kept and len(self._kept) >= max_graphs:
+            self._drop(next(iter(self._kept)))
+        try:
+            captured = self._record_twice(region, values, scalars)
+        except NotCaptured as refusal:
+            self._refuse(region, str(refusal))
+            return False
+        except Exception as error:
+            self._refuse(region, f"The capture failed ({type(error).__name__}: {_first_line(error)}).", mended=True)
+            return False
+        region.captured = self._kept[region] = captured
+        while self.nbytes > max_bytes and len(self._kept) > 1:
+            self._drop(next(iter(self._kept)))
+        if self.nbytes > max_bytes:
+            self._drop(region)
+            self._refuse(region, f"Its graph needs {captured.nbytes / 2**20:.0f} MiB, more than `graph_memory` allows.")
+            return False
+        self.told.captured(len(region.graph.ops), captured.nbytes)
+        return True
+
+    def _record_twice(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> Captured:
+        # What ran in the ordinary way so far has its arenas in memory that the graph may need.
+        self.relieve(False)
+        try:
+            return self._record(region, values, scalars)
+        except torch.OutOfMemoryError:
+            pass
+        # Outside of the handler: the error would keep alive what the capture had allocated.
+        self.relieve(True)
+        return self._record(region, values, scalars)
+
+    def _record(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> Captured:
+        table = SlotTable(len(scalars), self.device)
+        work = region.make_work(table)
+        moving = frozenset(region.moving)
+        return Captured(region.graph, work, table, self.recorder, values, scalars, moving, self.told.moved)
+
+    def _drop(self, region: Steady) -> None:
+        captured = self._kept.pop(region, None)
+        region.captured = None
+        region.addresses = None
+        if captured is not None:
+            captured.destroy()
+
+    def _refuse(self, region: Steady, reason: str, mended: bool = False) -> None:
+        region.refusal = reason
+        region.addresses = None
+        self.told.refused(reason)
+        if mended:
+            self.report(
+                f"A region of {len(region.graph.ops)} operators cannot be replayed as a CUDA graph, so it is launched operator "
+                f"by operator. {reason}"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
