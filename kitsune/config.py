@@ -100,8 +100,6 @@ def whole(low: int, high: int | None = None) -> Accepts:
 flag = Accepts("True or False (in the environment 0/1, true/false, on/off or yes/no)", _check_bool, _read_bool)
 device_name = Accepts("the name of a torch device such as 'cpu' or 'cuda:0', or None", _check_device, _read_optional)
 n_bytes = Accepts("a number of bytes, a text such as '512MB' or '2GB', or None", _check_bytes, _read_optional)
-
-
 folder = Accepts("the path of a folder, or None", _check_folder, _read_optional)
 
 
@@ -136,9 +134,7 @@ class Options:
         n_bytes,
         "bytes that pending results may need before they are flushed, such as 2GB; None: half of the device's memory",
     )
-    follow: bool = knob(
-        True, "KITSUNE_FOLLOW", flag, "follow whole calls of torch's API, and a plain `backward()`, once they are known"
-    )
+    follow: bool = knob(True, "KITSUNE_FOLLOW", flag, "follow whole calls of torch's API, and `backward()`, once they are known")
     fuse: bool = knob(True, "KITSUNE_FUSE", flag, "0 runs every region op by op: no planning, no kernels of Kitsune's own")
     fuel: int | None = knob(
         None, "KITSUNE_FUEL", optional(whole(0)), "only so many fusions in each region: bisects a wrong answer; None: all"
