@@ -22,21 +22,21 @@ def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradient
     from kitsune.lazy.call_keys import key_of
 
     recorder = lane.recorder
-    with recorder.lock:
-        region, call = recorder.region, Incoming()
-        leaves = dict(_leaves(region))
-        key = None
-        if plain and region.history is not None and not _runs_python(leaves.values()):
-            named = [leaf.grad for leaf in leaves.values()]
-            tree = (losses, gradients, named)
-            key = key_of(region, torch.Tensor.backward, tree, {}, (region.history, tuple(leaves)), call)
-        if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
-            edge = region.node.calls.get(key)
-            numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(region.scalars)
-            if numbers is not None and _is_whole(region, edge, losses):
+    region, call = recorder.region, Incoming()
+    leaves = dict(_leaves(region))
+    key = None
+    if plain and region.history is not None and not _runs_python(leaves.values()):
+        named = [leaf.grad for leaf in leaves.values()]
+        tree = (losses, gradients, named)
+        key = key_of(region, torch.Tensor.backward, tree, {}, (region.history, tuple(leaves)), call)
+    if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
+        edge = region.node.calls.get(key)
+        numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(region.scalars)
+        if numbers is not None and _is_whole(region, edge, losses):
+            with recorder.lock:
                 return _follow(recorder, edge, call, leaves, numbers)
-        lane.own_up([*losses, *gradients])
-        return _run(lane, run, None if call.unknown else key, call, leaves)
+    lane.own_up([*losses, *gradients])
+    return _run(lane, run, None if call.unknown else key, call, leaves)
 
 
 def _leaves(region: Any) -> Iterator[tuple[int, Any]]:

@@ -99,24 +99,25 @@ class CallLane(Learner):
 
     def _take(self, func: Any, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
-        with recorder.lock:
-            region, call = recorder.region, Incoming()
-            modes = self._modes()
-            key = key_of(region, func, args, kwargs, modes, call)
-            if call.floats and not self.moves.get((func, *kwargs), False):
-                key = (key, tuple(map(float.hex, call.floats)))
-            if not call.unknown and region.observed_from is None and not region.slow:
-                edge = region.node.calls.get(key)
-                if (
-                    edge is not None
-                    and edge.sights >= self.sights
-                    and not (edge.graded and region.real)
-                    and (call.floats == list(edge.floats) or (func, *kwargs) in self.proven)
-                ):
-                    if edge.plain:
-                        return self.made(lambda: func(*args, **kwargs))
+        region, call = recorder.region, Incoming()
+        modes = self._modes()
+        key = key_of(region, func, args, kwargs, modes, call)
+        if call.floats and not self.moves.get((func, *kwargs), False):
+            key = (key, tuple(map(float.hex, call.floats)))
+        if not call.unknown and region.observed_from is None and not region.slow:
+            edge = region.node.calls.get(key)
+            if (
+                edge is not None
+                and edge.sights >= self.sights
+                and not (edge.graded and region.real)
+                and (call.floats == list(edge.floats) or (func, *kwargs) in self.proven)
+            ):
+                if edge.plain:
+                    return self.made(lambda: func(*args, **kwargs))
+                # Autograd has threads of its own. A call that is made for real must not hold the lock: they record its ops.
+                with recorder.lock:
                     return self._follow(edge, func, args, kwargs, call, modes)
-            return self._make(func, args, kwargs, None if call.unknown else key, call, modes)
+        return self._make(func, args, kwargs, None if call.unknown else key, call, modes)
 
     def _modes(self) -> Any:
         device = self.recorder.device.type
