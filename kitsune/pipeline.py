@@ -81,6 +81,8 @@ class Pipeline:
         """Take ops alone: another pipeline has been opened inside, or none is open any more."""
         if self.follows:
             self.lane.settle_spent()
+            # They refer to tensors weakly, and torch swaps none that somebody refers to.
+            self.recorder.forget_arrivals()
             self.lane.leave()
             close_graph_doors(self.lane)
             self.recorder.hook, self.follows = None, False

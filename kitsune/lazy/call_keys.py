@@ -14,9 +14,13 @@ from kitsune.ir import type_of
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.edges import Incoming
 from kitsune.lazy.recorder import CONSTANTS, FALSE, FLOAT, TRUE
+from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor
 
 AGAIN, SLICE = object(), object()
+# From this length on a list of tensors is known by the ids of its tensors: an optimizer passes the same state in every step.
+LONG = 12
+_bundles: dict[Any, Any] = {}
 
 
 def key_of(region: Any, func: Any, args: Any, kwargs: Any, modes: Any, call: Incoming) -> tuple[Any, ...]:
@@ -59,11 +63,46 @@ def _append_parts(region: Any, arguments: Any, call: Incoming, key: list[Any]) -
         elif cls in CONSTANTS:
             append(a)
         elif cls is tuple or cls is list or cls is torch.Size:
+            if len(a) >= LONG:
+                append(_long_part(region, a, call))
+                continue
             part: list[Any] = [cls]
             _append_parts(region, a, call, part)
             append(tuple(part))
         else:
             append(_other_part(region, a, cls, call))
+
+
+def _long_part(region: Any, items: Any, call: Incoming) -> Any:
+    """The key of a long list. Where it is all fresh plain tensors, an object stands for it, one for each such list of types."""
+    bundles, ids = region.recorder.bundles, tuple(map(id, items))
+    known = bundles.get(ids)
+    if known is not None:
+        serials, stand_in, _ = known
+        if (
+            region.plain.keys().isdisjoint(ids)
+            and region.storages.keys().isdisjoint(serials)
+            and call.fresh.keys().isdisjoint(serials)
+        ):
+            call.flat.extend(items)
+            call.fresh.update(zip(serials, items, strict=True))
+            return stand_in
+    n_fresh = len(call.fresh)
+    part: list[Any] = [type(items)]
+    _append_parts(region, items, call, part)
+    key = tuple(part)
+    if call.unknown or len(call.fresh) != n_fresh + len(ids) or any(type(t) not in PLAIN for t in items):
+        return key
+    serials = tuple(call.fresh)[n_fresh:]
+    stand_in = _bundles.setdefault(key, object())
+    if all(p[1] is None for p in part[1:]):
+
+        def dead(_: Any) -> None:
+            bundles.pop(ids, None)
+
+        # An id is good for as long as its tensor lives.
+        bundles[ids] = (serials, stand_in, [weakref.ref(t, dead) for t in items])
+    return stand_in
 
 
 def _other_part(region: Any, a: Any, cls: Any, call: Incoming) -> Any:

@@ -127,5 +127,8 @@ def _doors() -> Iterator[Door]:
             yield torch, f"set_autocast_{name}", _modes
     yield torch.optim.Optimizer, "zero_grad", _quiet
     yield torch.nn.Module, "zero_grad", _quiet
+    for optimizer in vars(torch.optim).values():
+        if isinstance(optimizer, type) and "_init_group" in vars(optimizer):
+            yield optimizer, "_init_group", _quiet
     for scripted in ("ScriptFunction", "ScriptMethod"):
         yield getattr(torch._C, scripted), "__call__", _lost_track

@@ -73,6 +73,8 @@ class Recording:
         # Of plain tensors that came into a region, by id: a reference, the storage's serial, what stands for them in keys. It
         # holds until somebody can have given one of them another memory or shape.
         self.arrivals: dict[int, Any] = {}
+        # The same for long lists of them, as optimizers pass: (serials, what stands for the list, references) by the tensors' ids.
+        self.bundles: dict[tuple[int, ...], Any] = {}
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
         self.forget()
@@ -104,7 +106,7 @@ class Recording:
 
     def restart(self) -> None:
         """A context is entered: what a region depends on besides its ops may have changed since the last one."""
-        self.arrivals.clear()
+        self.forget_arrivals()
         self.shared = self.device.type != "cpu" or threading.active_count() > 1
         if not self.region.node.depth:
             self.region = self._new_region()
@@ -159,6 +161,11 @@ class Recording:
                     "this tensor has no value: an operator recorded before it failed when its region was run"
                 ) from cell.region.error
             return cell.real
+
+    def forget_arrivals(self) -> None:
+        """A tensor may have another memory or shape than when it last came in."""
+        self.arrivals.clear()
+        self.bundles.clear()
 
     def note_leaf(self, tensor: torch.Tensor) -> None:
         """A leaf came in, or got a gradient."""

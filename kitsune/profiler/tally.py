@@ -25,6 +25,7 @@ class PlanTally:
     """A plan that was run: its fused kernels, the ops in them, and how often."""
 
     plan: Plan
+    n_launches: int
     n_kernels: int
     n_fused: int
     times_run: int = 0
@@ -33,7 +34,7 @@ class PlanTally:
 def plan_tally(plan: Plan) -> PlanTally:
     """The tally of a plan that has not run yet."""
     fused = [launch for launch in plan.launches if launch.kernels]
-    return PlanTally(plan, len(fused), sum(len(launch.ops) for launch in fused))
+    return PlanTally(plan, plan.n_launches, len(fused), sum(len(launch.ops) for launch in fused))
 
 
 class Tally:
@@ -80,7 +81,7 @@ class Tally:
         if plan is None:
             return
         self.planned += n_ops
-        self.launched += plan.plan.n_launches
+        self.launched += plan.n_launches
         self.kernels += plan.n_kernels
         self.fused += plan.n_fused
         if not plan.times_run and len(self.plans) < MAX_REGIONS:
