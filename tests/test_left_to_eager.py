@@ -202,34 +202,20 @@ def test_a_tensor_and_its_graph_cross_the_switch(in_turns: Callable[[int], None]
     in_turns(1)
     found = []
     for context in (contextlib.nullcontext(), kitsune.accelerate()):
-        model, optimizer = small()
-        carried, hidden = [], torch.zeros(5, 3)
+        (model, _), carried, hidden = small(), [], torch.zeros(5, 3)
+        # Its steps write nothing that the graph needs.
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
         with context:
             for n in range(6):
                 # The graph goes on from step to step, recorded and not in turn.
                 hidden = torch.tanh(model(batch(n)) + hidden)
-                optimizer.zero_grad()
+                model.zero_grad()
                 hidden.square().mean().backward(retain_graph=True)
                 carried += [p.grad.clone() for p in model.parameters()]
-                if n < 5:
-                    optimizer.param_groups[0]["lr"] = 0.0
-                    before = [p.detach().clone() for p in model.parameters()]
-                    optimizer.state.clear()
-                    _end_of_step_without_writes(optimizer)
-                    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-                hidden.add_(0.0) if n % 2 else hidden.numpy
+                optimizer.step()
         found.append([*carried, hidden.detach()])
+    assert kitsune.counters()["recorded"] + kitsune.counters()["observed"]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def _end_of_step_without_writes(optimizer: Optimizer) -> None:
-    """A step of an optimizer that has nothing to do: the parameters of the carried graph must not be written."""
-    grads = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
-    for p, _ in grads:
-        p.grad = None
-    optimizer.step()
-    for p, grad in grads:
-        p.grad = grad
 
 
 def test_wrappers_from_before_the_switch_go_on_working(in_turns: Callable[[int], None]) -> None:
@@ -240,9 +226,10 @@ def test_wrappers_from_before_the_switch_go_on_working(in_turns: Callable[[int],
         plain_step(model, optimizer)
         assert not modes()
         assert type(y) is LazyTensor
-        z = y * 2
+        z, before = y * 2, y.clone()
         y.add_(1)
-        assert torch.equal(z, (y - 1) * 2)
+        assert torch.equal(z, before * 2)
+        assert torch.equal(y, before + 1)
         assert y.numpy().shape == (5, 3)
         plain_step(model, optimizer)
         assert modes()
