@@ -31,7 +31,8 @@ class RecordMode(TorchDispatchMode):
         """A context for calls that autograd and this mode are to see, also where an op is handled or somebody hides modes."""
         hidden = self not in _get_current_dispatch_mode_stack()
         include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        with torch._C._ForceDispatchKeyGuard(include, exclude - _ABOVE):
+        # Autocast stays as it is: it is off where its key is excluded.
+        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD):
             if hidden:
                 self.enter()
             try:
@@ -73,6 +74,7 @@ def foreign_modes() -> list[TorchDispatchMode]:
 _ABOVE = DispatchKeySet(DispatchKey.Python)
 for _name in ("PythonTLSSnapshot", "ADInplaceOrView", "AutogradOther", "AutogradCPU", "AutogradCUDA", "AutogradMeta"):
     _ABOVE = _ABOVE | DispatchKeySet(getattr(DispatchKey, _name))
+_AUTOGRAD = _ABOVE
 for _name in ("AutocastCPU", "AutocastCUDA"):
     _ABOVE = _ABOVE | DispatchKeySet(getattr(DispatchKey, _name))
 

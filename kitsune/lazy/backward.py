@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from kitsune.lazy.edges import Before, Edge, Incoming, Made, Returned, arrivals_of, cell_in, path_between
-from kitsune.lazy.realize import SPENT, Followed
+from kitsune.lazy.cell import Cell
+from kitsune.lazy.edges import Before, Edge, Incoming, Made, Returned, arrivals_of, path_between
+from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
 from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
@@ -63,7 +64,8 @@ def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
         makers: dict[int, list[int]] = {}
         # Who writes to a tensor's memory, maybe through a view, is one of its makers as well.
         writers: dict[int, list[int]] = {}
-        for k, call in enumerate(region.calls):
+        calls = [Followed(*debt) for debt in region.calls]
+        for k, call in enumerate(calls):
             for t in call.made:
                 makers.setdefault(id(t), []).append(k)
             for storage in call.edge.dirty:
@@ -78,30 +80,29 @@ def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
                 return False
             for k in {*makers[id(tensor)], *writers.get(tensor.cell.storage, ())} - spent:
                 spent.add(k)
-                waiting += region.calls[k].flat
+                waiting += calls[k].flat
         edge.spent = frozenset(spent)
     return bool(edge.spent)
 
 
 def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], numbers: Any) -> None:
-    from kitsune.lazy.call_lane import arrive, place
+    from kitsune.lazy.call_lane import arrive, rewrite
 
     region = recorder.region
-    arrive(region, edge, list(call.fresh.values()))
+    arrive(region, edge, list(call.fresh.items()))
     region.scalars.extend(numbers)
-    for k, after in edge.rewrites:
-        cell = cell_in(call.flat[k], region)
-        assert cell is not None
-        cell.ref = after
-    region.dirty = region.dirty | edge.dirty
+    rewrite(region, edge, call.flat)
     if edge.bumps:
         increment_version([call.flat[k] for k in edge.bumps])
     region.node = edge.node
     for number, made in edge.grads:
         leaf = leaves[number]
         assert made is not None
-        leaf.grad = place(region, made)
-        recorder.leaves[id(leaf)] = weakref.ref(leaf)
+        wrapper = made.make()
+        wrapper.cell = cell = Cell(region, made.ref, made.type, made.storage)
+        region.produced.append(cell)
+        leaf.grad = wrapper
+        recorder.note_leaf(leaf)
     region.history = region.history.then(edge)
     spend(recorder, region, edge.spent)
     recorder.tally.backwards += 1
@@ -110,19 +111,21 @@ def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], n
 
 def spend(recorder: Any, region: Any, spent: frozenset[int]) -> None:
     """The graph of these calls is used up; what the program still holds of them is remembered."""
-    kept: list[Followed] = []
+    kept: list[Any] = []
     gone: list[weakref.ref[LazyTensor]] = []
-    for k, followed in enumerate(region.calls):
+    for k, debt in enumerate(region.calls):
         if k not in spent:
-            kept.append(followed)
+            kept.append(debt)
             continue
-        for tensor in followed.made:
-            if tensor.virtual is not None:
-                tensor.virtual = SPENT
-                gone.append(weakref.ref(tensor))
+        gone += map(_spend, Followed(*debt).made)
     region.calls = kept
-    tensor = followed = None  # type: ignore[assignment]
+    debt = None
     recorder.lane.spent = [reference for reference in (*recorder.lane.spent, *gone) if reference() is not None]
+
+
+def _spend(tensor: LazyTensor) -> "weakref.ref[LazyTensor]":
+    tensor.cell.spent = tensor.cell.owed is not None
+    return weakref.ref(tensor)
 
 
 def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: dict[int, Any]) -> Any:
@@ -154,7 +157,7 @@ def _edge(region: Any, call: Incoming, before: dict[int, Any], known: Before, st
     path = path_between(start, region.node)
     if not path:
         return None
-    arrivals = arrivals_of(path, [t for t, _ in call.fresh.values()], region)
+    arrivals = arrivals_of(path, list(call.fresh.values()), region)
     if arrivals is None:
         return None
     grads: list[tuple[int, Made | None]] = []

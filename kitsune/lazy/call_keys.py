@@ -1,5 +1,9 @@
-"""By what a call of torch's API is known at its place in a region."""
+"""By what a call of torch's API is known at its place in a region.
 
+This and `CallLane._follow` are the hot path: a call that is followed has to cost less than eager's.
+"""
+
+import weakref
 from typing import Any
 
 import torch
@@ -21,90 +25,90 @@ def key_of(region: Any, func: Any, args: Any, kwargs: Any, modes: Any, call: Inc
     Nothing of the region is changed. `call.unknown` is set where the call cannot be known by a key.
     """
     key: list[Any] = [func, modes]
-    append, plain, flat = key.append, region.plain, call.flat
-    for a in args:
-        cls = type(a)
-        if cls is LazyTensor:
-            cell = a.cell
-            flat.append(a)
-            if cell.region is region:
-                append(cell.ref.graded if a.virtual is not None or (region.real and a.requires_grad) else cell.ref)
-            else:
-                append(_fresh(region, a, call))
-        elif cls is Tensor or cls is Parameter:
-            known = plain.get(id(a))
-            flat.append(a)
-            append(_fresh(region, a, call) if known is None else known.ref.graded if a.requires_grad else known.ref)
-        elif cls in CONSTANTS:
-            append(a)
-        else:
-            append(_part(region, a, call))
+    _append_parts(region, args, call, key)
     for name, a in kwargs.items():
-        append(name)
-        append(_part(region, a, call))
+        key.append(name)
+        _append_parts(region, (a,), call, key)
     return tuple(key)
 
 
-def _part(region: Any, a: Any, call: Incoming) -> Any:  # noqa: C901 - one case per type of argument
-    cls = type(a)
-    if cls in CONSTANTS:
-        return a
-    if cls is LazyTensor or cls is Tensor or cls is Parameter:
-        call.flat.append(a)
-        cell = a.cell if cls is LazyTensor else region.plain.get(id(a))
-        if cell is None or cell.region is not region:
-            return _fresh(region, a, call)
-        if cls is LazyTensor and a.virtual is None and not region.real:
-            return cell.ref
-        return cell.ref.graded if a.requires_grad else cell.ref
+def _append_parts(region: Any, arguments: Any, call: Incoming, key: list[Any]) -> None:
+    append, plain, flat, arrivals = key.append, region.plain, call.flat, region.recorder.arrivals
+    for a in arguments:
+        cls = type(a)
+        if cls is LazyTensor:
+            flat.append(a)
+            cell = a.cell
+            if cell.region is region:
+                append(cell.ref.graded if cell.owed is not None or (region.real and a.requires_grad) else cell.ref)
+            else:
+                append(_fresh(region, a, call))
+        elif cls is Tensor or cls is Parameter:
+            flat.append(a)
+            number = id(a)
+            known = plain.get(number)
+            if known is not None:
+                append(known.ref.graded if a.requires_grad else known.ref)
+                continue
+            seen = arrivals.get(number)
+            if seen is not None and seen[1] not in region.storages and seen[1] not in call.fresh and seen[0]() is a:
+                call.fresh[seen[1]] = a
+                append(seen[2])
+            else:
+                append(_fresh(region, a, call))
+        elif cls in CONSTANTS:
+            append(a)
+        elif cls is tuple or cls is list or cls is torch.Size:
+            part: list[Any] = [cls]
+            _append_parts(region, a, call, part)
+            append(tuple(part))
+        else:
+            append(_other_part(region, a, cls, call))
+
+
+def _other_part(region: Any, a: Any, cls: Any, call: Incoming) -> Any:
     if cls is bool:
         return TRUE if a else FALSE
     if cls is float:
         call.floats.append(a)
         return FLOAT
-    if cls is tuple or cls is list or cls is torch.Size:
-        return (cls, *[_part(region, x, call) for x in a])
     if cls is slice:
-        return (SLICE, *[_part(region, x, call) for x in (a.start, a.stop, a.step)])
+        part: list[Any] = [SLICE]
+        _append_parts(region, (a.start, a.stop, a.step), call, part)
+        return tuple(part)
     if a is Ellipsis:
         return a
+    # The tensors in it are wanted all the same.
     call.unknown = True
     if isinstance(a, Tensor):
         call.flat.append(a)
     elif isinstance(a, dict):
-        for x in a.values():
-            _part(region, x, call)
+        _append_parts(region, a.values(), call, [])
     elif isinstance(a, (list, tuple)):
-        for x in a:
-            _part(region, x, call)
+        _append_parts(region, a, call, [])
     return None
 
 
 def _fresh(region: Any, tensor: Any, call: Incoming) -> Any:
     """The key of a tensor that is new to the region: what it is like, and what memory it shares."""
-    known = call.fresh.get(id(tensor))
-    if known is not None:
-        return (AGAIN, list(call.fresh).index(id(tensor)))
-    real = tensor
-    if type(tensor) is LazyTensor:
-        real = tensor.cell.real
-        if real is None or tensor.virtual is not None:
-            call.unknown = True
-            return None
-    if region.oddness(real) is not None:
+    lazy = type(tensor) is LazyTensor
+    real = tensor.cell.real if lazy else tensor
+    if real is None or (lazy and tensor.cell.owed is not None) or region.oddness(real) is not None:
         call.unknown = True
         return None
     graded = tensor.requires_grad
-    if graded and not tensor.is_leaf:
-        call.unknown = True
-        return None
     serial = serial_of(real)
-    if serial in call.serials:
-        # Which of the two begins the storage is the ops' affair.
+    other = call.fresh.get(serial)
+    if other is tensor:
+        return (AGAIN, list(call.fresh).index(serial))
+    if other is not None or (graded and not tensor.is_leaf):
+        # Which of two tensors begins their storage is the ops' affair; a graph from elsewhere is autograd's.
         call.unknown = True
         return None
-    call.serials.add(serial)
-    call.fresh[id(tensor)] = (tensor, serial)
+    call.fresh[serial] = tensor
     storage = region.storages.get(serial)
-    type_ = tensor.cell.type if type(tensor) is LazyTensor else type_of(tensor)
-    return (type_.at_start() if storage is None else type_, storage, graded)
+    type_ = tensor.cell.type if lazy else type_of(tensor)
+    part = (type_.at_start() if storage is None else type_, storage, graded)
+    if not lazy and storage is None:
+        region.recorder.arrivals[id(tensor)] = (weakref.ref(tensor), serial, part)
+    return part

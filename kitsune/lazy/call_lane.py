@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
+from kitsune.ir import Barrier
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Before, Edge, Incoming, cell_in
 from kitsune.lazy.hands_off import ASKS, HARMLESS, REACHES_GRAPH, VALUES, may_write
 from kitsune.lazy.learning import Learner, Sight
-from kitsune.lazy.realize import Followed, attach_spent, realize, tensor_is_spent
+from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
@@ -35,16 +36,40 @@ class CallLane(Learner):
         self.spent: list[weakref.ref[LazyTensor]] = []
         # Calls of torch's API that torch is making now.
         self.inside = 0
+        self.read_modes()
 
     def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take one call of torch's API (the `__torch_function__` of the pipeline's mode)."""
         if func in HARMLESS or self.recorder.paused:
             return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
         if func in ASKS:
-            return self._asked(func, args, kwargs or {})
+            return self._asked(func, args, kwargs)
         if func is torch.Tensor.backward:
-            return self._backward_of_method(*args, **kwargs or {})
-        return self._take(func, args, kwargs or {})
+            return self._backward_of_method(*args, **kwargs)
+        region, call = self.recorder.region, Incoming()
+        modes = self.modes[torch.is_grad_enabled()]
+        key = key_of(region, func, args, kwargs, modes, call)
+        if call.floats and not self.moves.get((func, *kwargs), False):
+            key = (key, tuple(map(float.hex, call.floats)))
+        if not call.unknown and not region.slow:
+            edge = region.node.calls.get(key)
+            if edge is not None and edge.sights >= self.sights and self._may_follow(edge, region, func, kwargs, call):
+                if edge.plain:
+                    return self.made(lambda: func(*args, **kwargs))
+                return self._follow(edge, func, args, kwargs, call, modes)
+        return self._make(func, args, kwargs, None if call.unknown else key, call, modes)
+
+    def _may_follow(self, edge: Edge, region: Any, func: Any, kwargs: Any, call: Incoming) -> bool:
+        if edge.graded and region.real:
+            return False
+        return not call.floats or call.floats == edge.floats or (func, *kwargs) in self.proven
+
+    def read_modes(self) -> None:
+        """Look at autocast again: it has changed."""
+        device = self.recorder.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.modes = {graded: (graded, autocast) for graded in (False, True)}
 
     def stray(self, args: Any, kwargs: Any) -> bool:
         """An op comes that no call of the API has brought: may autograd know of its operands? True if it must come again."""
@@ -52,7 +77,7 @@ class CallLane(Learner):
         if not torch.is_grad_enabled():
             return False
         tensors = tensors_in((args, kwargs))
-        virtual = any(type(t) is LazyTensor and t.virtual is not None for t in tensors)
+        virtual = any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors)
         if virtual or (not region.real and any(t.requires_grad for t in tensors)):
             self.own_up(tensors)
             region.real, region.history = True, None
@@ -75,7 +100,7 @@ class CallLane(Learner):
 
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))
-        if any(type(t) is LazyTensor and t.virtual is not None for t in tensors):
+        if any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors):
             self.own_up(tensors if func not in VALUES else ())
         return self.made(lambda: func(*args, **kwargs))
 
@@ -97,64 +122,48 @@ class CallLane(Learner):
             return self.made(run)
         return take_backward(self, run, *found, plain)
 
-    def _take(self, func: Any, args: Any, kwargs: Any) -> Any:
-        recorder = self.recorder
-        region, call = recorder.region, Incoming()
-        modes = self._modes()
-        key = key_of(region, func, args, kwargs, modes, call)
-        if call.floats and not self.moves.get((func, *kwargs), False):
-            key = (key, tuple(map(float.hex, call.floats)))
-        if not call.unknown and region.observed_from is None and not region.slow:
-            edge = region.node.calls.get(key)
-            if (
-                edge is not None
-                and edge.sights >= self.sights
-                and not (edge.graded and region.real)
-                and (call.floats == list(edge.floats) or (func, *kwargs) in self.proven)
-            ):
-                if edge.plain:
-                    return self.made(lambda: func(*args, **kwargs))
-                # Autograd has threads of its own. A call that is made for real must not hold the lock: they record its ops.
-                with recorder.lock:
-                    return self._follow(edge, func, args, kwargs, call, modes)
-        return self._make(func, args, kwargs, None if call.unknown else key, call, modes)
-
-    def _modes(self) -> Any:
-        device = self.recorder.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return torch.is_grad_enabled(), autocast
-
-    def _follow(self, edge: Edge, func: Any, args: Any, kwargs: Any, call: Incoming, modes: Any) -> Any:
-        recorder, region = self.recorder, self.recorder.region
-        start, dirty, flat = region.node, region.dirty, call.flat
-        if edge.arrivals:
-            arrive(region, edge, list(call.fresh.values()))
-        region.scalars.extend(call.floats if edge.moves else edge.scalars)
-        undo = []
-        for k, after in edge.rewrites:
-            cell = cell_in(flat[k], region)
-            assert cell is not None
-            undo.append((cell, cell.ref))
-            cell.ref = after
-        if edge.dirty:
-            region.dirty = dirty | edge.dirty
-        region.node = edge.node
-        wrappers = [place(region, made) for made in edge.made]
-        if edge.graded:
-            owe(region, edge, wrappers)
-            region.calls.append(Followed(edge, start, func, args, kwargs, flat, wrappers, undo, dirty, modes, recorder.epoch))
-        if edge.bumps:
-            # Those with a history yet to come are counted when they get it.
-            increment_version([t for k in edge.bumps if type(t := flat[k]) is not LazyTensor or t.virtual is None])
-        recorder.tally.followed += 1
+    def _follow(  # noqa: C901 - the hot path: calls cost 0.1 us
+        self, edge: Edge, func: Any, args: Any, kwargs: Any, call: Incoming, modes: Any
+    ) -> Any:
+        recorder, flat = self.recorder, call.flat
+        shared = recorder.shared
+        if shared:
+            recorder.lock.acquire()
+        try:
+            region = recorder.region
+            start, dirty, undo = region.node, region.dirty, None
+            if edge.arrivals:
+                arrive(region, edge, list(call.fresh.items()))
+            if edge.scalars:
+                region.scalars.extend(call.floats if edge.moves else edge.scalars)
+            if edge.dirty:
+                undo = rewrite(region, edge, flat)
+            wrappers = []
+            for made in edge.made:
+                wrapper = made.make()
+                wrapper.cell = cell = Cell(region, made.ref, made.type, made.storage)
+                region.produced.append(cell)
+                if made.graded is not None:
+                    cell.owed = made
+                wrappers.append(wrapper)
+            region.node = edge.node
+            if edge.graded:
+                region.history = region.history.then(edge)
+                region.calls.append((edge, start, func, args, kwargs, flat, wrappers, undo, dirty, modes, recorder.epoch))
+            if edge.bumps:
+                # Those with a history yet to come are counted when they get it.
+                increment_version([t for k in edge.bumps if type(t := flat[k]) is not LazyTensor or t.cell.owed is None])
+            recorder.tally.followed += 1
+            if edge.node.full:
+                recorder.flush(Barrier.BOUND)
+        finally:
+            if shared:
+                recorder.lock.release()
         if edge.form == ONE:
-            result: Any = wrappers[0]
-        elif edge.form == SELF:
-            result = flat[edge.structure.index]
-        else:
-            result = None if edge.form == NOTHING else fill(edge.structure, wrappers, flat)
-        recorder.after_follow()
-        return result
+            return wrappers[0]
+        if edge.form == SELF:
+            return flat[edge.structure.index]
+        return None if edge.form == NOTHING else fill(edge.structure, wrappers, flat)
 
     def made(self, run: Any) -> Any:
         """Have torch make a call."""
@@ -172,8 +181,10 @@ class CallLane(Learner):
         recorder, region = self.recorder, self.recorder.region
         flat = call.flat if key is not None else tensors_in((args, kwargs))
         graph = func in REACHES_GRAPH
+        if graph:
+            recorder.arrivals.clear()
         graded = graph or (modes[0] and any(t.requires_grad for t in flat))
-        if graded or any(type(t) is LazyTensor and t.virtual is not None for t in flat if may_write(func)):
+        if graded or any(type(t) is LazyTensor and t.cell.owed is not None for t in flat if may_write(func)):
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars = region.node, region.node.n_values, len(region.scalars)
@@ -208,24 +219,33 @@ class CallLane(Learner):
                 attach_spent(self.recorder, tensor)
 
 
-def place(region: Any, made: Any) -> LazyTensor:
-    """A new wrapper for a value of the region."""
-    wrapper: LazyTensor = made.make()
-    wrapper.cell = cell = Cell(region, made.ref, made.type, made.storage)
-    region.produced.append(cell)
-    return wrapper
+def rewrite(region: Any, edge: Edge, flat: list[Any]) -> list[tuple[Cell, Any]]:
+    """Let the tensors that a call writes stand for what they are afterwards; returns what they stood for."""
+    undo = []
+    for k, after in edge.rewrites:
+        cell = cell_in(flat[k], region)
+        assert cell is not None
+        undo.append((cell, cell.ref))
+        cell.ref = after
+    # A new set: those of earlier calls keep theirs, in case they are made again.
+    region.dirty = region.dirty | edge.dirty
+    return undo
 
 
-def owe(region: Any, edge: Edge, wrappers: list[LazyTensor]) -> None:
-    """The wrappers have a history that autograd does not know of yet."""
-    for wrapper, made in zip(wrappers, edge.made, strict=True):
-        if made.graded is not None:
-            wrapper.virtual, wrapper.virtual_name = region, made.graded
-    region.history = region.history.then(edge)
-
-
-def arrive(region: Any, edge: Edge, fresh: list[tuple[Any, int]]) -> None:
+def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]]) -> None:
     """Let the tensors in that a call brings along."""
-    for k, number, type_, storage in edge.arrivals:
-        tensor, serial = fresh[k]
-        region.let_in(tensor, serial, number, type_, storage)
+    plain, inputs, storages = region.plain, region.inputs, region.storages
+    for k, number, type_, storage, graded in edge.arrivals:
+        serial, tensor = fresh[k]
+        storages[serial] = storage
+        if type(tensor) is LazyTensor:
+            cell = tensor.cell
+            inputs.append((number.id, cell.real))
+            cell.region, cell.ref, cell.storage = region, number, storage
+        else:
+            cell = plain[id(tensor)] = Cell(region, number, type_, storage)
+            cell.real = tensor
+            inputs.append((number.id, tensor))
+            if graded:
+                region.recorder.note_leaf(tensor)
+        cell.external, cell.came = True, number

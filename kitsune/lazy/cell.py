@@ -60,7 +60,7 @@ def ref(id: int) -> Ref:
 class Cell:
     """What a wrapper stands for: a value of a region, and its tensor once it has been computed."""
 
-    __slots__ = ("came", "external", "real", "ref", "region", "storage", "type")
+    __slots__ = ("came", "external", "owed", "real", "ref", "region", "spent", "storage", "type")
 
     def __init__(self, region: Any, ref: Ref, type: TensorType, storage: int) -> None:
         self.region = region
@@ -71,3 +71,6 @@ class Cell:
         # Came into the region from outside, as value `came`; not a result of one of its ops.
         self.external = False
         self.came: Ref | None = None
+        # Set while autograd does not know that the tensor has a history; and is that one used up?
+        self.owed: Any = None
+        self.spent = False

@@ -101,6 +101,7 @@ def memory_door(original: Any) -> Any:
         elif isinstance(tensor, torch.Tensor):
             for recorder in OPEN:
                 recorder.before_door(tensor, Barrier.DOOR)
+                recorder.arrivals.clear()
         if type(tensor) not in PLAIN:
             return original(tensor, *args, **kwargs)
         # Some doors dispatch ops on the way (numpy() detaches): with the mode on they would get a wrapper, and no memory.
@@ -146,6 +147,7 @@ def data_door(original: Any) -> Any:
     def set_data(tensor: torch.Tensor, value: Any) -> None:
         for recorder in OPEN:
             recorder.before_door(tensor, Barrier.DOOR)
+            recorder.arrivals.clear()
         original.__set__(tensor, plain(value))
 
     return property(lambda tensor: original.__get__(tensor), set_data)
@@ -223,6 +225,7 @@ def swap_door(original: Any) -> Any:
     def door(first: Any, second: Any) -> Any:
         for recorder in OPEN:
             recorder.flush(Barrier.DOOR)
+            recorder.arrivals.clear()
             settle_grads(recorder.take_leaves())
         return original(first, plain(second) if type(first) is not LazyTensor else second)
 

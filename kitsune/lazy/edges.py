@@ -33,15 +33,14 @@ class History:
 
 
 class Incoming:
-    """What a call brings along: its tensors in order, those that are new to the region by id, its moving numbers."""
+    """What a call brings along: its tensors in order, those that are new to the region, its moving numbers."""
 
-    __slots__ = ("flat", "floats", "fresh", "serials", "unknown")
+    __slots__ = ("flat", "floats", "fresh", "unknown")
 
     def __init__(self) -> None:
         self.flat: list[Any] = []
-        # id -> (tensor, serial of its storage)
-        self.fresh: dict[int, tuple[Any, int]] = {}
-        self.serials: set[int] = set()
+        # By the serials of their storages.
+        self.fresh: dict[int, Any] = {}
         self.floats: list[float] = []
         # It cannot be told from others by a key.
         self.unknown = False
@@ -64,13 +63,14 @@ class Made:
 class Edge:
     """A call at one place of a region.
 
-    `arrivals` are (position among the fresh tensors, value, type, storage); `rewrites` (position among all, value afterwards);
-    `bumps` the positions of the plain tensors that it writes, once for each write. `scalars` are its moving numbers as it has
-    them; where `moves`, they are the call's own. `grads` are (leaf's value, what becomes of its gradient) after a backward.
+    `arrivals` are (position among the fresh tensors, value, type, storage, does it collect a gradient); `rewrites` (position
+    among all tensors, value afterwards); `bumps` the positions of the plain tensors that it writes, once for each write.
+    `scalars` are its moving numbers as it has them; where `moves`, they are the call's own. `grads` are (leaf's value, what
+    becomes of its gradient) after a backward.
     """
 
     node: Node
-    arrivals: tuple[tuple[int, Ref, TensorType, int], ...]
+    arrivals: tuple[tuple[int, Ref, TensorType, int, bool], ...]
     rewrites: tuple[tuple[int, Ref], ...]
     dirty: frozenset[int]
     bumps: tuple[int, ...]
@@ -90,7 +90,7 @@ class Edge:
     spent: Any = None
     # Of a backward: where its numbers come from.
     sources: Any = None
-    floats: tuple[float, ...] = field(default=())
+    floats: list[float] = field(default_factory=list)
 
     def same(self, other: "Edge") -> bool:
         """Did the call do again what it did before?"""
@@ -109,8 +109,9 @@ class Edge:
 
 def history_of(tensor: Any) -> str:
     """The name of a tensor's place in the autograd graph, as torch prints it."""
-    if tensor.virtual is not None:
-        name: str = tensor.virtual_name
+    owed = tensor.cell.owed
+    if owed is not None:
+        name: str = owed.graded
         return name
     node = tensor.grad_fn
     return type(node).__name__ if type(node).__name__ != "CppFunction" else str(node.name().rpartition("::")[2])
@@ -136,10 +137,12 @@ class Before:
             if tensor.requires_grad and not self._graded[k]:
                 # By being written; and so have all that share its memory.
                 return None
-            if cell is None or id(tensor) in seen or cell.ref is (value or cell.came):
+            if cell is None or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            rewrites.append((k, cell.ref))
+            if cell.ref is not (value or cell.came):
+                rewrites.append((k, cell.ref))
+            # Also of a tensor that was written through a view of it.
             if not tensor.is_inference():
                 bumps += [k] * (tensor._version - self._versions[k])
         return tuple(rewrites), tuple(bumps)
@@ -170,7 +173,8 @@ def arrivals_of(path: Sequence[Node], fresh: Sequence[Any], region: Any) -> tupl
         for number, type_, storage in node.admitted:
             if number not in came:
                 return None
-            found.append((came[number], ref(number), type_, storage))
+            graded = fresh[came[number]].requires_grad
+            found.append((came[number], ref(number), type_, storage, graded))
     return tuple(found)
 
 

@@ -27,6 +27,7 @@ def open_graph_doors(lane: CallLane) -> None:
     """Watch for a lane of this thread."""
     global _n_open
     lanes().append(lane)
+    lane.read_modes()
     with _lock:
         _n_open += 1
         if _n_open == 1:
@@ -87,6 +88,18 @@ def _casts(original: Any) -> Any:
     return door
 
 
+def _modes(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        finally:
+            for lane in lanes():
+                lane.read_modes()
+
+    return door
+
+
 def _quiet(original: Any) -> Any:
     """It reads and sets gradients by the hundred, at 1 us each while calls are looked at."""
 
@@ -109,6 +122,9 @@ def _doors() -> Iterator[Door]:
     yield torch.autograd, "backward", _backward
     yield torch._C._autograd, "_push_saved_tensors_default_hooks", _lost_track
     yield torch, "clear_autocast_cache", _casts
+    for name in "enabled dtype cpu_enabled gpu_dtype cpu_dtype xla_enabled xla_dtype ipu_enabled ipu_dtype".split():
+        if hasattr(torch, f"set_autocast_{name}"):
+            yield torch, f"set_autocast_{name}", _modes
     yield torch.optim.Optimizer, "zero_grad", _quiet
     yield torch.nn.Module, "zero_grad", _quiet
     for scripted in ("ScriptFunction", "ScriptMethod"):

@@ -75,7 +75,7 @@ class Learner:
         # Without an op, a call may give back what it was given: `contiguous()`.
         if not path and not (returned.fits and returned.form == SELF):
             return None
-        arrivals = arrivals_of(path, [t for t, _ in call.fresh.values()], region)
+        arrivals = arrivals_of(path, list(call.fresh.values()), region)
         written = sight.before.written()
         if arrivals is None or written is None or not returned.fits:
             return None
@@ -99,12 +99,12 @@ class Learner:
             made=tuple(replace(made, born=born(path, made.ref)) for made in returned.made),
             # Who writes to a tensor with a history, maybe through a view of it, gets a place in that history.
             graded=returned.graded or (torch.is_grad_enabled() and bool(dirty) and any(t.requires_grad for t in flat)),
-            floats=tuple(call.floats),
+            floats=list(call.floats),
         )
 
 
 def _has_history(tensor: Any) -> bool:
-    return type(tensor) is LazyTensor and (tensor.virtual is not None or tensor.requires_grad)
+    return type(tensor) is LazyTensor and tensor.requires_grad
 
 
 def _in_order(kwargs: Any) -> bool:

@@ -30,17 +30,12 @@ class Followed:
     kwargs: Any
     flat: list[Any]
     made: list[LazyTensor]
-    undo: list[tuple[Cell, Any]]
+    undo: list[tuple[Cell, Any]] | None
     dirty: set[int]
     modes: Any
     epoch: int
 
 
-class Spent:
-    """The mark of a wrapper whose graph a followed backward has used up."""
-
-
-SPENT = Spent()
 # Not the name in torch, which is watched.
 _clear_casts = torch.clear_autocast_cache
 TWICE = (
@@ -95,11 +90,11 @@ class Walk:
 
 def realize(recorder: Any, region: Any) -> None:
     """Give every followed call of the region its place in the autograd graph."""
-    calls, region.calls = region.calls, []
+    calls, region.calls = [Followed(*debt) for debt in region.calls], []
     now = region.dirty
-    refs = [(cell, cell.ref) for call in calls for cell, _ in call.undo]
+    refs = [(cell, cell.ref) for call in calls for cell, _ in call.undo or ()]
     for call in reversed(calls):
-        for cell, before in reversed(call.undo):
+        for cell, before in reversed(call.undo or ()):
             cell.ref = before
     walk = Walk(region)
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk
@@ -110,7 +105,7 @@ def realize(recorder: Any, region: Any) -> None:
                 region.dirty = set(call.dirty)
                 walk.begin(call)
                 for tensor in call.made:
-                    tensor.virtual = None
+                    tensor.cell.owed = None
                 for tensor in call.flat:
                     if tensor_is_spent(tensor):
                         attach_spent(recorder, tensor)
@@ -161,7 +156,7 @@ class Same(torch.autograd.Function):
 
 def tensor_is_spent(tensor: Any) -> bool:
     """Is this a wrapper whose graph is used up?"""
-    return type(tensor) is LazyTensor and tensor.virtual is SPENT
+    return type(tensor) is LazyTensor and tensor.cell.spent
 
 
 class Gone(torch.autograd.Function):
@@ -182,7 +177,7 @@ _anchor = torch.zeros((), requires_grad=True)
 
 def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
     """Let autograd know that the wrapper had a graph, which is gone."""
-    tensor.virtual = None
+    tensor.cell.owed, tensor.cell.spent = None, False
     hook, recorder.hook = recorder.hook, None
     try:
         with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad(), versions_kept([tensor]):

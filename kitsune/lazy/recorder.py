@@ -208,6 +208,7 @@ class Recorder(Recording):
 
     def resume(self) -> None:
         """Undo one `pause`."""
+        self.arrivals.clear()
         self.paused -= 1
 
     def _detour(self, row: OpRow, args: Any, kwargs: Any) -> Any:

@@ -72,6 +72,9 @@ class Recording:
         # Counts the times that autocast has forgotten its casts of weights.
         self.epoch = 0
         self.rows: dict[int, OpRow] = {}
+        # Of plain tensors that came into a region, by id: a reference, the storage's serial, what stands for them in keys. It
+        # holds until somebody can have given one of them another memory or shape.
+        self.arrivals: dict[int, Any] = {}
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
         self.forget()
@@ -103,6 +106,7 @@ class Recording:
 
     def restart(self) -> None:
         """A context is entered: what a region depends on besides its ops may have changed since the last one."""
+        self.arrivals.clear()
         self.shared = self.device.type != "cpu" or threading.active_count() > 1
         if not self.region.node.depth:
             self.region = self._new_region()
@@ -157,6 +161,12 @@ class Recording:
                     "this tensor has no value: an operator recorded before it failed when its region was run"
                 ) from cell.region.error
             return cell.real
+
+    def note_leaf(self, tensor: torch.Tensor) -> None:
+        """A leaf came in, or got a gradient."""
+        known = self.leaves.get(id(tensor))
+        if known is None or known() is not tensor:
+            self.leaves[id(tensor)] = weakref.ref(tensor)
 
     def take_leaves(self) -> list[torch.Tensor]:
         """The leaves that came in since the last call and are still alive."""

@@ -1,6 +1,5 @@
 """The region in progress: a position in the trie, the tensors that came in, the values still pending."""
 
-import weakref
 from collections.abc import Callable
 from sys import getrefcount
 from typing import Any
@@ -104,24 +103,8 @@ class Region:
         cell = self.plain[id(tensor)] = Cell(self, number, type_, storage)
         cell.real, cell.external, cell.came = tensor, True, number
         if tensor.requires_grad and tensor.is_leaf:
-            self.recorder.leaves[id(tensor)] = weakref.ref(tensor)
+            self.recorder.note_leaf(tensor)
         return key
-
-    def let_in(self, tensor: Any, serial: int, number: Ref, type_: TensorType, storage: int) -> None:
-        """A tensor comes in with a call that is known, as the value that it was before."""
-        if type(tensor) is LazyTensor:
-            cell = tensor.cell
-            real = cell.real
-            assert real is not None
-            cell.region, cell.ref, cell.storage = self, number, storage
-        else:
-            cell = self.plain[id(tensor)] = Cell(self, number, type_, storage)
-            cell.real = real = tensor
-            if tensor.requires_grad:
-                self.recorder.leaves[id(tensor)] = weakref.ref(tensor)
-        cell.external, cell.came = True, number
-        self.inputs.append((number.id, real))
-        self.storages[serial] = storage
 
     def rollback(self) -> None:
         """Undo what the key of an op that is not recorded has let in."""

@@ -22,10 +22,6 @@ class LazyTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     cell: Cell
-    # Set while autograd does not know that the tensor has a history: to its region, or to a mark where the history is used up.
-    virtual: Any = None
-    # The name of that history.
-    virtual_name: Any = None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -69,7 +65,7 @@ class LazyTensor(torch.Tensor):
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
-        return self.virtual is not None or _requires_grad.__get__(self)
+        return self.cell.owed is not None or _requires_grad.__get__(self)
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -78,7 +74,7 @@ class LazyTensor(torch.Tensor):
 
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]
-        return self.virtual is None and _is_leaf.__get__(self)
+        return self.cell.owed is None and _is_leaf.__get__(self)
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
@@ -86,7 +82,7 @@ class LazyTensor(torch.Tensor):
         return _grad_fn.__get__(self)
 
     def _own_up(self) -> None:
-        if self.virtual is not None:
+        if self.cell.owed is not None:
             self.cell.region.recorder.lane.own_up([self])
 
     @property
@@ -105,8 +101,8 @@ _grad_fn: Any = torch._C.TensorBase.grad_fn
 
 def _history(tensor: "LazyTensor") -> str:
     """What torch prints of a tensor's place in the autograd graph."""
-    if tensor.virtual is not None:
-        return f"grad_fn=<{tensor.virtual_name}>"
+    if tensor.cell.owed is not None:
+        return f"grad_fn=<{tensor.cell.owed.graded}>"
     try:
         grad_fn = tensor.grad_fn
     except RuntimeError:
