@@ -93,8 +93,8 @@ def _read_optional(text: str) -> str | None:
 
 
 def whole(low: int, high: int | None = None) -> Accepts:
-    words = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
-    return Accepts(words, functools.partial(_check_int, low, high), int)
+    words = f"of {low} or more" if high is None else f"from {low} to {high}"
+    return Accepts(f"a whole number {words}", functools.partial(_check_int, low, high), int)
 
 
 flag = Accepts("True or False (in the environment 0/1, true/false, on/off or yes/no)", _check_bool, _read_bool)
@@ -122,9 +122,7 @@ class Options:
 
     enabled: bool = knob(True, "KITSUNE", flag, "0 turns Kitsune off: plain PyTorch")
     warmup: int = knob(1, "KITSUNE_WARMUP", whole(0), "times a region is observed before it is recorded lazily")
-    device: str | None = knob(
-        None, "KITSUNE_DEVICE", device_name, "device whose operators are recorded; None: cuda if available, else cpu"
-    )
+    device: str | None = knob(None, "KITSUNE_DEVICE", device_name, "device to record for; None: cuda if available, else cpu")
     max_pending_ops: int = knob(
         20000, "KITSUNE_MAX_PENDING_OPS", whole(1), "operators that may be pending before they are flushed"
     )
@@ -134,6 +132,7 @@ class Options:
         n_bytes,
         "bytes that pending results may need before they are flushed, such as 2GB; None: half of the device's memory",
     )
+    gate: bool = knob(True, "KITSUNE_GATE", flag, "leave to eager what keeps changing, is slower than eager or runs on a CPU")
     follow: bool = knob(True, "KITSUNE_FOLLOW", flag, "follow whole calls of torch's API, and `backward()`, once they are known")
     fuse: bool = knob(True, "KITSUNE_FUSE", flag, "0 runs every region op by op: no planning, no kernels of Kitsune's own")
     fuel: int | None = knob(
@@ -212,6 +211,7 @@ class Config:
     device: str | None
     max_pending_ops: int
     max_pending_bytes: int | None
+    gate: bool
     follow: bool
     fuse: bool
     fuel: int | None

@@ -1,12 +1,14 @@
 """The stages, put together: dispatch -> lazy -> planning -> runtime -> profiler."""
 
 import os
+import time
 from typing import Any
 
 import torch
 
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
+from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
 from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, open_graph_doors
 from kitsune.planning import planner_for
@@ -64,6 +66,10 @@ class Pipeline:
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
         self.follows = False
+        # Does it take this thread's ops now? Not while the steps of an open context are left to eager.
+        self.on = False
+        self.device = device
+        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, tally)
 
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
@@ -104,6 +110,25 @@ class Pipeline:
         self.recorder.forget()
         latest.clear()
         self.runner.forget()
+        self.gate.restart()
+
+    def progress(self) -> Progress:
+        """What the gate looks at after a recorded step."""
+        n_ops = tally.recorded + tally.observed
+        return Progress(n_ops, self.recorder.n_nodes, tally.n_captured + len(tally.plans))
+
+    def seconds(self) -> float:
+        """The time at which all that was asked of the device so far is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def has_room(self) -> bool:
+        """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""
+        if self.device.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free >= torch.cuda.max_memory_allocated(self.device)
 
 
 def close(graph: Graph, cause: Barrier, site: Site | None) -> None:

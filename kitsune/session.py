@@ -3,20 +3,16 @@
 import contextlib
 import functools
 import inspect
-import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._foreach_utils import _foreach_supported_types
 
 from kitsune.config import checked, config
+from kitsune.contexts import close_context, everyone, here as _thread, open_context
 from kitsune.dispatch import foreign_modes
 from kitsune.ir import Barrier, Graph
-from kitsune.lazy import LazyTensor, close_doors, open_doors, settle_grads, settle_state
 from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally
 from kitsune.profiler import Report, report
 
@@ -24,25 +20,6 @@ __all__ = ["accelerate", "counters", "disable", "explain", "flush", "last_plan",
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-# torch's optimizers and clip_grad_norm_ take their multi-tensor path only for types on this list.
-_foreach_supported_types.append(LazyTensor)
-
-
-class _Thread(threading.local):
-    """The pipelines of one thread: kept between contexts, for what they know of regions; `depth` counts open contexts."""
-
-    def __init__(self) -> None:
-        self.pipelines: dict[Any, Pipeline] = {}
-        self.depth: dict[Pipeline, int] = {}
-        self.view_replay = False
-
-
-_thread = _Thread()
-_everyone: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
-_lock = threading.Lock()
-_n_open = 0
-_step_hook: Any = None
 
 
 class Accelerate:
@@ -56,7 +33,7 @@ class Accelerate:
     def __enter__(self) -> "Accelerate":
         pipeline = self._pipeline()
         if pipeline is not None:
-            _open(pipeline)
+            open_context(pipeline)
         self._stack().append(pipeline)
         return self
 
@@ -73,14 +50,14 @@ class Accelerate:
             if hasattr(error, "add_note"):
                 error.add_note(f"and while leaving kitsune.accelerate(): {type(second).__name__}: {second}")
         finally:
-            _close(pipeline)
+            close_context(pipeline)
 
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         _check_callable(fn)
 
         @functools.wraps(fn)
         def accelerated(*args: P.args, **kwargs: P.kwargs) -> R:
-            with Accelerate(self._warmup, self._device):
+            with self:
                 return fn(*args, **kwargs)
 
         return accelerated
@@ -104,7 +81,7 @@ class Accelerate:
         pipeline = _thread.pipelines.get(key)
         if pipeline is None:
             pipeline = _thread.pipelines[key] = Pipeline(device, warmup)
-            _everyone.add(pipeline)
+            everyone.add(pipeline)
         return pipeline
 
 
@@ -181,7 +158,7 @@ def counters() -> dict[str, Any]:
     """Counts since the start or the last `reset()`: ops `recorded`, `observed`, `executed` by replay and `skipped` because
     nobody needed them; distinct `regions` and how often one was `recognised`; CUDA graphs `captured`, runs `replayed` by one,
     results `moved` because they were still held, `graph_missed` and `graph_refused` by reason; `flushed` by cause;
-    `passed_through` by reason.
+    `passed_through` by reason; steps that the gate left to eager (`gate_left`) and what it decided (`gate_decided`).
     """
     return tally.counters()
 
@@ -193,7 +170,7 @@ def explain() -> Report:
 
 def reset() -> None:
     """Forget every region and set the counters to zero; what is pending is run first."""
-    for pipeline in list(_everyone):
+    for pipeline in list(everyone):
         pipeline.forget()
     tally.reset()
 
@@ -209,62 +186,6 @@ def trace_regions() -> Iterator[list[Graph]]:
         listeners.remove(graphs.append)
 
 
-def _open(pipeline: Pipeline) -> None:
-    global _n_open, _step_hook
-    depth = _thread.depth.get(pipeline, 0)
-    _thread.depth[pipeline] = depth + 1
-    if depth:
-        return
-    for other in _thread.depth:
-        # From here on the inner pipeline sees the ops: nothing that it reads may still be pending in an outer one.
-        if other is not pipeline:
-            other.recorder.flush(Barrier.NESTED)
-            other.stop_following()
-    with _lock:
-        _n_open += 1
-        if _n_open == 1:
-            _step_hook = register_optimizer_step_post_hook(_end_step)
-    pipeline.recorder.restart()
-    open_doors(pipeline.recorder)
-    if len(_thread.depth) == 1:
-        # A view of a view is replayed from its base's ops: as_strided on a wrapper without memory would be refused.
-        _thread.view_replay = torch._C._is_view_replay_enabled()
-        torch._C._set_view_replay_enabled(True)
-    if pipeline.left_behind:
-        pipeline.left_behind = False
-        pipeline.recorder.resume()
-    pipeline.enter()
-
-
-def _close(pipeline: Pipeline) -> None:
-    global _n_open, _step_hook
-    _thread.depth[pipeline] -= 1
-    if _thread.depth[pipeline]:
-        return
-    del _thread.depth[pipeline]
-    if not pipeline.leave():
-        pipeline.left_behind = True
-        pipeline.recorder.pause()
-    if _thread.depth:
-        next(reversed(_thread.depth)).follow()
-    else:
-        torch._C._set_view_replay_enabled(_thread.view_replay)
-    close_doors(pipeline.recorder)
-    settle_grads(pipeline.recorder.take_leaves())
-    with _lock:
-        _n_open -= 1
-        if not _n_open:
-            _step_hook.remove()
-
-
-def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _thread.depth:
-        with torch._C.DisableTorchFunction():
-            for pipeline in list(_thread.depth):
-                pipeline.recorder.flush(Barrier.STEP)
-            settle_state(optimizer)
-
-
 def _check_callable(fn: Any) -> None:
     if isinstance(fn, torch.optim.Optimizer):
         raise TypeError("accelerate() takes a function; wrap an optimizer in kitsune.KitsuneOptimizer(...) instead.")
@@ -275,19 +196,3 @@ def _check_callable(fn: Any) -> None:
             f"{fn.__name__} is a generator or a coroutine: its body runs after the call has returned, outside of the context. "
             "Put `with kitsune.accelerate():` inside its body."
         )
-
-
-def _before_fork() -> None:
-    # A child inherits wrappers, but must not run the region: OpenMP hangs in it after a large product in the parent.
-    for pipeline in list(_everyone):
-        pipeline.recorder.flush(Barrier.FORK)
-
-
-def _in_forked_child() -> None:
-    # A DataLoader's worker inherits the mode of its parent's thread, but not the parent's consumer of the regions.
-    for pipeline in list(_everyone):
-        pipeline.recorder.renew_lock()
-        pipeline.recorder.pause()
-
-
-os.register_at_fork(before=_before_fork, after_in_child=_in_forked_child)

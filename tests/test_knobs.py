@@ -20,6 +20,7 @@ EXAMPLES = {
     "device": ("cuda:1", "cuda:1", "cpu", "gpu"),
     "max_pending_ops": ("50", 50, 1, 0),
     "max_pending_bytes": ("2GB", 2 * 2**30, 4096, "2 parsecs"),
+    "gate": ("0", False, True, 3),
     "follow": ("0", False, True, 3),
     "fuse": ("0", False, True, 3),
     "fuel": ("7", 7, 0, -1),

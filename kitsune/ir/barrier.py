@@ -53,6 +53,8 @@ class Barrier(enum.Enum):
     RAISED = "an operator raised"
     INPUT_VIEW = "a view of a tensor that comes in from outside, and of which no gradient is wanted"
     PAUSED = "recording is switched off here"
+    STANCE = "the stance is eager_on_recompile, and the operator is new at its place"
+    FORCED = "the stance became force_eager"
 
     def __str__(self) -> str:
         return self.name

@@ -29,6 +29,8 @@ class Call(NamedTuple):
 
 def first_sight(recorder: Any, call: Call, node: Node | None) -> Any:
     reason = why_not(recorder, call)
+    if reason is None and recorder.on_new != "record":
+        reason = at_new(recorder, call)
     if reason is not None:
         recorder.region.rollback()
         return pass_through(recorder, call.row, call.args, call.kwargs, reason)
@@ -54,6 +56,16 @@ def why_not(recorder: Any, call: Call) -> Barrier | None:
     # A factory with no device= makes a CPU tensor.
     here = on_target if call.tensors else named is not None or recorder.device.type == "cpu"
     return None if here else Barrier.OTHER_DEVICE
+
+
+def at_new(recorder: Any, call: Call) -> Barrier:
+    """What the stance says of an op that could be recorded and is not known: it is left to eager, or refused."""
+    if recorder.on_new == "fail":
+        raise RuntimeError(
+            f"{call.row.target} at {user_site() or 'no line of Python'} is not known at its place, and would be recorded anew; "
+            'the stance is "fail_on_recompile". Let the region be seen before that is set, or use "eager_on_recompile".'
+        )
+    return Barrier.STANCE
 
 
 def observe(recorder: Any, call: Call, node: Node | None) -> Any:

@@ -65,6 +65,8 @@ class Recording:
         self.lane: Any = None
         self.hook: Any = None
         self.walk: Any = None
+        # What becomes of ops that are not known at their place: "record", or leave them to "eager", or "fail".
+        self.on_new = "record"
         # Counts the ops that ran beside the region: what they tell may be in the calls' later arguments, unseen by any key.
         self.n_unrecorded = 0
         # Counts the times that autocast has forgotten its casts of weights.

@@ -84,6 +84,7 @@ class Report:
         lines += _plan_lines(self.plans)
         lines += _graph_lines(c)
         lines += [f"mended: {sentence}" for sentence in self.mended]
+        lines += _gate_lines(c)
         lines.append("flushes:" if self.flushes else "no flush")
         lines += [f"  {f.count:6d} x {f.cause} at {f.site}: {f.why}" for f in self.flushes]
         lines.append("ran as eager:" if self.passed_through else "no operator ran as eager")
@@ -142,6 +143,13 @@ def _graph_lines(c: dict[str, Any]) -> list[str]:
         )
     lines += [f"  {n:6d} x no replay: {reason}" for reason, n in c["graph_missed"].items()]
     return lines + [f"  {n:6d} x no CUDA graph: {reason}" for reason, n in c["graph_refused"].items()]
+
+
+def _gate_lines(c: dict[str, Any]) -> list[str]:
+    lines = [f"gate: {sentence} ({n} times)" if n > 1 else f"gate: {sentence}" for sentence, n in c["gate_decided"].items()]
+    if c["gate_left"]:
+        lines.append(f"gate: {c['gate_left']} steps left to eager so far; KITSUNE_GATE=0 records them all")
+    return lines
 
 
 def _line(site: Any) -> str:

@@ -69,6 +69,10 @@ class Tally:
         self.followed = 0
         self.backwards = 0
         self.realized = 0
+        # Steps that the gate left to eager, how often it looked again, and what it decided, as sentences.
+        self.gate_left = 0
+        self.gate_revisited = 0
+        self.gate: Counter[str] = Counter()
         self.flushed: Counter[tuple[Barrier, Site | None]] = Counter()
         self.passed_through: Counter[tuple[Barrier, str]] = Counter()
         self.n_regions = 0
@@ -107,6 +111,11 @@ class Tally:
     def refused(self, reason: str) -> None:
         """A region is not captured, or not any more."""
         self.refused_graphs[reason] += 1
+
+    def decided(self, sentence: str) -> None:
+        """The gate has decided that steps are left to eager, or recorded."""
+        if sentence in self.gate or len(self.gate) < MAX_REGIONS:
+            self.gate[sentence] += 1
 
     def close(self, known: RegionTally | None, n_ops: int, cause: Barrier, site: Site | None) -> RegionTally:
         """A region ended. `known` is what this returned when the region ended before, None for a new one."""
@@ -148,6 +157,9 @@ class Tally:
             "moved": self.n_moved,
             "graph_missed": dict(self.missed_graphs),
             "graph_refused": dict(self.refused_graphs),
+            "gate_left": self.gate_left,
+            "gate_revisited": self.gate_revisited,
+            "gate_decided": dict(self.gate),
             "flushed": dict(flushed),
             "passed_through": dict(passed),
         }

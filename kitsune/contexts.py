@@ -1,0 +1,190 @@
+"""The contexts that are open in a thread: when its ops are taken, and when they are left to eager in between."""
+
+import os
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._foreach_utils import _foreach_supported_types
+
+from kitsune.config import config
+from kitsune.dispatch import foreign_modes
+from kitsune.ir import Barrier
+from kitsune.lazy import LazyTensor, close_doors, open_doors, settle_grads, settle_state
+from kitsune.pipeline import Pipeline
+
+# torch's optimizers and clip_grad_norm_ take their multi-tensor path only for types on this list.
+_foreach_supported_types.append(LazyTensor)
+
+
+class Here(threading.local):
+    """The pipelines of one thread: kept between contexts, for what they know of regions; `depth` counts open contexts."""
+
+    def __init__(self) -> None:
+        self.pipelines: dict[Any, Pipeline] = {}
+        self.depth: dict[Pipeline, int] = {}
+        self.view_replay = False
+
+
+here = Here()
+everyone: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
+_lock = threading.Lock()
+_n_open = 0
+_step_hook: Any = None
+# What the stance asks of every pipeline: to take nothing, and what becomes of ops that are not known ("record" them, leave
+# them to "eager", "fail").
+_forced_eager = False
+_on_new = "record"
+
+
+def open_context(pipeline: Pipeline) -> None:
+    """A context is entered in this thread."""
+    global _n_open, _step_hook
+    depth = here.depth.get(pipeline, 0)
+    here.depth[pipeline] = depth + 1
+    if depth:
+        return
+    for other in here.depth:
+        # From here on the inner pipeline sees the ops: nothing that it reads may still be pending in an outer one.
+        if other is not pipeline:
+            other.recorder.flush(Barrier.NESTED)
+            other.stop_following()
+    with _lock:
+        _n_open += 1
+        if _n_open == 1:
+            _step_hook = register_optimizer_step_post_hook(_end_step)
+    if _wanted(pipeline):
+        _turn_on(pipeline)
+
+
+def close_context(pipeline: Pipeline) -> None:
+    """A context is left in this thread; what it recorded has been run."""
+    global _n_open
+    here.depth[pipeline] -= 1
+    if here.depth[pipeline]:
+        return
+    if pipeline.on:
+        _turn_off(pipeline)
+    del here.depth[pipeline]
+    if here.depth:
+        outer = next(reversed(here.depth))
+        if outer.on:
+            outer.follow()
+    elif config.gate:
+        pipeline.gate.end_of_context()
+    with _lock:
+        _n_open -= 1
+        if not _n_open:
+            _step_hook.remove()
+
+
+def _turn_on(pipeline: Pipeline) -> None:
+    """Take the ops of this thread from here on."""
+    pipeline.recorder.on_new = _on_new
+    pipeline.recorder.restart()
+    open_doors(pipeline.recorder)
+    if not any(other.on for other in here.depth):
+        # A view of a view is replayed from its base's ops: as_strided on a wrapper without memory would be refused.
+        here.view_replay = torch._C._is_view_replay_enabled()
+        torch._C._set_view_replay_enabled(True)
+    pipeline.on = True
+    if pipeline.left_behind:
+        pipeline.left_behind = False
+        pipeline.recorder.resume()
+    pipeline.enter()
+
+
+def _turn_off(pipeline: Pipeline) -> None:
+    """Leave this thread as plain PyTorch has it, with no mode and no door; nothing may be pending."""
+    if not pipeline.leave():
+        pipeline.left_behind = True
+        pipeline.recorder.pause()
+    pipeline.on = False
+    if not any(other.on for other in here.depth):
+        torch._C._set_view_replay_enabled(here.view_replay)
+    close_doors(pipeline.recorder)
+    settle_grads(pipeline.recorder.take_leaves())
+
+
+def _wanted(pipeline: Pipeline) -> bool:
+    return not _forced_eager and (pipeline.gate.records or not config.gate)
+
+
+def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    pipelines = list(here.depth)
+    if not pipelines:
+        return
+    if any(pipeline.on for pipeline in pipelines):
+        with torch._C.DisableTorchFunction():
+            for pipeline in pipelines:
+                pipeline.recorder.flush(Barrier.STEP)
+            settle_state(optimizer)
+    # With contexts in each other, an inner one that is left to eager would only be recorded by the outer one.
+    if len(pipelines) == 1 and _may_turn(pipelines[0]):
+        _look_at_gate(pipelines[0], optimizer)
+
+
+def _look_at_gate(pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:
+    gate = pipeline.gate
+    # While a stance other than the default is set, steps are not what they would be without it: they decide nothing.
+    if config.gate and not _forced_eager and _on_new == "record" and pipeline.on is gate.records:
+        gate.end_of_step(optimizer)
+    if pipeline.on is not _wanted(pipeline):
+        _turn(pipeline)
+        if gate.left is not None and not pipeline.on:
+            # Eager may need the memory.
+            pipeline.runner.forget()
+
+
+def _turn(pipeline: Pipeline) -> None:
+    if pipeline.on:
+        _turn_off(pipeline)
+    elif not foreign_modes():
+        _turn_on(pipeline)
+
+
+def _may_turn(pipeline: Pipeline) -> bool:
+    """Is this a place between two steps? An optimizer may step inside of a backward (in the hook of a gradient), whose modes
+    torch puts back after each node, inside of a call that is being taken, or while the program has recording switched off."""
+    recorder, lane = pipeline.recorder, pipeline.lane
+    return not (
+        recorder.paused
+        or recorder.running
+        or recorder.inferring
+        or recorder.region.node.depth
+        or lane.inside
+        or torch._C._current_graph_task_id() != -1
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (recorder.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def apply_stance(forced_eager: bool, on_new: str) -> None:
+    """A stance is set: for contexts of this thread from here on, for those of others from their next step or context on."""
+    global _forced_eager, _on_new
+    _forced_eager, _on_new = forced_eager, on_new
+    for pipeline in list(everyone):
+        pipeline.recorder.on_new = on_new
+    for pipeline in list(here.depth):
+        if pipeline.on is not _wanted(pipeline):
+            pipeline.recorder.flush(Barrier.FORCED)
+            if _may_turn(pipeline):
+                _turn(pipeline)
+
+
+def _before_fork() -> None:
+    # A child inherits wrappers, but must not run the region: OpenMP hangs in it after a large product in the parent.
+    for pipeline in list(everyone):
+        pipeline.recorder.flush(Barrier.FORK)
+
+
+def _in_forked_child() -> None:
+    # A DataLoader's worker inherits the mode of its parent's thread, but not the parent's consumer of the regions.
+    for pipeline in list(everyone):
+        pipeline.recorder.renew_lock()
+        pipeline.recorder.pause()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_in_forked_child)

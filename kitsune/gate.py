@@ -1,0 +1,223 @@
+"""The gate: is a program better off with Kitsune? Steps that keep changing, or are slower than eager's, are left to eager.
+
+It knows nothing of tensors: it is told when a step has ended and what was new in it, reads a clock now and then, and says
+whether the next step is to be recorded.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NamedTuple
+
+ON_A_CPU = "On a CPU there are no kernels of ours: the step is left to eager"
+NO_ROOM = "not measured, because an eager step might not fit into the device's memory beside what Kitsune keeps there"
+
+# Steps that are recorded on a CPU all the same, so that `explain()` and `last_plan()` have something to show: the first makes
+# gradients and optimizer state, the second is the first of a kind that repeats, the third is run lazily.
+SHOWN = 4
+# What a program does is settled when so many steps in a row brought nothing new; a program that never does is measured as it is.
+SETTLED = 4
+NEVER_SETTLES = 64
+# Eager and Kitsune take turns, so that a change of the machine's speed meets both; the best block of each counts, being the
+# least disturbed. A block begins and ends with a wait for the device: that is once in so many steps, not in each.
+BLOCKS = 3
+BLOCK = 4
+# A step is left to eager when it is slower by this much, and recorded again when it is faster by as much: noise decides nothing.
+SLOWER = 1.05
+FASTER = 0.95
+# Steps until a decision is looked at again: each time four times as many. A look costs some 30 steps.
+REVISIT = 256
+LONGEST = 2**18
+# A step is new if this share of its operators is; a program keeps changing if so many of its last steps are new.
+NEW_SHARE = 0.25
+# Contexts in a row without an optimizer's step, after which each context is a step: `@accelerate` on a function without one.
+NO_STEPS = 16
+# Steps of other optimizers after which one that does not come again has ended.
+OTHERS = 16
+
+
+class Patience(NamedTuple):
+    """A program keeps changing if `new` of its last `steps` steps were new."""
+
+    steps: int
+    new: int
+
+
+# Twenty batch sizes in turn are no reason to give up, a hundred are. Later on it was given up before.
+AT_FIRST = Patience(32, 24)
+LATER = Patience(8, 6)
+
+
+class Progress(NamedTuple):
+    """Counts that only grow: operators recorded, those of them that were new, and plans and graphs made for them."""
+
+    n_ops: int
+    n_new: int
+    n_made: int
+
+
+class Gate:
+    """Decides for one pipeline. `records` says if the next step is to be recorded.
+
+    `progress` is asked after each recorded step, `clock` (seconds, with the device's work done) at the ends of blocks, and
+    `has_room` before the first eager step of a measurement. `tally` counts.
+    """
+
+    def __init__(
+        self,
+        has_kernels: bool,
+        progress: Callable[[], Progress],
+        clock: Callable[[], float],
+        has_room: Callable[[], bool],
+        tally: Any,
+    ) -> None:
+        self._has_kernels = has_kernels
+        self._progress, self._clock, self._has_room, self._tally = progress, clock, has_room, tally
+        self.restart()
+
+    def restart(self) -> None:
+        """Another program begins, or everything is forgotten."""
+        self.records = True
+        # Why the steps are left to eager; None while they are not, or only to be measured.
+        self.left: str | None = None
+        self._decided = False
+        self._before = self._progress()
+        self._patience = AT_FIRST
+        self._new: deque[bool] = deque(maxlen=AT_FIRST.steps)
+        self._unsettled = 0
+        self._optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._anchor: Callable[[], Any] = lambda: None
+        self._others = 0
+        self._contexts = 0
+        self._life = self._decisions()
+        next(self._life)
+
+    def end_of_step(self, optimizer: Any) -> None:
+        """An optimizer's step has ended. Where several take turns, one of them ends the steps of the program."""
+        self._contexts = 0
+        if id(optimizer) not in self._optimizers:
+            if self._decided and self._has_kernels:
+                # What was found about another program need not hold for this one.
+                self.restart()
+            self._optimizers[id(optimizer)] = optimizer
+        if self._anchor() is None or self._others >= OTHERS:
+            self._anchor, self._others = weakref.ref(optimizer), 0
+        if self._anchor() is optimizer:
+            self._others = 0
+            self._end()
+        else:
+            self._others += 1
+
+    def end_of_context(self) -> None:
+        """A context was left: where no optimizer steps inside of contexts, that is the end of a step."""
+        self._contexts += 1
+        if self._contexts > NO_STEPS:
+            self._end()
+
+    def _end(self) -> None:
+        if self.records:
+            self._look()
+        elif self.left is not None:
+            self._tally.gate_left += 1
+        next(self._life)
+
+    def _look(self) -> None:
+        """Note what was new in a recorded step."""
+        now, before = self._progress(), self._before
+        self._before = now
+        # The count of what is known falls when a recorder forgets: then all of it is new again.
+        new = abs(now.n_new - before.n_new) > NEW_SHARE * (now.n_ops - before.n_ops)
+        self._new.append(new)
+        self._unsettled += new or now.n_made != before.n_made
+
+    def _keeps_changing(self) -> str | None:
+        last = list(self._new)[-self._patience.steps :]
+        if sum(last) < self._patience.new:
+            return None
+        return f"its operators or shapes were new in {sum(last)} of its last {len(last)} recorded steps"
+
+    def _decisions(self) -> Iterator[None]:
+        """The life of a gate: each `yield` is one step of the program."""
+        if not self._has_kernels:
+            for _ in range(SHOWN):
+                yield
+            self._leave(ON_A_CPU)
+            while True:  # nothing that another look could find would change this
+                yield
+        wait = REVISIT
+        while True:
+            why = yield from self._reason_to_leave()
+            if why is None:
+                self._keep()
+            else:
+                self._leave(why)
+            for _ in range(wait):
+                yield
+                if self.records and (why := self._keeps_changing()) is not None:
+                    self._leave(why)
+            wait = min(4 * wait, LONGEST)
+            self._tally.gate_revisited += 1
+
+    def _keep(self) -> None:
+        self.records, self.left, self._decided = True, None, True
+
+    def _leave(self, why: str) -> None:
+        self.records, self.left, self._decided = False, why, True
+        self._tally.decided(f"{why}: left to eager")
+
+    def _reason_to_leave(self) -> Generator[None, None, str | None]:
+        """Record until the program is settled, then measure it; returns None where it is to be recorded."""
+        was_left = self.left is not None
+        self.records, self.left = True, None
+        # A step between the last look and this one may have been eager's: what it brought is no news.
+        self._before = self._progress()
+        self._new.clear()
+        settled = 0
+        for _ in range(NEVER_SETTLES):
+            before = self._unsettled
+            yield
+            if (why := self._keeps_changing()) is not None:
+                self._patience = LATER
+                return why
+            settled = settled + 1 if self._unsettled == before else 0
+            if settled == SETTLED:
+                break
+        if not self._has_room():
+            self._tally.decided(f"{NO_ROOM}: recorded")
+            return None
+        return (yield from self._measured(FASTER if was_left else SLOWER))
+
+    def _measured(self, bound: float) -> Generator[None, None, str | None]:
+        ours, eagers = [], []
+        for _ in range(BLOCKS):
+            eagers.append((yield from self._block(records=False)))
+            ours.append((yield from self._settled_block()))
+            if (why := self._keeps_changing()) is not None:
+                self._patience = LATER
+                return why
+        ratio = min(ours) / max(min(eagers), 1e-9)
+        said = f"the step took {ratio:.2f} times eager's over {BLOCKS * BLOCK} steps"
+        if ratio > bound:
+            return said
+        self._patience = AT_FIRST
+        self._tally.decided(f"{said}: recorded")
+        return None
+
+    def _settled_block(self) -> Generator[None, None, float]:
+        """Seconds of a recorded step, of steps with nothing new in them where there are such."""
+        for _ in range(BLOCKS):
+            before = self._unsettled
+            seconds = yield from self._block(records=True)
+            if self._unsettled == before:
+                break
+        return seconds
+
+    def _block(self, records: bool) -> Generator[None, None, float]:
+        """Seconds of a step, over a block of them."""
+        self.records = records
+        # The first step after a switch pays for it.
+        yield
+        start = self._clock()
+        for _ in range(BLOCK):
+            yield
+        return (self._clock() - start) / BLOCK

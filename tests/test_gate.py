@@ -1,0 +1,221 @@
+"""The gate's decisions, with a clock that the test turns: no time of this machine is in them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from kitsune import gate as module
+from kitsune.gate import BLOCK, BLOCKS, NO_STEPS, ON_A_CPU, REVISIT, SHOWN, Gate, Progress
+from kitsune.profiler import Tally
+
+
+class Optimizer:
+    """All that a gate wants of one."""
+
+
+class Program:
+    """Steps with a length each way, in front of a gate."""
+
+    def __init__(self, eager: float = 1.0, kitsune: float = 0.5, kernels: bool = True, room: bool = True) -> None:
+        self.eager, self.kitsune, self.room = eager, kitsune, room
+        self.now, self.n_ops, self.n_new, self.n_made = 0.0, 0, 0, 0
+        self.tally, self.optimizer = Tally(), Optimizer()
+        self.gate = Gate(kernels, self.progress, lambda: self.now, lambda: self.room, self.tally)
+
+    def progress(self) -> Progress:
+        return Progress(self.n_ops, self.n_new, self.n_made)
+
+    def step(self, new: bool = False, optimizer: object = None) -> bool:
+        """One step; was it recorded?"""
+        records = self.gate.records
+        self.now += self.kitsune if records else self.eager
+        if records:
+            self.n_ops += 100
+            self.n_new += 100 * new
+        self.gate.end_of_step(optimizer or self.optimizer)
+        return records
+
+    def steps(self, n: int, new: Iterable[bool] = ()) -> list[bool]:
+        news = itertools.chain(new, itertools.repeat(False))
+        return [self.step(next(news)) for _ in range(n)]
+
+    def until_decided(self, new: Callable[[int], bool] = lambda _: False) -> int:
+        for n in range(500):
+            if self.gate._decided:
+                return n
+            self.step(new(n))
+        raise AssertionError("never decided")
+
+
+def decided(program: Program) -> list[str]:
+    return list(program.tally.gate)
+
+
+def test_on_a_cpu_a_few_steps_are_recorded_and_the_rest_are_left_for_good() -> None:
+    program = Program(kernels=False)
+    assert program.steps(SHOWN + 5000).count(True) == SHOWN
+    assert program.gate.left == ON_A_CPU
+    assert decided(program) == [f"{ON_A_CPU}: left to eager"]
+    assert program.tally.gate_left == 5000
+    assert program.tally.gate_revisited == 0
+
+
+def test_a_program_that_is_faster_recorded_stays_recorded_and_is_told_with_its_figures() -> None:
+    program = Program(eager=1.0, kitsune=0.5)
+    program.until_decided()
+    assert program.gate.left is None
+    assert all(program.steps(100))
+    assert decided(program) == [f"the step took 0.50 times eager's over {BLOCKS * BLOCK} steps: recorded"]
+    assert program.tally.gate_left == 0
+
+
+def test_a_program_that_is_slower_recorded_is_left_to_eager() -> None:
+    program = Program(eager=1.0, kitsune=1.32)
+    program.until_decided()
+    assert program.gate.left == f"the step took 1.32 times eager's over {BLOCKS * BLOCK} steps"
+    assert not any(program.steps(100))
+
+
+@pytest.mark.parametrize("ratio", [0.97, 1.0, 1.04])
+def test_within_the_margin_nothing_changes(ratio: float) -> None:
+    program = Program(kitsune=ratio)
+    program.until_decided()
+    assert program.gate.left is None
+    slower = Program(kitsune=1.5)
+    slower.until_decided()
+    slower.kitsune = ratio
+    slower.steps(2 * REVISIT)
+    assert slower.gate.left is not None
+
+
+def test_a_decision_is_looked_at_again_ever_more_rarely() -> None:
+    program = Program(kitsune=1.5)
+    program.until_decided()
+    recorded = [n for n, records in enumerate(program.steps(22 * REVISIT)) if records]
+    looks = [n for n, m in zip(recorded, [0, *recorded], strict=False) if n - m > REVISIT / 2]
+    assert program.tally.gate_revisited == len(looks) == 3
+    gaps = [b - a for a, b in itertools.pairwise([0, *looks])]
+    assert gaps[0] == REVISIT
+    assert 4 * REVISIT < gaps[1] < 5 * REVISIT
+    assert 16 * REVISIT < gaps[2] < 17 * REVISIT
+
+
+def test_noise_does_not_make_it_oscillate() -> None:
+    program = Program()
+    rates = itertools.cycle([0.9, 1.1, 1.3, 0.7, 1.0])
+    switches, was = 0, True
+    for _ in range(50_000):
+        program.kitsune = next(rates)
+        records = program.step()
+        switches, was = switches + (records is not was), records
+    assert switches <= 2 * BLOCKS * (program.tally.gate_revisited + 1)
+    assert program.tally.gate_revisited <= 4
+
+
+def test_a_program_that_became_faster_is_recorded_again() -> None:
+    program = Program(kitsune=1.5)
+    program.until_decided()
+    program.kitsune = 0.5
+    program.steps(REVISIT + 60)
+    assert program.gate.left is None
+    assert program.step()
+
+
+def test_one_disturbed_block_decides_nothing() -> None:
+    program = Program(kitsune=0.9)
+    while not (program.gate.records and program.tally.gate_left == 0 and program.now > 6):
+        program.step()
+    program.now += 1000.0
+    program.until_decided()
+    assert program.gate.left is None
+
+
+def test_steps_that_are_always_new_are_left_to_eager_and_looked_at_rarely() -> None:
+    program = Program(kitsune=0.1)
+    n = program.until_decided(lambda _: True)
+    assert n <= 32
+    assert program.gate.left == "its operators or shapes were new in 24 of its last 24 recorded steps"
+    recorded = [program.step(new=True) for _ in range(6 * REVISIT)]
+    assert sum(recorded) <= 2 * module.LATER.steps
+
+
+@pytest.mark.parametrize("n_kinds", [1, 2, 4, 12, 20])
+def test_a_few_known_kinds_of_step_in_turn_are_not_a_program_that_changes(n_kinds: int) -> None:
+    program = Program(kitsune=0.5)
+    program.until_decided(lambda n: n < n_kinds)
+    assert program.gate.left is None
+
+
+def test_what_it_keeps_measuring_around_is_new_steps_now_and_then() -> None:
+    program = Program(kitsune=0.5)
+    program.until_decided(lambda n: n % 3 == 0)
+    assert program.gate.left is None
+
+
+def test_a_kept_program_that_begins_to_change_is_left() -> None:
+    program = Program(kitsune=0.5)
+    program.until_decided()
+    program.steps(32, itertools.repeat(True))
+    assert program.gate.left is not None
+
+
+def test_what_a_reset_makes_new_is_not_held_against_it() -> None:
+    program = Program(kitsune=0.5)
+    program.until_decided()
+    program.n_ops = program.n_new = 0
+    program.gate.restart()
+    program.until_decided()
+    assert program.gate.left is None
+
+
+def test_without_room_for_an_eager_step_none_is_tried() -> None:
+    program = Program(kitsune=2.0, room=False)
+    assert all(program.steps(200))
+    assert decided(program) == [f"{module.NO_ROOM}: recorded"]
+
+
+def test_two_optimizers_in_turn_make_one_step() -> None:
+    program, other = Program(kernels=False), Optimizer()
+    for _ in range(SHOWN):
+        assert program.gate.records
+        program.step()
+        program.step(optimizer=other)
+    assert not program.gate.records
+
+
+def test_an_optimizer_that_is_gone_ends_no_steps() -> None:
+    program = Program(kernels=False)
+    program.step()
+    program.optimizer = Optimizer()
+    assert program.steps(SHOWN + 1).count(False)
+
+
+def test_another_optimizer_is_another_program() -> None:
+    program = Program(kitsune=1.5)
+    program.until_decided()
+    program.kitsune, program.optimizer = 0.5, Optimizer()
+    program.step()
+    assert program.gate.records
+    program.until_decided()
+    assert program.gate.left is None
+
+
+def test_contexts_without_an_optimizer_are_steps() -> None:
+    program = Program(kernels=False)
+    for _ in range(NO_STEPS + SHOWN):
+        assert program.gate.records
+        program.gate.end_of_context()
+    assert not program.gate.records
+
+
+def test_contexts_around_steps_are_none() -> None:
+    program = Program(kernels=False)
+    for _ in range(SHOWN):
+        for _ in range(NO_STEPS):
+            program.gate.end_of_context()
+        assert program.gate.records
+        program.step()
+    assert not program.gate.records
