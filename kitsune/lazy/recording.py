@@ -75,7 +75,7 @@ class Recording:
         # Of plain tensors that came into a region, by id: a reference, the storage's serial, what stands for them in keys. It
         # holds until somebody can have given one of them another memory or shape.
         self.arrivals: dict[int, Any] = {}
-        # The same for long lists of them, as optimizers pass: (serials, what stands for the list, references) by the tensors' ids.
+        # The same for long lists, as optimizers pass: (serials, what stands for the list, references) by the tensors' ids.
         self.bundles: dict[tuple[int, ...], Any] = {}
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
