@@ -15,7 +15,7 @@ from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Before, Edge, Incoming, cell_in
-from kitsune.lazy.hands_off import ASKS, HARMLESS, REACHES_GRAPH, VALUES, may_write
+from kitsune.lazy.hands_off import ASKS, DETACHES, HARMLESS, REACHES_GRAPH, VALUES, may_write
 from kitsune.lazy.learning import Learner, Sight
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
@@ -183,7 +183,7 @@ class CallLane(Learner):
         graph = func in REACHES_GRAPH
         if graph:
             recorder.forget_arrivals()
-        graded = graph or (modes[0] and any(t.requires_grad for t in flat))
+        graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
         if graded or any(type(t) is LazyTensor and t.cell.owed is not None for t in flat if may_write(func)):
             self.own_up(flat)
         region.real = region.real or graded

@@ -52,6 +52,9 @@ ASKS = VALUES | frozenset(
     | _found(Tensor, "_is_view")
 )
 
+# What they return has no history, whatever they are given.
+DETACHES = frozenset({Tensor.detach, torch.detach})
+
 # From here on autograd, or the program, does something that the calls alone do not show.
 REACHES_GRAPH = frozenset(
     {torch.autograd.grad}
