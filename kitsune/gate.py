@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
-ON_A_CPU = "On a CPU there are no kernels of ours: the step is left to eager"
-NO_ROOM = "not measured, because an eager step might not fit into the device's memory beside what Kitsune keeps there"
+ON_A_CPU = "On a CPU there are no kernels of ours"
+NO_ROOM = "It was not measured, because an eager step might not fit into the device's memory beside what Kitsune keeps there"
 
 # Steps that are recorded on a CPU all the same, so that `explain()` and `last_plan()` have something to show: the first makes
-# gradients and optimizer state, the second is the first of a kind that repeats, the third is run lazily.
+# gradients and optimizer state, the second is the first of a kind that repeats, the others run lazily.
 SHOWN = 4
 # What a program does is settled when so many steps in a row brought nothing new; a program that never does is measured as it is.
 SETTLED = 4
@@ -119,7 +119,11 @@ class Gate:
             self._look()
         elif self.left is not None:
             self._tally.gate_left += 1
-        next(self._life)
+        try:
+            next(self._life)
+        except StopIteration:
+            # An interrupt, while it waited for the device, has ended it.
+            self.restart()
 
     def _look(self) -> None:
         """Note what was new in a recorded step."""
@@ -134,7 +138,7 @@ class Gate:
         last = list(self._new)[-self._patience.steps :]
         if sum(last) < self._patience.new:
             return None
-        return f"its operators or shapes were new in {sum(last)} of its last {len(last)} recorded steps"
+        return f"Its operators or shapes were new in {sum(last)} of its last {len(last)} recorded steps"
 
     def _decisions(self) -> Iterator[None]:
         """The life of a gate: each `yield` is one step of the program."""
@@ -163,7 +167,7 @@ class Gate:
 
     def _leave(self, why: str) -> None:
         self.records, self.left, self._decided = False, why, True
-        self._tally.decided(f"{why}: left to eager")
+        self._tally.decided(f"{why}: the step is left to eager")
 
     def _reason_to_leave(self) -> Generator[None, None, str | None]:
         """Record until the program is settled, then measure it; returns None where it is to be recorded."""
@@ -183,7 +187,7 @@ class Gate:
             if settled == SETTLED:
                 break
         if not self._has_room():
-            self._tally.decided(f"{NO_ROOM}: recorded")
+            self._tally.decided(f"{NO_ROOM}: the step is recorded")
             return None
         return (yield from self._measured(FASTER if was_left else SLOWER))
 
@@ -196,11 +200,11 @@ class Gate:
                 self._patience = LATER
                 return why
         ratio = min(ours) / max(min(eagers), 1e-9)
-        said = f"the step took {ratio:.2f} times eager's over {BLOCKS * BLOCK} steps"
+        said = f"It took {ratio:.2f} times as long as eager's over {BLOCKS * BLOCK} steps"
         if ratio > bound:
             return said
         self._patience = AT_FIRST
-        self._tally.decided(f"{said}: recorded")
+        self._tally.decided(f"{said}: the step is recorded")
         return None
 
     def _settled_block(self) -> Generator[None, None, float]:

@@ -58,7 +58,7 @@ def test_on_a_cpu_a_few_steps_are_recorded_and_the_rest_are_left_for_good() -> N
     program = Program(kernels=False)
     assert program.steps(SHOWN + 5000).count(True) == SHOWN
     assert program.gate.left == ON_A_CPU
-    assert decided(program) == [f"{ON_A_CPU}: left to eager"]
+    assert decided(program) == [f"{ON_A_CPU}: the step is left to eager"]
     assert program.tally.gate_left == 5000
     assert program.tally.gate_revisited == 0
 
@@ -68,14 +68,14 @@ def test_a_program_that_is_faster_recorded_stays_recorded_and_is_told_with_its_f
     program.until_decided()
     assert program.gate.left is None
     assert all(program.steps(100))
-    assert decided(program) == [f"the step took 0.50 times eager's over {BLOCKS * BLOCK} steps: recorded"]
+    assert decided(program) == [f"It took 0.50 times as long as eager's over {BLOCKS * BLOCK} steps: the step is recorded"]
     assert program.tally.gate_left == 0
 
 
 def test_a_program_that_is_slower_recorded_is_left_to_eager() -> None:
     program = Program(eager=1.0, kitsune=1.32)
     program.until_decided()
-    assert program.gate.left == f"the step took 1.32 times eager's over {BLOCKS * BLOCK} steps"
+    assert program.gate.left == f"It took 1.32 times as long as eager's over {BLOCKS * BLOCK} steps"
     assert not any(program.steps(100))
 
 
@@ -137,7 +137,7 @@ def test_steps_that_are_always_new_are_left_to_eager_and_looked_at_rarely() -> N
     program = Program(kitsune=0.1)
     n = program.until_decided(lambda _: True)
     assert n <= 32
-    assert program.gate.left == "its operators or shapes were new in 24 of its last 24 recorded steps"
+    assert program.gate.left == "Its operators or shapes were new in 24 of its last 24 recorded steps"
     recorded = [program.step(new=True) for _ in range(6 * REVISIT)]
     assert sum(recorded) <= 2 * module.LATER.steps
 
@@ -174,7 +174,7 @@ def test_what_a_reset_makes_new_is_not_held_against_it() -> None:
 def test_without_room_for_an_eager_step_none_is_tried() -> None:
     program = Program(kitsune=2.0, room=False)
     assert all(program.steps(200))
-    assert decided(program) == [f"{module.NO_ROOM}: recorded"]
+    assert decided(program) == [f"{module.NO_ROOM}: the step is recorded"]
 
 
 def test_two_optimizers_in_turn_make_one_step() -> None:
@@ -219,3 +219,17 @@ def test_contexts_around_steps_are_none() -> None:
         assert program.gate.records
         program.step()
     assert not program.gate.records
+
+
+def test_an_interrupt_while_it_reads_the_clock_does_not_break_the_steps_that_follow() -> None:
+    program = Program(kitsune=0.5)
+
+    def interrupted() -> float:
+        program.gate._clock = lambda: program.now
+        raise KeyboardInterrupt
+
+    program.gate._clock = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        program.until_decided()
+    program.until_decided()
+    assert program.gate.left is None

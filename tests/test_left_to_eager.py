@@ -114,7 +114,7 @@ def test_the_reason_is_told() -> None:
     with kitsune.accelerate():
         for n in range(8):
             plain_step(model, optimizer, n)
-    assert kitsune.counters()["gate_decided"] == {f"{ON_A_CPU}: left to eager": 1}
+    assert kitsune.counters()["gate_decided"] == {f"{ON_A_CPU}: the step is left to eager": 1}
     text = str(kitsune.explain())
     assert f"gate: {ON_A_CPU}" in text
     assert "gate: 4 steps left to eager so far; KITSUNE_GATE=0 records them all" in text
@@ -325,6 +325,6 @@ def test_a_measured_gate_takes_turns_and_looks_again(monkeypatch: pytest.MonkeyP
             now[0] += 1.5 if modes() else 1.0
             assert torch.equal(plain_step(*ours, n), expected[n])
     counted = kitsune.counters()
-    assert counted["gate_decided"].keys() == {"the step took 1.50 times eager's over 12 steps: left to eager"}
+    assert counted["gate_decided"].keys() == {"It took 1.50 times as long as eager's over 12 steps: the step is left to eager"}
     assert counted["gate_revisited"] >= 1
     assert counted["gate_left"] >= 6

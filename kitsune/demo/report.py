@@ -25,6 +25,7 @@ def render(comparison: Comparison, device: torch.device) -> str:
         render_losses(c),
         render_verdict(c),
         render_counters(c.lazy.counters),
+        render_gate(c.lazy.counters),
         render_explanation(c.lazy.report),
         render_plan(c.lazy.plan, int(str(c.lazy.counters.get("kernels", 0))), device),
         render_memory(c, device),
@@ -61,6 +62,14 @@ def render_counters(counters: dict[str, Any]) -> str:
     )
     rows = [(word, str(counters[name])) for name, word in words if name in counters]
     return "\n".join(["operators", *table(rows)])
+
+
+def render_gate(counters: dict[str, Any]) -> str:
+    decided = counters.get("gate_decided")
+    if not decided:
+        return ""
+    left = f"{counters['gate_left']} steps were left to eager; KITSUNE_GATE=0 records them all"
+    return "\n".join(["gate", *table([(sentence,) for sentence in (*decided, left)])])
 
 
 def render_explanation(report: Any) -> str:
@@ -118,12 +127,15 @@ def render_time(c: Comparison, device: torch.device) -> str:
     for name, result in both(c):
         t = spread_ms(result)
         rows.append((name, f"{t['median']:.2f} ms", f"{t['q1']:.2f} to {t['q3']:.2f} ms"))
-    words = textwrap.fill(expectation(c.ratio(), device), 100, initial_indent="  ", subsequent_indent="  ")
+    left = bool(c.lazy.counters.get("gate_left"))
+    words = textwrap.fill(expectation(c.ratio(), device, left), 100, initial_indent="  ", subsequent_indent="  ")
     return "\n".join([f"time per step, taken every {READ_EVERY} steps", *table(rows), words])
 
 
-def expectation(ratio: float, device: torch.device) -> str:
+def expectation(ratio: float, device: torch.device, left: bool = False) -> str:
     measured = f"Here a step under Kitsune took {ratio:.2f} times the eager one."
+    if left:
+        return f"{measured} Most of them were eager's own: the gate left them to eager, once it had decided."
     if device.type == "cuda":
         return (
             f"{measured} Its kernels move fewer bytes in fewer launches, but each step is still recorded and launched by Python: "
