@@ -151,8 +151,7 @@ class CallLane(Learner):
                 region.history = region.history.then(edge)
                 region.calls.append((edge, start, func, args, kwargs, flat, wrappers, undo, dirty, modes, recorder.epoch))
             if edge.bumps:
-                # Those with a history yet to come are counted when they get it.
-                increment_version([t for k in edge.bumps if type(t := flat[k]) is not LazyTensor or t.cell.owed is None])
+                increment_version([flat[k] for k in edge.bumps])
             recorder.tally.followed += 1
             if edge.node.full:
                 recorder.flush(Barrier.BOUND)

@@ -106,6 +106,8 @@ def realize(recorder: Any, region: Any) -> None:
                 walk.begin(call)
                 for tensor in call.made:
                     tensor.cell.owed = None
+                # Writes to them are counted once more as they are made again.
+                torch._C._autograd._unsafe_set_version_counter(tuple(call.made), (0,) * len(call.made))
                 for tensor in call.flat:
                     if tensor_is_spent(tensor):
                         attach_spent(recorder, tensor)
