@@ -78,6 +78,8 @@ class Pipeline:
 
     def follow(self) -> None:
         """Take calls, not ops alone."""
+        if self.follows:
+            return
         self.follows = config.follow and self.lane.enter()
         if self.follows:
             self.recorder.hook = self.lane.stray

@@ -339,3 +339,14 @@ def test_leaves_that_are_made_inside_get_their_gradients() -> None:
             leaf = torch.ones(3, requires_grad=True)
             (leaf * 2).sum().backward()
         assert leaf.grad is not None and leaf.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_contexts_that_close_out_of_order_leave_no_mode_behind() -> None:
+    outer, inner = kitsune.accelerate(warmup=0, device="cpu"), kitsune.accelerate(warmup=1, device="cpu")
+    outer.__enter__()
+    inner.__enter__()
+    torch.ones(3).sum()
+    outer.__exit__(None, None, None)
+    torch.ones(3).sum()
+    inner.__exit__(None, None, None)
+    assert torch.overrides._get_current_function_mode_stack() == []
