@@ -7,7 +7,7 @@ with kitsune.accelerate():
 
 from kitsune.config import KitsuneWarning, config
 from kitsune.optimizer import KitsuneOptimizer
-from kitsune.session import accelerate, counters, disable, explain, flush, last_plan, reset
+from kitsune.session import accelerate, counters, disable, explain, flush, last_plan, reset, wait_for_kernels
 
 __version__ = "0.1.0"
 
@@ -22,4 +22,5 @@ __all__ = [
     "flush",
     "last_plan",
     "reset",
+    "wait_for_kernels",
 ]

@@ -24,6 +24,7 @@ def test_the_public_names_are_these() -> None:
         "flush",
         "last_plan",
         "reset",
+        "wait_for_kernels",
     ]
 
 
