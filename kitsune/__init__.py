@@ -7,7 +7,7 @@ with kitsune.accelerate():
 
 from kitsune.config import KitsuneWarning, config
 from kitsune.optimizer import KitsuneOptimizer
-from kitsune.session import accelerate, counters, disable, explain, flush, last_plan, reset
+from kitsune.session import accelerate, counters, disable, explain, flush, last_plan, reset, wait_for_kernels
 from kitsune.stance import set_stance
 
 __version__ = "0.1.0"
@@ -24,4 +24,5 @@ __all__ = [
     "last_plan",
     "reset",
     "set_stance",
+    "wait_for_kernels",
 ]

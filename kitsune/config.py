@@ -122,10 +122,8 @@ class Options:
 
     enabled: bool = knob(True, "KITSUNE", flag, "0 turns Kitsune off: plain PyTorch")
     warmup: int = knob(1, "KITSUNE_WARMUP", whole(0), "times a region is observed before it is recorded lazily")
-    device: str | None = knob(None, "KITSUNE_DEVICE", device_name, "device to record for; None: cuda if available, else cpu")
-    max_pending_ops: int = knob(
-        20000, "KITSUNE_MAX_PENDING_OPS", whole(1), "operators that may be pending before they are flushed"
-    )
+    device: str | None = knob(None, "KITSUNE_DEVICE", device_name, "device to record; None: cuda if available, else cpu")
+    max_pending_ops: int = knob(20000, "KITSUNE_MAX_PENDING_OPS", whole(1), "operators that may be pending before a flush")
     max_pending_bytes: int | None = knob(
         None,
         "KITSUNE_MAX_PENDING_BYTES",
@@ -144,8 +142,9 @@ class Options:
     graph_memory: int | None = knob(
         None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
     )
-    cache_dir: str | None = knob(
-        None, "KITSUNE_CACHE_DIR", folder, "where kernels are kept; None: kitsune under XDG_CACHE_HOME or ~/.cache"
+    cache_dir: str | None = knob(None, "KITSUNE_CACHE_DIR", folder, "kernels are kept here; None: in XDG_CACHE_HOME or ~/.cache")
+    compile_workers: int | None = knob(
+        None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 4, by cores"
     )
     debug: int = knob(
         0,
@@ -220,6 +219,7 @@ class Config:
     max_graphs: int
     graph_memory: int | None
     cache_dir: str | None
+    compile_workers: int | None
     debug: int
     dump: str | None
     verify: bool

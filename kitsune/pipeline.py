@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from kitsune.backends import nearest_arch
+from kitsune.background import n_awaited, wait
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
 from kitsune.gate import Gate, Progress
@@ -13,9 +15,10 @@ from kitsune.ir import Barrier, Graph, Plan, Site, verify
 from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, open_graph_doors
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
-from kitsune.running import Runner, nearest_arch
+from kitsune.running import Runner
 
 tally = Tally()
+tally.n_compiling = n_awaited
 # What `last_plan` is asked for: the graph, and the cause of its end.
 latest: dict[str, Any] = {}
 # Hear of each region as it closes; `session.trace_regions` adds itself here.
@@ -154,6 +157,14 @@ def last_plan(arch: str | None = None) -> Plan | None:
     planner = planner_for(arch or _arch_here())
     graph = latest.get("graph")
     return None if graph is None else planner.plan(graph)
+
+
+def wait_for_kernels(timeout: float | None = None) -> bool:
+    """Wait until what is planned and compiled in the background is there; False if `timeout` seconds are not enough.
+
+    The next run of each region is by its plan then. A program needs it for measurements only.
+    """
+    return wait(timeout)
 
 
 def _arch_here() -> str:

@@ -1,27 +1,25 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
-import importlib.util
 import itertools
-import os
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kitsune.codegen import Compiler, render
+from kitsune.backends import Backend, backend_of, pool_budget, program_of, recorder_of, workers
+from kitsune.background import later
+from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
-from kitsune.ir import Graph, Launch, Plan, Program, reads_slots
+from kitsune.ir import Graph, Plan, reads_slots
 from kitsune.memory import MemoryPool
-from kitsune.planning import planner_for, slot_planner_for
+from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import PlanTally, Show, Tally, plan_tally
 from kitsune.runtime import (
     Arenas,
-    CudaGraphs,
-    GraphRecorder,
     PlanExecutor,
     Prepared,
     Schedule,
@@ -36,8 +34,8 @@ from kitsune.runtime import (
     replay,
     schedule_work,
 )
-from kitsune.runtime.kernel_launch import PreparedLaunch
-from kitsune.scheduler import RATES, dead_code, run_passes
+from kitsune.runtime.instructions import Start
+from kitsune.scheduler import dead_code, run_passes
 
 # Regions that are kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
@@ -57,18 +55,11 @@ class Ready:
     n_dead: int
     graph: Graph
     steady: Steady | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """What can run plans: the architecture that they are made for, and what makes a launch of kernels ready to start.
-
-    `prepare_in_graph` does so for a capture, given what it made for ordinary runs and the table with the moving numbers.
-    """
-
-    arch: str
-    prepare_launch: Callable[[Launch], Any]
-    prepare_in_graph: Callable[[Launch, Any, SlotTable], Any] | None = None
+    # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
+    in_graph: Prepared | None = None
+    # What takes its place, once it is there; and what that waited for.
+    coming: "Future[Ready] | None" = None
+    asked: list[Future[Any]] = field(default_factory=list)
 
 
 class Runner:
@@ -84,7 +75,7 @@ class Runner:
         backend = self.backend = backend_of(device)
         recorder = recorder_of(device)
         # A quarter of the device's memory.
-        self._budget = _pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
+        self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
             self.steady = SteadyState(device, recorder, self._limits, self._relieve, self.sentences.append, tally)
         if isinstance(backend, Backend):
@@ -102,7 +93,9 @@ class Runner:
             if len(self.ready) >= MAX_READY:
                 self.forget()
             ready = self.ready[key] = self._prepare(graph)
-        self.tally.ran(ready.n_ops, ready.n_dead, ready.plan)
+        elif ready.coming is not None and ready.coming.done():
+            ready = self.ready[key] = self._arrived(ready, ready.coming)
+        self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.coming is not None)
         try:
             if self._replayed(ready, values, scalars):
                 pass
@@ -128,35 +121,100 @@ class Runner:
             self.executor.pool.free_all()
 
     def _prepare(self, graph: Graph) -> Ready:
+        if self._in_background():
+            ready = self._unfused(graph)
+            ready.coming = self._coming(graph, ready)
+            return ready
         if config.fuse:
             try:
                 if self.executor is not None:
-                    return self._planned(graph)
+                    return self._planned(graph, planner_for(self.arch))
                 if _show().wanted:
-                    show_plan(graph, SHOWN_ARCH)
+                    show_plan(graph, planner_for(SHOWN_ARCH))
             except Exception as error:
                 if config.verify:
                     raise
-                self.sentences.append(
-                    f"A region of {len(graph.ops)} operators could not be planned and is run op by op ({type(error).__name__}: "
-                    f"{error}). This is a bug in Kitsune: please report it."
-                )
+                self._unplanned(graph, error)
+        return self._unfused(graph)
+
+    def _in_background(self) -> bool:
+        return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
+
+    def _unfused(self, graph: Graph) -> Ready:
         alive = run_passes(graph, (dead_code,), config.verify)
         return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive)
 
-    def _planned(self, graph: Graph) -> Ready:
+    def _planned(self, graph: Graph, planner: Planner) -> Ready:
         assert self.executor is not None
-        plan = show_plan(graph, self.arch)
+        plan = show_plan(graph, planner)
         n_ops = sum(len(launch.ops) for launch in plan.launches)
         n_dead = len(graph.ops) - len(dead_code(graph).ops)
         return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph)
+
+    def _coming(self, graph: Graph, now: Ready) -> Future[Ready] | None:
+        """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
+        executor, fuse = self.executor, config.fuse
+        assert executor is not None
+        if not fuse and not (self.steady is not None and config.graphs and any(map(reads_slots, now.graph.ops))):
+            return None
+        # With the knobs of now.
+        planner = planner_for(self.arch) if fuse else slot_planner_for(self.arch)
+
+        def make() -> tuple[Ready, list[Future[Any]]]:
+            if fuse:
+                made = self._planned(graph, planner)
+                prepared = made.work
+            else:
+                prepared = executor.prepare(planner.plan(now.graph))
+                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, in_graph=prepared)
+            assert isinstance(prepared, Prepared)
+            made.asked = self._warm(prepared)
+            return made, made.asked
+
+        return later(make)
+
+    def _warm(self, prepared: Prepared) -> list[Future[Any]]:
+        assert isinstance(self.backend, Backend) and self.backend.warm is not None
+        starts = [i for i in prepared.instructions if isinstance(i, Start) and i.prepared is not None]
+        return [future for start in starts for future in self.backend.warm(start.launch, start.prepared)]
+
+    def _arrived(self, ready: Ready, coming: Future[Ready]) -> Ready:
+        """A region's plan and kernels are there, or will not be."""
+        ready.coming, new = None, ready
+        try:
+            made = coming.result()
+            failed = [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]
+            if failed:
+                raise failed[0]
+            new, new.asked = made, []
+        except WorkerFailed as error:
+            self.sentences.append(
+                f"A region of {ready.n_ops} operators stays unfused, because its kernels could not be compiled. {error} "
+                "With KITSUNE_COMPILE_WORKERS=0 kernels are compiled in the program's own process."
+            )
+        except Exception as error:
+            if config.verify:
+                raise
+            self._unplanned(ready.graph, error)
+        if ready.steady is not None and self.steady is not None:
+            new.steady = self.steady.region(new.graph, lambda table: self._work(new, table), before=ready.steady)
+        if config.debug and new.plan is not None:
+            _show().fused(new.n_ops, new.plan.n_kernels)
+        return new
+
+    def _unplanned(self, graph: Graph, error: Exception) -> None:
+        self.sentences.append(
+            f"A region of {len(graph.ops)} operators could not be planned and is run op by op ({type(error).__name__}: {error}). "
+            "This is a bug in Kitsune: please report it."
+        )
 
     def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> bool:
         """Was the region run as a CUDA graph?"""
         if self.steady is None or not config.graphs:
             return False
         if ready.steady is None:
-            ready.steady = self.steady.region(ready.graph, lambda table: self._work(ready, table))
+            provisional = ready.coming is not None
+            ready.steady = self.steady.region(ready.graph, lambda table: self._work(ready, table), provisional)
         n_captured = self.tally.n_captured
         done = self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
@@ -167,14 +225,18 @@ class Runner:
         """What is captured of a region. Only kernels can read moving numbers from memory."""
         backend, prepared = self.backend, ready.work
         if isinstance(prepared, Schedule):
-            plans = isinstance(backend, Backend) and any(map(reads_slots, ready.graph.ops))
-            if not plans:
+            if ready.in_graph is None and isinstance(backend, Backend) and not self._in_background():
+                ready.in_graph = self._slot_plan(ready.graph)
+            if ready.in_graph is None:
                 return schedule_work(prepared, table)
-            assert self.executor is not None
-            prepared = self.executor.prepare(slot_planner_for(self.arch).plan(ready.graph))
+            prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
         return plan_work(self.executor, prepared, in_graph, table, self.arenas, current_stream(prepared.device))
+
+    def _slot_plan(self, graph: Graph) -> Prepared | None:
+        assert self.executor is not None
+        return self.executor.prepare(slot_planner_for(self.arch).plan(graph)) if any(map(reads_slots, graph.ops)) else None
 
     def _limits(self) -> tuple[int, int]:
         return config.max_graphs, config.graph_memory or 2 * self._budget
@@ -201,70 +263,14 @@ def _show() -> Show:
     return Show(config.debug, Path(config.dump) if config.dump else None)
 
 
-def show_plan(graph: Graph, arch: str) -> Plan:
+def show_plan(graph: Graph, planner: Planner) -> Plan:
     """The plan of a graph, printed and dumped as KITSUNE_DEBUG and KITSUNE_DUMP ask."""
     show = _show()
     if not show.wanted:
-        return planner_for(arch).plan(graph)
+        return planner.plan(graph)
     show = show.region(graph, next(_numbers))
     start = time.perf_counter()
-    plan = planner_for(arch).plan(graph, show.passed)
+    plan = planner.plan(graph, show.passed)
     show.plan(plan, time.perf_counter() - start)
     show.programs(program_of(launch) for launch in plan.launches if launch.kernels)
     return plan
-
-
-def backend_of(device: torch.device) -> Backend | str:
-    """What runs plans on a device, or why regions run op by op there."""
-    if device.type != "cuda":
-        return f"There are no kernels for {device.type}: regions run op by op."
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed, so regions run op by op; `pip install kitsune-torch[triton]` brings it."
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {major}.{minor} and kernels need 8.0 or later, so regions run op by op."
-    compiler = Compiler(cache_folder())
-
-    def in_graph(launch: Launch, usable: PreparedLaunch, table: SlotTable) -> PreparedLaunch:
-        if len(launch.kernels) == 1 and not any(map(reads_slots, launch.ops)):
-            return usable
-        made = PreparedLaunch(launch, program_of(launch, slots_in_memory=True), compiler, device, table.address)
-        made.load(like=usable)
-        return made
-
-    return Backend(
-        nearest_arch(major, minor),
-        lambda launch: PreparedLaunch(launch, program_of(launch), compiler, device),
-        in_graph,
-    )
-
-
-def recorder_of(device: torch.device) -> GraphRecorder | None:
-    """What captures regions of a device; None where nothing can."""
-    return CudaGraphs(device) if device.type == "cuda" else None
-
-
-def program_of(launch: Launch, slots_in_memory: bool = False) -> Program:
-    """The program of a launch of kernels."""
-    return render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
-
-
-def nearest_arch(major: int, minor: int) -> str:
-    """Rates are known for some devices only; another one is planned for as its nearest older relative."""
-    known = [arch for arch in RATES if int(arch.removeprefix("sm_")) <= major * 10 + minor]
-    return known[-1] if known else next(iter(RATES))
-
-
-def _pool_budget(device: torch.device) -> int:
-    # Arenas that are not in use: enough for the regions of a large step, and little beside what the step itself takes.
-    if device.type != "cuda":
-        return 1 << 30
-    return int(torch.cuda.get_device_properties(device).total_memory) // 4
-
-
-def cache_folder() -> Path:
-    """Where kernels are kept."""
-    if config.cache_dir is not None:
-        return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kitsune"

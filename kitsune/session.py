@@ -13,10 +13,10 @@ from kitsune.config import checked, config
 from kitsune.contexts import close_context, everyone, here as _thread, open_context
 from kitsune.dispatch import foreign_modes
 from kitsune.ir import Barrier, Graph
-from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally
+from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally, wait_for_kernels
 from kitsune.profiler import Report, report
 
-__all__ = ["accelerate", "counters", "disable", "explain", "flush", "last_plan", "reset", "trace_regions"]
+__all__ = ["accelerate", "counters", "disable", "explain", "flush", "last_plan", "reset", "trace_regions", "wait_for_kernels"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -156,9 +156,9 @@ def flush() -> None:
 
 def counters() -> dict[str, Any]:
     """Counts since the start or the last `reset()`: ops `recorded`, `observed`, `executed` by replay and `skipped` because
-    nobody needed them; distinct `regions` and how often one was `recognised`; CUDA graphs `captured`, runs `replayed` by one,
-    results `moved` because they were still held, `graph_missed` and `graph_refused` by reason; `flushed` by cause;
-    `passed_through` by reason; steps that the gate left to eager (`gate_left`) and what it decided (`gate_decided`).
+    nobody needed them; programs in work (`compiling`) and runs `unfused` for want of them; distinct `regions` and how often
+    one was `recognised`; CUDA graphs `captured`, runs `replayed` by one, results `moved` because they were still held,
+    `graph_missed` and `graph_refused` by reason; `flushed` by cause; `passed_through` by reason; steps that the gate left to eager (`gate_left`) and what it decided (`gate_decided`).
     """
     return tally.counters()
 

@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("KITSUNE_VERIFY", "1")
 # On a CPU the gate would leave nearly every step to eager, and these tests are of what Kitsune records.
 os.environ.setdefault("KITSUNE_GATE", "0")
+# Tests count kernels and captures of given steps; those of the cold start have workers of their own.
+os.environ.setdefault("KITSUNE_COMPILE_WORKERS", "0")
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """Kernels of the plan as Triton source, and that source compiled. Importing this imports no Triton."""
 
+from kitsune.codegen.background import BackgroundCompiler
+from kitsune.codegen.compile_pool import CompilePool, WorkerFailed, compile_pool, default_workers
 from kitsune.codegen.compiler import Compiler
 from kitsune.codegen.exactness import distance, why_not_exact
 from kitsune.codegen.keys import text_key, why_not_batched
@@ -9,8 +11,13 @@ from kitsune.codegen.lowering import NotLowered
 from kitsune.codegen.render import parameters_of, render
 
 __all__ = [
+    "BackgroundCompiler",
+    "CompilePool",
     "Compiler",
     "NotLowered",
+    "WorkerFailed",
+    "compile_pool",
+    "default_workers",
     "distance",
     "parameters_of",
     "render",

@@ -1,27 +1,19 @@
 """Programs compiled by Triton, for a GPU or for its interpreter, and how to start them."""
 
-import importlib.util
 import os
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from kitsune.codegen.cache import KernelFiles
 from kitsune.codegen.libdevice import toolkit_libdevice
-from kitsune.codegen.render import HEADER, INDEX, parameters_of
+from kitsune.codegen.machine_code import BLOCK, OPTIONS, Job, constants_of, load_module, machine_code, types_of
+from kitsune.codegen.render import HEADER, parameters_of
 from kitsune.codegen.walks import Parameter
 from kitsune.ir.plan import Kernel, Program
-
-# 8 elements a thread: one 128-bit access of a 16-bit type, two of float32.
-BLOCK = 1024
-WARPS = 4
-# The roundings of eager's kernels are written out; nothing else is to be contracted or flushed to zero.
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False, "enable_reflect_ftz": False}
 
 
 class Compiled:
@@ -115,54 +107,21 @@ class Compiler:
     def _text(self, program: Program) -> str:
         return interpreted_text(program.text) if self.interpret else program.text
 
-    def _compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
-        path = self.path_of(program)
-        module = _module(path)
-        function = getattr(module, program.name)
-        constants: dict[str, int] = {"ALIGNED": aligned} if program.batched else {}
-        constants |= {"WIDE": wide, "BLOCK": BLOCK}
-        types = {name: _type(type_, wide) for name, type_ in module.SIGNATURE.items()}
-        values = tuple(constants.values())
-        if self.interpret:
-            return Interpreted(path, function, list(types.values()), values)
-        return OnDevice(path, self._machine_code(module, function, types, constants, target, aligned), values)
-
-    def _machine_code(
-        self, module: ModuleType, function: Any, types: dict[str, str], constants: dict[str, Any], target: Any, aligned: bool
-    ) -> Any:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        signature = {name: types.get(name, "constexpr") for name in function.arg_names}
-        # Arguments are numbered as in the function.
-        multiples = module.MULTIPLES if aligned else ()
-        attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in multiples}
+    def job_of(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Job:
+        """What is to be compiled; the program's file is written for it."""
         if isinstance(target, torch.device):
             major, minor = torch.cuda.get_device_capability(target)
             target = major * 10 + minor
-        options: dict[str, Any] = dict(OPTIONS)
-        if self.libdevice:
-            options["extern_libs"] = {"libdevice": self.libdevice}
-        source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
-        return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+        return Job(str(self.path_of(program)), program.name, program.batched, aligned, wide, target, self.libdevice)
 
-
-def _type(type_: str, wide: bool) -> str:
-    if type_ == INDEX:
-        return "i64" if wide else "i32"
-    return type_
-
-
-def _module(path: Path) -> ModuleType:
-    name = f"kitsune_kernel_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Triton looks a function's globals up by the name of its module.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    def _compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
+        values = tuple(constants_of(program.batched, aligned, wide).values())
+        if self.interpret:
+            path = self.path_of(program)
+            module = load_module(path)
+            return Interpreted(path, getattr(module, program.name), list(types_of(module, wide).values()), values)
+        job = self.job_of(program, target, aligned, wide)
+        return OnDevice(Path(job.path), machine_code(job), values)
 
 
 def interpreted_text(text: str) -> str:

@@ -10,6 +10,7 @@ from kitsune.codegen.dtypes import HALF, MEMORY
 from kitsune.codegen.helpers import HELPERS, helper_texts
 from kitsune.codegen.keys import operands_by_value, why_not_batched
 from kitsune.codegen.lower import lower
+from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.walks import LINEAR, ONE, Parameter, Walk, accesses, counted, walk
 from kitsune.ir.graph import Slot
 from kitsune.ir.plan import Access, Kernel, Load, Local, Pointer, Program, Scalar, Size, SlotAddress, Step, Stride
@@ -18,8 +19,6 @@ HEADER = """import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 """
-# The type of sizes and strides in a signature: i32, or i64 where an index could pass 2**31.
-INDEX = "index"
 
 
 def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False) -> Program:

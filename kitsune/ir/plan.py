@@ -223,3 +223,7 @@ class Program:
     parameters: tuple[Pointer | Size | Stride | Scalar | SlotAddress, ...]
     # One launch for many kernels: the parameters of each are a row of a table.
     batched: bool = False
+
+
+class Pending(Exception):
+    """A program is still being compiled: what would start it is done in another way meanwhile."""

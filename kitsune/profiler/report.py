@@ -82,6 +82,8 @@ class Report:
         ]
         lines += [f"  {r.times_seen:6d} x {r.n_ops:6d} operators, ended by {r.cause} at {r.site}" for r in self.regions]
         lines += _plan_lines(self.plans)
+        if c["unfused"] or c["compiling"]:
+            lines.append(f"{c['unfused']} runs unfused while kernels were compiled, {c['compiling']} kernels still in work")
         lines += _graph_lines(c)
         lines += [f"mended: {sentence}" for sentence in self.mended]
         lines += _gate_lines(c)

@@ -47,6 +47,11 @@ class Show:
         if self.level >= FLUSHES:
             self._print(f"kitsune: {n_ops} operators captured as a CUDA graph, which keeps {nbytes / 2**20:.1f} MiB")
 
+    def fused(self, n_ops: int, n_kernels: int) -> None:
+        """A region's kernels are there."""
+        if self.level >= FLUSHES:
+            self._print(f"kitsune: {n_ops} operators are run by plan from here on, with {n_kernels} kernels")
+
     def passed(self, name: str, graph: Graph, seconds: float) -> None:
         """A pass is done."""
         self.n_passes += 1

@@ -1,6 +1,7 @@
 """The counts behind `kitsune.counters()` and `kitsune.explain()`."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,8 @@ class Tally:
     """Counts of one process since it started or since `reset()`; recorders add to it at each flush, not at each op."""
 
     def __init__(self) -> None:
+        # How many programs are being compiled now; whoever has them compiled says so.
+        self.n_compiling: Callable[[], int] = lambda: 0
         self.reset()
 
     def reset(self) -> None:
@@ -54,6 +57,8 @@ class Tally:
         self.launched = 0
         self.kernels = 0
         self.fused = 0
+        # Runs op by op because a plan or its kernels were not there yet.
+        self.unfused = 0
         self.plans: list[PlanTally] = []
         # Failures that were worked around, as sentences.
         self.mended: list[str] = []
@@ -78,9 +83,10 @@ class Tally:
         self.n_regions = 0
         self.regions: list[RegionTally] = []
 
-    def ran(self, n_ops: int, n_dead: int, plan: PlanTally | None) -> None:
-        """A region was run, by plan or op by op."""
+    def ran(self, n_ops: int, n_dead: int, plan: PlanTally | None, unfused: bool = False) -> None:
+        """A region was run, by plan or op by op; `unfused` if that is for want of kernels."""
         self.executed += n_ops
+        self.unfused += unfused
         self.skipped += n_dead
         if plan is None:
             return
@@ -147,6 +153,8 @@ class Tally:
             "launched": self.launched,
             "kernels": self.kernels,
             "fused": self.fused,
+            "compiling": self.n_compiling(),
+            "unfused": self.unfused,
             "regions": self.n_regions,
             "recognised": self.recognised,
             "followed": self.followed,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from kitsune.ir import Launch, Op, TensorType
+from kitsune.ir import Launch, Op, Pending, TensorType
 from kitsune.runtime.calls import call, call_into
 from kitsune.runtime.fallback import may_be_partial, run_by_ops
 from kitsune.runtime.frame import Frame, Startable, data_ptr
@@ -67,6 +67,8 @@ class Start(Instruction):
                 return prepared.start(frame.address, frame.scalars, frame.stream)
             except torch.OutOfMemoryError:
                 raise
+            except Pending:
+                return run_by_ops(self.launch, self.places, frame, self.relieve)
             except Exception as error:
                 self.give_up(self.launch, prepared, error)
         self.prepared = None

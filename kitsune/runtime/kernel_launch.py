@@ -1,5 +1,6 @@
 """A launch of kernels, ready to start: everything but addresses and moving numbers is worked out beforehand."""
 
+import copy
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -7,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from kitsune.ir.graph import Slot
-from kitsune.ir.plan import Access, Kernel, Launch, Pointer, Program, Scalar, Size, SlotAddress, Stride
+from kitsune.ir.plan import Access, Kernel, Launch, Pending, Pointer, Program, Scalar, Size, SlotAddress, Stride
 from kitsune.runtime.launch_tables import LaterTables, Tables
 
 Parameters = Sequence[Pointer | Size | Stride | Scalar | SlotAddress]
@@ -47,7 +48,7 @@ class Compiler(Protocol):
 class _Bound:
     """The parameters of one kernel: `values` with what never changes, and where pointers and moving numbers go."""
 
-    def __init__(self, kernel: Kernel, parameters: Parameters, slots_at: int) -> None:
+    def __init__(self, kernel: Kernel, parameters: Parameters) -> None:
         accesses = (*kernel.loads, *(store.access for store in kernel.stores))
         self.n = kernel.n_elements
         self.values: list[Any] = [0] * len(parameters)
@@ -55,7 +56,8 @@ class _Bound:
         self.pointers: list[tuple[int, Access, bool]] = []
         self.slots: list[tuple[int, int]] = []
         self.doubles: list[int] = []
-        self.slots_at = slots_at
+        # (position, number of the slot): addresses in the table of moving numbers.
+        self.addresses: list[tuple[int, int]] = []
         self.aligned = self.n % 16 == 0
         self.wide = max([self.n, *(_reach(a, kernel.domain) for a in accesses)]) >= WIDE_FROM
         for position, parameter in enumerate(parameters):
@@ -73,10 +75,18 @@ class _Bound:
             if parameter.type != "i64":
                 self.doubles.append(position)
         elif isinstance(parameter, SlotAddress):
-            self.values[position] = self.slots_at + 8 * parameter.index
+            self.addresses.append((position, parameter.index))
         else:
             self.values[position] = number = _number(parameter, kernel, accesses)
             self.aligned = self.aligned and number % 16 == 0
+
+    def reading(self, slots_at: int) -> "_Bound":
+        """The same with the table of moving numbers at that address."""
+        other = copy.copy(self)
+        other.values = self.values.copy()
+        for position, index in self.addresses:
+            other.values[position] = slots_at + 8 * index
+        return other
 
     def fill(self, address: Callable[[Access], int], scalars: Sequence[float]) -> tuple[list[Any], bool]:
         """The arguments of a start, and whether the aligned variant may run."""
@@ -105,9 +115,8 @@ class PreparedLaunch:
     """The kernels of a launch, to be started any number of times.
 
     `program` is the text of all of them, a batched one if there are several. `device` is where their memory is; left out,
-    that of their first operand. Nothing is compiled before the first start. One with `slots_at` is for a CUDA graph: moving
-    numbers are read from the table at that address, for which the program must have been rendered, and what a batch reads
-    from memory is written by `fill_tables` once the capture is over.
+    that of their first operand. Nothing is compiled before the first start. With `slots_in_memory`, for which the program must
+    have been rendered, it is for CUDA graphs: `captured_with` gives what one captures.
     """
 
     def __init__(
@@ -116,7 +125,7 @@ class PreparedLaunch:
         program: Program,
         compiler: Compiler,
         device: torch.device | None = None,
-        slots_at: int | None = None,
+        slots_in_memory: bool = False,
     ) -> None:
         if len(launch.kernels) > 1 and not program.batched:
             raise ValueError(f"{launch.name} needs a batched program: render it with batched=True.")
@@ -125,21 +134,37 @@ class PreparedLaunch:
         self.name = program.name
         self._compiler = compiler
         first = launch.kernels[0]
-        rest = [compiler.parameters_of(kernel, slots_at is not None) for kernel in launch.kernels[1:]]
+        rest = [compiler.parameters_of(kernel, slots_in_memory) for kernel in launch.kernels[1:]]
         given = zip(launch.kernels, [program.parameters, *rest], strict=True)
-        self._bound = [_Bound(kernel, parameters, slots_at or 0) for kernel, parameters in given]
+        self._bound = [_Bound(kernel, parameters) for kernel, parameters in given]
         self._bound = [bound for bound in self._bound if bound.n]
         self._device = device or (*first.loads, *(s.access for s in first.stores))[0].value.type.device
         self._wide = any(bound.wide for bound in self._bound)
         self._variants: dict[bool, Compiled] = {}
-        self._tables = Tables(self._device) if slots_at is None else LaterTables(self._device)
+        self._tables = Tables(self._device)
+        # What a capture starts instead, if that was worked out beforehand.
+        self.in_graph: PreparedLaunch | None = None
+
+    @property
+    def likely(self) -> tuple[bool, bool] | None:
+        """Of the variant that starts will need, unless operands begin at odd addresses: is it aligned, is it wide?"""
+        return (all(bound.aligned for bound in self._bound), self._wide) if self._bound else None
+
+    def captured_with(self, slots_at: int) -> "PreparedLaunch":
+        """For one capture: moving numbers are read from the table at that address, and what a batch reads from memory is
+        written by `fill_tables` once the capture is over."""
+        other = copy.copy(self)
+        other._bound = [bound.reading(slots_at) for bound in self._bound]
+        other._variants, other._tables = {}, LaterTables(self._device)
+        return other
 
     def load(self, like: "PreparedLaunch") -> None:
         """Before a capture: compile and load the variants that `like` has used so far, make memory for tables.
 
-        Raises KernelUnavailable.
+        Raises KernelUnavailable, Pending.
         """
-        for aligned in tuple(like._variants) or (True,):
+        likely = self.likely or (True, False)
+        for aligned in tuple(like._variants) or likely[:1]:
             compiled = self._variant(aligned)
             compiled.load()
             if self.program.batched:
@@ -153,7 +178,7 @@ class PreparedLaunch:
     def start(self, address: Callable[[Access], int], scalars: Sequence[float], stream: int) -> None:
         """Put the kernels on the current stream, whose handle is `stream`. `address` tells where an access's first element is.
 
-        Raises KernelUnavailable, in which case nothing was started.
+        Raises KernelUnavailable, and Pending for a variant that is still being compiled: then nothing was started.
         """
         if not self._bound:
             return
@@ -164,7 +189,7 @@ class PreparedLaunch:
                 args, aligned = self._bound[0].fill(address, scalars)
                 compiled = self._variant(aligned)
                 compiled.launch(-(-self._bound[0].n // compiled.block), args, stream)
-        except (torch.OutOfMemoryError, KernelUnavailable):
+        except (torch.OutOfMemoryError, KernelUnavailable, Pending):
             raise
         except Exception as error:
             raise self._unavailable("started", error) from error
@@ -174,6 +199,8 @@ class PreparedLaunch:
         if found is None:
             try:
                 found = self._compiler.compile(self.program, self._device, aligned, self._wide)
+            except Pending:
+                raise
             except Exception as error:
                 raise self._unavailable("compiled", error) from error
             self._variants[aligned] = found

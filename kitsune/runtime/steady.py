@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Graph, Kind, lent_memory
+from kitsune.ir import Graph, Kind, Pending, lent_memory
 from kitsune.runtime.capturable import used_inputs, why_not_captured, why_not_moving
 from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, Work
 from kitsune.runtime.cuda_graph import GraphRecorder
-from kitsune.runtime.slots import SlotTable
+from kitsune.runtime.slots import SlotTable, bits_of
 
 data_ptr = torch._C.TensorBase.data_ptr
 # Ordinary runs before a capture: the first compiles kernels and lets libraries choose, the second is a steady one.
@@ -56,6 +56,8 @@ class Steady:
 
     graph: Graph
     make_work: Callable[[SlotTable], Work]
+    # Is another way to run the region being prepared? What is found out about this one is then told to nobody.
+    provisional: bool = False
     inputs: tuple[int, ...] = ()
     captured: Captured | None = None
     # Why it is not captured any more.
@@ -66,6 +68,8 @@ class Steady:
     n_baked_changes: int = 0
     # Addresses of the inputs at the ordinary run before, if that was the last run.
     addresses: list[int] | None = None
+    # Moving numbers at the run before, of a provisional one: they are baked in, so it is not captured while they move.
+    numbers: bytes = b""
     # How often an input was not where it was when the region was captured.
     changes: Counter[int] = field(default_factory=Counter)
     moving: set[int] = field(default_factory=set)
@@ -92,9 +96,21 @@ class SteadyState:
         # The least recently replayed first.
         self._kept: OrderedDict[Steady, Captured] = OrderedDict()
 
-    def region(self, graph: Graph, make_work: Callable[[SlotTable], Work]) -> Steady:
-        """What is to be passed to `run` with each run of a region."""
-        region = Steady(graph, make_work)
+    def region(
+        self,
+        graph: Graph,
+        make_work: Callable[[SlotTable], Work],
+        provisional: bool = False,
+        before: Steady | None = None,
+    ) -> Steady:
+        """What is to be passed to `run` with each run of a region. `before` is what was passed until now, when the region was
+        run in another way: its graph is dropped, and what is known of its inputs stays known."""
+        region = Steady(graph, make_work, provisional)
+        if before is not None:
+            self._drop(before)
+            # One ordinary run, in which kernels find out about addresses, and then the capture.
+            region.n_runs = min(before.n_runs, RUNS - 1)
+            region.moving, region.changes = before.moving, before.changes
         if all(op.kind is Kind.VIEW for op in graph.ops):
             # Nothing is lost, and nobody needs to hear of it.
             region.refusal = "The region starts nothing on the device."
@@ -107,7 +123,7 @@ class SteadyState:
         if not self.recorder.follow_stream() or region.refusal is not None:
             return False
         outcome = Outcome.OBSERVE if region.captured is None else self._replay(region, values, scalars)
-        if outcome is Outcome.OBSERVE and region.refusal is None and self._agrees(region, values):
+        if outcome is Outcome.OBSERVE and region.refusal is None and self._agrees(region, values, scalars):
             outcome = Outcome.CAPTURE
         if outcome is Outcome.CAPTURE and self._capture(region, values, scalars):
             outcome = self._replay(region, values, scalars)
@@ -156,6 +172,9 @@ class SteadyState:
         return Outcome.CAPTURE if movable else Outcome.OBSERVE
 
     def _number_changed(self, region: Steady, sentence: str) -> Outcome:
+        if region.provisional:
+            self._drop(region)
+            return Outcome.OBSERVE
         # A schedule that changes it once in a while is worth a capture each time.
         assert region.captured is not None
         region.n_baked_changes = 1 if region.captured.n_replays >= WORTH else region.n_baked_changes + 1
@@ -165,11 +184,12 @@ class SteadyState:
             self._refuse(region, sentence)
         return Outcome.OBSERVE
 
-    def _agrees(self, region: Steady, values: list[Any]) -> bool:
+    def _agrees(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> bool:
         """Have there been enough ordinary runs, and are the inputs where they were at the last one, or may be elsewhere?"""
         before, region.addresses = region.addresses, [data_ptr(values[n]) for n in region.inputs]
         region.n_runs += 1
-        if before is None or region.n_runs <= RUNS:
+        numbers, region.numbers = region.numbers, bits_of(scalars) if region.provisional else b""
+        if before is None or region.n_runs <= RUNS or numbers != region.numbers:
             return False
         apart = [n for n, a, b in zip(region.inputs, before, region.addresses, strict=True) if a != b]
         apart = [n for n in apart if n not in region.moving]
@@ -200,6 +220,10 @@ class SteadyState:
             self._drop(next(iter(self._kept)))
         try:
             captured = self._record_twice(region, values, scalars)
+        except Pending:
+            # A variant that no run has needed so far: later.
+            region.n_captures -= 1
+            return False
         except NotCaptured as refusal:
             self._refuse(region, str(refusal))
             return False
@@ -243,6 +267,8 @@ class SteadyState:
     def _refuse(self, region: Steady, reason: str, mended: bool = False) -> None:
         region.refusal = reason
         region.addresses = None
+        if region.provisional:
+            return
         self.told.refused(reason)
         if mended:
             self.report(

@@ -40,8 +40,9 @@ def run(
     tensors = [*(before.get(id(t), t) for t in built.read), *outputs]
     accesses = (*kernel.loads, *(s.access for s in kernel.stores))
     where = {id(a): t.data_ptr() for a, t in zip(accesses, tensors, strict=True)}
-    slots_at = None if table is None else table.data_ptr()
-    launch = PreparedLaunch(Launch((kernel,)), render(kernel, batched, table is not None), compiler, slots_at=slots_at)
+    moves = table is not None
+    launch = PreparedLaunch(Launch((kernel,)), render(kernel, batched, moves), compiler, slots_in_memory=moves)
+    launch = launch if table is None else launch.captured_with(table.data_ptr())
     launch.start(lambda access: where[id(access)], built.slots if table is None else [], 0)
     return outputs
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import kitsune
+from kitsune.backends import nearest_arch
 from kitsune.config import KitsuneWarning, config
 from kitsune.profiler import Tally
-from kitsune.running import Backend, Runner, backend_of, nearest_arch
+from kitsune.running import Backend, Runner, backend_of
 from kitsune.session import trace_regions
 from tests.runtime.backends import assert_equal, backend, chain, know_look_up, lazily, look_up, loop, runner
 from tests.runtime.checked import forget

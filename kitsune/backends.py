@@ -1,0 +1,110 @@
+"""What runs the plans of a device: its kernels, its graphs, and the workers that compile for it."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kitsune.background import thread
+from kitsune.codegen import BackgroundCompiler, CompilePool, Compiler, compile_pool, default_workers, render
+from kitsune.config import config
+from kitsune.ir import Launch, Program, reads_slots
+from kitsune.runtime import CudaGraphs, GraphRecorder, SlotTable
+from kitsune.runtime.kernel_launch import PreparedLaunch
+from kitsune.scheduler import RATES
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What can run plans: the architecture that they are made for, and what makes a launch of kernels ready to start.
+
+    `prepare_in_graph` does so for a capture, given what it made for ordinary runs and the table with the moving numbers.
+    `warm` asks for the programs that what was made will need, and returns futures that are done once they are there, or known
+    not to come: without it, or without workers, a program is compiled at its first start.
+    """
+
+    arch: str
+    prepare_launch: Callable[[Launch], Any]
+    prepare_in_graph: Callable[[Launch, Any, SlotTable], Any] | None = None
+    warm: Callable[[Launch, Any], list[Future[Any]]] | None = None
+
+
+def backend_of(device: torch.device) -> Backend | str:
+    """What runs plans on a device, or why regions run op by op there."""
+    if device.type != "cuda":
+        return f"There are no kernels for {device.type}: regions run op by op."
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, so regions run op by op; `pip install kitsune-torch[triton]` brings it."
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {major}.{minor} and kernels need 8.0 or later, so regions run op by op."
+    compiler = BackgroundCompiler(Compiler(cache_folder()), workers, thread.submit)
+    return on_device(nearest_arch(major, minor), compiler, device)
+
+
+def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device) -> Backend:
+    """Kernels of a compiler on a device."""
+
+    def for_graph(launch: Launch) -> PreparedLaunch:
+        return PreparedLaunch(launch, program_of(launch, slots_in_memory=True), compiler, device, slots_in_memory=True)
+
+    def in_graph(launch: Launch, usable: PreparedLaunch, table: SlotTable) -> PreparedLaunch:
+        if not _differs_in_graph(launch):
+            return usable
+        made = (usable.in_graph or for_graph(launch)).captured_with(table.address)
+        made.load(like=usable)
+        return made
+
+    def warm(launch: Launch, usable: PreparedLaunch) -> list[Future[Any]]:
+        if config.graphs and _differs_in_graph(launch):
+            usable.in_graph = for_graph(launch)
+        made = [usable] if usable.in_graph is None else [usable, usable.in_graph]
+        return [compiler.ask(one.program, device, *one.likely) for one in made if one.likely is not None]
+
+    return Backend(arch, lambda launch: PreparedLaunch(launch, program_of(launch), compiler, device), in_graph, warm)
+
+
+def _differs_in_graph(launch: Launch) -> bool:
+    return len(launch.kernels) > 1 or any(map(reads_slots, launch.ops))
+
+
+def workers() -> CompilePool | None:
+    """What compiles in the background; None where kernels are compiled at their first start."""
+    n = default_workers() if config.compile_workers is None else config.compile_workers
+    return compile_pool(n) if n else None
+
+
+def recorder_of(device: torch.device) -> GraphRecorder | None:
+    """What captures regions of a device; None where nothing can."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
+def program_of(launch: Launch, slots_in_memory: bool = False) -> Program:
+    """The program of a launch of kernels."""
+    return render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
+
+
+def nearest_arch(major: int, minor: int) -> str:
+    """Rates are known for some devices only; another one is planned for as its nearest older relative."""
+    known = [arch for arch in RATES if int(arch.removeprefix("sm_")) <= major * 10 + minor]
+    return known[-1] if known else next(iter(RATES))
+
+
+def pool_budget(device: torch.device) -> int:
+    # Arenas that are not in use: enough for the regions of a large step, and little beside what the step itself takes.
+    if device.type != "cuda":
+        return 1 << 30
+    return int(torch.cuda.get_device_properties(device).total_memory) // 4
+
+
+def cache_folder() -> Path:
+    """Where kernels are kept."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kitsune"

@@ -1,0 +1,150 @@
+"""A thread for work that can wait, so slow that the program hardly notices: planning, and loading what was compiled."""
+
+import atexit
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar
+
+# Python runs one thread at a time. An operator of the program lets go of Python's lock and waits up to 5 ms to have it back
+# from a thread that computes: a step of 1,000 would take seconds. So this thread computes for a moment and then rests: in the
+# worst case the program runs at three quarters of its speed.
+WORK_S = 0.001
+REST = 3
+# Calls between two looks at the clock, which cost as much as a call: 0.1 ms of work.
+EVENTS = 256
+
+R = TypeVar("R")
+
+
+class _Closing(BaseException):
+    """The process ends."""
+
+
+class PacedThread:
+    """Calls what it is given, in order, with rests. The thread is started with the first call and ends with the process."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        # How many wait for it and have nothing else to do: it does not rest meanwhile.
+        self.n_waiting = 0
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Call it soon. It must not raise."""
+        self._calls.put(call)
+        with self._lock:
+            # A forked child has none of its parent's threads.
+            if not self._closing and (self._thread is None or not self._thread.is_alive()):
+                self._thread = threading.Thread(target=self._serve, name="kitsune-background", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, also in the middle of a call: one that is stopped inside of C++ code by the interpreter's own end
+        would end the process with a crash."""
+        with self._lock:
+            self._closing = True
+        self._calls.put(lambda: None)
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def _serve(self) -> None:
+        # Of this thread alone; the hook sees every call that Python makes, so that no stage has to offer places to rest.
+        sys.setprofile(self._pace())
+        with suppress(_Closing):
+            while not self._closing:
+                self._calls.get()()
+
+    def _pace(self) -> Callable[[Any, str, Any], None]:
+        """Rests whenever this thread has computed for WORK_S; waiting does not count."""
+        start, n = time.thread_time(), 0
+
+        def hook(frame: Any, event: str, argument: Any) -> None:
+            nonlocal start, n
+            n += 1
+            if n < EVENTS:
+                return
+            n, worked = 0, time.thread_time() - start
+            if self._closing:
+                raise _Closing
+            if worked >= WORK_S:
+                time.sleep(0 if self.n_waiting else worked * REST)
+                start = time.thread_time()
+
+        return hook
+
+
+thread = PacedThread()
+atexit.register(thread.close)
+_changed = threading.Condition()
+_n_open = 0
+# What the open ones wait for.
+_awaited: list[list[Future[Any]]] = []
+
+
+def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
+    """What `make()` returns, once all futures beside it are done as well; how these end is not looked at."""
+    result: Future[R] = Future()
+    _count(1)
+    result.add_done_callback(lambda _: _count(-1))
+
+    def work() -> None:
+        try:
+            made, futures = make()
+        except BaseException as error:
+            return result.set_exception(error)
+        awaited = list(futures)
+        _awaited.append(awaited)
+
+        def finish() -> None:
+            _awaited.remove(awaited)
+            result.set_result(made)
+
+        when_done(awaited, finish)
+
+    thread.submit(work)
+    return result
+
+
+def n_awaited() -> int:
+    """Futures that somebody waits for in `later`."""
+    return len({id(future) for futures in list(_awaited) for future in futures if not future.done()})
+
+
+def when_done(futures: list["Future[Any]"], call: Callable[[], None]) -> None:
+    """Call it when all are done, on the thread that ends the last one."""
+    lock, left = threading.Lock(), [len(futures) + 1]
+
+    def one(_: Any) -> None:
+        with lock:
+            left[0] -= 1
+            last = not left[0]
+        if last:
+            call()
+
+    for future in futures:
+        future.add_done_callback(one)
+    one(None)
+
+
+def wait(timeout: float | None = None) -> bool:
+    """Wait until nothing is open; False if that takes longer than `timeout` seconds."""
+    with _changed:
+        thread.n_waiting += 1
+        try:
+            return _changed.wait_for(lambda: not _n_open, timeout)
+        finally:
+            thread.n_waiting -= 1
+
+
+def _count(n: int) -> None:
+    global _n_open
+    with _changed:
+        _n_open += n
+        _changed.notify_all()

@@ -1,0 +1,104 @@
+"""A compiler that holds nobody up: what it has not compiled yet is asked of the workers, and is pending until it is loaded."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kitsune.codegen.compile_pool import CompilePool
+from kitsune.codegen.compiler import Compiled, Compiler
+from kitsune.codegen.walks import Parameter
+from kitsune.ir.plan import Kernel, Pending, Program
+
+
+class BackgroundCompiler:
+    """Compiles as `compiler` does, but in the workers of `pool()`; where that is None, here and at once.
+
+    `later(work)` calls `work()` on another thread, soon: what a worker has compiled is loaded there, 5 ms each.
+    """
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        pool: Callable[[], CompilePool | None],
+        later: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self.compiler = compiler
+        self._pool, self._later = pool, later
+        self._asked: dict[tuple[Any, ...], Future[Compiled]] = {}
+        self._lock = threading.Lock()
+
+    def compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
+        """As `Compiler.compile`. Raises Pending until it is there."""
+        pool = self._pool()
+        if pool is None:
+            return self.compiler.compile(program, target, aligned, wide)
+        future = self._ask(pool, program, target, aligned, wide)
+        if not future.done():
+            raise Pending(program.name)
+        return future.result()
+
+    def ask(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> "Future[Compiled]":
+        """Have a program compiled. The future is done once it can start without a delay, or never will."""
+        pool = self._pool()
+        if pool is not None:
+            return self._ask(pool, program, target, aligned, wide)
+        done: Future[Compiled] = Future()
+        done.set_result(self.compiler.compile(program, target, aligned, wide))
+        return done
+
+    def parameters_of(self, kernel: Kernel, slots_in_memory: bool = False) -> tuple[Parameter, ...]:
+        """What to pass to the program of another kernel with the same `text_key`."""
+        return self.compiler.parameters_of(kernel, slots_in_memory)
+
+    def path_of(self, program: Program) -> Path:
+        """The file with the program's source."""
+        return self.compiler.path_of(program)
+
+    @property
+    def n_pending(self) -> int:
+        """Programs that are still being compiled or loaded."""
+        return sum(not future.done() for future in list(self._asked.values()))
+
+    def _ask(self, pool: CompilePool, program: Program, target: torch.device | int, *variant: bool) -> "Future[Compiled]":
+        key = (program.text, target, *variant)
+        # Most are known, and the lock's holder may be resting.
+        if (known := self._asked.get(key)) is not None:
+            return known
+        with self._lock:
+            if (known := self._asked.get(key)) is not None:
+                return known
+            future = self._asked[key] = Future()
+        try:
+            made = pool.submit(self.compiler.job_of(program, target, *variant))
+        except Exception as error:
+            future.set_exception(error)
+            return future
+        made.add_done_callback(lambda made: self._compiled(made, future, lambda: self._load(program, target, *variant)))
+        return future
+
+    def _compiled(self, made: "Future[None]", future: "Future[Compiled]", load: Callable[[], Compiled]) -> None:
+        error = made.exception()
+        if error is not None:
+            return future.set_exception(error)
+
+        def settle() -> None:
+            try:
+                compiled = load()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(compiled)
+
+        self._later(settle)
+
+    def _load(self, program: Program, target: torch.device | int, *variant: bool) -> Compiled:
+        # Nobody else may have it before it is loaded: two threads that load the same confuse Triton.
+        compiled = self.compiler.compile(program, target, *variant)
+        if isinstance(target, torch.device) and target.type == "cuda":
+            with torch.cuda.device(target):
+                compiled.load()
+        return compiled

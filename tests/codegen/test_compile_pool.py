@@ -1,0 +1,227 @@
+"""Compile workers: processes that leave kernels in Triton's cache, and what comes of them when they fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kitsune.codegen import BackgroundCompiler, CompilePool, Compiler, WorkerFailed, default_workers, render
+from kitsune.codegen.compile_pool import CompilationFailed
+from kitsune.codegen.machine_code import Job
+from kitsune.ir import Pending, Program
+from tests.codegen.build import build
+
+JOB = Job("kernel.py", "kernel", False, True, False, 90, None)
+# Workers that follow a script, for each line they read.
+DIES = "import sys; sys.stdin.readline(); sys.exit(3)"
+HANGS = "import sys, time; sys.stdin.readline(); time.sleep(600)"
+REFUSES = 'import sys\nfor line in sys.stdin: print(\'{"error": "SyntaxError: no"}\', flush=True)'
+OBEYS = "import sys\nfor line in sys.stdin: print('{}', flush=True)"
+
+
+@pytest.fixture
+def pools() -> Iterator[Any]:
+    made: list[CompilePool] = []
+
+    def pool(script: str | None = None, n: int = 1, timeout: float = 60.0) -> CompilePool:
+        made.append(CompilePool(n, timeout, script and [sys.executable, "-c", script]))
+        return made[-1]
+
+    yield pool
+    for one in made:
+        one.close()
+
+
+def program() -> Program:
+    built = build(lambda x: torch.relu(x * 2), [torch.ones(64)], "cold")
+    return render(built.kernel)
+
+
+def now(call: Any) -> None:
+    call()
+
+
+def test_a_worker_that_dies_fails_its_job_and_another_takes_its_place(pools: Any) -> None:
+    pool = pools(DIES)
+    for _ in range(2):
+        with pytest.raises(WorkerFailed, match=r"died \(exit status 3\)"):
+            pool.submit(JOB).result(60)
+    assert not pool._workers
+
+
+def test_a_worker_that_hangs_is_ended(pools: Any) -> None:
+    pool = pools(HANGS, timeout=0.5)
+    with pytest.raises(WorkerFailed, match="no answer for"):
+        pool.submit(JOB).result(60)
+    assert not pool._workers
+
+
+def test_a_worker_that_cannot_be_started_fails_its_job() -> None:
+    pool = CompilePool(1, command=["/nowhere/python"])
+    with pytest.raises(WorkerFailed, match="could not be started"):
+        pool.submit(JOB).result(60)
+
+
+def test_what_the_compiler_says_is_told_and_the_worker_stays(pools: Any) -> None:
+    pool = pools(REFUSES)
+    for _ in range(3):
+        with pytest.raises(CompilationFailed, match="SyntaxError: no"):
+            pool.submit(JOB).result(60)
+    assert len(pool._workers) == 1
+
+
+def test_there_are_no_more_workers_than_jobs_and_none_before_the_first(pools: Any) -> None:
+    pool = pools(OBEYS, n=8)
+    assert not pool._workers
+    for future in [pool.submit(JOB) for _ in range(2)]:
+        future.result(60)
+    assert 1 <= len(pool._workers) <= 2
+
+
+def test_a_closed_pool_leaves_no_process_and_refuses_jobs(pools: Any) -> None:
+    pool = pools(HANGS)
+    open_job = pool.submit(JOB)
+    until = time.monotonic() + 60
+    while not pool._workers and time.monotonic() < until:
+        time.sleep(0.01)
+    (worker,) = pool._workers
+    pool.close()
+    assert worker.process.returncode is not None
+    with pytest.raises(WorkerFailed):
+        open_job.result(60)
+    with pytest.raises(WorkerFailed, match="have ended"):
+        pool.submit(JOB).result(60)
+
+
+def test_default_workers_are_few() -> None:
+    assert 1 <= default_workers() <= 4
+
+
+class Held:
+    """A pool whose jobs end when the test says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Job, Future[None]]] = []
+
+    def submit(self, job: Job) -> Future[None]:
+        self.jobs.append((job, Future()))
+        return self.jobs[-1][1]
+
+
+class Counting(Compiler):
+    """Compiles nothing."""
+
+    def _compile(self, *which: Any) -> Any:
+        return which
+
+
+def test_a_program_is_pending_until_it_is_loaded(tmp_path: Path) -> None:
+    held, loads = Held(), []
+    compiler = BackgroundCompiler(Counting(tmp_path), lambda: held, loads.append)  # type: ignore[arg-type, return-value]
+    made = program()
+    for _ in range(2):
+        with pytest.raises(Pending):
+            compiler.compile(made, 90, True, False)
+    ((job, future),) = held.jobs
+    assert job.name == made.name and Path(job.path).read_text().startswith(made.text)
+    future.set_result(None)
+    with pytest.raises(Pending):
+        compiler.compile(made, 90, True, False)
+    assert compiler.n_pending == 1
+    loads.pop()()
+    assert compiler.compile(made, 90, True, False) is not None and compiler.n_pending == 0
+
+
+def test_without_a_pool_a_program_is_compiled_at_once(tmp_path: Path) -> None:
+    compiler = BackgroundCompiler(Counting(tmp_path), lambda: None, now)
+    assert compiler.compile(program(), 90, True, False) is not None
+    assert compiler.ask(program(), 90, False, False).done()
+
+
+def test_a_program_that_does_not_compile_raises_what_the_worker_said(tmp_path: Path) -> None:
+    held = Held()
+    compiler = BackgroundCompiler(Counting(tmp_path), lambda: held, now)  # type: ignore[arg-type, return-value]
+    future = compiler.ask(program(), 90, True, False)
+    held.jobs[0][1].set_exception(CompilationFailed("SyntaxError: no"))
+    assert isinstance(future.exception(), CompilationFailed)
+    with pytest.raises(CompilationFailed):
+        compiler.compile(program(), 90, True, False)
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    return tmp_path / "triton"
+
+
+def test_a_worker_leaves_the_kernel_where_this_process_finds_it(cache: Path, tmp_path: Path, pools: Any) -> None:
+    from triton import knobs
+
+    pool, hits = pools(), []
+    compiler = BackgroundCompiler(Compiler(tmp_path / "kernels"), lambda: pool, now)
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
+        compiled = compiler.ask(program(), 90, True, False).result(120)
+    assert hits == [True]
+    assert ".target sm_90" in compiled.kernel.asm["ptx"]  # type: ignore[attr-defined]
+
+
+def test_a_worker_neither_imports_torch_nor_dies_of_a_bad_kernel(cache: Path, tmp_path: Path, pools: Any) -> None:
+    pool = pools()
+    probe = tmp_path / "probe.py"
+    probe.write_text("import sys\nraise RuntimeError(f\"torch {'torch' in sys.modules}, kitsune {'kitsune' in sys.modules}\")\n")
+    with pytest.raises(CompilationFailed, match="RuntimeError: torch False, kitsune False"):
+        pool.submit(Job(str(probe), "f", False, True, False, 90, None)).result(120)
+    with pytest.raises(CompilationFailed, match="FileNotFoundError"):
+        pool.submit(JOB).result(120)
+    assert len(pool._workers) == 1
+
+
+def test_a_cache_folder_that_cannot_be_written_is_told(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path, pools: Any
+) -> None:
+    cache.write_text("a file where the folder should be")
+    pool = pools()
+    with pytest.raises(CompilationFailed, match="Error"):
+        pool.submit(Compiler(tmp_path / "kernels").job_of(program(), 90, True, False)).result(120)
+
+
+def test_workers_end_with_their_process() -> None:
+    # The worker hangs in its job while the process ends, in the ordinary way and killed.
+    for end in ("", "os.kill(os.getpid(), 9)"):
+        code = (
+            "import os, tempfile, time\nfrom kitsune.codegen import CompilePool, machine_code as m\n"
+            "pool = CompilePool(1)\n"
+            "f = tempfile.NamedTemporaryFile('w', suffix='.py', delete=False)\n"
+            "f.write('import time; time.sleep(600)'); f.close()\n"
+            "pool.submit(m.Job(f.name, 'f', False, True, False, 90, None))\n"
+            "while not pool._workers: time.sleep(0.01)\n"
+            "time.sleep(0.5); print(next(iter(pool._workers)).process.pid, flush=True); os.unlink(f.name)\n" + end
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert not done.stderr
+        pid, until = int(done.stdout), time.monotonic() + 30
+        while _runs(pid) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return " Z " not in f" {Path(f'/proc/{pid}/stat').read_text().split()[2]} "
+    except OSError:
+        return False
+
+
+def test_import_starts_neither_a_process_nor_a_thread() -> None:
+    code = "import threading, torch; before = threading.active_count(); import kitsune; print(threading.active_count() - before)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "0\n"

@@ -1,0 +1,110 @@
+"""The thread for work that can wait: it rests, it calls in order, and it ends with the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from kitsune.background import REST, PacedThread, later, wait, when_done
+
+SECONDS = 60.0
+
+
+def spin(n: int) -> int:
+    return sum(map(abs, range(n))) and sum(abs(k) for k in range(n))
+
+
+def test_calls_are_made_in_order_on_one_thread() -> None:
+    paced, made, done = PacedThread(), [], threading.Event()
+    for k in range(5):
+        paced.submit(lambda k=k: made.append((k, threading.get_ident())))  # type: ignore[misc]
+    paced.submit(done.set)
+    assert done.wait(SECONDS)
+    assert [k for k, _ in made] == [0, 1, 2, 3, 4] and len({ident for _, ident in made} - {threading.get_ident()}) == 1
+    paced.close()
+
+
+def test_it_rests_longer_than_it_computes() -> None:
+    paced, took = PacedThread(), Future()  # type: ignore[var-annotated]
+
+    def work() -> None:
+        start, cpu = time.perf_counter(), time.thread_time()
+        spin(200_000)
+        took.set_result((time.perf_counter() - start, time.thread_time() - cpu))
+
+    paced.submit(work)
+    wall, cpu = took.result(SECONDS)
+    assert wall > cpu * (1 + REST) * 0.7
+    paced.close()
+
+
+def test_it_does_not_rest_while_somebody_waits_for_it() -> None:
+    paced, took = PacedThread(), Future()  # type: ignore[var-annotated]
+    paced.n_waiting = 1
+    slept: list[float] = []
+
+    def work() -> None:
+        spin(50_000)
+        took.set_result(None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.background.time.sleep", slept.append)
+        paced.submit(work)
+        took.result(SECONDS)
+        paced.close()
+    assert slept and not any(slept)
+
+
+def test_closing_ends_a_call_that_is_going_on() -> None:
+    paced, begun = PacedThread(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        while True:
+            spin(10)
+
+    paced.submit(work)
+    assert begun.wait(SECONDS)
+    paced.close()
+    assert paced._thread is not None and not paced._thread.is_alive()
+    paced.submit(begun.clear)
+    assert begun.is_set()
+
+
+def test_a_process_ends_at_once_and_without_a_word() -> None:
+    code = (
+        "import time\nfrom kitsune.background import later\n"
+        "def work():\n    while True: abs(1)\n"
+        "later(work)\ntime.sleep(0.2)\nprint('end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_a_result_waits_for_the_futures_beside_it() -> None:
+    beside: Future[None] = Future()
+    result = later(lambda: ("made", [beside]))
+    assert not wait(0.05) and not result.done()
+    beside.set_exception(RuntimeError("of no interest"))
+    assert wait(SECONDS) and result.result() == "made"
+
+
+def test_an_error_is_the_result() -> None:
+    def fail() -> Any:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        later(fail).result(SECONDS)
+    assert wait(SECONDS)
+
+
+def test_without_futures_it_is_called_at_once() -> None:
+    called: list[int] = []
+    when_done([], lambda: called.append(1))
+    assert called == [1]

@@ -1,0 +1,242 @@
+"""Cold start without a device: regions run unfused while plans and kernels are made, and by plan once they are there."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+
+import kitsune
+from kitsune.backends import Backend
+from kitsune.background import thread
+from kitsune.codegen import WorkerFailed
+from kitsune.config import KitsuneWarning, config
+from kitsune.ir import Launch, Pending
+from tests.runtime.backends import assert_equal, chain, lazily, loop, runner
+from tests.runtime.checked import forget
+from tests.runtime.repeated import Repeater, WalkInGraph, counts
+from tests.runtime.test_capture import train
+from tests.runtime.test_real_plans import Walk
+
+SECONDS = 60.0
+
+
+class Workers:
+    """Programs by launch name, ready when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Future[None]] = {}
+        self.lock = threading.Lock()
+        self.hold = True
+        # What comes of programs instead of code.
+        self.error: Exception | None = None
+
+    def ask(self, name: str) -> Future[None]:
+        with self.lock:
+            future = self.asked.setdefault(name, Future())
+            if not self.hold and not future.done():
+                self._settle(future)
+            return future
+
+    def release(self) -> None:
+        with self.lock:
+            self.hold = False
+            for future in self.asked.values():
+                if not future.done():
+                    self._settle(future)
+        assert kitsune.wait_for_kernels(SECONDS)
+
+    def _settle(self, future: Future[None]) -> None:
+        if self.error is not None:
+            future.set_exception(self.error)
+        else:
+            future.set_result(None)
+
+
+class Compiling(Walk):
+    """A launch whose program comes from workers."""
+
+    def __init__(self, launch: Launch, workers: Workers) -> None:
+        super().__init__(launch)
+        self.name, self.workers = launch.name, workers
+
+    def start(self, address: Any, scalars: list[float], stream: int) -> None:
+        future = self.workers.ask(self.name)
+        if not future.done():
+            raise Pending(self.name)
+        future.result()
+        super().start(address, scalars, stream)
+
+
+@contextlib.contextmanager
+def cold(graphs: bool = False) -> Iterator[tuple[Workers, Repeater]]:
+    """New pipelines on the CPU have workers under the test's control, and graphs if wanted."""
+    workers, repeater = Workers(), Repeater()
+
+    def in_graph(launch: Launch, usable: Compiling, table: Any) -> WalkInGraph:
+        if not workers.ask(launch.name).done():
+            raise Pending(launch.name)
+        return WalkInGraph(launch, table)
+
+    found = Backend("sm_90", lambda launch: Compiling(launch, workers), in_graph, lambda launch, made: [workers.ask(made.name)])
+    with pytest.MonkeyPatch.context() as patch, config.patch(compile_workers=1):
+        patch.setattr("kitsune.running.backend_of", lambda device: found)
+        if graphs:
+            patch.setattr("kitsune.running.recorder_of", lambda device: repeater)
+        forget()
+        yield workers, repeater
+        workers.release()
+    forget()
+
+
+def planned() -> bool:
+    """Are all plans made, whatever has become of their kernels? Waits for that."""
+    done = threading.Event()
+    thread.submit(done.set)
+    return done.wait(SECONDS)
+
+
+def step() -> torch.Tensor:
+    with lazily():
+        return chain()
+
+
+def test_a_region_runs_unfused_until_its_kernels_are_there() -> None:
+    expected = chain()
+    with cold() as (workers, _):
+        for n in range(1, 4):
+            assert torch.equal(step(), expected) and counts("kernels", "unfused") == [0, n]
+        assert planned() and counts("compiling") == [len(workers.asked)] == [1]
+        assert "3 runs unfused while kernels were compiled, 1 kernels still in work" in str(kitsune.explain())
+        assert not kitsune.wait_for_kernels(0.01)
+        workers.release()
+        for n in (1, 2):
+            assert torch.equal(step(), expected) and counts("kernels", "unfused", "compiling") == [n, 3, 0]
+        assert not kitsune.explain().mended
+
+
+def test_without_workers_the_first_run_is_by_plan() -> None:
+    with cold() as (workers, _), config.patch(compile_workers=0):
+        workers.hold = False
+        assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [1, 0]
+
+
+def test_training_leaves_what_eager_leaves_whenever_the_kernels_come() -> None:
+    for late in (False, True):
+        with cold() as (workers, _):
+            workers.hold = late
+            expected = loop(kitsune.disable(), 6)
+            assert_equal(loop(lazily(), 6), expected)
+            workers.release()
+            assert_equal(loop(lazily(), 6), expected)
+            assert counts("kernels")[0] > 0 and not kitsune.explain().mended
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_graphs_are_captured_unfused_first_and_again_when_the_kernels_are_there(fuse: bool) -> None:
+    expected = train(kitsune.disable(), steps=24)
+    with cold(graphs=True) as (workers, repeater), config.patch(fuse=fuse):
+        assert_equal(train(lazily(), steps=24), expected)
+        assert counts("kernels") == [0]
+        workers.release()
+        replayed, refused = counts("replayed", "graph_refused")
+        assert not refused
+        alive = repeater.n_alive
+        assert_equal(train(lazily(), steps=24), expected)
+        assert counts("replayed")[0] > replayed and not counts("graph_refused")[0]
+        assert repeater.n_alive <= 4 >= alive, "graphs of what is not run any more were kept"
+        assert not kitsune.explain().mended
+
+
+def test_a_region_whose_numbers_stay_is_replayed_before_its_kernels_are_there() -> None:
+    x, w = torch.randn(8, 4), torch.randn(4, 4)
+
+    def run() -> list[torch.Tensor]:
+        out = []
+        for _ in range(6):
+            with lazily():
+                out.append(((x @ w + 1) * 0.5).abs().sum())
+        return out
+
+    with kitsune.disable():
+        expected = run()[:1] * 6
+    with cold(graphs=True) as (workers, repeater):
+        assert_equal(run(), expected)
+        captured, replayed = counts("captured", "replayed")
+        assert captured == 1 and replayed >= 3 and repeater.n_alive == 1
+        workers.release()
+        assert_equal(run(), expected)
+        kernels, captured, again = counts("kernels", "captured", "replayed")
+        # One ordinary run by plan, then a capture and its replays; the first graph is gone.
+        assert kernels == 6 and captured == 2 and again - replayed == 5 and repeater.n_alive == 1
+
+
+def test_a_kernel_that_does_not_compile_is_reported_once_and_run_by_ops() -> None:
+    expected = chain()
+    with cold() as (workers, _):
+        step()
+        workers.error = RuntimeError("no such instruction")
+        workers.release()
+        with pytest.warns(KitsuneWarning, match="cannot be used.*no such instruction") as said:
+            for _ in range(3):
+                assert torch.equal(step(), expected)
+        assert len(said) == len(kitsune.explain().mended) == 1
+
+
+def test_a_worker_that_fails_leaves_the_region_unfused_with_a_sentence() -> None:
+    expected = chain()
+    with cold() as (workers, _):
+        step()
+        workers.error = WorkerFailed("A compile worker died (exit status 3).")
+        workers.release()
+        with pytest.warns(KitsuneWarning, match="stays unfused.*died.*KITSUNE_COMPILE_WORKERS=0") as said:
+            for _ in range(3):
+                assert torch.equal(step(), expected)
+        assert len(said) == len(kitsune.explain().mended) == 1
+        assert counts("kernels", "unfused", "compiling") == [0, 1, 0]
+
+
+def test_a_variant_that_nobody_thought_of_runs_by_ops_until_it_is_there() -> None:
+    expected = chain()
+    with cold() as (workers, _):
+        step()
+        workers.release()
+        (name,) = workers.asked
+        workers.asked[name] = Future()
+        workers.hold = True
+        for _ in range(2):
+            assert torch.equal(step(), expected)
+        assert not kitsune.explain().mended
+        workers.asked[name].set_result(None)
+        starts = runner().executor.broken
+        assert torch.equal(step(), expected) and not starts
+
+
+def test_a_plan_that_cannot_be_made_is_told_by_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("of no use")
+
+    with cold(), config.patch(verify=False), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        monkeypatch.setattr("kitsune.running.show_plan", fail)
+        assert torch.equal(step(), chain()) and kitsune.wait_for_kernels(SECONDS) and not said
+        for _ in range(2):
+            assert torch.equal(step(), chain())
+        (one,) = said
+        assert "could not be planned" in str(one.message) and "of no use" in str(one.message)
+
+
+def test_forgotten_regions_do_not_come_back() -> None:
+    with cold() as (workers, _):
+        step()
+        assert planned()
+        kitsune.reset()
+        workers.release()
+        assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, 1]
+        assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), chain()) and counts("kernels") == [1]
