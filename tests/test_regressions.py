@@ -238,12 +238,17 @@ def test_a_batch_is_freed_when_its_region_ends() -> None:
 
 
 def test_a_program_that_never_repeats_frees_the_regions_it_forgets() -> None:
+    def n_nodes() -> int:
+        gc.collect()
+        return sum(type(o) is Node for o in gc.get_objects())
+
+    before = n_nodes()
     with kitsune.config.patch(max_pending_ops=40):
         for n in range(1, 300):
             with lazily():
                 torch.zeros(n).add(1).mul(2).sum()
-    gc.collect()
-    assert sum(type(o) is Node for o in gc.get_objects()) < 3000
+    # Of 4 or more in each of 299 regions; those of other tests, which wrappers may hold, count on both sides.
+    assert n_nodes() - before < 600
 
 
 def test_a_complex_number_is_promoted_as_in_eager() -> None:
