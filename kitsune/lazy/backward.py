@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from kitsune.lazy.cell import Cell
+from kitsune.lazy.advance import arrive, place, rewrite
+from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.edges import Before, Edge, Incoming, Made, Returned, arrivals_of, path_between
 from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
@@ -15,21 +16,17 @@ from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
 from kitsune.lazy.trie import NOTHING
 
-NONE = object()
-
 
 def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradients: list[Any], plain: bool) -> Any:
     """Take one backward: follow it, or have autograd run it. `plain`: with no option that asks for more than gradients."""
-    from kitsune.lazy.call_keys import key_of
-
     recorder = lane.recorder
     region, call = recorder.region, Incoming()
     leaves = dict(_leaves(region))
     key = None
-    if plain and region.history is not None and not _runs_python(leaves.values()):
+    if plain and region.past is not None and not _runs_python(leaves.values()):
         named = [leaf.grad for leaf in leaves.values()]
         tree = (losses, gradients, named)
-        key = key_of(region, torch.Tensor.backward, tree, {}, (region.history, tuple(leaves)), call)
+        key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves)), call)
     if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
         edge = region.node.calls.get(key)
         numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(region.scalars)
@@ -86,8 +83,6 @@ def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
 
 
 def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], numbers: Any) -> None:
-    from kitsune.lazy.call_lane import arrive, rewrite
-
     region = recorder.region
     arrive(region, edge, list(call.fresh.items()))
     region.scalars.extend(numbers)
@@ -98,12 +93,9 @@ def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], n
     for number, made in edge.grads:
         leaf = leaves[number]
         assert made is not None
-        wrapper = made.make()
-        wrapper.cell = cell = Cell(region, made.ref, made.type, made.storage)
-        region.produced.append(cell)
-        leaf.grad = wrapper
+        leaf.grad = place(region, made, made.make())
         recorder.note_leaf(leaf)
-    region.history = region.history.then(edge)
+    region.extend_past(edge)
     spend(recorder, region, edge.spent)
     recorder.tally.backwards += 1
     recorder.after_follow()
@@ -149,7 +141,7 @@ def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: di
             else:
                 edge.sources = ScalarSources(scalars, edge.scalars)
         edge = lane.remember(start, key, edge)
-    region.history = None if edge is None or region.history is None else region.history.then(edge)
+    region.extend_past(edge)
     return result
 
 
@@ -175,6 +167,9 @@ def _edge(region: Any, call: Incoming, before: dict[int, Any], known: Before, st
         return None
     rewrites, bumps = written
     return Edge(
+        start=start,
+        func=torch.Tensor.backward,
+        modes=None,
         node=region.node,
         arrivals=arrivals,
         rewrites=rewrites,

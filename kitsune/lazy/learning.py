@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between
+from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.rebuild import tensors_in
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
 from kitsune.lazy.trie import NOTHING, SELF, Node
@@ -13,9 +14,10 @@ from kitsune.lazy.trie import NOTHING, SELF, Node
 
 @dataclass(slots=True)
 class Sight:
-    """A call that was made: what it brought, where the region was, what was known of its operands, and what it returned."""
+    """A call that was made: what it brought, under what, where the region was, what was known of its operands, its result."""
 
     call: Incoming
+    modes: Any
     start: Node
     first: int
     n_scalars: int
@@ -36,7 +38,7 @@ class Learner:
     def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         """Note what a call did that was made for real; returns what is known of it by now."""
         call, start = sight.call, sight.start
-        edge = self._edge(kwargs, sight)
+        edge = self._edge(func, kwargs, sight)
         if edge is not None and call.floats:
             name = (func, *kwargs)
             if name not in self.moves:
@@ -53,25 +55,40 @@ class Learner:
     def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:
         """Note what a call did; returns what is known of it by now."""
         known: Edge | None = start.calls.get(key)
-        if edge is None:
+        if edge is None or (known is not None and not known.same(edge)):
+            # Something else than last time.
             start.calls.pop(key, None)
+            start.matchers.clear()
+            known = None
+        if edge is None:
             return None
-        if known is None or not known.same(edge):
-            # Something else than last time: it begins anew, a few times.
-            edge.restarts = 0 if known is None else known.restarts + 1
+        if known is None:
             start.calls[key] = known = edge
         known.floats = edge.floats
         known.sights += 1
         return known
 
-    def _edge(self, kwargs: Any, sight: Sight) -> Edge | None:
+    def know_by_heart(self, edge: Edge, start: Node, key: Any, func: Any, args: Any, kwargs: Any) -> None:
+        """Make the matcher of an edge that may be followed, which any floats may come with if they were proven to move."""
+        name = (func, *kwargs)
+        free = edge.moves and name in self.proven
+        if edge.free_matcher is free:
+            return
+        edge.free_matcher = free
+        matcher = matcher_for(edge, key if key[0] is func else key[0], args, kwargs, self.moves if free else None)
+        if matcher is not None:
+            known = start.matchers.get(func)
+            # Two calls at one place: a GAN's real and false batch. More are left to their keys.
+            start.matchers[func] = matcher if known is None else either(matcher, known)
+
+    def _edge(self, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         region, call, flat = self.recorder.region, sight.call, sight.call.flat
         path = path_between(sight.start, region.node)
         if path is None:
             return None
         returned = Returned(sight.result, flat, region, sight.first, wrapper_maker)
         if not path and not any(_has_history(t) for t in (*flat, *tensors_in(sight.result))):
-            return _plain_edge(region.node)
+            return _plain_edge(func, sight, region.node)
         # Without an op, a call may give back what it was given: `contiguous()`.
         if not path and not (returned.fits and returned.form == SELF):
             return None
@@ -85,8 +102,11 @@ class Learner:
         storages = {cell.storage for t in flat if (cell := cell_in(t, region)) is not None}
         if any(made.storage in storages and made.graded is None for made in returned.made):
             # A view shares its base's count of writes, which only autograd's own kernels can bring about.
-            return None if returned.graded or dirty else _plain_edge(region.node)
+            return None if returned.graded or dirty else _plain_edge(func, sight, region.node)
         return Edge(
+            start=sight.start,
+            func=func,
+            modes=sight.modes,
             node=region.node,
             arrivals=arrivals,
             rewrites=rewrites,
@@ -112,5 +132,5 @@ def _in_order(kwargs: Any) -> bool:
     return sum(type(a) is float for a in kwargs.values()) < 2
 
 
-def _plain_edge(node: Any) -> Edge:
-    return Edge(node, (), (), frozenset(), (), (), False, None, NOTHING, (), False, plain=True)
+def _plain_edge(func: Any, sight: Sight, node: Node) -> Edge:
+    return Edge(sight.start, func, sight.modes, node, (), (), frozenset(), (), (), False, None, NOTHING, (), False, plain=True)

@@ -10,7 +10,6 @@ from torch.nn import Parameter
 
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, type_of
 from kitsune.lazy.cell import Cell, ref, serial_of
-from kitsune.lazy.edges import History
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.region import Region, is_strided, living
 from kitsune.lazy.sites import user_site
@@ -77,6 +76,8 @@ class Recording:
         self.arrivals: dict[int, Any] = {}
         # The same for long lists, as optimizers pass: (serials, what stands for the list, references) by the tensors' ids.
         self.bundles: dict[tuple[int, ...], Any] = {}
+        # One object for each part of a key that those two know.
+        self.parts: dict[Any, Any] = {}
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
         self.forget()
@@ -95,7 +96,8 @@ class Recording:
         # Ops that once returned something else than their key promised: never recorded again.
         self.unstable: set[Any] = set()
         self.n_nodes = 0
-        self.beginning = History()
+        self.forget_arrivals()
+        self.parts.clear()
         self.region = self._new_region()
         # The region of wrappers that were made around a tensor that was there already.
         self.nowhere = Region(Node(), self)
@@ -115,9 +117,7 @@ class Recording:
 
     def settled(self, real: torch.Tensor) -> LazyTensor:
         """A wrapper of a tensor that is already there."""
-        cell = Cell(self.nowhere, ref(0), type_of(real), -1)
-        cell.real = real
-        return wrap(cell)
+        return wrap(Cell(self.nowhere, ref(0), type_of(real), -1, real))
 
     def is_pending(self, tensor: Any) -> bool:
         """Would reading the tensor's memory now give another value than after the region?"""
@@ -171,9 +171,10 @@ class Recording:
 
     def note_leaf(self, tensor: torch.Tensor) -> None:
         """A leaf came in, or got a gradient."""
-        known = self.leaves.get(id(tensor))
-        if known is None or known() is not tensor:
-            self.leaves[id(tensor)] = weakref.ref(tensor)
+        number, leaves = id(tensor), self.leaves
+        if number not in leaves:
+            # Another tensor may get the id of one that is gone.
+            leaves[number] = weakref.ref(tensor, lambda _: leaves.pop(number, None))
 
     def take_leaves(self) -> list[torch.Tensor]:
         """The leaves that came in since the last call and are still alive."""

@@ -21,11 +21,11 @@ class Region:
         "device",
         "dirty",
         "error",
-        "history",
         "inputs",
         "node",
         "observed_from",
         "odd",
+        "past",
         "plain",
         "produced",
         "real",
@@ -55,10 +55,10 @@ class Region:
         self.odd: Barrier | None = None
         # Set with `odd` and `observed_from`: a known op is not to be taken on sight.
         self.slow = False
-        # Calls that were followed and still lack their place in the autograd graph; which calls made a graph so far, None if
-        # that is not known; and whether any of them was made for real, so that autograd has nodes.
+        # Calls that were followed and still lack their place in the autograd graph; all calls so far that have made a graph,
+        # None if they are not known; and whether any of them was made for real, so that autograd has nodes.
         self.calls: list[Any] = []
-        self.history: Any = recorder.beginning
+        self.past: list[Any] | None = []
         self.real = False
         # What went wrong when the region was run: its values were never computed.
         self.error: BaseException | None = None
@@ -100,8 +100,7 @@ class Region:
             return None
         type_ = type_of(tensor)
         key, number, storage = self._number(tensor, type_, lambda: self.plain.pop(id(tensor), None))
-        cell = self.plain[id(tensor)] = Cell(self, number, type_, storage)
-        cell.real, cell.external, cell.came = tensor, True, number
+        self.plain[id(tensor)] = Cell(self, number, type_, storage, tensor, number)
         if tensor.requires_grad and tensor.is_leaf:
             self.recorder.note_leaf(tensor)
         return key
@@ -117,6 +116,13 @@ class Region:
             self.admitted.clear()
         del self.scalars[self.node.n_scalars :]
         self.odd, self.slow = None, self.observed_from is not None
+
+    def extend_past(self, edge: Any) -> None:
+        """A call has made a graph; None if it is not known which."""
+        if edge is None or self.past is None:
+            self.past = None
+        else:
+            self.past.append(edge)
 
     def release(self) -> None:
         """The region has ended. Its inputs hold it and it holds them: without this only the garbage collector frees a batch."""
