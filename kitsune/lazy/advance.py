@@ -20,7 +20,6 @@ def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]]) -> None:
             cell.external, cell.came = True, number
         else:
             plain[id(tensor)] = Cell(region, number, type_, storage, tensor, number)
-            inputs.append((number.id, tensor))
             if graded:
                 region.recorder.note_leaf(tensor)
 

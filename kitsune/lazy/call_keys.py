@@ -15,6 +15,7 @@ from kitsune.lazy.cell import serial_of
 from kitsune.lazy.edges import Incoming
 from kitsune.lazy.recorder import CONSTANTS, FALSE, FLOAT, TRUE
 from kitsune.lazy.recording import PLAIN
+from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
 
 AGAIN, SLICE = object(), object()
@@ -33,6 +34,13 @@ def key_of(region: Any, func: Any, args: Any, kwargs: Any, modes: Any, call: Inc
         key.append(name)
         _append_parts(region, (a,), call, key)
     return tuple(key)
+
+
+def with_floats(key: Any, floats: list[float], move: bool) -> Any:
+    """The key of a call that has these floats, which may `move` from call to call without making it another one."""
+    if not floats:
+        return key
+    return (key, tuple(map(kind_of if move else float.hex, floats)))
 
 
 def _append_parts(region: Any, arguments: Any, call: Incoming, key: list[Any]) -> None:

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from kitsune.ir import Barrier
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
-from kitsune.lazy.call_keys import key_of
+from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.edges import Before, Edge, Incoming
 from kitsune.lazy.hands_off import ASKS, DETACHES, HARMLESS, REACHES_GRAPH, VALUES, is_foreign, may_write
 from kitsune.lazy.learning import Learner, Sight
@@ -37,13 +37,17 @@ class CallLane(Learner):
         self.spent: list[weakref.ref[LazyTensor]] = []
         # Calls of torch's API that torch is making now.
         self.inside = 0
+        # How often in a row an optimizer's function could not be learned.
+        self.failures: dict[Any, int] = {}
         self.known_modes: dict[Any, Any] = {}
         self.read_modes()
 
-    def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
         """Take one call of torch's API (the `__torch_function__` of the pipeline's mode)."""
         recorder = self.recorder
         region = recorder.region
+        if region.deferred is not None and func not in HARMLESS:
+            region.unfold()
         node = region.node
         matcher = node.matchers.get(func)
         if matcher is not None and not recorder.paused:
@@ -59,9 +63,8 @@ class CallLane(Learner):
             return self._backward_of_method(*args, **kwargs)
         call = Incoming()
         modes = self.modes[torch.is_grad_enabled()]
-        key = key_of(region, func, args, kwargs, modes, call)
-        if call.floats and not self.moves.get((func, *kwargs), False):
-            key = (key, tuple(map(float.hex, call.floats)))
+        plain_key = key_of(region, func, args, kwargs, modes, call)
+        key = with_floats(plain_key, call.floats, self.moves.get((func, *kwargs), False))
         if not call.unknown and not region.slow:
             edge = region.node.calls.get(key)
             if edge is not None and edge.sights >= self.sights and self._may_follow(edge, region, func, kwargs, call):
@@ -72,7 +75,7 @@ class CallLane(Learner):
             # A library's function, which asks before it does what it likes: also with the graph.
             self.lose_track()
             return self.made(lambda: func(*args, **kwargs))
-        return self._make(func, args, kwargs, None if call.unknown else key, call, modes)
+        return self._make(func, args, kwargs, None if call.unknown else plain_key, call, modes)
 
     def _may_follow(self, edge: Edge, region: Any, func: Any, kwargs: Any, call: Incoming) -> bool:
         if edge.graded and region.real:
@@ -89,6 +92,7 @@ class CallLane(Learner):
     def stray(self, args: Any, kwargs: Any) -> bool:
         """An op comes that no call of the API has brought: may autograd know of its operands? True if it must come again."""
         region = self.recorder.region
+        region.unfold()
         if not torch.is_grad_enabled():
             return False
         tensors = tensors_in((args, kwargs))
@@ -137,7 +141,7 @@ class CallLane(Learner):
             return self.made(run)
         return take_backward(self, run, *found, plain)
 
-    def _follow(self, region: Any, edge: Edge, args: Any, kwargs: Any, call: Incoming) -> Any:
+    def _follow(self, region: Any, edge: Edge, args: Any, kwargs: Any, call: Incoming) -> Any:  # noqa: C901
         recorder, flat, start = self.recorder, call.flat, region.node
         # Before anything else: who makes objects may have others finalized, and their finalizers may end the region.
         wrappers = [made.make() for made in edge.made]
@@ -205,7 +209,7 @@ class CallLane(Learner):
         if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.past is None):
             edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result))
             if edge is not None and edge.sights >= self.sights:
-                self.know_by_heart(edge, start, key, func, args, kwargs)
+                self.know_by_heart(edge, key, args, kwargs)
         if graded:
             region.extend_past(edge)
         return result
@@ -213,6 +217,7 @@ class CallLane(Learner):
     def own_up(self, tensors: Any = ()) -> None:
         """From here on autograd is to know of every call so far."""
         region = self.recorder.region
+        region.unfold()
         if region.calls:
             self.inside += 1
             try:

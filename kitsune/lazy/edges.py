@@ -67,7 +67,7 @@ class Edge:
     form: int
     made: tuple[Made, ...]
     graded: bool
-    grads: tuple[tuple[int, Made | None], ...] = ()
+    grads: tuple[tuple[int, Made], ...] = ()
     # What it does was not recorded: it is made for real each time, which no gradient needs to know.
     plain: bool = False
     sights: int = 0

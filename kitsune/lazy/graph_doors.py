@@ -1,13 +1,18 @@
 """Ways to the autograd graph that calls of torch's API do not show: while a call lane is open, they tell it first."""
 
 import functools
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
 from kitsune.lazy.call_lane import CallLane
+from kitsune.lazy.update_lists import make_lists
+from kitsune.lazy.updates import take_update
 
 _here = threading.local()
 _originals: list[tuple[Any, str, Any]] = []
@@ -100,6 +105,27 @@ def _modes(original: Any) -> Any:
     return door
 
 
+def _lists(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(self: Any, group: Any, *lists: Any) -> Any:
+        if not lanes():
+            return original(self, group, *lists)
+        with torch._C.DisableTorchFunction():
+            return make_lists(lanes()[-1].recorder, original, self, group, lists)
+
+    return door
+
+
+def _update(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        modes = _get_current_function_mode_stack()
+        lane = modes[-1] if modes and torch._C._is_torch_function_mode_enabled() else None
+        return take_update(lane, original, args, kwargs) if isinstance(lane, CallLane) else original(*args, **kwargs)
+
+    return door
+
+
 def _quiet(original: Any) -> Any:
     """It reads and sets gradients by the hundred, at 1 us each while calls are looked at."""
 
@@ -108,6 +134,17 @@ def _quiet(original: Any) -> Any:
         if not lanes():
             return original(*args, **kwargs)
         with torch._C.DisableTorchFunction():
+            return original(*args, **kwargs)
+
+    return door
+
+
+def _unseen(original: Any) -> Any:
+    """Marks for a profiler, one at each optimizer's step: as calls and ops they would cost 90 us each."""
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             return original(*args, **kwargs)
 
     return door
@@ -129,6 +166,13 @@ def _doors() -> Iterator[Door]:
     yield torch.nn.Module, "zero_grad", _quiet
     for optimizer in vars(torch.optim).values():
         if isinstance(optimizer, type) and "_init_group" in vars(optimizer):
-            yield optimizer, "_init_group", _quiet
+            # The update is a function named like the module that both are in.
+            module = sys.modules[optimizer._init_group.__module__]  # type: ignore[attr-defined]
+            yield optimizer, "_init_group", _lists
+            name = module.__name__.rpartition(".")[2]
+            if inspect.isfunction(getattr(module, name, None)):
+                yield module, name, _update
+    yield torch.autograd.profiler.record_function, "__enter__", _unseen
+    yield torch.autograd.profiler.record_function, "__exit__", _unseen
     for scripted in ("ScriptFunction", "ScriptMethod"):
         yield getattr(torch._C, scripted), "__call__", _lost_track

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from kitsune.lazy.call_keys import with_floats
 from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between
 from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.rebuild import tensors_in
@@ -39,16 +40,13 @@ class Learner:
         """Note what a call did that was made for real; returns what is known of it by now."""
         call, start = sight.call, sight.start
         edge = self._edge(func, kwargs, sight)
-        if edge is not None and call.floats:
+        if call.floats:
             name = (func, *kwargs)
-            if name not in self.moves:
-                self.moves[name] = edge.moves
-                key = key[0] if edge.moves else key
-            elif self.moves[name] and not edge.moves:
+            if edge is not None and not (edge.moves and self.moves.setdefault(name, True)):
                 self.moves[name] = False
-                return None
+            key = with_floats(key, call.floats, self.moves.get(name, False))
             known = start.calls.get(key)
-            if known is not None and known.moves and known.floats != edge.floats and known.same(edge):
+            if edge is not None and known is not None and known.moves and known.floats != edge.floats and known.same(edge):
                 self.proven.add(name)
         return self.remember(start, key, edge)
 
@@ -68,14 +66,15 @@ class Learner:
         known.sights += 1
         return known
 
-    def know_by_heart(self, edge: Edge, start: Node, key: Any, func: Any, args: Any, kwargs: Any) -> None:
+    def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> None:
         """Make the matcher of an edge that may be followed, which any floats may come with if they were proven to move."""
+        start, func = edge.start, edge.func
         name = (func, *kwargs)
         free = edge.moves and name in self.proven
         if edge.free_matcher is free:
             return
         edge.free_matcher = free
-        matcher = matcher_for(edge, key if key[0] is func else key[0], args, kwargs, self.moves if free else None)
+        matcher = matcher_for(edge, key, args, kwargs, self.moves if free else None)
         if matcher is not None:
             known = start.matchers.get(func)
             # Two calls at one place: a GAN's real and false batch. More are left to their keys.

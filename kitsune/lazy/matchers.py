@@ -18,6 +18,7 @@ from kitsune.lazy.cell import Cell, Ref, ref
 from kitsune.lazy.edges import Edge
 from kitsune.lazy.rebuild import fill
 from kitsune.lazy.recorder import CONSTANTS
+from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
 
 # What a matcher returns of a call that is another one.
@@ -31,6 +32,7 @@ _ALWAYS = {
     "fill": fill,
     "increment_version": increment_version,
     "is_grad_enabled": is_grad_enabled,
+    "kind_of": kind_of,
 }
 
 
@@ -167,6 +169,8 @@ def either(one: Any, other: Any) -> Any:
 def _same_floats(w: Writer, edge: Edge, moves: Any, name: Any) -> None:
     if w.floats and moves is not None:
         w.unless(f"{w.bind(moves)}.get({w.bind(name)})")
+        for a, known in zip(w.floats, edge.floats, strict=True):
+            w.unless(f"kind_of({a}) == {w.bind(kind_of(known))}")
         return
     for a, known in zip(w.floats, edge.floats, strict=True):
         # 0.0 == -0.0, and not a number equals nothing.
@@ -186,8 +190,7 @@ def _follow(w: Writer, edge: Edge) -> None:
         w.lines.append(f"{a}_cell = Cell(region, {value}, {w.bind(type_)}, {w.bind(storage)}, {a}, {value})")
         if graded:
             w.lines.append(f"if id({a}) not in recorder.leaves: recorder.note_leaf({a})")
-        w.lines.append(f"{a}_input = ({w.bind(number.id)}, {a})")
-        then += [f"storages[{seen}[1]] = {a}_cell.storage", f"plain[id({a})] = {a}_cell", f"region.inputs.append({a}_input)"]
+        then += [f"storages[{seen}[1]] = {a}_cell.storage", f"plain[id({a})] = {a}_cell"]
     undo = "None"
     if edge.dirty:
         cells = [(w.cells[k], after) for k, after in edge.rewrites]
@@ -216,7 +219,7 @@ def _follow(w: Writer, edge: Edge) -> None:
         "shared = recorder.shared",
         "if shared: recorder.lock.acquire()",
         "try:",
-        f"    if recorder.region is not region or region.node is not node: return MISS",
+        "    if recorder.region is not region or region.node is not node: return MISS",
         *("    " + line for line in then),
         "finally:",
         "    if shared: recorder.lock.release()",

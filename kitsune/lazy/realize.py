@@ -4,6 +4,7 @@ The wrappers that the program holds of them are handed to autograd as results, s
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class Followed:
     epoch: int
 
 
+MADE = [field.name for field in dataclasses.fields(Followed)].index("made")
 # Not the name in torch, which is watched.
 _clear_casts = torch.clear_autocast_cache
 TWICE = (

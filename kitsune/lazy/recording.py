@@ -76,6 +76,8 @@ class Recording:
         self.arrivals: dict[int, Any] = {}
         # The same for long lists, as optimizers pass: (serials, what stands for the list, references) by the tensors' ids.
         self.bundles: dict[tuple[int, ...], Any] = {}
+        # What optimizers made of their groups.
+        self.group_lists: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         # One object for each part of a key that those two know.
         self.parts: dict[Any, Any] = {}
         # Leaves seen that may get a `.grad`, by id.
@@ -122,6 +124,7 @@ class Recording:
     def is_pending(self, tensor: Any) -> bool:
         """Would reading the tensor's memory now give another value than after the region?"""
         region = self.region
+        region.unfold()
         if type(tensor) is LazyTensor:
             cell = tensor.cell
             if cell.region is region:
@@ -131,6 +134,7 @@ class Recording:
 
     def takes_part(self, tensor: Any) -> bool:
         """Does the region read or write the tensor's memory?"""
+        self.region.unfold()
         if type(tensor) is LazyTensor:
             if tensor.cell.region is self.region:
                 return True
@@ -152,6 +156,7 @@ class Recording:
     def materialize(self, cell: Cell, cause: Barrier) -> torch.Tensor:
         """The computed tensor of a cell, whose region ends if it is still open."""
         with self.lock:
+            self.region.unfold()
             if cell.region is self.region and (not cell.external or cell.storage in self.region.dirty):
                 self.flush(cause)
             elif cell.real is not None:
@@ -168,6 +173,7 @@ class Recording:
         """A tensor may have another memory or shape than when it last came in."""
         self.arrivals.clear()
         self.bundles.clear()
+        self.group_lists.clear()
 
     def note_leaf(self, tensor: torch.Tensor) -> None:
         """A leaf came in, or got a gradient."""
@@ -236,8 +242,15 @@ class Recording:
         live = tuple(sorted({cell.ref.id for cell in cells}))
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
+        for cell in region.plain.values():
+            values[cell.came.id] = cell.real  # type: ignore[union-attr]
         for number, tensor in region.inputs:
             values[number] = tensor
+        if region.deferred is not None:
+            edge, call = region.deferred
+            fresh = list(call.fresh.values())
+            for k, number, *_ in edge.arrivals:
+                values[number.id] = fresh[k] if type(fresh[k]) is not LazyTensor else fresh[k].cell.real
         self.running = True
         try:
             self.run(self._graph(region.node, live), values, region.scalars)

@@ -1,6 +1,7 @@
 """What outlives a step becomes a plain tensor again: `.grad` fields and optimizer state."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ def settle_grads(parameters: Iterable[torch.Tensor]) -> None:
 
 
 def settle_state(optimizer: torch.optim.Optimizer) -> None:
-    """The same for the tensors that an optimizer keeps."""
-    for state in optimizer.state.values():
-        if isinstance(state, dict):
-            for name, held in state.items():
-                state[name] = _settled_tree(held)
+    """The same for the tensors that an optimizer keeps. Mostly there is nothing to do, which a look at their types tells."""
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+    if {LazyTensor, list}.isdisjoint(map(type, chain.from_iterable(map(dict.values, states)))):
+        return
+    for state in states:
+        for name, held in state.items():
+            state[name] = _settled_tree(held)
 
 
 def _settled_tree(held: Any) -> Any:
