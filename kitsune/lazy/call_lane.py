@@ -48,6 +48,7 @@ class CallLane(Learner):
         region = recorder.region
         if region.deferred is not None and func not in HARMLESS:
             region.unfold()
+        # As in `at_sight`, which would cost 0.1 us.
         node = region.node
         matcher = node.matchers.get(func)
         if matcher is not None and not recorder.paused:
@@ -76,6 +77,15 @@ class CallLane(Learner):
             self.lose_track()
             return self.made(lambda: func(*args, **kwargs))
         return self._make(func, args, kwargs, None if call.unknown else plain_key, call, modes)
+
+    def at_sight(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Take a call of torch's API whose matcher knows it, or return MISS."""
+        region = self.recorder.region
+        node = region.node
+        matcher = node.matchers.get(func)
+        if matcher is None or self.recorder.paused or region.deferred is not None:
+            return MISS
+        return matcher(self, region, node, args, kwargs)
 
     def _may_follow(self, edge: Edge, region: Any, func: Any, kwargs: Any, call: Incoming) -> bool:
         if edge.graded and region.real:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-
 from kitsune.lazy.call_lane import CallLane
+from kitsune.lazy.matchers import MISS
 from kitsune.lazy.update_lists import make_lists
 from kitsune.lazy.updates import take_update
 
@@ -119,9 +118,27 @@ def _lists(original: Any) -> Any:
 def _update(original: Any) -> Any:
     @functools.wraps(original)
     def door(*args: Any, **kwargs: Any) -> Any:
-        modes = _get_current_function_mode_stack()
-        lane = modes[-1] if modes and torch._C._is_torch_function_mode_enabled() else None
-        return take_update(lane, original, args, kwargs) if isinstance(lane, CallLane) else original(*args, **kwargs)
+        lane = _on_top()
+        return original(*args, **kwargs) if lane is None else take_update(lane, original, args, kwargs)
+
+    return door
+
+
+def _on_top() -> CallLane | None:
+    """The lane that the next call of torch's API would come to."""
+    n = torch._C._len_torch_function_stack()
+    mode = torch._C._get_function_stack_at(n - 1) if n and torch._C._is_torch_function_mode_enabled() else None
+    return mode if isinstance(mode, CallLane) else None
+
+
+def _python_calls(original: Any) -> Any:
+    """torch's functions in Python come to a mode by 4 us of Python, which a call that is known can do without."""
+
+    @functools.wraps(original)
+    def door(public_api: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
+        lane = _on_top()
+        result = MISS if lane is None else lane.at_sight(public_api, args, kwargs)
+        return original(public_api, relevant_args, *args, **kwargs) if result is MISS else result
 
     return door
 
@@ -172,6 +189,8 @@ def _doors() -> Iterator[Door]:
             name = module.__name__.rpartition(".")[2]
             if inspect.isfunction(getattr(module, name, None)):
                 yield module, name, _update
+    for functions in (torch.functional, torch.nn.functional):
+        yield functions, "handle_torch_function", _python_calls
     yield torch.autograd.profiler.record_function, "__enter__", _unseen
     yield torch.autograd.profiler.record_function, "__exit__", _unseen
     for scripted in ("ScriptFunction", "ScriptMethod"):
