@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.matchers import MISS
 from kitsune.lazy.update_lists import make_lists
