@@ -123,7 +123,7 @@ class Lent:
             for memory in self.memories:
                 memory.attributes.pop(SERIAL, None)
             return True
-        return all([memory.release() for memory in self.memories])
+        return all(memory.release() for memory in self.memories)
 
     def hand_out(self, values: list[Any]) -> None:
         """Put the outputs into `values`."""
