@@ -32,7 +32,8 @@ class OutputMemory:
         self.key: int = self._storage._cdata
         self.attributes: dict[str, Any] = vars(self._storage)
         self._lend()
-        self.own_count: int = _count(self.key)
+        # How many tensors are on the storage, those of nobody: counted when it is first lent, for until then the capture has some.
+        self.own_count = -1
         mark_lent(self._storage, self)
 
     def _lend(self) -> None:
@@ -48,7 +49,7 @@ class OutputMemory:
         Raises torch.OutOfMemoryError, and nothing has moved.
         """
         adopted = [tensor for ref in self._adopted if (tensor := ref()) is not None]
-        if _count(self.key) > self.own_count + len(adopted):
+        if 0 <= self.own_count < _count(self.key) - len(adopted):
             return False
         alive = adopted + held([self._lent[number] for number in self._outputs])
         if alive:
@@ -114,11 +115,13 @@ class Lent:
         self._tensors: dict[int, torch.Tensor] = {}
         self.memories = [OutputMemory(together, self._tensors, moved) for together in by_storage.values()]
         self._keys = [memory.key for memory in self.memories]
-        self._counts = [memory.own_count for memory in self.memories]
+        self._counts: list[int] = []
         self._nobody = [_NOBODY] * len(self._tensors)
 
     def release(self) -> bool:
         """Move what is still held of the replay before. False if somebody holds what cannot be moved."""
+        if not self._counts:
+            return True
         if _holds([*self._tensors.values()]) == self._nobody and list(map(_count, self._keys)) == self._counts:
             for memory in self.memories:
                 memory.attributes.pop(SERIAL, None)
@@ -127,5 +130,9 @@ class Lent:
 
     def hand_out(self, values: list[Any]) -> None:
         """Put the outputs into `values`."""
+        if not self._counts:
+            self._counts = list(map(_count, self._keys))
+            for memory, count in zip(self.memories, self._counts, strict=True):
+                memory.own_count = count
         for number, tensor in self._tensors.items():
             values[number] = tensor
