@@ -13,6 +13,7 @@ from kitsune.lazy.at_once import pass_through
 from kitsune.lazy.cell import Cell, serial_of
 from kitsune.lazy.constants import MOVES, UNKNOWN, constant
 from kitsune.lazy.first_sight import Call, first_sight
+from kitsune.lazy.host_counts import are_counts
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
 from kitsune.lazy.tensor import LazyTensor, wrap
@@ -256,10 +257,11 @@ class Recorder(Recording):
 
     def _is_host_counter(self, args: tuple[Any, ...]) -> bool:
         """`step += 1` on a CPU tensor of an optimizer: done at once, or reading each step count would end a region."""
-        first = args[0] if args else None
-        if type(first) is not torch.Tensor or first.dim() or self.device.type != "cpu":
+        if not args or self.device.type != "cpu":
             return False
-        return all(type(a) in (int, float) for a in args[1:]) and not self.takes_part(first)
+        counts, *others = [a if type(a) is list else [a] for a in args]
+        numbers = all(type(a) in (int, float) or (type(a) is torch.Tensor and not a.dim()) for others_ in others for a in others_)
+        return numbers and are_counts(counts) and not any(map(self.takes_part, tensors_in((counts, others))))
 
     def run_outside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op on a wrapper in a thread, or at a time, in which nothing is recorded."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import copysign
+from typing import Any
 
 
 def same(a: float, b: float) -> bool:
@@ -29,9 +30,12 @@ class ScalarSources:
         self._sources: list[set[tuple[int, int]] | None] = [None] * len(self._made)
         self._moved: set[int] = set()
         self._unexplained = False
+        # The distinct places that numbers come from, and which of them each number comes from.
+        self._plan: tuple[list[Any], list[int]] | None = None
 
     def see(self, before: Sequence[float], made: Sequence[float]) -> None:
         """It was made again."""
+        self._plan = None
         changed = {i for i, (a, b) in enumerate(zip(self._before, before, strict=True)) if not same(a, b)}
         for j, (old, new) in enumerate(zip(self._made, made, strict=True)):
             sources = self._sources[j]
@@ -46,16 +50,23 @@ class ScalarSources:
         self._before, self._made = tuple(before), tuple(made)
 
     def numbers(self, before: Sequence[float]) -> Sequence[float] | None:
-        """What a backward makes after these numbers; None if that is not known."""
+        """What a call makes after these numbers; None if that is not known."""
         changed = {i for i, (a, b) in enumerate(zip(self._before, before, strict=True)) if not same(a, b)}
         if not changed:
             return self._made
         if self._unexplained or not changed <= self._moved:
             return None
+        if self._plan is None:
+            # Of a list's 200 numbers most come from the same place.
+            pairs = zip(self._sources, self._made, strict=True)
+            kinds = [(None, made.hex()) if sources is None else (frozenset(sources), "") for sources, made in pairs]
+            distinct = list(dict.fromkeys(kinds))
+            self._plan = distinct, [distinct.index(kind) for kind in kinds]
+        distinct, places = self._plan
         found = []
-        for constant, sources in zip(self._made, self._sources, strict=True):
-            values = [constant] if sources is None else [sign * before[i] for i, sign in sources]
+        for sources, constant in distinct:
+            values = [float.fromhex(constant)] if sources is None else [sign * before[i] for i, sign in sources]
             if not all(same(values[0], value) for value in values):
                 return None
             found.append(values[0])
-        return found
+        return [found[k] for k in places]

@@ -7,6 +7,7 @@ from torch.autograd.graph import increment_version
 
 from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.edges import Edge, Incoming
+from kitsune.lazy.host_counts import host_counts
 from kitsune.lazy.wholes import Mark
 
 # A function that does something else each time, or something that is not recorded (step counts on the host), is left to the
@@ -24,12 +25,17 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     with torch._C.DisableTorchFunction():
         recorder.region.unfold()
         key, call = _key(lane, func, args, kwargs)
+        counts = host_counts(func, args, kwargs)
+        before = call.floats if counts is None else call.floats + counts.numbers
+        key = None if key is None else (key, None if counts is None else counts.pattern)
         edge = None if key is None or recorder.region.slow else recorder.region.node.calls.get(key)
-        numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(call.floats)
+        numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(before)
         if edge is not None and numbers is not None:
+            if counts is not None:
+                counts.advance()
             with recorder.lock:
                 return _follow(recorder, edge, call, numbers)
-        mark = None if key is None else Mark(recorder, key, call, call.floats)
+        mark = None if key is None else Mark(recorder, key, call, before, aside=counts is not None)
     lists = [list(map(id, a)) for a in args if type(a) is list]
     result = func(*args, **kwargs)
     # A first step of SGD puts its momentum buffers into the list that it was given.

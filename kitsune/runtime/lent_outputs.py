@@ -32,7 +32,7 @@ class OutputMemory:
         self.key: int = self._storage._cdata
         self.attributes: dict[str, Any] = vars(self._storage)
         self._lend()
-        # How many tensors are on the storage, those of nobody: counted when it is first lent, for until then the capture has some.
+        # How many tensors are on the storage that nobody holds: counted when it is first lent; until then the capture has some.
         self.own_count = -1
         mark_lent(self._storage, self)
 
