@@ -85,6 +85,7 @@ class Pipeline:
             return
         self.follows = config.follow and self.lane.enter()
         if self.follows:
+            self.recorder.known.come_back()
             self.recorder.hook = self.lane.stray
             open_graph_doors(self.lane)
 
@@ -92,8 +93,7 @@ class Pipeline:
         """Take ops alone: another pipeline has been opened inside, or none is open any more."""
         if self.follows:
             self.lane.settle_spent()
-            # They refer to tensors weakly, and torch swaps none that somebody refers to.
-            self.recorder.forget_arrivals()
+            self.recorder.known.leave()
             self.lane.leave()
             close_graph_doors(self.lane)
             self.recorder.hook, self.follows = None, False

@@ -63,7 +63,7 @@ def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], r
         recorder.tally.passed_through[(reason, str(row.target))] += 1
     back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
     if row.barrier in (Barrier.METADATA, Barrier.OUT_VARIANT):
-        recorder.forget_arrivals()
+        recorder.known.forget()
         for wrapper in back.values():
             # The op may have given the tensor another geometry.
             if type_of(real := _real(wrapper)) is not wrapper.cell.type:

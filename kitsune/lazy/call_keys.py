@@ -82,7 +82,7 @@ def _append_parts(region: Any, arguments: Any, call: Incoming, key: list[Any]) -
 
 def _long_part(region: Any, items: Any, call: Incoming) -> Any:
     """The key of a long list. Where it is all fresh plain tensors, an object stands for it, one for each such list of types."""
-    bundles, ids = region.recorder.bundles, tuple(map(id, items))
+    bundles, ids = region.recorder.known.lists, tuple(map(id, items))
     known = bundles.get(ids)
     if known is not None:
         serials, stand_in, _ = known
@@ -101,7 +101,7 @@ def _long_part(region: Any, items: Any, call: Incoming) -> Any:
     if call.unknown or len(call.fresh) != n_fresh + len(ids) or any(type(t) not in PLAIN for t in items):
         return key
     serials = tuple(call.fresh)[n_fresh:]
-    stand_in = region.recorder.parts.setdefault(key, object())
+    stand_in = region.recorder.known.parts.setdefault(key, object())
     if all(p[1] is None for p in part[1:]):
         bundles[ids] = (serials, stand_in, _while_alive(items, bundles, ids))
     return stand_in
@@ -162,6 +162,6 @@ def _fresh(region: Any, tensor: Any, call: Incoming) -> Any:
     if not lazy and storage is None:
         # One object for equal parts: matchers compare by identity.
         recorder, number = region.recorder, id(tensor)
-        part = recorder.parts.setdefault(part, part)
+        part = recorder.known.parts.setdefault(part, part)
         recorder.arrivals[number] = (_while_alive([tensor], recorder.arrivals, number), serial, part)
     return part

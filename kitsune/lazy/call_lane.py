@@ -199,7 +199,7 @@ class CallLane(Learner):
         flat = call.flat if key is not None else tensors_in((args, kwargs))
         graph = func in REACHES_GRAPH
         if graph:
-            recorder.forget_arrivals()
+            recorder.known.forget()
         graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
         if graded or any(type(t) is LazyTensor and t.cell.owed is not None for t in flat if may_write(func)):
             self.own_up(flat)

@@ -9,7 +9,7 @@ import torch
 from kitsune.ir import Barrier
 from kitsune.lazy.cell import share
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
-from kitsune.lazy.recording import OPEN, PLAIN
+from kitsune.lazy.recording import EVERY, OPEN, PLAIN
 from kitsune.lazy.settle import settle_grads
 from kitsune.lazy.tensor import LazyTensor, as_plain
 
@@ -101,7 +101,7 @@ def memory_door(original: Any) -> Any:
         elif isinstance(tensor, torch.Tensor):
             for recorder in OPEN:
                 recorder.before_door(tensor, Barrier.DOOR)
-                recorder.forget_arrivals()
+                recorder.known.forget()
         if type(tensor) not in PLAIN:
             return original(tensor, *args, **kwargs)
         # Some doors dispatch ops on the way (numpy() detaches): with the mode on they would get a wrapper, and no memory.
@@ -147,7 +147,7 @@ def data_door(original: Any) -> Any:
     def set_data(tensor: torch.Tensor, value: Any) -> None:
         for recorder in OPEN:
             recorder.before_door(tensor, Barrier.DOOR)
-            recorder.forget_arrivals()
+            recorder.known.forget()
         original.__set__(tensor, plain(value))
 
     return property(lambda tensor: original.__get__(tensor), set_data)
@@ -225,8 +225,9 @@ def swap_door(original: Any) -> Any:
     def door(first: Any, second: Any) -> Any:
         for recorder in OPEN:
             recorder.flush(Barrier.DOOR)
-            recorder.forget_arrivals()
             settle_grads(recorder.take_leaves())
+        for recorder in EVERY:
+            recorder.known.forget()
         return original(first, plain(second) if type(first) is not LazyTensor else second)
 
     return door

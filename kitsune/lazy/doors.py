@@ -1,7 +1,7 @@
 """The doors: ways to a tensor's memory, or around the order of ops, that never reach the dispatcher.
 
-One table. The doors are patched while any context is open and put back when the last one closes; wrappers carry their own
-overrides (`tensor.py`), which stay for life.
+One table. The doors are patched while any context is open and put back when the last one closes, unless contexts come and go;
+wrappers carry their own overrides (`tensor.py`), which stay for life.
 """
 
 import _thread
@@ -44,15 +44,21 @@ Original = tuple[Any, str, bool, Any]
 _originals: list[Original] = []
 _lasting: list[Original] = []
 _lock = threading.Lock()
+# A program that opens contexts this often, such as one around each step, keeps the doors: to patch all of them takes 2 ms. With
+# no context open they pass everything on.
+OPENINGS = 4
+_n_openings = 0
 
 
 def open_doors(recorder: Recorder) -> None:
     """Watch the doors for a recorder."""
+    global _n_openings
     with _lock:
         OPEN.append(recorder)
         if not _lasting:
             _lasting.extend(_put(door) for door in _lasting_doors())
-        if len(OPEN) == 1:
+        if not _originals:
+            _n_openings += 1
             _originals.extend(_put(door) for door in _doors())
 
 
@@ -60,7 +66,7 @@ def close_doors(recorder: Recorder) -> None:
     """Stop watching for a recorder."""
     with _lock:
         OPEN.remove(recorder)
-        if not OPEN:
+        if not OPEN and _n_openings < OPENINGS:
             while _originals:
                 owner, name, own, original = _originals.pop()
                 if own:
@@ -87,13 +93,14 @@ def _put(door: Door) -> Original:
 
 
 def _lasting_doors() -> Iterator[Door]:
-    """Doors that only a wrapper needs. Wrappers outlive their context, so these stay from the first context on."""
+    """Doors that only a wrapper needs, or what is known of tensors. Both outlive their context, so these stay from then on."""
     for owner, name in ((torch._C, "_to_dlpack"), (torch.utils.dlpack, "to_dlpack"), (torch, "to_dlpack")):
         if hasattr(owner, name):
             yield owner, name, dlpack_door
     if hasattr(torch._C, "_cuda_jiterator_compile_and_launch_kernel"):
         yield torch._C, "_cuda_jiterator_compile_and_launch_kernel", kernel_door
     yield torch.Tensor, "as_subclass", subclass_door
+    yield torch.utils, "swap_tensors", swap_door
     for name in ("tensor", "as_tensor", "asarray"):
         yield torch, name, plain_items
     yield torch.Tensor, "new_tensor", plain_items
@@ -106,7 +113,6 @@ def _doors() -> Iterator[Door]:
     yield torch.Tensor, "__deepcopy__", deepcopy_door
     yield torch.Tensor, "data", data_door
     yield torch.Tensor, "__cuda_array_interface__", property_door
-    yield torch.utils, "swap_tensors", swap_door
     yield torch.jit, "trace", kernel_door
     yield python_dispatch, "_disable_current_modes", flush_door(Barrier.MODES_OFF)
     yield torch.nn.Parameter, "__new__", parameter_door

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kitsune.lazy.call_lane import CallLane
+from kitsune.lazy.doors import OPENINGS
 from kitsune.lazy.matchers import MISS
 from kitsune.lazy.update_lists import make_lists
 from kitsune.lazy.updates import take_update
@@ -17,7 +18,7 @@ from kitsune.lazy.updates import take_update
 _here = threading.local()
 _originals: list[tuple[Any, str, Any]] = []
 _lock = threading.Lock()
-_n_open = 0
+_n_open = _n_openings = 0
 
 
 def lanes() -> list[CallLane]:
@@ -30,12 +31,13 @@ def lanes() -> list[CallLane]:
 
 def open_graph_doors(lane: CallLane) -> None:
     """Watch for a lane of this thread."""
-    global _n_open
+    global _n_open, _n_openings
     lanes().append(lane)
     lane.read_modes()
     with _lock:
         _n_open += 1
-        if _n_open == 1:
+        if not _originals:
+            _n_openings += 1
             for owner, name, make in _doors():
                 original = getattr(owner, name)
                 _originals.append((owner, name, original))
@@ -48,7 +50,7 @@ def close_graph_doors(lane: CallLane) -> None:
     lanes().remove(lane)
     with _lock:
         _n_open -= 1
-        while not _n_open and _originals:
+        while not _n_open and _n_openings < OPENINGS and _originals:
             setattr(*_originals.pop())
 
 

@@ -210,7 +210,7 @@ class Recorder(Recording):
 
     def resume(self) -> None:
         """Undo one `pause`."""
-        self.forget_arrivals()
+        self.known.forget()
         self.paused -= 1
 
     def _detour(self, row: OpRow, args: Any, kwargs: Any) -> Any:
@@ -256,12 +256,15 @@ class Recorder(Recording):
         return wrapper
 
     def _is_host_counter(self, args: tuple[Any, ...]) -> bool:
-        """`step += 1` on a CPU tensor of an optimizer: done at once, or reading each step count would end a region."""
+        """`step += 1` on CPU tensors of an optimizer: done at once, or reading each step count would end a region."""
         if not args or self.device.type != "cpu":
             return False
-        counts, *others = [a if type(a) is list else [a] for a in args]
-        numbers = all(type(a) in (int, float) or (type(a) is torch.Tensor and not a.dim()) for others_ in others for a in others_)
-        return numbers and are_counts(counts) and not any(map(self.takes_part, tensors_in((counts, others))))
+        counts, *others = args
+        if type(counts) is list:
+            # Only where the host reads them: fused optimizers add a plain 1, and their kernel does the reading.
+            many = len(others) == 1 and are_counts(others) and are_counts(counts)
+            return many and not any(map(self.takes_part, counts))
+        return are_counts([counts]) and all(type(a) in (int, float) for a in others) and not self.takes_part(counts)
 
     def run_outside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op on a wrapper in a thread, or at a time, in which nothing is recorded."""

@@ -9,6 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, type_of
+from kitsune.lazy.arrivals import Arrivals
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.region import Region, is_strided, living
@@ -21,8 +22,9 @@ PLAIN = (torch.Tensor, Parameter)
 MAX_GRAPHS = 1024
 
 
-# Those with an open context, in any thread.
+# Those with an open context, in any thread; and all there are.
 OPEN: list["Recording"] = []
+EVERY: "weakref.WeakSet[Recording]" = weakref.WeakSet()
 
 
 class Recording:
@@ -71,18 +73,13 @@ class Recording:
         # Counts the times that autocast has forgotten its casts of weights.
         self.epoch = 0
         self.rows: dict[int, OpRow] = {}
-        # Of plain tensors that came into a region, by id: a reference, the storage's serial, what stands for them in keys. It
-        # holds until somebody can have given one of them another memory or shape.
-        self.arrivals: dict[int, Any] = {}
-        # The same for long lists, as optimizers pass: (serials, what stands for the list, references) by the tensors' ids.
-        self.bundles: dict[tuple[int, ...], Any] = {}
-        # What optimizers made of their groups.
-        self.group_lists: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        # One object for each part of a key that those two know.
-        self.parts: dict[Any, Any] = {}
+        # The plain tensors that came in, and the first of its tables, which the hot path reads.
+        self.known = Arrivals()
+        self.arrivals = self.known.tensors
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
         self.forget()
+        EVERY.add(self)
 
     def renew_lock(self) -> None:
         """A new lock: in a forked child, the old one may be held by a thread that is not there."""
@@ -98,8 +95,8 @@ class Recording:
         # Ops that once returned something else than their key promised: never recorded again.
         self.unstable: set[Any] = set()
         self.n_nodes = 0
-        self.forget_arrivals()
-        self.parts.clear()
+        self.known.forget()
+        self.known.parts.clear()
         self.region = self._new_region()
         # The region of wrappers that were made around a tensor that was there already.
         self.nowhere = Region(Node(), self)
@@ -112,7 +109,6 @@ class Recording:
 
     def restart(self) -> None:
         """A context is entered: what a region depends on besides its ops may have changed since the last one."""
-        self.forget_arrivals()
         self.shared = self.device.type != "cpu" or threading.active_count() > 1
         if not self.region.node.depth:
             self.region = self._new_region()
@@ -168,12 +164,6 @@ class Recording:
                     "this tensor has no value: an operator recorded before it failed when its region was run"
                 ) from cell.region.error
             return cell.real
-
-    def forget_arrivals(self) -> None:
-        """A tensor may have another memory or shape than when it last came in."""
-        self.arrivals.clear()
-        self.bundles.clear()
-        self.group_lists.clear()
 
     def note_leaf(self, tensor: torch.Tensor) -> None:
         """A leaf came in, or got a gradient."""

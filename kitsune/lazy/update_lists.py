@@ -84,7 +84,7 @@ def make_lists(recorder: Any, original: Any, optimizer: Any, group: Any, lists: 
     """What an optimizer's `_init_group`, the `original`, would put into the lists and return."""
     if len(group["params"]) < 2 or any(type(made) is not list or made for made in lists):
         return original(optimizer, group, *lists)
-    groups = recorder.group_lists.setdefault(optimizer, {})
+    groups = recorder.known.groups.setdefault(optimizer, {})
     memo = groups.get(id(group))
     if memo is not None and memo.fill(optimizer, group, lists):
         return memo.returned
