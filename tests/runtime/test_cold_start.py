@@ -96,7 +96,8 @@ def cold(graphs: bool = False) -> Iterator[tuple[Workers, Repeater]]:
 
 
 def planned() -> bool:
-    """Are all plans made, whatever has become of their kernels? Waits for that."""
+    """Are all plans made, whatever has become of their kernels? Has them made and waits for that."""
+    kitsune.wait_for_kernels(0)
     done = threading.Event()
     thread.submit(done.set)
     return done.wait(SECONDS)
