@@ -100,7 +100,7 @@ class Captured:
         needs = work.tail.needs if work.tail is not None else ()
         self._needed_aliases = tuple(v for v in needs if self._from_outside(v))
         # What the tail reads of the graph's own memory.
-        self._kept: dict[int, torch.Tensor] = dict.fromkeys(v.id for v in needs if not self._from_outside(v))  # type: ignore[arg-type]
+        self._kept: dict[int, Any] = dict.fromkeys(v.id for v in needs if not self._from_outside(v))
         self._record(values, scalars, moved)
 
     def _from_outside(self, value: Value) -> bool:
@@ -116,7 +116,7 @@ class Captured:
             for n, tensor in (*zip(self._fixed, inputs, strict=True), *self._statics.items()):
                 inside[n] = tensor
             self._work.run(inside, numbers)
-            return [inside[n] for n in (*made, *self._kept)]
+            return [self._last(n, inside) for n in (*made, *self._kept)]
 
         self._recorded: Recorded = self._recorder.record(work, [values[n] for n in self._fixed])
         self.baked = {n: struct.pack("d", scalars[n]) for n in numbers.read}
@@ -154,13 +154,24 @@ class Captured:
         inside = self._for_tail(values, scalars) if self._work.tail is not None else []
         self._recorded.replay()
         self.n_replays += 1
+        self._finish(inside, scalars)
+        for memory in self._memories:
+            memory.hand_out(values)
+
+    def _finish(self, inside: list[Any], scalars: Sequence[float]) -> None:
+        """What follows the graph."""
         if self._work.tail is not None:
             try:
                 self._work.tail.run(inside, list(scalars))
             except Exception as error:
                 raise TailFailed from error
-        for memory in self._memories:
-            memory.hand_out(values)
+
+    def _last(self, number: int, inside: list[Any]) -> torch.Tensor:
+        """The tensor of a value, which the tail may be the last to write."""
+        while inside[number] is None:
+            number = self._places.before[number].id
+        tensor: torch.Tensor = inside[number]
+        return tensor
 
     def _for_tail(self, values: list[Any], scalars: Sequence[float]) -> list[Any]:
         """The values that the tail begins with."""

@@ -1,13 +1,13 @@
 """What is captured of a region: its prepared plan, or its ops one by one."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Graph, Launch, Op
+from kitsune.ir import Graph, Kind, Launch, Op, Value
 from kitsune.runtime.captured import Work
 from kitsune.runtime.frame import Frame, Pool, Startable
 from kitsune.runtime.instructions import Alias, Call, CallInto, Drop, Instruction, Publish, Start, StartInGraph
@@ -82,10 +82,10 @@ def plan_work(
         return StartInGraph(instruction.launch, instruction.places, startable)
 
     instructions = tuple(in_graph(i) for i in prepared.instructions)
-    cut = _cut(prepared, instructions, moved)
-    inside = replace(prepared, instructions=instructions[:cut])
+    head, rest = _divided(prepared, instructions, moved) if moved else (instructions, ())
+    inside = replace(prepared, instructions=head)
     arena = arenas.arena(prepared.plan.arena, prepared.device, stream) if prepared.layout.arena else None
-    left = _LeftOut(tuple(i for i in instructions[cut:] if not isinstance(i, Drop))) if cut < len(instructions) else None
+    left = _LeftOut(rest) if rest else None
 
     def run(values: list[Any], scalars: list[float]) -> None:
         frame = executor.trace(inside, arena, values, scalars)
@@ -96,7 +96,7 @@ def plan_work(
         for startable in started:
             startable.fill_tables()
 
-    tail = None if left is None else Tail(needs_of(op for i in left.instructions for op in _calls(i)), left.run)
+    tail = None if left is None else Tail(_needs(rest, prepared.plan.graph), left.run)
     return Work(run, finish, [arena, table], tail)
 
 
@@ -127,19 +127,41 @@ def _calls(instruction: Instruction) -> tuple[Op, ...]:
     return (instruction.op,) if isinstance(instruction, (Call, CallInto)) else ()
 
 
-def _cut(prepared: Prepared, instructions: tuple[Instruction, ...], moved: frozenset[int]) -> int:
-    """Where the tail begins, if the rest can be one; the end of the instructions if not."""
-    end, places = len(instructions), prepared.places
-    if not moved:
-        return end
-    cut = next((k for k, i in enumerate(instructions) if any(reads(op, moved) for op in _calls(i))), end)
-    rest = [i for i in instructions[cut:] if not isinstance(i, Drop)]
-    ops = [op for i in rest for op in (i.launch.ops if isinstance(i, StartInGraph) else _calls(i))]
-    simple = all(
-        isinstance(i, (Call, Alias, Publish)) or (isinstance(i, StartInGraph) and i.prepared is not None) for i in rest
-    )
-    whole = simple and may_stay_outside(prepared.plan.graph, ops, lambda v: places.root[v.id].id in places.inputs)
-    return cut if whole else end
+def _needs(instructions: Sequence[Instruction], graph: Graph) -> tuple[Value, ...]:
+    """The values that instructions read and do not bring about."""
+    by_number = {v.id: v for v in (*graph.inputs, *(v for op in graph.ops for v in op.outputs))}
+    needs: dict[int, Value] = {}
+    made: set[int] = set()
+    for i in instructions:
+        read = [v for op in _calls(i) for v in op.inputs] + ([by_number[i.before]] if isinstance(i, Alias) else [])
+        needs.update((v.id, v) for v in read if v.id not in made)
+        made |= _made_by(i)
+    return tuple(needs.values())
+
+
+def _made_by(instruction: Instruction) -> set[int]:
+    return {instruction.after} if isinstance(instruction, Alias) else {v.id for op in _calls(instruction) for v in op.outputs}
+
+
+def _divided(
+    prepared: Prepared, instructions: tuple[Instruction, ...], moved: frozenset[int]
+) -> tuple[tuple[Instruction, ...], tuple[Instruction, ...]]:
+    """What is captured, and the tail, where there can be one."""
+    cut = next((k for k, i in enumerate(instructions) if any(reads(op, moved) for op in _calls(i))), len(instructions))
+    head, tail, made = list(instructions[:cut]), [], set[int]()
+    for i in instructions[cut:]:
+        is_view = isinstance(i, Call) and i.op.kind is Kind.VIEW and made.isdisjoint(v.id for v in i.op.inputs)
+        if is_view or isinstance(i, Publish):
+            # Plans make them as late as they can, and they are part of what the graph returns.
+            head.append(i)
+        elif not isinstance(i, Drop):
+            tail.append(i)
+            made |= _made_by(i)
+    if all(isinstance(i, (Call, Alias)) or (isinstance(i, StartInGraph) and i.prepared is not None) for i in tail):
+        ops = [op for i in tail for op in (i.launch.ops if isinstance(i, StartInGraph) else _calls(i))]
+        if may_stay_outside(prepared.plan.graph, ops, prepared.places.root):
+            return tuple(head), tuple(tail)
+    return instructions, ()
 
 
 def schedule_work(schedule: Schedule, table: SlotTable, graph: Graph, moved: frozenset[int] = frozenset()) -> Work:
@@ -147,10 +169,8 @@ def schedule_work(schedule: Schedule, table: SlotTable, graph: Graph, moved: fro
     instructions = schedule.instructions
     cut = next((k for k, i in enumerate(instructions) if moved and reads(i.op, moved)), len(instructions))
     rest, tail = [i.op for i in instructions[cut:]], None
-    if rest:
-        places = Places(graph)
-        if may_stay_outside(graph, rest, lambda v: places.root[v.id].id in places.inputs):
-            left = Schedule(instructions[cut:])
-            schedule = Schedule(instructions[:cut])
-            tail = Tail(needs_of(rest), lambda values, scalars: replay(left, values, scalars))
+    if rest and may_stay_outside(graph, rest, Places(graph).root):
+        left = Schedule(instructions[cut:])
+        schedule = Schedule(instructions[:cut])
+        tail = Tail(needs_of(rest), lambda values, scalars: replay(left, values, scalars))
     return Work(lambda values, scalars: replay(schedule, values, scalars), keep=[table], tail=tail)

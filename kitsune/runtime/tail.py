@@ -5,7 +5,7 @@ AdamW's fused update takes the learning rate by value. Its variant that takes a 
 learning rate that is none. So the graph ends before such an op, and the op is called after each replay, as in eager.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,12 @@ def reads(op: Op, moved: frozenset[int]) -> bool:
     return any(slot.index in moved for slot in slots_in((op.args, op.kwargs)))
 
 
-def may_stay_outside(graph: Graph, tail: Sequence[Op], from_outside: Callable[[Value], bool]) -> bool:
-    """Are these last ops few, and is what they make of no use to anybody after the region, but for what they write in place?"""
+def may_stay_outside(graph: Graph, tail: Sequence[Op], root_of: Mapping[int, Value]) -> bool:
+    """Are these last ops few, and is what they make of no use to anybody after the region? They may write what was there."""
     if len(tail) > max(FEW, SHARE * len(graph.ops)):
         return False
-    returned = {v.id for v in graph.outputs}
-    return all(v.id not in returned or from_outside(v) for op in tail for v in op.outputs)
+    made = {v.id for op in tail for v in op.results}
+    return not any(v.id in made or root_of[v.id].id in made for v in graph.outputs)
 
 
 def needs_of(tail: Iterable[Op]) -> tuple[Value, ...]:

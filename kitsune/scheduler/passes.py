@@ -48,5 +48,5 @@ def _is_needed(op: Op, storages: set[int], read: set[int]) -> bool:
         return True
     # A view of an input shares its storage but changes nothing: needed only if it is read, which its value says.
     if op.kind is Kind.VIEW:
-        return any([v.id in read for v in op.results])
-    return any([v.storage in storages for v in op.results])
+        return any(v.id in read for v in op.results)
+    return any(v.storage in storages for v in op.results)
