@@ -199,8 +199,11 @@ class CallLane(Learner):
         edge = None
         if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.history is None):
             edge = self.learn(key, func, kwargs, Sight(call, start, first, n_scalars, before, result))
-        if graded:
-            region.history = None if edge is None or region.history is None else region.history.then(edge)
+        if graded and (edge is None or region.history is None):
+            region.history = None
+        elif graded and edge is not None and edge.graded:
+            # As when it is followed: one that gave back what it was given has made no node.
+            region.history = region.history.then(edge)
         return result
 
     def own_up(self, tensors: Any = ()) -> None:
