@@ -165,6 +165,9 @@ class Captured:
                 self._work.tail.run(inside, list(scalars))
             except Exception as error:
                 raise TailFailed from error
+            finally:
+                # Views that the tail has made must not count as held by somebody.
+                inside.clear()
 
     def _last(self, number: int, inside: list[Any]) -> torch.Tensor:
         """The tensor of a value, which the tail may be the last to write."""
