@@ -1,6 +1,6 @@
 """A training whose batches have a hundred sizes in random order: each step beside eager's of the same size, and peak memory.
 
-    python -m benchmarks.bench_batch_sizes [--sizes 100] [--rounds 4] [--json FILE]
+    python -m benchmarks.bench_batch_sizes [--sizes 100] [--rounds 4] [--no-gate] [--json FILE]
 
 Eager and Kitsune have a process of their own each, with the same order of sizes. The first `--warm` rounds are a warm-up; of
 the steps after them no single one is to take over 1.2 times eager's, and memory is to stay below 1.25 times eager's at the
@@ -38,6 +38,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of each step in this process, and its peak of memory in bytes."""
     import kitsune
 
+    # As for users: with the gate, which leaves to eager what keeps changing.
+    kitsune.config.gate = not options.no_gate
     torch.manual_seed(0)
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
@@ -71,7 +73,7 @@ def order_of(options: argparse.Namespace) -> list[int]:
 def in_new_process(column: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
     """The same in a process of its own, with empty caches."""
     command = [sys.executable, "-m", "benchmarks.bench_batch_sizes", "--column", column, "--device", options.device]
-    command += ["--sizes", str(options.sizes), "--rounds", str(options.rounds)]
+    command += ["--sizes", str(options.sizes), "--rounds", str(options.rounds), *(["--no-gate"] if options.no_gate else [])]
     caches = {name: str(Path(folder) / name) for name in ("KITSUNE_CACHE_DIR", "TRITON_CACHE_DIR")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **caches}, timeout=600)
     if done.returncode:
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--warm", type=int, default=1, help="rounds that are a warm-up (%(default)s)")
+    parser.add_argument("--no-gate", action="store_true", help="record every step, whatever it costs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json")
     parser.add_argument("--column", choices=("eager", "kitsune", "largest"), help=argparse.SUPPRESS)
