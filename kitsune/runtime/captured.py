@@ -123,7 +123,7 @@ class Captured:
         self._kept = dict(zip(self._kept, self._recorded.outputs[len(made) :], strict=True))
         outputs = dict(zip(made, self._recorded.outputs, strict=False))
         taken = {storage_of(t)._cdata for t in (*(values[n] for n in self._fixed), *self._statics.values())}
-        if any(storage_of(tensor)._cdata in taken for tensor in outputs.values()):
+        if any(storage_of(tensor)._cdata in taken for tensor in (*outputs.values(), *self._kept.values())):
             self._recorded.destroy()
             raise NotCaptured("An operator of the region returned its operand instead of a new tensor.")
         self._memories: list[OutputMemory] = output_memories(outputs, moved)
