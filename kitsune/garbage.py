@@ -8,7 +8,7 @@ import gc
 AFTER = 10_000
 
 
-class Patience:
+class Threshold:
     """Between `begin` and `end` the youngest objects are looked at after AFTER new ones, unless the program has a number of its
     own that is larger, or has switched that off."""
 
