@@ -91,17 +91,25 @@ def cold(graphs: bool = False) -> Iterator[tuple[Workers, Repeater]]:
         if graphs:
             patch.setattr("kitsune.running.recorder_of", lambda device: repeater)
         forget()
-        yield workers, repeater
-        workers.release()
+        try:
+            yield workers, repeater
+        finally:
+            # Also of a test that fails: the next one would wait for them.
+            workers.release()
     forget()
+
+
+def idle() -> bool:
+    """Wait until the background thread has done what it was asked for."""
+    done = threading.Event()
+    thread.submit(done.set, rank=9)
+    return done.wait(SECONDS)
 
 
 def planned() -> bool:
     """Are all plans made, whatever has become of their kernels? Has them made and waits for that."""
     kitsune.wait_for_kernels(0)
-    done = threading.Event()
-    thread.submit(done.set)
-    return done.wait(SECONDS)
+    return idle()
 
 
 def step() -> torch.Tensor:
@@ -123,21 +131,12 @@ def test_a_region_runs_unfused_until_its_kernels_are_there() -> None:
         assert not kitsune.explain().mended
 
 
-def idle() -> None:
-    """Wait until the background thread has done what it was asked for."""
-    done = threading.Event()
-    thread.submit(done.set, rank=9)
-    assert done.wait(SECONDS)
-
-
 def test_only_what_comes_back_is_planned_and_after_its_capture() -> None:
     with cold(graphs=True) as (workers, _):
         for n in range(1, 4):
-            idle()
-            assert not workers.asked and counts("captured") == [0]
+            assert idle() and not workers.asked and counts("captured") == [0]
             assert torch.equal(step(), chain()) and counts("unfused") == [n]
-        idle()
-        assert len(workers.asked) == 1 and counts("captured", "replayed") == [1, 1]
+        assert idle() and len(workers.asked) == 1 and counts("captured", "replayed") == [1, 1]
 
 
 def test_no_step_waits_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
