@@ -1,6 +1,8 @@
 """A thread for work that can wait, so slow that the program hardly notices: planning, and loading what was compiled."""
 
 import atexit
+import heapq
+import itertools
 import queue
 import sys
 import threading
@@ -11,10 +13,14 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 # Python runs one thread at a time. An operator of the program lets go of Python's lock and waits up to 5 ms to have it back
-# from a thread that computes: a step of 1,000 would take seconds. So this thread computes for a moment and then rests: in the
-# worst case the program runs at three quarters of its speed.
+# from a thread that computes: a step of 1,000 would take seconds. So this thread computes for a moment and then looks who else
+# wants to: it rests three times as long if the program does, which then runs at three quarters of its speed in the worst case,
+# and goes on at once while the program waits for its device.
 WORK_S = 0.001
 REST = 3
+# Another thread needs some 50 us to wake up and take the lock. Who gets the lock back much later than that was not alone.
+YIELD_S = 0.0001
+ALONE_S = 0.0004
 # Calls between two looks at the clock, which cost as much as a call: 0.1 ms of work.
 EVENTS = 256
 
@@ -29,16 +35,21 @@ class PacedThread:
     """Calls what it is given, in order, with rests. The thread is started with the first call and ends with the process."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # A heap: in the order of their ranks, those of one rank in the order in which they came. And a token for each.
+        self._calls: list[tuple[int, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        # Of C, not a PriorityQueue: when the thread is closed, its hook raises inside of what is written in Python.
+        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False
         # How many wait for it and have nothing else to do: it does not rest meanwhile.
         self.n_waiting = 0
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Call it soon. It must not raise."""
-        self._calls.put(call)
+    def submit(self, call: Callable[[], None], rank: int = 0) -> None:
+        """Call it soon, before what has a higher rank. It must not raise."""
+        heapq.heappush(self._calls, (rank, next(self._numbers), call))
+        self._tokens.put(None)
         with self._lock:
             # A forked child has none of its parent's threads.
             if not self._closing and (self._thread is None or not self._thread.is_alive()):
@@ -50,7 +61,7 @@ class PacedThread:
         would end the process with a crash."""
         with self._lock:
             self._closing = True
-        self._calls.put(lambda: None)
+        self._tokens.put(None)
         if self._thread is not None:
             self._thread.join(5)
 
@@ -59,7 +70,9 @@ class PacedThread:
         sys.setprofile(self._pace())
         with suppress(_Closing):
             while not self._closing:
-                self._calls.get()()
+                self._tokens.get()
+                if self._calls:
+                    heapq.heappop(self._calls)[-1]()
 
     def _pace(self) -> Callable[[Any, str, Any], None]:
         """Rests whenever this thread has computed for WORK_S; waiting does not count."""
@@ -74,10 +87,18 @@ class PacedThread:
             if self._closing:
                 raise _Closing
             if worked >= WORK_S:
-                time.sleep(0 if self.n_waiting else worked * REST)
+                if not self.n_waiting and not _alone():
+                    time.sleep(worked * REST)
                 start = time.thread_time()
 
         return hook
+
+
+def _alone() -> bool:
+    """Lets another thread have Python's lock; True if none wanted it for long."""
+    start = time.perf_counter()
+    time.sleep(YIELD_S)
+    return time.perf_counter() - start < ALONE_S
 
 
 thread = PacedThread()
@@ -108,7 +129,8 @@ def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
 
         when_done(awaited, finish)
 
-    thread.submit(work)
+    # After the loading of what others wait for.
+    thread.submit(work, rank=1)
     return result
 
 

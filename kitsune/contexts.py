@@ -11,6 +11,7 @@ from torch.utils._foreach_utils import _foreach_supported_types
 
 from kitsune.config import config
 from kitsune.dispatch import foreign_modes
+from kitsune.garbage import Threshold
 from kitsune.ir import Barrier
 from kitsune.lazy import LazyTensor, close_doors, open_doors, settle_grads, settle_state
 from kitsune.pipeline import Pipeline
@@ -33,6 +34,7 @@ everyone: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
 _lock = threading.Lock()
 _n_open = 0
 _step_hook: Any = None
+threshold = Threshold()
 # What the stance asks of every pipeline: to take nothing, and what becomes of ops that are not known ("record" them, leave
 # them to "eager", "fail").
 _forced_eager = False
@@ -55,6 +57,10 @@ def open_context(pipeline: Pipeline) -> None:
         _n_open += 1
         if _n_open == 1:
             _step_hook = register_optimizer_step_post_hook(_end_step)
+        first = _n_open == 1
+    if first:
+        # Not under the lock: a collection may run anybody's finalizers.
+        threshold.begin()
     if _wanted(pipeline):
         _turn_on(pipeline)
 
@@ -78,6 +84,7 @@ def close_context(pipeline: Pipeline) -> None:
         _n_open -= 1
         if not _n_open:
             _step_hook.remove()
+            threshold.end()
 
 
 def _turn_on(pipeline: Pipeline) -> None:

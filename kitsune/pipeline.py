@@ -15,7 +15,7 @@ from kitsune.ir import Barrier, Graph, Plan, Site, verify
 from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, open_graph_doors
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
-from kitsune.running import Runner
+from kitsune.running import Runner, runners
 
 tally = Tally()
 tally.n_compiling = n_awaited
@@ -162,8 +162,10 @@ def last_plan(arch: str | None = None) -> Plan | None:
 def wait_for_kernels(timeout: float | None = None) -> bool:
     """Wait until what is planned and compiled in the background is there; False if `timeout` seconds are not enough.
 
-    The next run of each region is by its plan then. A program needs it for measurements only.
+    The next run of each region known by now is by its plan then. A program needs it for measurements only.
     """
+    for runner in list(runners):
+        runner.ask_all()
     return wait(timeout)
 
 

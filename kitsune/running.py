@@ -3,6 +3,7 @@
 import itertools
 import time
 import warnings
+import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,10 @@ from kitsune.scheduler import dead_code, run_passes
 MAX_READY = 1024
 # The plan that is shown where none is run: of the newest device whose rates are known.
 SHOWN_ARCH = "sm_90"
+# Runs after which a plan is made in the background. A region whose first steps are recorded, learned and followed is a new one
+# each time, and only the last of them comes back; the third run is captured, and from then on the program leaves Python to
+# others: planning BERT's step takes 0.4 s of it, which made the steps before a third slower.
+PLAN_AFTER = 3
 # Of regions as they are shown; the runners of several threads may write into one folder.
 _numbers = itertools.count()
 
@@ -57,9 +62,12 @@ class Ready:
     steady: Steady | None = None
     # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
     in_graph: Prepared | None = None
-    # What takes its place, once it is there; and what that waited for.
+    # Is there another way to run it, which is to be made in the background? And what takes its place, once it is there; and
+    # what that waited for.
+    waits: bool = False
     coming: "Future[Ready] | None" = None
     asked: list[Future[Any]] = field(default_factory=list)
+    n_runs: int = 0
 
 
 class Runner:
@@ -72,6 +80,7 @@ class Runner:
         self.sentences: list[str] = []
         self.executor: PlanExecutor | None = None
         self.steady: SteadyState | None = None
+        runners.add(self)
         backend = self.backend = backend_of(device)
         recorder = recorder_of(device)
         # A quarter of the device's memory.
@@ -95,7 +104,7 @@ class Runner:
             ready = self.ready[key] = self._prepare(graph)
         elif ready.coming is not None and ready.coming.done():
             ready = self.ready[key] = self._arrived(ready, ready.coming)
-        self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.coming is not None)
+        self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
                 pass
@@ -110,7 +119,16 @@ class Runner:
         finally:
             if self.executor is not None and not config.pool:
                 self.executor.pool.free_all()
+        ready.n_runs += 1
+        if ready.n_runs == PLAN_AFTER:
+            self._ask(graph, ready)
         self._say()
+
+    def ask_all(self) -> None:
+        """Have made what is to be made in the background, also of regions that have not come back."""
+        for (graph, *knobs, _), ready in list(self.ready.items()):
+            if knobs == [config.fuse, config.fuel]:
+                self._ask(graph, ready)
 
     def forget(self) -> None:
         """Drop every plan and every graph, and the memory kept for them."""
@@ -123,7 +141,8 @@ class Runner:
     def _prepare(self, graph: Graph) -> Ready:
         if self._in_background():
             ready = self._unfused(graph)
-            ready.coming = self._coming(graph, ready)
+            slots = self.steady is not None and config.graphs and any(map(reads_slots, ready.graph.ops))
+            ready.waits = config.fuse or slots
             return ready
         if config.fuse:
             try:
@@ -151,12 +170,12 @@ class Runner:
         n_dead = len(graph.ops) - len(dead_code(graph).ops)
         return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph)
 
-    def _coming(self, graph: Graph, now: Ready) -> Future[Ready] | None:
+    def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
         executor, fuse = self.executor, config.fuse
+        if not now.waits or now.coming is not None:
+            return
         assert executor is not None
-        if not fuse and not (self.steady is not None and config.graphs and any(map(reads_slots, now.graph.ops))):
-            return None
         # With the knobs of now.
         planner = planner_for(self.arch) if fuse else slot_planner_for(self.arch)
 
@@ -171,7 +190,7 @@ class Runner:
             made.asked = self._warm(prepared)
             return made, made.asked
 
-        return later(make)
+        now.coming = later(make)
 
     def _warm(self, prepared: Prepared) -> list[Future[Any]]:
         assert isinstance(self.backend, Backend) and self.backend.warm is not None
@@ -180,7 +199,7 @@ class Runner:
 
     def _arrived(self, ready: Ready, coming: Future[Ready]) -> Ready:
         """A region's plan and kernels are there, or will not be."""
-        ready.coming, new = None, ready
+        ready.coming, ready.waits, new = None, False, ready
         try:
             made = coming.result()
             failed = [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]
@@ -197,7 +216,7 @@ class Runner:
                 raise
             self._unplanned(ready.graph, error)
         if ready.steady is not None and self.steady is not None:
-            new.steady = self.steady.region(new.graph, lambda table: self._work(new, table), before=ready.steady)
+            new.steady = self.steady.region(new.graph, lambda *of: self._work(new, *of), before=ready.steady)
         if config.debug and new.plan is not None:
             _show().fused(new.n_ops, new.plan.n_kernels)
         return new
@@ -213,26 +232,25 @@ class Runner:
         if self.steady is None or not config.graphs:
             return False
         if ready.steady is None:
-            provisional = ready.coming is not None
-            ready.steady = self.steady.region(ready.graph, lambda table: self._work(ready, table), provisional)
+            ready.steady = self.steady.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits)
         n_captured = self.tally.n_captured
         done = self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
             _show().captured(ready.n_ops, ready.steady.captured.nbytes)
         return done
 
-    def _work(self, ready: Ready, table: SlotTable) -> Work:
+    def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
         """What is captured of a region. Only kernels can read moving numbers from memory."""
         backend, prepared = self.backend, ready.work
         if isinstance(prepared, Schedule):
             if ready.in_graph is None and isinstance(backend, Backend) and not self._in_background():
                 ready.in_graph = self._slot_plan(ready.graph)
             if ready.in_graph is None:
-                return schedule_work(prepared, table)
+                return schedule_work(prepared, table, ready.graph, moved)
             prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
-        return plan_work(self.executor, prepared, in_graph, table, self.arenas, current_stream(prepared.device))
+        return plan_work(self.executor, prepared, in_graph, table, self.arenas, current_stream(prepared.device), moved)
 
     def _slot_plan(self, graph: Graph) -> Prepared | None:
         assert self.executor is not None
@@ -257,6 +275,10 @@ class Runner:
             except KitsuneWarning:
                 if error is None:
                     raise
+
+
+# Of all threads; `wait_for_kernels` asks them.
+runners: "weakref.WeakSet[Runner]" = weakref.WeakSet()
 
 
 def _show() -> Show:

@@ -350,3 +350,18 @@ def test_contexts_that_close_out_of_order_leave_no_mode_behind() -> None:
     torch.ones(3).sum()
     inner.__exit__(None, None, None)
     assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_a_backward_is_followed_in_the_third_step_whatever_gave_back_its_operand() -> None:
+    model, x = nn.Linear(6, 6), torch.randn(4, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    followed = []
+    with kitsune.accelerate(device="cpu"):
+        for _ in range(3):
+            # Contiguous already: the second call has nothing to do, and autograd nothing to note.
+            loss = (model(x) * 2).contiguous().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            followed.append(kitsune.counters()["backwards_followed"])
+    assert followed == [0, 0, 1] and not kitsune.counters()["realized"]

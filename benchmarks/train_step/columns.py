@@ -33,6 +33,8 @@ class Program:
     context: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
     # The next step writes into the loss that this one returned, so who keeps it has to copy it.
     reuses_loss: bool = False
+    # Is everything there that is made in the background?
+    is_ready: Callable[[], bool] = lambda: True
 
 
 def make_step(workload: Workload, forward: Forward, read: Read) -> Step:
@@ -139,7 +141,8 @@ def _compile_graph(workload: Workload, batches: list[Batch], read: Read) -> Prog
 
 
 def _kitsune(workload: Workload, batches: list[Batch], read: Read) -> Program:
-    return Program(make_step(workload, forward_of(workload), read), batches, kitsune.accelerate(device=workload.device))
+    step = make_step(workload, forward_of(workload), read)
+    return Program(step, batches, kitsune.accelerate(device=workload.device), is_ready=_kernels_are_there)
 
 
 def _kitsune_static(workload: Workload, batches: list[Batch], read: Read) -> Program:
@@ -148,7 +151,11 @@ def _kitsune_static(workload: Workload, batches: list[Batch], read: Read) -> Pro
         accelerate = kitsune.accelerate(**options)
     except TypeError as error:
         raise NotAvailableError(f"this version has no accelerate(static=True): {error}") from None
-    return Program(accelerate(make_step(workload, forward_of(workload), read)), batches)
+    return Program(accelerate(make_step(workload, forward_of(workload), read)), batches, is_ready=_kernels_are_there)
+
+
+def _kernels_are_there() -> bool:
+    return kitsune.wait_for_kernels(0)
 
 
 def _need_cuda(workload: Workload) -> None:

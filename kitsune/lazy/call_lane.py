@@ -220,7 +220,8 @@ class CallLane(Learner):
             edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result))
             if edge is not None and edge.sights >= self.sights:
                 self.know_by_heart(edge, key, args, kwargs)
-        if graded:
+        if graded and (edge is None or edge.graded):
+            # As when it is followed: one that gave back what it was given has made no node.
             region.extend_past(edge)
         return result
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import OpRow, OutputSpec, Site, Slot, TensorType
+from kitsune.ir import Op, OpRow, OutputSpec, Site, Slot, TensorType, Value
 from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.cell import Cell, Ref, ref
 from kitsune.lazy.tensor import wrapper_maker
@@ -53,6 +53,9 @@ class Node:
     sights: int = 0
     known: bool = False
     tally: Any = None
+    # The values that came in and the op, once a graph was made of a path through here.
+    entered: tuple[Value, ...] = ()
+    op: Op | None = None
     children: dict[Any, "Node"] = field(default_factory=dict)
     # Whole calls of torch's API that begin here, by key; see `edges.py`.
     calls: dict[Any, Any] = field(default_factory=dict)

@@ -111,5 +111,6 @@ def _lowest_gap(blocks: Sequence[tuple[int, int]], size: int) -> int:
     for start, stop in blocks:
         if start - end >= size:
             return end
-        end = max(end, stop)
+        if stop > end:
+            end = stop
     return end

@@ -25,6 +25,7 @@ class Assembly:
         self._allocated: set[int] = set()
         self._input_storages = {v.storage for v in plan.graph.inputs}
         self._arena = self._roots_in_arena()
+        self._kept = {places.root[v.id].id for v in plan.graph.outputs} | places.inputs
         # (root, is it the start of the root's memory) of the addresses that kernels ask for, in the order of their slots.
         self._slots: dict[tuple[int, bool], int] = {}
         self._accessed = {a.value.id: a.value for launch in plan.launches for a in accesses_of(launch)}
@@ -143,9 +144,8 @@ class Assembly:
 
     def _drop(self, storages: tuple[int, ...]) -> None:
         """What somebody outside holds is kept: an output and, for addresses and views yet to be made, its family."""
-        kept = {self.places.root[v.id].id for v in self.plan.graph.outputs} | self.places.inputs
         numbers = {number for storage in storages for number in self.places.by_storage.get(storage, ())}
-        numbers = {n for n in numbers if (root := self.places.root[n].id) not in kept and root not in self._arena}
+        numbers = {n for n in numbers if (root := self.places.root[n].id) not in self._kept and root not in self._arena}
         if numbers:
             self._ready -= numbers
             self.instructions.append(Drop(tuple(sorted(numbers))))

@@ -1,6 +1,5 @@
 """One op through aten: arguments bound, results stored in the expected layout, errors given the user's line."""
 
-import contextlib
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +12,13 @@ from kitsune.ir import Op, Result, Slot, TensorType, Value, type_of, versions_ke
 
 def call(op: Op, values: list[Any], scalars: list[float]) -> None:
     """Make one call. `values` has its operands by value number and receives everything that it defines."""
-    args = [bind(a, values, scalars) for a in op.args]
-    kwargs = {name: bind(a, values, scalars) for name, a in op.kwargs}
+    args = [values[a.id] if type(a) is Value else bind(a, values, scalars) for a in op.args]
+    kwargs = {name: bind(a, values, scalars) for name, a in op.kwargs} if op.kwargs else {}
     try:
-        with versions_kept(args[0]) if _writes_a_list(op) else contextlib.nullcontext():
+        if op.rewritten and _writes_a_list(op):
+            with versions_kept(args[0]):
+                result = _make(op.target, op, args, kwargs)
+        else:
             result = _make(op.target, op, args, kwargs)
         if op.results:
             _store(op.structure, result, op, values)
@@ -56,7 +58,7 @@ def bind(argument: Any, values: list[Any], scalars: list[float]) -> Any:
 
 
 def _writes_a_list(op: Op) -> bool:
-    return bool(op.rewritten) and op.target._opname.startswith("_foreach_")
+    return op.target._opname.startswith("_foreach_")
 
 
 def _make(target: OpOverload, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 import torch
 
-from kitsune.ir import Graph, Op, slots_in, storage_of, values_in
+from kitsune.ir import Graph, Op, slots_in, storage_of
 
 # Their results on the CPU are the seed and offset of a dropout, which go from the forward call to the backward call only.
 _SEEDED = ("_scaled_dot_product_", "_flash_attention_", "_efficient_attention_", "_cudnn_attention_")
@@ -28,7 +28,7 @@ def why_not_captured(graph: Graph, device: torch.device) -> str | None:
 
 
 def _why_not_op(op: Op, device: torch.device) -> str | None:
-    name = op.target.overloadpacket.__name__
+    name = op.target._opname
     if name in _READS:
         return "looks at values on the host"
     if name in _BY_MASK and any(v.type.dtype in (torch.bool, torch.uint8) for v in op.inputs[1:]):
@@ -89,5 +89,5 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def used_inputs(graph: Graph) -> tuple[int, ...]:
     """The numbers of the inputs that the graph reads, writes or returns."""
-    used = {v.id for op in graph.ops for v in values_in((op.args, op.kwargs))} | {v.id for v in graph.outputs}
+    used = {v.id for op in graph.ops for v in op.inputs} | {v.id for v in graph.outputs}
     return tuple(v.id for v in graph.inputs if v.id in used)

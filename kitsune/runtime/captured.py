@@ -15,6 +15,7 @@ from kitsune.runtime.cuda_graph import GraphRecorder, Recorded
 from kitsune.runtime.lent_outputs import Lent
 from kitsune.runtime.places import Places
 from kitsune.runtime.slots import SlotTable, WatchedNumbers
+from kitsune.runtime.tail import Tail
 
 data_ptr = torch._C.TensorBase.data_ptr
 
@@ -27,12 +28,13 @@ class NotCaptured(Exception):
 class Work:
     """What is captured: `run(values, scalars)` does all of a region's work once, `finish` what had to wait for the end of it.
 
-    `keep` is what the work refers to by address.
+    `keep` is what the work refers to by address; `tail` is work that follows each replay.
     """
 
     run: Callable[[list[Any], list[float]], None]
     finish: Callable[[], None] = lambda: None
     keep: list[Any] = field(default_factory=list)
+    tail: Tail | None = None
 
 
 class Miss(Exception):
@@ -48,11 +50,19 @@ class InputsMoved(Miss):
 
 
 class NumberChanged(Miss):
-    """A moving number that is baked in is another one."""
+    """A moving number that is baked in is another one: `number`."""
+
+    def __init__(self, sentence: str, number: int) -> None:
+        super().__init__(sentence)
+        self.number = number
 
 
 class OutputsHeld(Miss):
     """Somebody holds a tensor on the outputs' memory who cannot be told to move."""
+
+
+class TailFailed(Exception):
+    """What follows the graph has failed, as it might in eager: the graph has run, so that the region cannot be run again."""
 
 
 class Captured:
@@ -86,8 +96,15 @@ class Captured:
         # Each element once, so that a copy writes none twice.
         self._targets = [distinct(self._statics[n]) for n in self._copied]
         self.n_replays = 0
-        self._aliases = tuple(v for v in graph.outputs if self._places.root[v.id].id in self._places.inputs)
+        self._aliases = tuple(v for v in graph.outputs if self._from_outside(v))
+        needs = work.tail.needs if work.tail is not None else ()
+        self._needed_aliases = tuple(v for v in needs if self._from_outside(v))
+        # What the tail reads of the graph's own memory.
+        self._kept: dict[int, Any] = dict.fromkeys(v.id for v in needs if not self._from_outside(v))
         self._record(values, scalars, moved)
+
+    def _from_outside(self, value: Value) -> bool:
+        return self._places.root[value.id].id in self._places.inputs
 
     def _record(self, values: list[Any], scalars: Sequence[float], moved: Callable[[int], None]) -> None:
         numbers, n_values = WatchedNumbers(scalars), len(values)
@@ -99,13 +116,14 @@ class Captured:
             for n, tensor in (*zip(self._fixed, inputs, strict=True), *self._statics.items()):
                 inside[n] = tensor
             self._work.run(inside, numbers)
-            return [inside[n] for n in made]
+            return [self._last(n, inside) for n in (*made, *self._kept)]
 
         self._recorded: Recorded = self._recorder.record(work, [values[n] for n in self._fixed])
         self.baked = {n: struct.pack("d", scalars[n]) for n in numbers.read}
-        outputs = dict(zip(made, self._recorded.outputs, strict=True))
+        self._kept = dict(zip(self._kept, self._recorded.outputs[len(made) :], strict=True))
+        outputs = dict(zip(made, self._recorded.outputs, strict=False))
         taken = {storage_of(t)._cdata for t in (*(values[n] for n in self._fixed), *self._statics.values())}
-        if any(storage_of(tensor)._cdata in taken for tensor in outputs.values()):
+        if any(storage_of(tensor)._cdata in taken for tensor in (*outputs.values(), *self._kept.values())):
             self._recorded.destroy()
             raise NotCaptured("An operator of the region returned its operand instead of a new tensor.")
         self._lent = Lent(outputs, moved)
@@ -123,7 +141,7 @@ class Captured:
             raise InputsMoved([n for n, a in zip(self._fixed, self._addresses, strict=True) if data_ptr(values[n]) != a])
         for n, bits in self.baked.items():
             if struct.pack("d", scalars[n]) != bits:
-                raise NumberChanged(self._sentence(n))
+                raise NumberChanged(self._sentence(n), n)
         if not self._lent.release():
             raise OutputsHeld("somebody holds a view of a result of the replay before")
         self.table.set(scalars)
@@ -132,9 +150,40 @@ class Captured:
         # Before the launch: what fails from there on could not be run again.
         for value in self._aliases:
             self._alias(value, values, scalars)
+        inside = self._for_tail(values, scalars) if self._work.tail is not None else []
         self._recorded.replay()
         self.n_replays += 1
+        self._finish(inside, scalars)
         self._lent.hand_out(values)
+
+    def _finish(self, inside: list[Any], scalars: Sequence[float]) -> None:
+        """What follows the graph."""
+        if self._work.tail is not None:
+            try:
+                self._work.tail.run(inside, list(scalars))
+            except Exception as error:
+                raise TailFailed from error
+            finally:
+                # Views that the tail has made must not count as held by somebody.
+                inside.clear()
+
+    def _last(self, number: int, inside: list[Any]) -> torch.Tensor:
+        """The tensor of a value, which the tail may be the last to write."""
+        while inside[number] is None:
+            number = self._places.before[number].id
+        tensor: torch.Tensor = inside[number]
+        return tensor
+
+    def _for_tail(self, values: list[Any], scalars: Sequence[float]) -> list[Any]:
+        """The values that the tail begins with."""
+        inside: list[Any] = [None] * len(values)
+        for n in self._fixed:
+            inside[n] = values[n]
+        for n, tensor in (*self._statics.items(), *self._kept.items()):
+            inside[n] = tensor
+        for value in self._needed_aliases:
+            self._alias(value, inside, scalars)
+        return inside
 
     def _take_few(self, values: list[Any]) -> list[Any]:
         return [values[n] for n in self._fixed]
@@ -143,6 +192,7 @@ class Captured:
         """Let go of the graph; what others hold of its outputs stays."""
         self._recorded.destroy()
         self._lent.memories.clear()
+        self._kept.clear()
 
     def _alias(self, value: Value, values: list[Any], scalars: Sequence[float]) -> None:
         """The tensor of an output that lies in an input's memory."""

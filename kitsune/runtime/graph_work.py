@@ -1,19 +1,21 @@
 """What is captured of a region: its prepared plan, or its ops one by one."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Launch
+from kitsune.ir import Graph, Kind, Launch, Op, Value
 from kitsune.runtime.captured import Work
-from kitsune.runtime.frame import Pool, Startable
-from kitsune.runtime.instructions import Instruction, Start, StartInGraph
+from kitsune.runtime.frame import Frame, Pool, Startable
+from kitsune.runtime.instructions import Alias, Call, CallInto, Drop, Instruction, Publish, Start, StartInGraph
+from kitsune.runtime.places import Places
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared
 from kitsune.runtime.replay import Schedule, replay
 from kitsune.runtime.slots import SlotTable
+from kitsune.runtime.tail import Tail, may_stay_outside, needs_of, reads
 
 # The launch, what starts it in an ordinary run, and the table that its moving numbers are read from.
 PrepareInGraph = Callable[[Launch, Any, SlotTable], "StartableInGraph"]
@@ -56,9 +58,18 @@ class Arenas:
 
 
 def plan_work(
-    executor: PlanExecutor, prepared: Prepared, prepare: PrepareInGraph, table: SlotTable, arenas: Arenas, stream: int
+    executor: PlanExecutor,
+    prepared: Prepared,
+    prepare: PrepareInGraph,
+    table: SlotTable,
+    arenas: Arenas,
+    stream: int,
+    moved: frozenset[int] = frozenset(),
 ) -> Work:
-    """A plan's launches and library calls. Kernels that ordinary runs have given up are run op by op here, too."""
+    """A plan's launches and library calls. Kernels that ordinary runs have given up are run op by op here, too.
+
+    A library call that takes one of the numbers in `moved` is left to the tail.
+    """
     started: list[StartableInGraph] = []
 
     def in_graph(instruction: Instruction) -> Instruction:
@@ -70,16 +81,96 @@ def plan_work(
             started.append(startable)
         return StartInGraph(instruction.launch, instruction.places, startable)
 
-    inside = replace(prepared, instructions=tuple(in_graph(i) for i in prepared.instructions))
+    instructions = tuple(in_graph(i) for i in prepared.instructions)
+    head, rest = _divided(prepared, instructions, moved) if moved else (instructions, ())
+    inside = replace(prepared, instructions=head)
     arena = arenas.arena(prepared.plan.arena, prepared.device, stream) if prepared.layout.arena else None
+    left = _LeftOut(rest) if rest else None
+
+    def run(values: list[Any], scalars: list[float]) -> None:
+        frame = executor.trace(inside, arena, values, scalars)
+        if left is not None:
+            left.follows(frame)
 
     def finish() -> None:
         for startable in started:
             startable.fill_tables()
 
-    return Work(lambda values, scalars: executor.trace(inside, arena, values, scalars), finish, [arena, table])
+    tail = None if left is None else Tail(_needs(rest, prepared.plan.graph), left.run)
+    return Work(run, finish, [arena, table], tail)
 
 
-def schedule_work(schedule: Schedule, table: SlotTable) -> Work:
-    """A region's ops one by one."""
-    return Work(lambda values, scalars: replay(schedule, values, scalars), keep=[table])
+class _LeftOut:
+    """The last instructions of a plan, run in the frame that the capture of the others has left."""
+
+    def __init__(self, instructions: tuple[Instruction, ...]) -> None:
+        self.instructions = instructions
+        self._frame: Frame | None = None
+
+    def follows(self, frame: Frame) -> None:
+        """What came in must not be kept."""
+        self._frame, frame.values = frame, []
+
+    def run(self, values: list[Any], scalars: list[float]) -> None:
+        """Raises what the ops raise."""
+        frame = self._frame
+        assert frame is not None
+        frame.values, frame.scalars = values, scalars
+        try:
+            for instruction in self.instructions:
+                instruction.run(frame)
+        finally:
+            frame.values = []
+
+
+def _calls(instruction: Instruction) -> tuple[Op, ...]:
+    return (instruction.op,) if isinstance(instruction, (Call, CallInto)) else ()
+
+
+def _needs(instructions: Sequence[Instruction], graph: Graph) -> tuple[Value, ...]:
+    """The values that instructions read and do not bring about."""
+    by_number = {v.id: v for v in (*graph.inputs, *(v for op in graph.ops for v in op.outputs))}
+    needs: dict[int, Value] = {}
+    made: set[int] = set()
+    for i in instructions:
+        read = [v for op in _calls(i) for v in op.inputs] + ([by_number[i.before]] if isinstance(i, Alias) else [])
+        needs.update((v.id, v) for v in read if v.id not in made)
+        made |= _made_by(i)
+    return tuple(needs.values())
+
+
+def _made_by(instruction: Instruction) -> set[int]:
+    return {instruction.after} if isinstance(instruction, Alias) else {v.id for op in _calls(instruction) for v in op.outputs}
+
+
+def _divided(
+    prepared: Prepared, instructions: tuple[Instruction, ...], moved: frozenset[int]
+) -> tuple[tuple[Instruction, ...], tuple[Instruction, ...]]:
+    """What is captured, and the tail, where there can be one."""
+    cut = next((k for k, i in enumerate(instructions) if any(reads(op, moved) for op in _calls(i))), len(instructions))
+    head, tail, made = list(instructions[:cut]), [], set[int]()
+    for i in instructions[cut:]:
+        is_view = isinstance(i, Call) and i.op.kind is Kind.VIEW and made.isdisjoint(v.id for v in i.op.inputs)
+        if is_view or isinstance(i, Publish):
+            # Plans make them as late as they can, and they are part of what the graph returns.
+            head.append(i)
+        elif not isinstance(i, Drop):
+            tail.append(i)
+            made |= _made_by(i)
+    if all(isinstance(i, (Call, Alias)) or (isinstance(i, StartInGraph) and i.prepared is not None) for i in tail):
+        ops = [op for i in tail for op in (i.launch.ops if isinstance(i, StartInGraph) else _calls(i))]
+        if may_stay_outside(prepared.plan.graph, ops, prepared.places.root):
+            return tuple(head), tuple(tail)
+    return instructions, ()
+
+
+def schedule_work(schedule: Schedule, table: SlotTable, graph: Graph, moved: frozenset[int] = frozenset()) -> Work:
+    """A region's ops one by one; from the first that takes one of the numbers in `moved`, they are the tail if they can be."""
+    instructions = schedule.instructions
+    cut = next((k for k, i in enumerate(instructions) if moved and reads(i.op, moved)), len(instructions))
+    rest, tail = [i.op for i in instructions[cut:]], None
+    if rest and may_stay_outside(graph, rest, Places(graph).root):
+        left = Schedule(instructions[cut:])
+        schedule = Schedule(instructions[:cut])
+        tail = Tail(needs_of(rest), lambda values, scalars: replay(left, values, scalars))
+    return Work(lambda values, scalars: replay(schedule, values, scalars), keep=[table], tail=tail)

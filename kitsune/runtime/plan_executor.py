@@ -77,14 +77,18 @@ class PlanExecutor:
         finally:
             _enter_device(previous)
 
-    def trace(self, prepared: Prepared, block: Block | None, values: list[Any], scalars: list[float]) -> None:
-        """Go through a plan once, in an arena that is given, with no way on if anything fails: what a CUDA graph captures."""
+    def trace(self, prepared: Prepared, block: Block | None, values: list[Any], scalars: list[float]) -> Frame:
+        """Go through a plan once, in an arena that is given, with no way on if anything fails: what a CUDA graph captures.
+
+        Returns what the run has left.
+        """
         frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
         if prepared.layout.arena:
             assert block is not None
             frame.move_in(block)
             frame.furnish(prepared, lambda frame: _furnish(prepared, frame))
         _execute(prepared.instructions, frame, 0)
+        return frame
 
     def _run_planned(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> bool:
         """False if there is not enough memory for the arena or with it, and nothing was done yet that others could see."""

@@ -27,13 +27,15 @@ class Schedule:
 
 def prepare(graph: Graph) -> Schedule:
     """Decide when a graph's values die."""
-    keep_alive = {v.id for v in graph.outputs} | {v.id for v in graph.inputs}
     instructions = []
-    seen = set(keep_alive)
+    seen = {v.id for v in graph.outputs} | {v.id for v in graph.inputs}
     for op in reversed(graph.ops):
-        used = {v.id for v in op.inputs + op.outputs} - seen
-        seen |= used
-        instructions.append(Instruction(op, tuple(used)))
+        drops = []
+        for value in (*op.inputs, *op.outputs):
+            if value.id not in seen:
+                seen.add(value.id)
+                drops.append(value.id)
+        instructions.append(Instruction(op, tuple(drops)))
     return Schedule(tuple(reversed(instructions)))
 
 

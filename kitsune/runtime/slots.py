@@ -11,6 +11,11 @@ def bits_of(numbers: Iterable[float]) -> bytes:
     return array("d", numbers).tobytes()
 
 
+def changed(before: bytes, now: bytes) -> set[int]:
+    """The numbers that are others than before, given the bits of both."""
+    return {n for n in range(len(now) // 8) if before[8 * n : 8 * n + 8] != now[8 * n : 8 * n + 8]}
+
+
 class SlotTable:
     """The moving numbers of a region as float64 in the memory of a device."""
 

@@ -10,9 +10,9 @@ import torch
 
 from kitsune.ir import Graph, Kind, Pending, lent_memory
 from kitsune.runtime.capturable import used_inputs, why_not_captured, why_not_moving
-from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, Work
+from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, TailFailed, Work
 from kitsune.runtime.cuda_graph import GraphRecorder
-from kitsune.runtime.slots import SlotTable, bits_of
+from kitsune.runtime.slots import SlotTable, bits_of, changed
 
 data_ptr = torch._C.TensorBase.data_ptr
 # Ordinary runs before a capture: the first compiles kernels and lets libraries choose, the second is a steady one.
@@ -23,6 +23,7 @@ PATIENCE = 8
 MAX_CAPTURES = 6
 # Replays after which a capture has paid.
 WORTH = 100
+MakeWork = Callable[[SlotTable, frozenset[int]], Work]
 
 
 class Outcome(enum.Enum):
@@ -52,10 +53,11 @@ class Told(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Steady:
-    """What is known of the runs of one region. `graph` is what runs, without dead code; `make_work(table)` what is captured."""
+    """What is known of the runs of one region. `graph` is what runs, without dead code; `make_work(table, moved)` what is
+    captured, given the numbers that have been seen to move."""
 
     graph: Graph
-    make_work: Callable[[SlotTable], Work]
+    make_work: MakeWork
     # Is another way to run the region being prepared? What is found out about this one is then told to nobody.
     provisional: bool = False
     inputs: tuple[int, ...] = ()
@@ -68,8 +70,9 @@ class Steady:
     n_baked_changes: int = 0
     # Addresses of the inputs at the ordinary run before, if that was the last run.
     addresses: list[int] | None = None
-    # Moving numbers at the run before, of a provisional one: they are baked in, so it is not captured while they move.
+    # Moving numbers at the run before, if it was an ordinary one, and those that were seen to be others than at a run before.
     numbers: bytes = b""
+    moved: set[int] = field(default_factory=set)
     # How often an input was not where it was when the region was captured.
     changes: Counter[int] = field(default_factory=Counter)
     moving: set[int] = field(default_factory=set)
@@ -99,7 +102,7 @@ class SteadyState:
     def region(
         self,
         graph: Graph,
-        make_work: Callable[[SlotTable], Work],
+        make_work: MakeWork,
         provisional: bool = False,
         before: Steady | None = None,
     ) -> Steady:
@@ -110,7 +113,7 @@ class SteadyState:
             self._drop(before)
             # One ordinary run, in which kernels find out about addresses, and then the capture.
             region.n_runs = min(before.n_runs, RUNS - 1)
-            region.moving, region.changes = before.moving, before.changes
+            region.moving, region.changes, region.moved = before.moving, before.changes, before.moved
         if all(op.kind is Kind.VIEW for op in graph.ops):
             # Nothing is lost, and nobody needs to hear of it.
             region.refusal = "The region starts nothing on the device."
@@ -148,8 +151,12 @@ class SteadyState:
             if isinstance(miss, InputsMoved):
                 return self._inputs_moved(region, values, miss.numbers)
             if isinstance(miss, NumberChanged):
-                return self._number_changed(region, str(miss))
+                return self._number_changed(region, miss)
             return Outcome.ORDINARY
+        except TailFailed as failed:
+            self._drop(region)
+            assert failed.__cause__ is not None
+            raise failed.__cause__ from None
         except torch.OutOfMemoryError:
             self.told.missed("there is no memory for results that are still held")
             self._drop(region)
@@ -171,25 +178,32 @@ class SteadyState:
             region.moving.update(numbers)
         return Outcome.CAPTURE if movable else Outcome.OBSERVE
 
-    def _number_changed(self, region: Steady, sentence: str) -> Outcome:
-        if region.provisional:
-            self._drop(region)
-            return Outcome.OBSERVE
-        # A schedule that changes it once in a while is worth a capture each time.
+    def _number_changed(self, region: Steady, miss: NumberChanged) -> Outcome:
         assert region.captured is not None
-        region.n_baked_changes = 1 if region.captured.n_replays >= WORTH else region.n_baked_changes + 1
-        region.n_captures -= region.captured.n_replays >= WORTH
+        # A schedule that changes it once in a while is worth a capture each time; otherwise who takes it runs after the graph.
+        rare = region.captured.n_replays >= WORTH
+        known = miss.number in region.moved
         self._drop(region)
+        if region.provisional or not rare:
+            region.moved.add(miss.number)
+        if region.provisional:
+            return Outcome.OBSERVE
+        region.n_baked_changes = 1 if rare else region.n_baked_changes + known
+        region.n_captures -= rare
         if region.n_baked_changes > 1:
-            self._refuse(region, sentence)
+            self._refuse(region, str(miss))
         return Outcome.OBSERVE
 
     def _agrees(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> bool:
         """Have there been enough ordinary runs, and are the inputs where they were at the last one, or may be elsewhere?"""
         before, region.addresses = region.addresses, [data_ptr(values[n]) for n in region.inputs]
         region.n_runs += 1
-        numbers, region.numbers = region.numbers, bits_of(scalars) if region.provisional else b""
-        if before is None or region.n_runs <= RUNS or numbers != region.numbers:
+        numbers, region.numbers = region.numbers, bits_of(scalars)
+        if before is None:
+            return False
+        if numbers != region.numbers:
+            region.moved.update(changed(numbers, region.numbers))
+        if region.n_runs <= RUNS:
             return False
         apart = [n for n, a, b in zip(region.inputs, before, region.addresses, strict=True) if a != b]
         apart = [n for n in apart if n not in region.moving]
@@ -253,7 +267,9 @@ class SteadyState:
 
     def _record(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> Captured:
         table = SlotTable(len(scalars), self.device)
-        work = region.make_work(table)
+        work = region.make_work(table, frozenset(region.moved))
+        if region.provisional and region.moved and work.tail is None:
+            raise NotCaptured("Numbers that move would be baked in, and kernels that can read them are on their way.")
         moving = frozenset(region.moving)
         return Captured(region.graph, work, table, self.recorder, values, scalars, moving, self.told.moved)
 

@@ -31,21 +31,22 @@ def dead_code(graph: Graph) -> Graph:
 def needed_ops(graph: Graph) -> list[Op]:
     """The ops whose effects somebody can see. Judged by storage: a dead base may have a living view."""
     needed = {v.storage for v in graph.inputs} | {v.storage for v in graph.outputs}
-    returned = {v.id for v in graph.outputs}
-    read: set[int] = set()
+    read = {v.id for v in graph.outputs}
     kept = []
     for op in reversed(graph.ops):
-        if _is_needed(op, needed, returned, read):
+        if _is_needed(op, needed, read):
             kept.append(op)
-            needed.update(v.storage for v in op.inputs)
-            read.update(v.id for v in op.inputs)
+            for value in op.inputs:
+                needed.add(value.storage)
+                read.add(value.id)
     return kept[::-1]
 
 
-def _is_needed(op: Op, storages: set[int], returned: set[int], read: set[int]) -> bool:
-    if op.effects.random or any(s in storages for s in op.effects.writes):
+def _is_needed(op: Op, storages: set[int], read: set[int]) -> bool:
+    effects = op.effects
+    if effects.random or (effects.writes and not storages.isdisjoint(effects.writes)):
         return True
     # A view of an input shares its storage but changes nothing: needed only if it is read, which its value says.
     if op.kind is Kind.VIEW:
-        return any(v.id in returned or v.id in read for v in op.results)
+        return any(v.id in read for v in op.results)
     return any(v.storage in storages for v in op.results)

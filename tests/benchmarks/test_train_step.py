@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from benchmarks.models import make, make_batches
 from benchmarks.train_step import chart, rows, table
-from benchmarks.train_step.columns import COLUMNS, NotAvailableError
-from benchmarks.train_step.worker import steady_from
+from benchmarks.train_step.columns import COLUMNS, NotAvailableError, Program
+from benchmarks.train_step.worker import Stepper, Task, first_steps, steady_from
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -94,3 +95,11 @@ def test_the_chart_is_drawn(tmp_path: Path) -> None:
     rows.keep(source, [row("eager", 2.0, [1.0]), missing, row("kitsune", 1.0, [1.0])], CPU)
     assert chart.draw(source, tmp_path / "step.png") == f"chart in {tmp_path / 'step.png'}"
     assert (tmp_path / "step.png").stat().st_size > 0
+
+
+def test_steps_go_on_until_what_is_made_in_the_background_is_there() -> None:
+    answers = [False, False, False, True]
+    program = Program(lambda x, y: x.sum(), [(torch.ones(2), torch.ones(2))], is_ready=lambda: answers.pop(0))
+    step = Stepper(program)
+    found = first_steps(step, program, time.perf_counter(), Task("mlp", "kitsune", device="cpu", n_first=4))
+    assert not answers and len(found["first_ms"]) == len(found["losses"]) == 4

@@ -30,8 +30,9 @@ def test_calls_are_made_in_order_on_one_thread() -> None:
     paced.close()
 
 
-def test_it_rests_longer_than_it_computes() -> None:
-    paced, took = PacedThread(), Future()  # type: ignore[var-annotated]
+def measured(paced: PacedThread) -> Future[tuple[float, float]]:
+    """The seconds, and the seconds of computing, that a call takes."""
+    took: Future[tuple[float, float]] = Future()
 
     def work() -> None:
         start, cpu = time.perf_counter(), time.thread_time()
@@ -39,26 +40,57 @@ def test_it_rests_longer_than_it_computes() -> None:
         took.set_result((time.perf_counter() - start, time.thread_time() - cpu))
 
     paced.submit(work)
-    wall, cpu = took.result(SECONDS)
+    return took
+
+
+def test_it_rests_longer_than_it_computes_while_the_program_does() -> None:
+    paced = PacedThread()
+    took = measured(paced)
+    until = time.perf_counter() + SECONDS
+    while not took.done() and time.perf_counter() < until:
+        spin(100)
+    wall, cpu = took.result(0)
     assert wall > cpu * (1 + REST) * 0.7
     paced.close()
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_it_goes_on_while_nobody_else_computes(alone: bool) -> None:
+    paced, slept = PacedThread(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.background._alone", lambda: alone)
+        patch.setattr("kitsune.background.time.sleep", slept.append)
+        measured(paced).result(SECONDS)
+        paced.close()
+    assert bool(slept) is not alone and all(seconds >= REST * 0.001 for seconds in slept)
+
+
 def test_it_does_not_rest_while_somebody_waits_for_it() -> None:
-    paced, took = PacedThread(), Future()  # type: ignore[var-annotated]
+    paced, slept = PacedThread(), []
     paced.n_waiting = 1
-    slept: list[float] = []
-
-    def work() -> None:
-        spin(50_000)
-        took.set_result(None)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kitsune.background.time.sleep", slept.append)
-        paced.submit(work)
-        took.result(SECONDS)
+        measured(paced).result(SECONDS)
         paced.close()
-    assert slept and not any(slept)
+    assert not slept
+
+
+def test_what_has_a_lower_rank_is_called_first() -> None:
+    paced, made, begun, go = PacedThread(), [], threading.Event(), threading.Event()
+
+    def first() -> None:
+        begun.set()
+        go.wait(SECONDS)
+
+    done = threading.Event()
+    paced.submit(first)
+    assert begun.wait(SECONDS)
+    for rank in (1, 0, 1, 0):
+        paced.submit(lambda rank=rank: made.append(rank), rank)  # type: ignore[misc]
+    paced.submit(done.set, 2)
+    go.set()
+    assert done.wait(SECONDS) and made == [0, 0, 1, 1]
+    paced.close()
 
 
 def test_closing_ends_a_call_that_is_going_on() -> None:

@@ -90,12 +90,12 @@ def test_a_learning_rate_that_moves_is_no_new_capture() -> None:
         assert not refused and REGIONS <= captured == repeater.n_recorded < 2 * REGIONS and replayed > REGIONS * 7
 
 
-def test_without_kernels_a_number_that_moves_refuses_with_its_line() -> None:
+def test_without_kernels_what_takes_a_number_that_moves_follows_the_graph() -> None:
+    expected = train(kitsune.disable(), steps=12)
     with graphs(kernels=False):
-        train(lazily(), steps=12)
-        for reason in counts("graph_refused")[0]:
-            assert "aten." in reason and "changes from run to run" in reason and "test_capture.py" in reason
-        assert "no CUDA graph: aten._foreach" in str(kitsune.explain())
+        assert_equal(train(lazily(), steps=12), expected)
+        captured, replayed, refused = counts("captured", "replayed", "graph_refused")
+        assert not refused and REGIONS <= captured < 3 * REGIONS and replayed > REGIONS * 5
 
 
 def test_without_fuse_kernels_read_the_numbers_that_move() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kitsune
+from kitsune import running
 from kitsune.backends import Backend
 from kitsune.background import thread
 from kitsune.codegen import WorkerFailed
@@ -90,16 +91,25 @@ def cold(graphs: bool = False) -> Iterator[tuple[Workers, Repeater]]:
         if graphs:
             patch.setattr("kitsune.running.recorder_of", lambda device: repeater)
         forget()
-        yield workers, repeater
-        workers.release()
+        try:
+            yield workers, repeater
+        finally:
+            # Also of a test that fails: the next one would wait for them.
+            workers.release()
     forget()
 
 
-def planned() -> bool:
-    """Are all plans made, whatever has become of their kernels? Waits for that."""
+def idle() -> bool:
+    """Wait until the background thread has done what it was asked for."""
     done = threading.Event()
-    thread.submit(done.set)
+    thread.submit(done.set, rank=9)
     return done.wait(SECONDS)
+
+
+def planned() -> bool:
+    """Are all plans made, whatever has become of their kernels? Has them made and waits for that."""
+    kitsune.wait_for_kernels(0)
+    return idle()
 
 
 def step() -> torch.Tensor:
@@ -119,6 +129,30 @@ def test_a_region_runs_unfused_until_its_kernels_are_there() -> None:
         for n in (1, 2):
             assert torch.equal(step(), expected) and counts("kernels", "unfused", "compiling") == [n, 3, 0]
         assert not kitsune.explain().mended
+
+
+def test_only_what_comes_back_is_planned_and_after_its_capture() -> None:
+    with cold(graphs=True) as (workers, _):
+        for n in range(1, 4):
+            assert idle() and not workers.asked and counts("captured") == [0]
+            assert torch.equal(step(), chain()) and counts("unfused") == [n]
+        assert idle() and len(workers.asked) == 1 and counts("captured", "replayed") == [1, 1]
+
+
+def test_no_step_waits_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, plan = threading.Event(), running.show_plan
+
+    def slow(*given: Any) -> Any:
+        assert go.wait(SECONDS)
+        return plan(*given)
+
+    monkeypatch.setattr(running, "show_plan", slow)
+    with cold() as (workers, _):
+        workers.hold = False
+        for n in range(1, 9):
+            assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, n]
+        go.set()
+        assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), chain()) and counts("kernels") == [1]
 
 
 def test_without_workers_the_first_run_is_by_plan() -> None:

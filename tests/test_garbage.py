@@ -1,0 +1,88 @@
+"""While a context is open, the garbage collector is not set off by objects of Kitsune's."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import kitsune
+from kitsune.garbage import AFTER
+
+
+@pytest.fixture(autouse=True)
+def usual() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*before)
+
+
+def test_it_is_as_before_when_the_last_context_is_left() -> None:
+    with kitsune.accelerate(device="cpu"):
+        with kitsune.accelerate(device="cpu"):
+            assert gc.get_threshold() == (AFTER, 10, 10)
+        assert gc.get_threshold() == (AFTER, 10, 10)
+    assert gc.get_threshold() == (700, 10, 10)
+
+
+@pytest.mark.parametrize("first", [0, AFTER + 1])
+def test_a_program_that_is_more_patient_itself_is_left_alone(first: int) -> None:
+    gc.set_threshold(first, 10, 10)
+    with kitsune.accelerate(device="cpu"):
+        assert gc.get_threshold() == (first, 10, 10)
+    assert gc.get_threshold() == (first, 10, 10)
+
+
+def test_what_the_program_sets_meanwhile_stays() -> None:
+    with kitsune.accelerate(device="cpu"):
+        gc.set_threshold(500, 5, 5)
+    assert gc.get_threshold() == (500, 5, 5)
+
+
+def test_steps_set_off_no_collection_for_objects_that_die_anyway() -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(60)])
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.ones(4, 8)
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    seen: list[int] = []
+
+    def hear(phase: str, info: dict[str, int]) -> None:
+        seen.extend([info["generation"]] if phase == "start" else [])
+
+    gc.callbacks.append(hear)
+    with contextlib.ExitStack() as stack:
+        stack.callback(gc.callbacks.remove, hear)
+        with kitsune.accelerate(device="cpu"):
+            steps(8)
+            seen.clear()
+            steps(60)
+            few = len(seen)
+            # As it would be without: the count is of Kitsune's own making.
+            gc.set_threshold(700, 10, 10)
+            seen.clear()
+            steps(60)
+            assert few <= 1 < len(seen)
+
+
+def test_cycles_are_collected_in_the_end() -> None:
+    class Node:
+        pass
+
+    with kitsune.accelerate(device="cpu"):
+        node = Node()
+        node.self = node  # type: ignore[attr-defined]
+        gone = weakref.ref(node)
+        del node
+        kept = [[] for _ in range(2 * AFTER)]  # type: ignore[var-annotated]
+        assert gone() is None and kept
