@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, type_of
 from kitsune.lazy.cell import Cell, ref, serial_of
@@ -20,8 +22,16 @@ from kitsune.lazy.trie import Node
 PLAIN = (torch.Tensor, Parameter)
 # A region has one graph for each set of its values that was alive at its end.
 MAX_GRAPHS = 1024
-
-
+# Switches that composite calls of torch (attention, recurrent and batch norm layers) choose their ops by.
+_SWITCHES: Any = (
+    torch._C._get_flash_sdp_enabled,
+    torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled,
+    torch._C._get_cudnn_sdp_enabled,
+    torch._C._get_overrideable_sdp_enabled,
+    torch._C._get_mkldnn_enabled,
+    torch._C._get_cudnn_enabled,
+)
 # Those with an open context, in any thread.
 OPEN: list["Recording"] = []
 
@@ -71,6 +81,8 @@ class Recording:
         self.n_unrecorded = 0
         # Counts the times that autocast has forgotten its casts of weights.
         self.epoch = 0
+        # What `torch.set_default_device` has set, or a `with torch.device(...)` around the context.
+        self.default_device: Any = None
         self.rows: dict[int, OpRow] = {}
         # Of plain tensors that came into a region, by id: a reference, the storage's serial, what stands for them in keys. It
         # holds until somebody can have given one of them another memory or shape.
@@ -101,14 +113,29 @@ class Recording:
         self.nowhere = Region(Node(), self)
 
     def _new_region(self) -> Region:
-        # Results of factories and of int * float depend on the default dtype, and errors on whether algorithms must be
-        # deterministic, which no op shows.
-        settings = (torch.get_default_dtype(), torch.get_deterministic_debug_mode())
-        return Region(self.roots.setdefault(settings, Node()), self)
+        # Results of factories and of int * float depend on the defaults, errors on whether algorithms must be deterministic, and
+        # which ops a call makes on the libraries that may be used. No call shows it. (All of it takes 1 us.)
+        switches = tuple([switch() for switch in _SWITCHES])
+        settings = (torch.get_default_dtype(), self.default_device, torch.get_deterministic_debug_mode(), switches)
+        region = Region(self.roots.setdefault(settings, Node()), self)
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            # What a call saves goes through Python of the program's.
+            region.real, region.history = True, None
+        return region
+
+    def _device_beneath(self) -> Any:
+        """Where factories make tensors by default, if that is said beneath the lane, which does not see it."""
+        for mode in _get_current_function_mode_stack():
+            if type(mode) is DeviceContext:
+                return mode.device
+            if mode is self.lane:
+                break
+        return None
 
     def restart(self) -> None:
         """A context is entered: what a region depends on besides its ops may have changed since the last one."""
         self.forget_arrivals()
+        self.default_device = self._device_beneath()
         self.shared = self.device.type != "cpu" or threading.active_count() > 1
         if not self.region.node.depth:
             self.region = self._new_region()
