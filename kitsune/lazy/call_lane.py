@@ -92,11 +92,12 @@ class CallLane(Learner):
 
     def settle_spent(self) -> None:
         """Let autograd know which wrappers had a graph that is used up."""
-        for reference in self.spent:
+        # Taken first: to attach one makes a graph, and whatever does that comes by here.
+        spent, self.spent = self.spent, []
+        for reference in spent:
             tensor = reference()
             if tensor is not None and tensor_is_spent(tensor):
                 attach_spent(self.recorder, tensor)
-        self.spent.clear()
 
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))
