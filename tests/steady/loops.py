@@ -41,12 +41,6 @@ def deterministic() -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def repeatable() -> Iterator[None]:
-    with deterministic():
-        yield
-
-
 def graphs_of(where: str) -> Any:
     """A context in which regions are replayed there."""
     return graphs(kernels=False) if where == "replayed" else contextlib.nullcontext()

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 import kitsune
 from kitsune.config import config
 from tests._compare import difference
-from tests.steady.loops import NONE, OPTIMIZERS, WHERE, device_of, graphs_of, mlp, repeatable
+from tests.steady.loops import NONE, OPTIMIZERS, WHERE, device_of, graphs_of, mlp
 
 STEPS, BATCHES = 1000, 16
-pytestmark = pytest.mark.usefixtures(repeatable.__name__)
+pytestmark = pytest.mark.usefixtures("repeatable")
 
 
 def kept(device: str, context: Any) -> list[Tensor]:

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.config import config
-from tests.steady.loops import OPTIMIZERS, WHERE, device_of, graphs_of, mlp, repeatable
+from tests.steady.loops import OPTIMIZERS, WHERE, device_of, graphs_of, mlp
 
 TIMES = {"cpu": 400, "replayed": 400, "cuda": 10_000}
-pytestmark = pytest.mark.usefixtures(repeatable.__name__)
+pytestmark = pytest.mark.usefixtures("repeatable")
 INTS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.config import config
-from tests.steady.loops import DEVICES, NONE, OPTIMIZERS, differences, repeatable, same_masks, transformer
+from tests.steady.loops import DEVICES, NONE, OPTIMIZERS, differences, same_masks, transformer
 
 STEPS, GROWTH = 60, 7
-pytestmark = pytest.mark.usefixtures(repeatable.__name__)
+pytestmark = pytest.mark.usefixtures("repeatable")
 
 
 class Scaled:

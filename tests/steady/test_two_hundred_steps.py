@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import kitsune
 from kitsune.config import config
 from tests.runtime.backends import backend, runner
-from tests.steady.loops import DEVICES, NONE, Loop, convolutions, differences, mlp, repeatable, same_masks, transformer
+from tests.steady.loops import DEVICES, NONE, Loop, convolutions, differences, mlp, same_masks, transformer
 
 STEPS = 200
-pytestmark = pytest.mark.usefixtures(repeatable.__name__)
+pytestmark = pytest.mark.usefixtures("repeatable")
 
 LOOPS: dict[str, dict[str, Any]] = {
     "mlp": {},
@@ -99,9 +99,7 @@ def assert_as_near_as_eager(truth: Named, eager: Named, fused: Named, record: Ca
     record("tensors", len(truth))
     record("tensors that are not eager's bits", apart)
     record("worst ratio of distances to float64", max(ratios.values()))
-    print(
-        f"\n{apart} of {len(truth)} tensors are not eager's bits; distance to float64 at most {max(ratios.values()):.3f} of eager's"
-    )
+    print(f"\n{apart} of {len(truth)} tensors are not eager's bits; distance to float64 at most {max(ratios.values()):.3f} times")
     near = sum(ratio <= 1.05 for ratio in ratios.values())
     assert near >= 0.95 * len(ratios) and max(ratios.values()) <= 2, {k: v for k, v in ratios.items() if v > 1.05}
 

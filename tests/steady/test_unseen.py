@@ -1,10 +1,9 @@
-"""Things that the forward's ops do not show, changed in mid-run: the step goes the full way, the counters say so, numbers are eager's."""
+"""What the forward's ops do not show changes in mid-run: the step goes the full way, by the counters, and numbers are eager's."""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import kitsune
 from tests.runtime.checked import forget
-from tests.steady.loops import DEVICES, repeatable  # noqa: F401  (a fixture)
+from tests.steady.loops import DEVICES
 
 STEPS, CHANGED = 16, (7, 12)
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.usefixtures("repeatable")
 
 
 class Halved(torch.autograd.Function):
@@ -413,11 +412,6 @@ def run(step: Step, device: str, context: Any) -> tuple[Training, list[int]]:
             step(training, i, i in CHANGED)
             followed.append(kitsune.counters()["backwards_followed"] - before)
     return training, followed
-
-
-@pytest.fixture(autouse=True)
-def fresh(repeatable: None) -> Iterator[None]:  # noqa: F811
-    yield
 
 
 @pytest.mark.parametrize("device", DEVICES)
