@@ -291,7 +291,7 @@ def a_function_in_cpp_outside_of_the_api(t: Training, i: int, on: bool) -> None:
 
 @full
 def hooks_on_what_is_saved(t: Training, i: int, on: bool) -> None:
-    with torch.autograd.graph.saved_tensors_hooks(_packed, lambda x: x) if on else contextlib.nullcontext():
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda x: x) if on else contextlib.nullcontext():
         t.update(t.loss(i))
 
 
@@ -387,7 +387,7 @@ def a_dispatch_mode(t: Training, i: int, on: bool) -> None:
         t.notes[:] = [name for name in t.notes if "detach" not in name]
 
 
-def _packed(x: Tensor) -> Tensor:
+def packed(x: Tensor) -> Tensor:
     return x * 1.5 if x.dtype.is_floating_point else x
 
 
