@@ -84,7 +84,8 @@ def _mode_entered(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(mode: Any) -> Any:
-        open_lanes = lanes()
+        # Torch's inference for the recorder enters one too.
+        open_lanes = [lane for lane in lanes() if not lane.recorder.inferring]
         for lane in open_lanes:
             lane.lose_track()
         _here.aside = [*getattr(_here, "aside", ()), [lane for lane in open_lanes if lane.leave()]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Graph, Value, lent_memory, storage_of
+from kitsune.ir import Graph, Value, storage_of
 from kitsune.runtime.calls import call
 from kitsune.runtime.capturable import distinct, reader_of, used_inputs
 from kitsune.runtime.cuda_graph import GraphRecorder, Recorded
@@ -157,10 +157,6 @@ class Captured:
         elif op is not None:
             self._alias(op.inputs[0], values, scalars)
             call(op, values, list(scalars))
-            # The input may be a result of another region's graph, which is to move this one too before it replays.
-            memory = lent_memory(values[op.inputs[0].id])
-            if memory is not None:
-                memory.adopt(values[value.id])
 
     def _sentence(self, slot: int) -> str:
         op = reader_of(self.graph, slot)

@@ -54,5 +54,32 @@ def test_a_thousand_losses_and_activations_are_as_in_eager(fuse: bool, where: st
         assert counters["moved"] > STEPS, counters
 
 
+@pytest.mark.parametrize("where", WHERE[1:])
+def test_a_loss_that_is_detached_and_read_after_the_step_is_moved_out_of_the_way(where: str) -> None:
+    """The view is made in a region of its own, which starts nothing: the next step is replayed all the same."""
+    device, steps = device_of(where), 40
+
+    def train(context: Any) -> list[Any]:
+        torch.manual_seed(0)
+        model = mlp().to(device)
+        optimizer = OPTIMIZERS["SGD with momentum"](model.parameters())
+        x, target, found = torch.randn(8, 8, 8).to(device), torch.randint(0, 5, (8,)).to(device), []
+        with context:
+            for _ in range(steps):
+                loss = F.cross_entropy(model(x), target)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                detached = loss.detach()
+                found += [detached.item(), detached]
+        return [x.item() if isinstance(x, Tensor) else x for x in found]
+
+    expected = train(NONE)
+    with config.patch(fuse=False), graphs_of(where):
+        assert train(kitsune.accelerate(device=device)) == expected
+        counters = kitsune.counters()
+    assert counters["replayed"] >= steps - 6 and not counters["graph_missed"], counters
+
+
 # A wrapper's own name of its history may lead through the view that it was made by.
 SKIP = ("history",)

@@ -88,8 +88,6 @@ def test_the_same_state_gives_the_same_bits_each_time(optimizer: str, in_place: 
             loss = training.step()
             with kitsune.disable():
                 wrong += (training.bits(loss) != expected).any()
-            # What was looked at outside of a region cannot be moved, and would keep the next step from being replayed.
-            del loss
         counters = kitsune.counters()
     assert int(wrong) == 0, f"{int(wrong)} of {times} steps have left other bits"
     assert counters["recognised"] > 0.9 * times and counters["followed"] > 10 * times, counters
