@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,19 @@ def test_a_hook_on_an_accumulating_node_from_before_the_context(before: bool, de
         return NONE
 
     assert not any(compared(plain, device, around))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_hook_on_an_accumulating_node_that_is_held_for_some_steps(device: str) -> None:
+    def step(t: Training, i: int) -> None:
+        if i == FIRST:
+            t.held[:] = [node := t.accumulator(), node.register_prehook(t.hook())]
+        plain(t, i)
+        if i == LAST:
+            t.held.pop().remove()
+
+    followed = compared(step, device)
+    assert followed[FIRST - 1] == followed[-1] == 1 and not any(followed[FIRST : LAST + 1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -136,6 +150,18 @@ def test_a_function_mode_sees_every_call(inside: bool) -> None:
 
     followed = compared(step, "cpu", around)
     assert mode.n == 2 * STEPS and bool(followed[-1]) is inside
+
+
+def test_the_gradient_of_what_is_no_leaf_warns_in_every_step() -> None:
+    def step(t: Training, i: int) -> None:
+        hidden = t.model[0](t.xs[i])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            t.notes += [hidden.grad, len(said)]
+        t.update(t.model[1:](hidden).sum())
+
+    compared(step, "cpu")
+    assert kitsune.counters()["followed"] > STEPS
 
 
 # ---- where tensors are made, and by which library ----
