@@ -7,29 +7,26 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from kitsune.lazy.cell import Cell
-from kitsune.lazy.edges import Before, Edge, Incoming, Made, Returned, arrivals_of, path_between
-from kitsune.lazy.realize import Followed
+from kitsune.lazy.advance import arrive, place, rewrite
+from kitsune.lazy.call_keys import key_of
+from kitsune.lazy.edges import Edge, Incoming, Made, Returned
+from kitsune.lazy.realize import MADE, Followed
 from kitsune.lazy.rebuild import tensors_in
-from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
-from kitsune.lazy.trie import NOTHING
-
-NONE = object()
+from kitsune.lazy.wholes import Mark
 
 
 def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradients: list[Any], plain: bool) -> Any:
     """Take one backward: follow it, or have autograd run it. `plain`: with no option that asks for more than gradients."""
-    from kitsune.lazy.call_keys import key_of
-
     recorder = lane.recorder
     region, call = recorder.region, Incoming()
+    region.unfold()
     leaves = dict(_leaves(region))
     key = None
-    if plain and region.history is not None and not _runs_python(leaves.values()) and not lane.hooked(leaves.values()):
+    if plain and region.past is not None and not _runs_python(leaves.values()) and not lane.hooked(leaves.values()):
         named = [leaf.grad for leaf in leaves.values()]
         tree = (losses, gradients, named)
-        key = key_of(region, torch.Tensor.backward, tree, {}, (region.history, tuple(leaves), lane.modes[False]), call)
+        key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves), lane.modes[False]), call)
     if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
         edge = region.node.calls.get(key)
         numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(region.scalars)
@@ -86,8 +83,6 @@ def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
 
 
 def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], numbers: Any) -> None:
-    from kitsune.lazy.call_lane import arrive, rewrite
-
     region = recorder.region
     arrive(region, edge, list(call.fresh.items()))
     region.scalars.extend(numbers)
@@ -97,13 +92,9 @@ def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], n
     region.node = edge.node
     for number, made in edge.grads:
         leaf = leaves[number]
-        assert made is not None
-        wrapper = made.make()
-        wrapper.cell = cell = Cell(region, made.ref, made.type, made.storage)
-        region.produced.append(cell)
-        leaf.grad = wrapper
+        leaf.grad = place(region, made, made.make())
         recorder.note_leaf(leaf)
-    region.history = region.history.then(edge)
+    region.extend_past(edge)
     spend(recorder, region, edge.spent)
     recorder.tally.backwards += 1
     recorder.after_follow()
@@ -111,57 +102,39 @@ def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], n
 
 def spend(recorder: Any, region: Any, spent: frozenset[int]) -> None:
     """The graph of these calls is used up; what the program still holds of them is remembered."""
-    kept: list[Any] = []
-    gone: list[weakref.ref[LazyTensor]] = []
-    for k, debt in enumerate(region.calls):
-        if k not in spent:
-            kept.append(debt)
-            continue
-        gone += map(_spend, Followed(*debt).made)
-    region.calls = kept
-    debt = None
+    calls, gone = region.calls, []
+    for k in spent:
+        for tensor in calls[k][MADE]:
+            if tensor.cell.owed is not None:
+                tensor.cell.spent = True
+                gone.append(weakref.ref(tensor))
+    tensor = None
+    region.calls = [call for k, call in enumerate(calls) if k not in spent]
+    del calls
     recorder.lane.spent = [reference for reference in (*recorder.lane.spent, *gone) if reference() is not None]
-
-
-def _spend(tensor: LazyTensor) -> "weakref.ref[LazyTensor]":
-    tensor.cell.spent = tensor.cell.owed is not None
-    return weakref.ref(tensor)
 
 
 def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: dict[int, Any]) -> Any:
     recorder, region = lane.recorder, lane.recorder.region
-    start, first, scalars = region.node, region.node.n_values, tuple(region.scalars)
-    flat = call.flat
     before = {number: (leaf, leaf.grad) for number, leaf in leaves.items()}
-    written = Before(flat, region)
+    mark = Mark(recorder, key, call, region.scalars)
     region.real = True
-    n_unrecorded = recorder.n_unrecorded
     result = lane.made(run)
     if recorder.region is not region:
         return result
     edge = None
-    if key is not None and recorder.n_unrecorded == n_unrecorded:
-        edge = _edge(region, call, before, written, start, first, len(scalars))
-        known = start.calls.get(key)
-        if edge is not None:
-            if known is not None and known.same(edge):
-                known.sources.see(scalars, edge.scalars)
-            else:
-                edge.sources = ScalarSources(scalars, edge.scalars)
-        edge = lane.remember(start, key, edge)
-    region.history = None if edge is None or region.history is None else region.history.then(edge)
+    if key is not None and mark.kept:
+        grads = _gradients(region, before, mark.first)
+        func = torch.Tensor.backward
+        edge = lane.remember(mark.start, key, None) if grads is None else mark.learn(lane, func, grads)
+    region.extend_past(edge)
     return result
 
 
-def _edge(region: Any, call: Incoming, before: dict[int, Any], known: Before, start: Any, first: int, n: int) -> Edge | None:
-    path = path_between(start, region.node)
-    if not path:
-        return None
-    arrivals = arrivals_of(path, list(call.fresh.values()), region)
-    if arrivals is None:
-        return None
-    grads: list[tuple[int, Made | None]] = []
-    returned = Returned(None, call.flat, region, first, wrapper_maker)
+def _gradients(region: Any, before: dict[int, Any], first: int) -> list[tuple[int, Made]] | None:
+    """(leaf's value, its gradient) of every leaf that got a new one; None if that cannot be made again without the backward."""
+    grads = []
+    returned = Returned(None, [], region, first, wrapper_maker)
     for number, (leaf, grad) in before.items():
         now = leaf.grad
         if now is grad:
@@ -170,24 +143,7 @@ def _edge(region: Any, call: Incoming, before: dict[int, Any], known: Before, st
         if made is None:
             return None
         grads.append((number, made))
-    written = known.written()
-    if written is None:
-        return None
-    rewrites, bumps = written
-    return Edge(
-        node=region.node,
-        arrivals=arrivals,
-        rewrites=rewrites,
-        dirty=frozenset(storage for node in path for *_, storage in node.written),
-        bumps=bumps,
-        scalars=tuple(region.scalars[n:]),
-        moves=False,
-        structure=None,
-        form=NOTHING,
-        made=(),
-        graded=False,
-        grads=tuple(grads),
-    )
+    return grads
 
 
 def losses_of(tensors: Any, gradients: Any) -> tuple[list[Any], list[Any]] | None:

@@ -15,12 +15,12 @@ from kitsune.lazy.cell import serial_of
 from kitsune.lazy.edges import Incoming
 from kitsune.lazy.recorder import CONSTANTS, FALSE, FLOAT, TRUE
 from kitsune.lazy.recording import PLAIN
+from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
 
 AGAIN, SLICE = object(), object()
 # From this length on a list of tensors is known by the ids of its tensors: an optimizer passes the same state in every step.
 LONG = 12
-_bundles: dict[Any, Any] = {}
 
 
 def key_of(region: Any, func: Any, args: Any, kwargs: Any, modes: Any, call: Incoming) -> tuple[Any, ...]:
@@ -34,6 +34,13 @@ def key_of(region: Any, func: Any, args: Any, kwargs: Any, modes: Any, call: Inc
         key.append(name)
         _append_parts(region, (a,), call, key)
     return tuple(key)
+
+
+def with_floats(key: Any, floats: list[float], move: bool) -> Any:
+    """The key of a call that has these floats, which may `move` from call to call without making it another one."""
+    if not floats:
+        return key
+    return (key, tuple(map(kind_of if move else float.hex, floats)))
 
 
 def _append_parts(region: Any, arguments: Any, call: Incoming, key: list[Any]) -> None:
@@ -55,7 +62,7 @@ def _append_parts(region: Any, arguments: Any, call: Incoming, key: list[Any]) -
                 append(known.ref.graded if a.requires_grad else known.ref)
                 continue
             seen = arrivals.get(number)
-            if seen is not None and seen[1] not in region.storages and seen[1] not in call.fresh and seen[0]() is a:
+            if seen is not None and seen[1] not in region.storages and seen[1] not in call.fresh:
                 call.fresh[seen[1]] = a
                 append(seen[2])
             else:
@@ -94,15 +101,19 @@ def _long_part(region: Any, items: Any, call: Incoming) -> Any:
     if call.unknown or len(call.fresh) != n_fresh + len(ids) or any(type(t) not in PLAIN for t in items):
         return key
     serials = tuple(call.fresh)[n_fresh:]
-    stand_in = _bundles.setdefault(key, object())
+    stand_in = region.recorder.parts.setdefault(key, object())
     if all(p[1] is None for p in part[1:]):
-
-        def dead(_: Any) -> None:
-            bundles.pop(ids, None)
-
-        # An id is good for as long as its tensor lives.
-        bundles[ids] = (serials, stand_in, [weakref.ref(t, dead) for t in items])
+        bundles[ids] = (serials, stand_in, _while_alive(items, bundles, ids))
     return stand_in
+
+
+def _while_alive(tensors: Any, table: dict[Any, Any], number: Any) -> list[Any]:
+    """Weak references that take an entry, known by the ids of the tensors, out of the table when one of them dies."""
+
+    def dead(_: Any) -> None:
+        table.pop(number, None)
+
+    return [weakref.ref(t, dead) for t in tensors]
 
 
 def _other_part(region: Any, a: Any, cls: Any, call: Incoming) -> Any:
@@ -149,5 +160,8 @@ def _fresh(region: Any, tensor: Any, call: Incoming) -> Any:
     type_ = tensor.cell.type if lazy else type_of(tensor)
     part = (type_.at_start() if storage is None else type_, storage, graded)
     if not lazy and storage is None:
-        region.recorder.arrivals[id(tensor)] = (weakref.ref(tensor), serial, part)
+        # One object for equal parts: matchers compare by identity.
+        recorder, number = region.recorder, id(tensor)
+        part = recorder.parts.setdefault(part, part)
+        recorder.arrivals[number] = (_while_alive([tensor], recorder.arrivals, number), serial, part)
     return part

@@ -11,12 +11,13 @@ import torch
 from torch.autograd.graph import increment_version
 
 from kitsune.ir import Barrier
+from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
-from kitsune.lazy.call_keys import key_of
-from kitsune.lazy.cell import Cell
-from kitsune.lazy.edges import Before, Edge, Incoming, cell_in
-from kitsune.lazy.hands_off import ASKS, DETACHES, HARMLESS, REACHES_GRAPH, VALUES, may_write
+from kitsune.lazy.call_keys import key_of, with_floats
+from kitsune.lazy.edges import Before, Edge, Incoming
+from kitsune.lazy.hands_off import ASKS, DETACHES, HARMLESS, REACHES_GRAPH, VALUES, is_foreign, may_write
 from kitsune.lazy.learning import Learner, Sight
+from kitsune.lazy.matchers import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.tensor import LazyTensor
@@ -36,29 +37,55 @@ class CallLane(Learner):
         self.spent: list[weakref.ref[LazyTensor]] = []
         # Calls of torch's API that torch is making now.
         self.inside = 0
+        # How often in a row an optimizer's function could not be learned.
+        self.failures: dict[Any, int] = {}
+        self.known_modes: dict[Any, Any] = {}
         self.read_modes()
 
-    def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
         """Take one call of torch's API (the `__torch_function__` of the pipeline's mode)."""
-        if func in HARMLESS or self.recorder.paused:
+        recorder = self.recorder
+        region = recorder.region
+        if region.deferred is not None and func not in HARMLESS:
+            region.unfold()
+        # As in `at_sight`, which would cost 0.1 us.
+        node = region.node
+        matcher = node.matchers.get(func)
+        if matcher is not None and not recorder.paused:
+            result = matcher(self, region, node, args, kwargs)
+            if result is not MISS:
+                return result
+        if func in HARMLESS or recorder.paused:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if func in ASKS:
             return self._asked(func, args, kwargs)
         if func is torch.Tensor.backward:
             return self._backward_of_method(*args, **kwargs)
-        region, call = self.recorder.region, Incoming()
+        call = Incoming()
         modes = self.modes[torch.is_grad_enabled()]
-        key = key_of(region, func, args, kwargs, modes, call)
-        if call.floats and not self.moves.get((func, *kwargs), False):
-            key = (key, tuple(map(float.hex, call.floats)))
+        plain_key = key_of(region, func, args, kwargs, modes, call)
+        key = with_floats(plain_key, call.floats, self.moves.get((func, *kwargs), False))
         if not call.unknown and not region.slow:
             edge = region.node.calls.get(key)
             if edge is not None and edge.sights >= self.sights and self._may_follow(edge, region, func, kwargs, call):
                 if edge.plain:
                     return self.made(lambda: func(*args, **kwargs))
-                return self._follow(edge, func, args, kwargs, call, modes)
-        return self._make(func, args, kwargs, None if call.unknown else key, call, modes)
+                return self._follow(region, edge, args, kwargs, call)
+        if is_foreign(func):
+            # A library's function, which asks before it does what it likes: also with the graph.
+            self.lose_track()
+            return self.made(lambda: func(*args, **kwargs))
+        return self._make(func, args, kwargs, None if call.unknown else plain_key, call, modes)
+
+    def at_sight(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Take a call of torch's API whose matcher knows it, or return MISS."""
+        region = self.recorder.region
+        node = region.node
+        matcher = node.matchers.get(func)
+        if matcher is None or self.recorder.paused or region.deferred is not None:
+            return MISS
+        return matcher(self, region, node, args, kwargs)
 
     def _may_follow(self, edge: Edge, region: Any, func: Any, kwargs: Any, call: Incoming) -> bool:
         if edge.graded and region.real:
@@ -69,18 +96,20 @@ class CallLane(Learner):
         """Look at autocast again: it has changed."""
         device = self.recorder.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        self.modes = {graded: (graded, autocast) for graded in (False, True)}
+        # One object for each: matchers compare by identity.
+        self.modes = {graded: self.known_modes.setdefault(modes := (graded, autocast), modes) for graded in (False, True)}
 
     def stray(self, args: Any, kwargs: Any) -> bool:
         """An op comes that no call of the API has brought: may autograd know of its operands? True if it must come again."""
         region = self.recorder.region
+        region.unfold()
         if not torch.is_grad_enabled():
             return False
         tensors = tensors_in((args, kwargs))
         virtual = any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors)
         if virtual or (not region.real and any(t.requires_grad for t in tensors)):
             self.own_up(tensors)
-            region.real, region.history = True, None
+            region.real, region.past = True, None
         return virtual
 
     def lose_track(self) -> None:
@@ -88,7 +117,7 @@ class CallLane(Learner):
         if not self.inside:
             self.own_up()
             self.settle_spent()
-            self.recorder.region.real, self.recorder.region.history = True, None
+            self.recorder.region.real, self.recorder.region.past = True, None
 
     def settle_spent(self) -> None:
         """Let autograd know which wrappers had a graph that is used up."""
@@ -123,42 +152,31 @@ class CallLane(Learner):
             return self.made(run)
         return take_backward(self, run, *found, plain)
 
-    def _follow(  # noqa: C901 - the hot path: calls cost 0.1 us
-        self, edge: Edge, func: Any, args: Any, kwargs: Any, call: Incoming, modes: Any
-    ) -> Any:
-        recorder, flat = self.recorder, call.flat
-        shared = recorder.shared
-        if shared:
-            recorder.lock.acquire()
-        try:
-            region = recorder.region
-            start, dirty, undo = region.node, region.dirty, None
+    def _follow(self, region: Any, edge: Edge, args: Any, kwargs: Any, call: Incoming) -> Any:  # noqa: C901
+        recorder, flat, start = self.recorder, call.flat, region.node
+        # Before anything else: who makes objects may have others finalized, and their finalizers may end the region.
+        wrappers = [made.make() for made in edge.made]
+        with recorder.lock:
+            if recorder.region is not region or region.node is not start:
+                return self.call(edge.func, (), args, kwargs)
+            dirty, undo = region.dirty, None
             if edge.arrivals:
                 arrive(region, edge, list(call.fresh.items()))
             if edge.scalars:
                 region.scalars.extend(call.floats if edge.moves else edge.scalars)
             if edge.dirty:
                 undo = rewrite(region, edge, flat)
-            wrappers = []
-            for made in edge.made:
-                wrapper = made.make()
-                wrapper.cell = cell = Cell(region, made.ref, made.type, made.storage)
-                region.produced.append(cell)
-                if made.graded is not None:
-                    cell.owed = made
-                wrappers.append(wrapper)
+            for made, wrapper in zip(edge.made, wrappers, strict=True):
+                place(region, made, wrapper)
             region.node = edge.node
             if edge.graded:
-                region.history = region.history.then(edge)
-                region.calls.append((edge, start, func, args, kwargs, flat, wrappers, undo, dirty, modes, recorder.epoch))
+                region.past.append(edge)
+                region.calls.append((edge, args, kwargs, flat, wrappers, undo, dirty, recorder.epoch))
             if edge.bumps:
                 increment_version([flat[k] for k in edge.bumps])
             recorder.tally.followed += 1
             if edge.node.full:
                 recorder.flush(Barrier.BOUND)
-        finally:
-            if shared:
-                recorder.lock.release()
         if edge.form == ONE:
             return wrappers[0]
         if edge.form == SELF:
@@ -194,21 +212,25 @@ class CallLane(Learner):
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         result = self.made(lambda: func(*args, **kwargs))
-        if not graded and any(t.requires_grad for t in tensors_in(result) if not any(t is known for known in flat)):
+        known = set(map(id, flat))
+        if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.
-            recorder.region.real, recorder.region.history = True, None
+            recorder.region.real, recorder.region.past = True, None
         if recorder.region is not region:
             return result
         edge = None
-        if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.history is None):
-            edge = self.learn(key, func, kwargs, Sight(call, start, first, n_scalars, before, result))
+        if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.past is None):
+            edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result))
+            if edge is not None and edge.sights >= self.sights:
+                self.know_by_heart(edge, key, args, kwargs)
         if graded:
-            region.history = None if edge is None or region.history is None else region.history.then(edge)
+            region.extend_past(edge)
         return result
 
     def own_up(self, tensors: Any = ()) -> None:
         """From here on autograd is to know of every call so far."""
         region = self.recorder.region
+        region.unfold()
         if region.calls:
             self.inside += 1
             try:
@@ -219,35 +241,3 @@ class CallLane(Learner):
         for tensor in tensors:
             if tensor_is_spent(tensor):
                 attach_spent(self.recorder, tensor)
-
-
-def rewrite(region: Any, edge: Edge, flat: list[Any]) -> list[tuple[Cell, Any]]:
-    """Let the tensors that a call writes stand for what they are afterwards; returns what they stood for."""
-    undo = []
-    for k, after in edge.rewrites:
-        cell = cell_in(flat[k], region)
-        assert cell is not None
-        undo.append((cell, cell.ref))
-        cell.ref = after
-    # A new set: those of earlier calls keep theirs, in case they are made again.
-    region.dirty = region.dirty | edge.dirty
-    return undo
-
-
-def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]]) -> None:
-    """Let the tensors in that a call brings along."""
-    plain, inputs, storages = region.plain, region.inputs, region.storages
-    for k, number, type_, storage, graded in edge.arrivals:
-        serial, tensor = fresh[k]
-        storages[serial] = storage
-        if type(tensor) is LazyTensor:
-            cell = tensor.cell
-            inputs.append((number.id, cell.real))
-            cell.region, cell.ref, cell.storage = region, number, storage
-        else:
-            cell = plain[id(tensor)] = Cell(region, number, type_, storage)
-            cell.real = tensor
-            inputs.append((number.id, tensor))
-            if graded:
-                region.recorder.note_leaf(tensor)
-        cell.external, cell.came = True, number

@@ -62,15 +62,17 @@ class Cell:
 
     __slots__ = ("came", "external", "owed", "real", "ref", "region", "spent", "storage", "type")
 
-    def __init__(self, region: Any, ref: Ref, type: TensorType, storage: int) -> None:
+    def __init__(
+        self, region: Any, ref: Ref, type: TensorType, storage: int, real: torch.Tensor | None = None, came: Ref | None = None
+    ) -> None:
         self.region = region
         self.ref = ref
         self.storage = storage
         self.type = type
-        self.real: torch.Tensor | None = None
+        self.real = real
         # Came into the region from outside, as value `came`; not a result of one of its ops.
-        self.external = False
-        self.came: Ref | None = None
+        self.external = came is not None
+        self.came = came
         # Set while autograd does not know that the tensor has a history; and is that one used up?
         self.owed: Any = None
         self.spent = False

@@ -16,22 +16,6 @@ from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import GENERAL, NOTHING, ONE, SELF, Node
 
 
-class History:
-    """The calls so far, in this region, that autograd made nodes for; one object for each such sequence."""
-
-    __slots__ = ("after",)
-
-    def __init__(self) -> None:
-        self.after: dict[Any, History] = {}
-
-    def then(self, edge: Any) -> "History":
-        """What this becomes with one more call."""
-        found = self.after.get(edge)
-        if found is None:
-            found = self.after[edge] = History()
-        return found
-
-
 class Incoming:
     """What a call brings along: its tensors in order, those that are new to the region, its moving numbers."""
 
@@ -61,7 +45,7 @@ class Made:
 
 @dataclass(slots=True, eq=False)
 class Edge:
-    """A call at one place of a region.
+    """A call at one place of a region: `func`, made under `modes`, leads from the node `start` to `node`.
 
     `arrivals` are (position among the fresh tensors, value, type, storage, does it collect a gradient); `rewrites` (position
     among all tensors, value afterwards); `bumps` the positions of the plain tensors that it writes, once for each write.
@@ -69,6 +53,9 @@ class Edge:
     becomes of its gradient) after a backward.
     """
 
+    start: Node
+    func: Any
+    modes: Any
     node: Node
     arrivals: tuple[tuple[int, Ref, TensorType, int, bool], ...]
     rewrites: tuple[tuple[int, Ref], ...]
@@ -80,12 +67,12 @@ class Edge:
     form: int
     made: tuple[Made, ...]
     graded: bool
-    grads: tuple[tuple[int, Made | None], ...] = ()
+    grads: tuple[tuple[int, Made], ...] = ()
     # What it does was not recorded: it is made for real each time, which no gradient needs to know.
     plain: bool = False
     sights: int = 0
-    # How often it turned out to do something else.
-    restarts: int = 0
+    # Has it a matcher, and does that take any floats?
+    free_matcher: bool | None = None
     # Of a backward: which of the calls before it lead to its loss, once known.
     spent: Any = None
     # Of a backward: where its numbers come from.

@@ -1,6 +1,8 @@
 """Ways to the autograd graph that calls of torch's API do not show: while a call lane is open, they tell it first."""
 
 import functools
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitsune.lazy.call_lane import CallLane
+from kitsune.lazy.matchers import MISS
+from kitsune.lazy.update_lists import make_lists
+from kitsune.lazy.updates import take_update
 
 _here = threading.local()
 _originals: list[tuple[Any, str, Any]] = []
@@ -130,6 +135,45 @@ def _modes(original: Any) -> Any:
     return door
 
 
+def _lists(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(self: Any, group: Any, *lists: Any) -> Any:
+        if not lanes():
+            return original(self, group, *lists)
+        with torch._C.DisableTorchFunction():
+            return make_lists(lanes()[-1].recorder, original, self, group, lists)
+
+    return door
+
+
+def _update(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        lane = _on_top()
+        return original(*args, **kwargs) if lane is None else take_update(lane, original, args, kwargs)
+
+    return door
+
+
+def _on_top() -> CallLane | None:
+    """The lane that the next call of torch's API would come to."""
+    n = torch._C._len_torch_function_stack()
+    mode = torch._C._get_function_stack_at(n - 1) if n and torch._C._is_torch_function_mode_enabled() else None
+    return mode if isinstance(mode, CallLane) else None
+
+
+def _python_calls(original: Any) -> Any:
+    """torch's functions in Python come to a mode by 4 us of Python, which a call that is known can do without."""
+
+    @functools.wraps(original)
+    def door(public_api: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
+        lane = _on_top()
+        result = MISS if lane is None else lane.at_sight(public_api, args, kwargs)
+        return original(public_api, relevant_args, *args, **kwargs) if result is MISS else result
+
+    return door
+
+
 def _quiet(original: Any) -> Any:
     """It reads and sets gradients by the hundred, at 1 us each while calls are looked at."""
 
@@ -138,6 +182,17 @@ def _quiet(original: Any) -> Any:
         if not lanes():
             return original(*args, **kwargs)
         with torch._C.DisableTorchFunction():
+            return original(*args, **kwargs)
+
+    return door
+
+
+def _unseen(original: Any) -> Any:
+    """Marks for a profiler, one at each optimizer's step: as calls and ops they would cost 90 us each."""
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             return original(*args, **kwargs)
 
     return door
@@ -161,6 +216,15 @@ def _doors() -> Iterator[Door]:
     yield torch.nn.Module, "zero_grad", _quiet
     for optimizer in vars(torch.optim).values():
         if isinstance(optimizer, type) and "_init_group" in vars(optimizer):
-            yield optimizer, "_init_group", _quiet
+            # The update is a function named like the module that both are in.
+            module = sys.modules[optimizer._init_group.__module__]  # type: ignore[attr-defined]
+            yield optimizer, "_init_group", _lists
+            name = module.__name__.rpartition(".")[2]
+            if inspect.isfunction(getattr(module, name, None)):
+                yield module, name, _update
+    for functions in (torch.functional, torch.nn.functional):
+        yield functions, "handle_torch_function", _python_calls
+    yield torch.autograd.profiler.record_function, "__enter__", _unseen
+    yield torch.autograd.profiler.record_function, "__exit__", _unseen
     for scripted in ("ScriptFunction", "ScriptMethod"):
         yield getattr(torch._C, scripted), "__call__", _lost_track

@@ -68,6 +68,13 @@ REACHES_GRAPH = frozenset(
 )
 
 
+def is_foreign(func: object) -> bool:
+    """Is this not torch's own? A library's function may ask as torch's do before it does anything."""
+    module = getattr(func, "__module__", None)
+    # A door of ours goes by the name of what it stands before.
+    return isinstance(module, str) and module.partition(".")[0] not in ("torch", "kitsune")
+
+
 def may_write(func: object) -> bool:
     """Does a function write its first argument, by its name?"""
     name = getattr(func, "__name__", "")

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from kitsune.lazy.call_keys import with_floats
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between
+from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.node_hooks import NodeHooks
 from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
@@ -18,9 +20,10 @@ from kitsune.lazy.trie import NOTHING, SELF, Node
 
 @dataclass(slots=True)
 class Sight:
-    """A call that was made: what it brought, where the region was, what was known of its operands, and what it returned."""
+    """A call that was made: what it brought, under what, where the region was, what was known of its operands, its result."""
 
     call: Incoming
+    modes: Any
     start: Node
     first: int
     n_scalars: int
@@ -50,17 +53,14 @@ class Learner:
     def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         """Note what a call did that was made for real; returns what is known of it by now."""
         call, start = sight.call, sight.start
-        edge = self._edge(kwargs, sight)
-        if edge is not None and call.floats:
+        edge = self._edge(func, kwargs, sight)
+        if call.floats:
             name = (func, *kwargs)
-            if name not in self.moves:
-                self.moves[name] = edge.moves
-                key = key[0] if edge.moves else key
-            elif self.moves[name] and not edge.moves:
+            if edge is not None and not (edge.moves and self.moves.setdefault(name, True)):
                 self.moves[name] = False
-                return None
+            key = with_floats(key, call.floats, self.moves.get(name, False))
             known = start.calls.get(key)
-            if known is not None and known.moves and known.floats != edge.floats and known.same(edge):
+            if edge is not None and known is not None and known.moves and known.floats != edge.floats and known.same(edge):
                 self.proven.add(name)
         return self.remember(start, key, edge)
 
@@ -69,6 +69,7 @@ class Learner:
         region = self.recorder.region
         if not region.calls:
             return False
+        region.unfold()
         operands = [t for debt in region.calls for t in Followed(*debt).flat]
         read = {cell.storage for t in operands if (cell := cell_in(t, region)) is not None}
         return any(_storage_in(t, region) in read for t in written)
@@ -76,25 +77,41 @@ class Learner:
     def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:
         """Note what a call did; returns what is known of it by now."""
         known: Edge | None = start.calls.get(key)
-        if edge is None:
+        if edge is None or (known is not None and not known.same(edge)):
+            # Something else than last time.
             start.calls.pop(key, None)
+            start.matchers.clear()
+            known = None
+        if edge is None:
             return None
-        if known is None or not known.same(edge):
-            # Something else than last time: it begins anew, a few times.
-            edge.restarts = 0 if known is None else known.restarts + 1
+        if known is None:
             start.calls[key] = known = edge
         known.floats = edge.floats
         known.sights += 1
         return known
 
-    def _edge(self, kwargs: Any, sight: Sight) -> Edge | None:
+    def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> None:
+        """Make the matcher of an edge that may be followed, which any floats may come with if they were proven to move."""
+        start, func = edge.start, edge.func
+        name = (func, *kwargs)
+        free = edge.moves and name in self.proven
+        if edge.free_matcher is free:
+            return
+        edge.free_matcher = free
+        matcher = matcher_for(edge, key, args, kwargs, self.moves if free else None)
+        if matcher is not None:
+            known = start.matchers.get(func)
+            # Two calls at one place: a GAN's real and false batch. More are left to their keys.
+            start.matchers[func] = matcher if known is None else either(matcher, known)
+
+    def _edge(self, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         region, call, flat = self.recorder.region, sight.call, sight.call.flat
         path = path_between(sight.start, region.node)
         if path is None:
             return None
         returned = Returned(sight.result, flat, region, sight.first, wrapper_maker)
         if not path and not any(_has_history(t) for t in (*flat, *tensors_in(sight.result))):
-            return _plain_edge(region.node)
+            return _plain_edge(func, sight, region.node)
         # Without an op, a call may give back what it was given: `contiguous()`.
         if not path and not (returned.fits and returned.form == SELF):
             return None
@@ -108,8 +125,11 @@ class Learner:
         storages = {cell.storage for t in flat if (cell := cell_in(t, region)) is not None}
         if any(made.storage in storages and made.graded is None for made in returned.made):
             # A view shares its base's count of writes, which only autograd's own kernels can bring about.
-            return None if returned.graded or dirty else _plain_edge(region.node)
+            return None if returned.graded or dirty else _plain_edge(func, sight, region.node)
         return Edge(
+            start=sight.start,
+            func=func,
+            modes=sight.modes,
             node=region.node,
             arrivals=arrivals,
             rewrites=rewrites,
@@ -143,5 +163,5 @@ def _in_order(kwargs: Any) -> bool:
     return sum(type(a) is float for a in kwargs.values()) < 2
 
 
-def _plain_edge(node: Any) -> Edge:
-    return Edge(node, (), (), frozenset(), (), (), False, None, NOTHING, (), False, plain=True)
+def _plain_edge(func: Any, sight: Sight, node: Node) -> Edge:
+    return Edge(sight.start, func, sight.modes, node, (), (), frozenset(), (), (), False, None, NOTHING, (), False, plain=True)

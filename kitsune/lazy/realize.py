@@ -4,7 +4,8 @@ The wrappers that the program holds of them are handed to autograd as results, s
 """
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +22,19 @@ from kitsune.lazy.trie import Node
 
 @dataclass(slots=True)
 class Followed:
-    """A call that was followed: from which node, with what, what it gave, and what it changed of its operands' cells."""
+    """A call that was followed: with what, what it gave, and what it changed of its operands' cells."""
 
     edge: Edge
-    start: Node
-    func: Any
     args: Any
     kwargs: Any
-    flat: list[Any]
-    made: list[LazyTensor]
+    flat: Sequence[Any]
+    made: Sequence[LazyTensor]
     undo: list[tuple[Cell, Any]] | None
     dirty: set[int]
-    modes: Any
     epoch: int
 
 
+MADE = [field.name for field in dataclasses.fields(Followed)].index("made")
 # Not the name in torch, which is watched.
 _clear_casts = torch.clear_autocast_cache
 TWICE = (
@@ -55,7 +54,7 @@ class Walk:
 
     def begin(self, call: Followed) -> None:
         """From here on the ops of this call come."""
-        path = path_between(call.start, call.edge.node)
+        path = path_between(call.edge.start, call.edge.node)
         assert path is not None
         path.reverse()
         self.path = path
@@ -112,7 +111,7 @@ def realize(recorder: Any, region: Any) -> None:
                     if tensor_is_spent(tensor):
                         attach_spent(recorder, tensor)
                 with versions_kept([t for t in call.flat if type(t) is not LazyTensor]):
-                    hand_over(call.func(*call.args, **call.kwargs), call)
+                    hand_over(call.edge.func(*call.args, **(call.kwargs or {})), call)
     finally:
         recorder.walk, recorder.hook = None, hook
         region.dirty = now
@@ -199,7 +198,7 @@ def _modes(recorder: Any) -> Iterator[Any]:
         if epoch and epoch[0] != call.epoch:
             _clear_casts()
         epoch[:] = [call.epoch]
-        _, autocast = call.modes
+        _, autocast = call.edge.modes
         torch.set_autocast_enabled(device, autocast is not None)
         if autocast is not None:
             torch.set_autocast_dtype(device, autocast)

@@ -1,5 +1,6 @@
 """Walks over arguments and results: nested lists, tuples and dicts of tensors and constants."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def replace_tensors(tree: Any, by_id: dict[int, Any]) -> Any:
     return tree
 
 
-def fill(structure: Any, results: list[Any], operands: list[Any]) -> Any:
+def fill(structure: Any, results: Sequence[Any], operands: Sequence[Any]) -> Any:
     """A return value from its structure."""
     if isinstance(structure, Result):
         return results[structure.index]

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from kitsune.ir import Barrier, OpRow
 from kitsune.lazy.at_once import pass_through
 from kitsune.lazy.cell import Cell, serial_of
+from kitsune.lazy.constants import MOVES, UNKNOWN, constant
 from kitsune.lazy.first_sight import Call, first_sight
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
@@ -216,11 +217,23 @@ class Recorder(Recording):
         first = args[0] if args else None
         if row.functional is not None and row.barrier is not Barrier.PAUSED and type(first) is LazyTensor:
             return self._reshape(row, args, kwargs)
+        if row.barrier is Barrier.ITEM:
+            return self._item(row, args, kwargs)
         if row.barrier is not None:
             return pass_through(self, row, args, kwargs, row.barrier)
         if row.is_view:
             return pass_through(self, row, args, kwargs, Barrier.INPUT_VIEW) if self._only_comes_in(first) else RECORD
         return pass_through(self, row, args, kwargs, Barrier.HOST_SCALAR) if self._is_host_counter(args) else RECORD
+
+    def _item(self, row: OpRow, args: Any, kwargs: Any) -> Any:
+        """A value is asked for: what is pending must run, unless the value is the same in every step."""
+        node, found = self.region.node, constant(self.region, row, args, kwargs)
+        if found is not UNKNOWN and found is not MOVES:
+            return found
+        result = pass_through(self, row, args, kwargs, Barrier.ITEM)
+        if found is UNKNOWN:
+            node.constants[row, args[0].cell.ref] = result
+        return result
 
     def _only_comes_in(self, tensor: Any) -> bool:
         """Is this a tensor from outside the region, which the region has not written and which needs no gradient?"""

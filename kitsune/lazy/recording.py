@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, type_of
 from kitsune.lazy.cell import Cell, ref, serial_of
-from kitsune.lazy.edges import History
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.region import Region, is_strided, living
+from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
@@ -22,16 +20,8 @@ from kitsune.lazy.trie import Node
 PLAIN = (torch.Tensor, Parameter)
 # A region has one graph for each set of its values that was alive at its end.
 MAX_GRAPHS = 1024
-# Switches that composite calls of torch (attention, recurrent and batch norm layers) choose their ops by.
-_SWITCHES: Any = (
-    torch._C._get_flash_sdp_enabled,
-    torch._C._get_mem_efficient_sdp_enabled,
-    torch._C._get_math_sdp_enabled,
-    torch._C._get_cudnn_sdp_enabled,
-    torch._C._get_overrideable_sdp_enabled,
-    torch._C._get_mkldnn_enabled,
-    torch._C._get_cudnn_enabled,
-)
+
+
 # Those with an open context, in any thread.
 OPEN: list["Recording"] = []
 
@@ -89,6 +79,10 @@ class Recording:
         self.arrivals: dict[int, Any] = {}
         # The same for long lists, as optimizers pass: (serials, what stands for the list, references) by the tensors' ids.
         self.bundles: dict[tuple[int, ...], Any] = {}
+        # What optimizers made of their groups.
+        self.group_lists: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        # One object for each part of a key that those two know.
+        self.parts: dict[Any, Any] = {}
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
         self.forget()
@@ -107,48 +101,34 @@ class Recording:
         # Ops that once returned something else than their key promised: never recorded again.
         self.unstable: set[Any] = set()
         self.n_nodes = 0
-        self.beginning = History()
+        self.forget_arrivals()
+        self.parts.clear()
         self.region = self._new_region()
         # The region of wrappers that were made around a tensor that was there already.
         self.nowhere = Region(Node(), self)
 
     def _new_region(self) -> Region:
-        # Results of factories and of int * float depend on the defaults, errors on whether algorithms must be deterministic, and
-        # which ops a call makes on the libraries that may be used. No call shows it. (All of it takes 1 us.)
-        switches = tuple([switch() for switch in _SWITCHES])
-        settings = (torch.get_default_dtype(), self.default_device, torch.get_deterministic_debug_mode(), switches)
-        region = Region(self.roots.setdefault(settings, Node()), self)
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            # What a call saves goes through Python of the program's.
-            region.real, region.history = True, None
+        region = Region(self.roots.setdefault((self.default_device, *settings()), Node()), self)
+        if saves_through_python():
+            region.real, region.past = True, None
         return region
-
-    def _device_beneath(self) -> Any:
-        """Where factories make tensors by default, if that is said beneath the lane, which does not see it."""
-        for mode in _get_current_function_mode_stack():
-            if type(mode) is DeviceContext:
-                return mode.device
-            if mode is self.lane:
-                break
-        return None
 
     def restart(self) -> None:
         """A context is entered: what a region depends on besides its ops may have changed since the last one."""
         self.forget_arrivals()
-        self.default_device = self._device_beneath()
+        self.default_device = device_beneath(self.lane)
         self.shared = self.device.type != "cpu" or threading.active_count() > 1
         if not self.region.node.depth:
             self.region = self._new_region()
 
     def settled(self, real: torch.Tensor) -> LazyTensor:
         """A wrapper of a tensor that is already there."""
-        cell = Cell(self.nowhere, ref(0), type_of(real), -1)
-        cell.real = real
-        return wrap(cell)
+        return wrap(Cell(self.nowhere, ref(0), type_of(real), -1, real))
 
     def is_pending(self, tensor: Any) -> bool:
         """Would reading the tensor's memory now give another value than after the region?"""
         region = self.region
+        region.unfold()
         if type(tensor) is LazyTensor:
             cell = tensor.cell
             if cell.region is region:
@@ -158,6 +138,7 @@ class Recording:
 
     def takes_part(self, tensor: Any) -> bool:
         """Does the region read or write the tensor's memory?"""
+        self.region.unfold()
         if type(tensor) is LazyTensor:
             if tensor.cell.region is self.region:
                 return True
@@ -179,6 +160,7 @@ class Recording:
     def materialize(self, cell: Cell, cause: Barrier) -> torch.Tensor:
         """The computed tensor of a cell, whose region ends if it is still open."""
         with self.lock:
+            self.region.unfold()
             if cell.region is self.region and (not cell.external or cell.storage in self.region.dirty):
                 self.flush(cause)
             elif cell.real is not None:
@@ -195,12 +177,14 @@ class Recording:
         """A tensor may have another memory or shape than when it last came in."""
         self.arrivals.clear()
         self.bundles.clear()
+        self.group_lists.clear()
 
     def note_leaf(self, tensor: torch.Tensor) -> None:
         """A leaf came in, or got a gradient."""
-        known = self.leaves.get(id(tensor))
-        if known is None or known() is not tensor:
-            self.leaves[id(tensor)] = weakref.ref(tensor)
+        number, leaves = id(tensor), self.leaves
+        if number not in leaves:
+            # Another tensor may get the id of one that is gone.
+            leaves[number] = weakref.ref(tensor, lambda _: leaves.pop(number, None))
 
     def take_leaves(self) -> list[torch.Tensor]:
         """The leaves that came in since the last call and are still alive."""
@@ -262,8 +246,15 @@ class Recording:
         live = tuple(sorted({cell.ref.id for cell in cells}))
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
+        for cell in region.plain.values():
+            values[cell.came.id] = cell.real  # type: ignore[union-attr]
         for number, tensor in region.inputs:
             values[number] = tensor
+        if region.deferred is not None:
+            edge, call = region.deferred
+            fresh = list(call.fresh.values())
+            for k, number, *_ in edge.arrivals:
+                values[number.id] = fresh[k] if type(fresh[k]) is not LazyTensor else fresh[k].cell.real
         self.running = True
         try:
             self.run(self._graph(region.node, live), values, region.scalars)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier, TensorType, type_of
+from kitsune.lazy.advance import arrive, rewrite
 from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
@@ -18,14 +19,15 @@ class Region:
     __slots__ = (
         "admitted",
         "calls",
+        "deferred",
         "device",
         "dirty",
         "error",
-        "history",
         "inputs",
         "node",
         "observed_from",
         "odd",
+        "past",
         "plain",
         "produced",
         "real",
@@ -42,6 +44,7 @@ class Region:
         # id(tensor) -> cell. The cell holds the tensor, so the id stays its own while the region is open.
         self.plain: dict[int, Cell] = {}
         self.storages: dict[int, int] = {}
+        # (value, tensor) of the wrappers that came in.
         self.inputs: list[tuple[int, torch.Tensor]] = []
         # Every new value; that of a wrapper which is gone is told by its reference count (`living`).
         self.produced: list[Cell] = []
@@ -55,11 +58,13 @@ class Region:
         self.odd: Barrier | None = None
         # Set with `odd` and `observed_from`: a known op is not to be taken on sight.
         self.slow = False
-        # Calls that were followed and still lack their place in the autograd graph; which calls made a graph so far, None if
-        # that is not known; and whether any of them was made for real, so that autograd has nodes.
+        # Calls that were followed and still lack their place in the autograd graph; all calls so far that have made a graph,
+        # None if they are not known; and whether any of them was made for real, so that autograd has nodes.
         self.calls: list[Any] = []
-        self.history: Any = recorder.beginning
+        self.past: list[Any] | None = []
         self.real = False
+        # An update that was followed (its edge and what it brought), of which the region's tensors do not know yet.
+        self.deferred: Any = None
         # What went wrong when the region was run: its values were never computed.
         self.error: BaseException | None = None
 
@@ -89,6 +94,7 @@ class Region:
             cell.region, cell.ref, cell.storage, cell.external, cell.came = before
 
         key, cell.ref, cell.storage = self._number(real, cell.type, undo)
+        self.inputs.append((cell.ref.id, real))
         cell.region, cell.external, cell.came = self, True, cell.ref
         return key
 
@@ -100,8 +106,7 @@ class Region:
             return None
         type_ = type_of(tensor)
         key, number, storage = self._number(tensor, type_, lambda: self.plain.pop(id(tensor), None))
-        cell = self.plain[id(tensor)] = Cell(self, number, type_, storage)
-        cell.real, cell.external, cell.came = tensor, True, number
+        self.plain[id(tensor)] = Cell(self, number, type_, storage, tensor, number)
         if tensor.requires_grad and tensor.is_leaf:
             self.recorder.note_leaf(tensor)
         return key
@@ -118,6 +123,20 @@ class Region:
         del self.scalars[self.node.n_scalars :]
         self.odd, self.slow = None, self.observed_from is not None
 
+    def unfold(self) -> None:
+        """Let the tensors of the region know of the update that was followed: somebody asks for them after all."""
+        if self.deferred is not None:
+            (edge, call), self.deferred = self.deferred, None
+            arrive(self, edge, list(call.fresh.items()))
+            rewrite(self, edge, call.flat)
+
+    def extend_past(self, edge: Any) -> None:
+        """A call has made a graph; None if it is not known which."""
+        if edge is None or self.past is None:
+            self.past = None
+        else:
+            self.past.append(edge)
+
     def release(self) -> None:
         """The region has ended. Its inputs hold it and it holds them: without this only the garbage collector frees a batch."""
         self.plain.clear()
@@ -125,6 +144,7 @@ class Region:
         self.produced.clear()
         self.admitted.clear()
         self.calls.clear()
+        self.deferred = None
 
     def is_target(self, device: torch.device) -> bool:
         """Is this the device that is recorded for?"""
@@ -141,7 +161,6 @@ class Region:
         if storage is None:
             storage = self.storages[serial] = self.n_storages()
         number = ref(self.node.n_values + len(self.admitted))
-        self.inputs.append((number.id, tensor))
         self.admitted.append((number.id, type_, storage, undo))
         return key, number, storage
 

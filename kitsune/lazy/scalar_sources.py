@@ -9,6 +9,13 @@ def same(a: float, b: float) -> bool:
     return (a == b and (a != 0 or copysign(1, a) == copysign(1, b))) or (a != a and b != b)
 
 
+def kind_of(number: float) -> str:
+    """What a function may look at to do something else, as dropout with 0.0 does: another kind is another call."""
+    if number in (0, 1):
+        return repr(number)
+    return "more" if number > 0 else "less" if number < 0 else "nan"
+
+
 class ScalarSources:
     """What is known of the numbers `made` by a backward, given the numbers `before` it in its region.
 

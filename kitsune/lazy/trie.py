@@ -56,6 +56,10 @@ class Node:
     children: dict[Any, "Node"] = field(default_factory=dict)
     # Whole calls of torch's API that begin here, by key; see `edges.py`.
     calls: dict[Any, Any] = field(default_factory=dict)
+    # What reads of its values gave that are the same each time; see `constants.py`.
+    constants: dict[Any, Any] = field(default_factory=dict)
+    # What takes the call of a function that has come most often; see `matchers.py`.
+    matchers: dict[Any, Any] = field(default_factory=dict)
 
     def path(self) -> list["Node"]:
         """The nodes from the region's first op to this one."""

@@ -70,9 +70,11 @@ class Tally:
         self.missed_graphs: Counter[str] = Counter()
         self.refused_graphs: Counter[str] = Counter()
         self.recognised = 0
-        # Calls of torch's API, and backwards, that were followed; how often followed calls were made again for their graph.
+        # Calls of torch's API, backwards and optimizers' updates that were followed; how often followed calls were made
+        # again for their graph.
         self.followed = 0
         self.backwards = 0
+        self.updates = 0
         self.realized = 0
         # Steps that the gate left to eager, how often it looked again, and what it decided, as sentences.
         self.gate_left = 0
@@ -159,6 +161,7 @@ class Tally:
             "recognised": self.recognised,
             "followed": self.followed,
             "backwards_followed": self.backwards,
+            "updates_followed": self.updates,
             "realized": self.realized,
             "captured": self.n_captured,
             "replayed": self.n_replayed,

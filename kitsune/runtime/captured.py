@@ -12,7 +12,7 @@ from kitsune.ir import Graph, Value, storage_of
 from kitsune.runtime.calls import call
 from kitsune.runtime.capturable import distinct, reader_of, used_inputs
 from kitsune.runtime.cuda_graph import GraphRecorder, Recorded
-from kitsune.runtime.lent_outputs import OutputMemory, output_memories
+from kitsune.runtime.lent_outputs import Lent
 from kitsune.runtime.places import Places
 from kitsune.runtime.slots import SlotTable, WatchedNumbers
 
@@ -108,7 +108,7 @@ class Captured:
         if any(storage_of(tensor)._cdata in taken for tensor in outputs.values()):
             self._recorded.destroy()
             raise NotCaptured("An operator of the region returned its operand instead of a new tensor.")
-        self._memories: list[OutputMemory] = output_memories(outputs, moved)
+        self._lent = Lent(outputs, moved)
         self._recorded.outputs = []
         self._work.finish()
 
@@ -124,9 +124,8 @@ class Captured:
         for n, bits in self.baked.items():
             if struct.pack("d", scalars[n]) != bits:
                 raise NumberChanged(self._sentence(n))
-        for memory in self._memories:
-            if not memory.release():
-                raise OutputsHeld("somebody holds a view of a result of the replay before")
+        if not self._lent.release():
+            raise OutputsHeld("somebody holds a view of a result of the replay before")
         self.table.set(scalars)
         for n, target in zip(self._copied, self._targets, strict=True):
             target.copy_(distinct(values[n]), non_blocking=True)
@@ -135,8 +134,7 @@ class Captured:
             self._alias(value, values, scalars)
         self._recorded.replay()
         self.n_replays += 1
-        for memory in self._memories:
-            memory.hand_out(values)
+        self._lent.hand_out(values)
 
     def _take_few(self, values: list[Any]) -> list[Any]:
         return [values[n] for n in self._fixed]
@@ -144,7 +142,7 @@ class Captured:
     def destroy(self) -> None:
         """Let go of the graph; what others hold of its outputs stays."""
         self._recorded.destroy()
-        self._memories.clear()
+        self._lent.memories.clear()
 
     def _alias(self, value: Value, values: list[Any], scalars: Sequence[float]) -> None:
         """The tensor of an output that lies in an input's memory."""

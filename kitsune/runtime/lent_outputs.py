@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -12,53 +13,54 @@ from kitsune.ir import Graph, lent_memory, mark_lent, storage_of
 # A tensor with a version counter of its own over the same memory; it does not go through the dispatcher.
 _alias = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 _count = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+_use_count = torch._C.TensorBase._use_count  # type: ignore[attr-defined]
 _NO_COUNT = DispatchKeySet(DispatchKey.ADInplaceOrView)
 SERIAL = "_kitsune_serial"
 
 
 class OutputMemory:
-    """One storage of outputs. `hand_out` makes tensors on it for their holders; `release` moves those that are still held."""
+    """One storage of outputs. `lent` has, by value number, the tensors that are handed out at each replay, those on this storage
+    among others; `release` moves those of this storage that are still held."""
 
-    def __init__(self, outputs: dict[int, torch.Tensor], moved: Callable[[int], None]) -> None:
-        # By value number: never given to anybody, so that they count the storage's use and keep its geometry.
+    def __init__(self, outputs: dict[int, torch.Tensor], lent: dict[int, torch.Tensor], moved: Callable[[int], None]) -> None:
+        # Never given to anybody, so that they count the storage's use and keep its geometry.
         self._outputs = {number: _alias(tensor) for number, tensor in outputs.items()}
         self._storage: Any = storage_of(next(iter(self._outputs.values())))
-        self._moved = moved
-        self._held: list[weakref.ref[torch.Tensor]] = []
-        # Bound once: this is done for every output of every replay.
-        self._key: int = self._storage._cdata
-        self._attributes: dict[str, Any] = vars(self._storage)
-        self._own_count: int | None = None
+        self._moved, self._lent = moved, lent
+        # Made by others on this memory, and known.
+        self._adopted: list[weakref.ref[torch.Tensor]] = []
+        self.key: int = self._storage._cdata
+        self.attributes: dict[str, Any] = vars(self._storage)
+        self._lend()
+        # How many tensors are on the storage, those of nobody: counted when it is first lent. Until then the capture has some.
+        self.own_count = -1
         mark_lent(self._storage, self)
 
-    def hand_out(self, values: list[Any]) -> None:
-        """Put a fresh tensor for each output into `values`."""
-        if self._own_count is None:
-            self._own_count = _count(self._key)
-        for number, tensor in self._outputs.items():
-            values[number] = made = _alias(tensor)
-            self._held.append(weakref.ref(made))
+    def _lend(self) -> None:
+        self._lent.update({number: _alias(tensor) for number, tensor in self._outputs.items()})
 
     def adopt(self, tensor: torch.Tensor) -> None:
         """A tensor on this memory that somebody else made is to be moved with the others."""
         # Once: known tensors are counted, and one more than there are would hide a holder who is not known.
-        if not any(ref() is tensor for ref in self._held):
-            self._held.append(weakref.ref(tensor))
+        if not any(tensor is known for known in (*map(self._lent.get, self._outputs), *[ref() for ref in self._adopted])):
+            self._adopted.append(weakref.ref(tensor))
 
     def release(self) -> bool:
         """Move what is held to memory of its own. False if somebody holds what is not known here, and all stays as it is.
 
         Raises torch.OutOfMemoryError, and nothing has moved.
         """
-        alive = [tensor for ref in self._held if (tensor := ref()) is not None]
-        if self._own_count is not None and _count(self._key) > self._own_count + len(alive):
+        adopted = [tensor for ref in self._adopted if (tensor := ref()) is not None]
+        if 0 <= self.own_count < _count(self.key) - len(adopted):
             return False
+        alive = adopted + held([self._lent[number] for number in self._outputs])
         if alive:
             self._move(alive)
+            self._lend()
         else:
             # What is written next is another storage to the program.
-            self._attributes.pop(SERIAL, None)
-        self._held.clear()
+            self.attributes.pop(SERIAL, None)
+        self._adopted.clear()
         return True
 
     def _move(self, alive: list[torch.Tensor]) -> None:
@@ -80,9 +82,9 @@ class OutputMemory:
                 _on(tensor, storage, torch._C.TensorBase.storage_offset(tensor), tensor.shape, tensor.stride())
                 torch._C._set_conj(tensor, conj)
                 torch._C._set_neg(tensor, neg)
-        if SERIAL in self._attributes:
+        if SERIAL in self.attributes:
             # To the program it is the same storage as before.
-            setattr(storage, SERIAL, self._attributes.pop(SERIAL))
+            setattr(storage, SERIAL, self.attributes.pop(SERIAL))
         self._moved(len(alive))
 
 
@@ -104,9 +106,49 @@ def adopt_views(numbers: tuple[int, ...], values: list[Any]) -> None:
             memory.adopt(values[number])
 
 
-def output_memories(outputs: dict[int, torch.Tensor], moved: Callable[[int], None]) -> list[OutputMemory]:
-    """The outputs of a captured graph, by storage."""
-    by_storage: dict[int, dict[int, torch.Tensor]] = {}
-    for number, tensor in outputs.items():
-        by_storage.setdefault(storage_of(tensor)._cdata, {})[number] = tensor
-    return [OutputMemory(together, moved) for together in by_storage.values()]
+def _holds(tensors: list[Any]) -> list[tuple[int, int]]:
+    """How many places in Python refer to each tensor, and how many in C++."""
+    return list(zip(map(getrefcount, tensors), map(_use_count, tensors), strict=True))
+
+
+_somewhere = {0: torch.empty(0)}
+# Of a tensor that is in a dict and in the list that is asked about, and nowhere else.
+_NOBODY = _holds([*_somewhere.values()])[0]
+
+
+def held(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of the tensors, each in a dict and in this list, that anybody else holds."""
+    return [t for t, holds in zip(tensors, _holds(tensors), strict=True) if holds != _NOBODY]
+
+
+class Lent:
+    """The memory of all outputs of a captured graph."""
+
+    def __init__(self, outputs: dict[int, torch.Tensor], moved: Callable[[int], None]) -> None:
+        by_storage: dict[int, dict[int, torch.Tensor]] = {}
+        for number, tensor in outputs.items():
+            by_storage.setdefault(storage_of(tensor)._cdata, {})[number] = tensor
+        self._tensors: dict[int, torch.Tensor] = {}
+        self.memories = [OutputMemory(together, self._tensors, moved) for together in by_storage.values()]
+        self._keys = [memory.key for memory in self.memories]
+        self._counts: list[int] = []
+        self._nobody = [_NOBODY] * len(self._tensors)
+
+    def release(self) -> bool:
+        """Move what is still held of the replay before. False if somebody holds what cannot be moved."""
+        if not self._counts:
+            return True
+        if _holds([*self._tensors.values()]) == self._nobody and list(map(_count, self._keys)) == self._counts:
+            for memory in self.memories:
+                memory.attributes.pop(SERIAL, None)
+            return True
+        return all(memory.release() for memory in self.memories)
+
+    def hand_out(self, values: list[Any]) -> None:
+        """Put the outputs into `values`."""
+        if not self._counts:
+            self._counts = list(map(_count, self._keys))
+            for memory, count in zip(self.memories, self._counts, strict=True):
+                memory.own_count = count
+        for number, tensor in self._tensors.items():
+            values[number] = tensor

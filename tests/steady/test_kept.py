@@ -47,7 +47,7 @@ def test_a_thousand_losses_and_activations_are_as_in_eager(fuse: bool, where: st
     assert len(got) == len(expected) == 3 * STEPS
     wrong = [(i, told) for i, (a, b) in enumerate(zip(expected, got, strict=True)) if (told := difference(a, b, skip=SKIP))]
     assert not wrong, wrong[:3]
-    assert counters["recognised"] > 0.9 * STEPS and counters["followed"] > 10 * STEPS, counters
+    assert counters["recognised"] > 0.9 * STEPS and counters["followed"] > 6 * STEPS, counters
     assert counters["backwards_followed"] > 0.9 * STEPS, counters
     if where != "cpu":
         assert counters["replayed"] > 0.9 * STEPS, counters

@@ -1,0 +1,46 @@
+"""What a call that is followed does to its region: it lets tensors in, writes to some, and makes placeholders."""
+
+from typing import Any
+
+from kitsune.lazy.cell import Cell
+from kitsune.lazy.edges import Edge, Made, cell_in
+from kitsune.lazy.tensor import LazyTensor
+
+
+def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]]) -> None:
+    """Let the tensors in that a call brings along: (serial of the storage, tensor) of each."""
+    plain, inputs, storages = region.plain, region.inputs, region.storages
+    for k, number, type_, storage, graded in edge.arrivals:
+        serial, tensor = fresh[k]
+        storages[serial] = storage
+        if type(tensor) is LazyTensor:
+            cell = tensor.cell
+            inputs.append((number.id, cell.real))
+            cell.region, cell.ref, cell.storage = region, number, storage
+            cell.external, cell.came = True, number
+        else:
+            plain[id(tensor)] = Cell(region, number, type_, storage, tensor, number)
+            if graded:
+                region.recorder.note_leaf(tensor)
+
+
+def rewrite(region: Any, edge: Edge, flat: list[Any]) -> list[tuple[Cell, Any]]:
+    """Let the tensors that a call writes stand for what they are afterwards; returns what they stood for."""
+    undo = []
+    for k, after in edge.rewrites:
+        cell = cell_in(flat[k], region)
+        assert cell is not None
+        undo.append((cell, cell.ref))
+        cell.ref = after
+    # A new set: those of earlier calls keep theirs, in case they are made again.
+    region.dirty = region.dirty | edge.dirty
+    return undo
+
+
+def place(region: Any, made: Made, wrapper: LazyTensor) -> LazyTensor:
+    """Let a new wrapper stand for what a call has made."""
+    wrapper.cell = cell = Cell(region, made.ref, made.type, made.storage)
+    if made.graded is not None:
+        cell.owed = made
+    region.produced.append(cell)
+    return wrapper

@@ -1,0 +1,57 @@
+"""An optimizer's update that is known is followed as one call: `torch.optim.adam.adam` with its lists of tensors."""
+
+from typing import Any
+
+import torch
+from torch.autograd.graph import increment_version
+
+from kitsune.lazy.call_keys import key_of, with_floats
+from kitsune.lazy.edges import Edge, Incoming
+from kitsune.lazy.wholes import Mark
+
+# A function that does something else each time, or something that is not recorded (step counts on the host), is left to the
+# calls that it makes after this many tries.
+TRIES = 3
+
+
+def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """Take one call of an optimizer's function: follow it, or make it and learn from it."""
+    recorder = lane.recorder
+    name = (func, *(a for a in kwargs.values() if a is None or type(a) is bool))
+    if recorder.paused or lane.inside or torch.is_grad_enabled() or lane.failures.get(name, 0) >= TRIES:
+        return func(*args, **kwargs)
+    # Reading 200 tensors' `requires_grad` would be 200 calls of the API.
+    with torch._C.DisableTorchFunction():
+        recorder.region.unfold()
+        key, call = _key(lane, func, args, kwargs)
+        edge = None if key is None or recorder.region.slow else recorder.region.node.calls.get(key)
+        numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(call.floats)
+        if edge is not None and numbers is not None:
+            with recorder.lock:
+                return _follow(recorder, edge, call, numbers)
+        mark = None if key is None else Mark(recorder, key, call, call.floats)
+    lists = [list(map(id, a)) for a in args if type(a) is list]
+    result = func(*args, **kwargs)
+    # A first step of SGD puts its momentum buffers into the list that it was given.
+    same = result is None and lists == [list(map(id, a)) for a in args if type(a) is list]
+    with torch._C.DisableTorchFunction():
+        learned = mark.learn(lane, func) if same and mark is not None and mark.kept else None
+    lane.failures[name] = 0 if learned is not None else lane.failures.get(name, 0) + 1
+    return result
+
+
+def _key(lane: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, Incoming]:
+    call = Incoming()
+    key = key_of(lane.recorder.region, func, args, kwargs, lane.modes[False], call)
+    return None if call.unknown else with_floats(key, call.floats, True), call
+
+
+def _follow(recorder: Any, edge: Edge, call: Incoming, numbers: Any) -> None:
+    region = recorder.region
+    # Mostly the region ends here: nobody asks for the 800 tensors of an update again.
+    region.deferred = (edge, call)
+    region.scalars.extend(numbers)
+    increment_version([call.flat[k] for k in edge.bumps])
+    region.node = edge.node
+    recorder.tally.updates += 1
+    recorder.after_follow()
