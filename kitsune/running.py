@@ -28,12 +28,14 @@ from kitsune.runtime import (
     Steady,
     SteadyState,
     Work,
+    adopt_views,
     current_stream,
     numeric_settings,
     plan_work,
     prepare,
     replay,
     schedule_work,
+    views_of_inputs,
 )
 from kitsune.runtime.instructions import Start
 from kitsune.scheduler import dead_code, run_passes
@@ -59,6 +61,8 @@ class Ready:
     n_ops: int
     n_dead: int
     graph: Graph
+    # Outputs that lie in an input's memory.
+    views: tuple[int, ...] = ()
     steady: Steady | None = None
     # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
     in_graph: Prepared | None = None
@@ -113,6 +117,7 @@ class Runner:
             else:
                 assert self.executor is not None
                 self.executor.run(ready.work, values, scalars)
+            adopt_views(ready.views, values)
         except BaseException as error:
             self._say(error)
             raise
@@ -161,14 +166,14 @@ class Runner:
 
     def _unfused(self, graph: Graph) -> Ready:
         alive = run_passes(graph, (dead_code,), config.verify)
-        return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive)
+        return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive, views_of_inputs(alive))
 
     def _planned(self, graph: Graph, planner: Planner) -> Ready:
         assert self.executor is not None
         plan = show_plan(graph, planner)
         n_ops = sum(len(launch.ops) for launch in plan.launches)
         n_dead = len(graph.ops) - len(dead_code(graph).ops)
-        return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph)
+        return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views_of_inputs(plan.graph))
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
@@ -185,7 +190,7 @@ class Runner:
                 prepared = made.work
             else:
                 prepared = executor.prepare(planner.plan(now.graph))
-                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, in_graph=prepared)
+                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, in_graph=prepared)
             assert isinstance(prepared, Prepared)
             made.asked = self._warm(prepared)
             return made, made.asked

@@ -15,12 +15,13 @@ class CallMode(TorchFunctionMode):
         _push_mode(self)
         return True
 
-    def leave(self) -> None:
-        """Take this mode off the stack wherever it is."""
+    def leave(self) -> bool:
+        """Take this mode off the stack wherever it is; False if it is not there."""
         if self not in _get_current_function_mode_stack():
-            return
+            return False
         above = []
         while (mode := _pop_mode()) is not self:
             above.append(mode)
         for mode in reversed(above):
             _push_mode(mode)
+        return True

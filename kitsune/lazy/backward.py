@@ -23,10 +23,10 @@ def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradient
     region.unfold()
     leaves = dict(_leaves(region))
     key = None
-    if plain and region.past is not None and not _runs_python(leaves.values()):
+    if plain and region.past is not None and not _runs_python(leaves.values()) and not lane.hooked(leaves.values()):
         named = [leaf.grad for leaf in leaves.values()]
         tree = (losses, gradients, named)
-        key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves)), call)
+        key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves), lane.modes[False]), call)
     if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
         edge = region.node.calls.get(key)
         numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(region.scalars)

@@ -121,11 +121,12 @@ class CallLane(Learner):
 
     def settle_spent(self) -> None:
         """Let autograd know which wrappers had a graph that is used up."""
-        for reference in self.spent:
+        # Taken first: to attach one makes a graph, and whatever does that comes by here.
+        spent, self.spent = self.spent, []
+        for reference in spent:
             tensor = reference()
             if tensor is not None and tensor_is_spent(tensor):
                 attach_spent(self.recorder, tensor)
-        self.spent.clear()
 
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))
@@ -201,11 +202,13 @@ class CallLane(Learner):
         if graph:
             recorder.known.forget()
         graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
-        if graded or any(type(t) is LazyTensor and t.cell.owed is not None for t in flat if may_write(func)):
+        writes = may_write(func) or "out" in kwargs
+        wrong = writes and self.spoils(tensors_in((args[:1], kwargs.get("out"))))
+        if graded or wrong or (writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)):
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars = region.node, region.node.n_values, len(region.scalars)
-        learns = key is not None and not graph
+        learns = key is not None and not graph and not wrong
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         result = self.made(lambda: func(*args, **kwargs))

@@ -146,14 +146,15 @@ _RANDOM: Table = (
 )
 # What kernels read when they run, and results' dtypes depend on: an op must run under the settings that it was called under.
 _DEFAULTS: Table = (
-    (torch, "set_default_dtype set_default_tensor_type set_num_threads set_flush_denormal"),
+    (torch, "set_default_dtype set_default_tensor_type set_default_device set_num_threads set_flush_denormal"),
     (
         torch._C,
         "_set_deterministic_algorithms _set_deterministic_fill_uninitialized_memory _set_cublas_allow_tf32 _set_cudnn_allow_tf32 "
         "_set_cublas_allow_fp16_reduced_precision_reduction _set_cublas_allow_bf16_reduced_precision_reduction "
-        "_set_cudnn_benchmark _set_cudnn_deterministic _set_cudnn_enabled _set_float32_matmul_precision _set_mkldnn_enabled "
-        "_set_mkldnn_deterministic _set_fp32_precision_setter _set_sdp_use_flash _set_sdp_use_mem_efficient _set_sdp_use_math "
-        "_set_sdp_use_cudnn _set_sdp_priority_order",
+        "_set_cublas_allow_fp16_accumulation _set_blas_preferred_backend _set_linalg_preferred_backend _set_cudnn_benchmark "
+        "_set_cudnn_deterministic _set_cudnn_enabled _set_float32_matmul_precision _set_mkldnn_enabled _set_mkldnn_deterministic "
+        "_set_nnpack_enabled _set_fp32_precision_setter _set_math_sdp_allow_fp16_bf16_reduction _set_sdp_use_flash "
+        "_set_sdp_use_mem_efficient _set_sdp_use_math _set_sdp_use_cudnn _set_sdp_use_overrideable _set_sdp_priority_order",
     ),
 )
 _SYNCHRONIZE: Table = (

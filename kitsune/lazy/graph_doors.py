@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.doors import OPENINGS
@@ -81,6 +82,35 @@ def _backward(original: Any) -> Any:
             return run()
         plain = not retain_graph and not create_graph and grad_variables is None and inputs is None
         return lanes()[-1].backward(run, tensors, grad_tensors, plain)
+
+    return door
+
+
+def _mode_entered(original: Any) -> Any:
+    """Somebody is to see every op: no call is followed until that ends."""
+
+    @functools.wraps(original)
+    def door(mode: Any) -> Any:
+        # Torch's inference for the recorder enters one too.
+        open_lanes = [lane for lane in lanes() if not lane.recorder.inferring]
+        for lane in open_lanes:
+            lane.lose_track()
+        _here.aside = [*getattr(_here, "aside", ()), [lane for lane in open_lanes if lane.leave()]]
+        return original(mode)
+
+    return door
+
+
+def _mode_left(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(*args: Any) -> Any:
+        try:
+            return original(*args)
+        finally:
+            aside = getattr(_here, "aside", ())
+            for lane in aside.pop() if aside else ():
+                if lane in lanes():
+                    lane.enter()
 
     return door
 
@@ -178,6 +208,8 @@ def _doors() -> Iterator[Door]:
     yield torch._C, "_are_functorch_transforms_active", _lost_track
     yield torch.autograd, "backward", _backward
     yield torch._C._autograd, "_push_saved_tensors_default_hooks", _lost_track
+    yield TorchDispatchMode, "__enter__", _mode_entered
+    yield TorchDispatchMode, "__exit__", _mode_left
     yield torch, "clear_autocast_cache", _casts
     for name in "enabled dtype cpu_enabled gpu_dtype cpu_dtype xla_enabled xla_dtype ipu_enabled ipu_dtype".split():
         if hasattr(torch, f"set_autocast_{name}"):

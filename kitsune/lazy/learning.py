@@ -6,9 +6,14 @@ from typing import Any
 import torch
 
 from kitsune.lazy.call_keys import with_floats
+from kitsune.lazy.cell import serial_of
 from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between
 from kitsune.lazy.matchers import either, matcher_for
+from kitsune.lazy.node_hooks import NodeHooks
+from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
+from kitsune.lazy.recording import PLAIN
+from kitsune.lazy.region import is_strided
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
 from kitsune.lazy.trie import NOTHING, SELF, Node
 
@@ -35,6 +40,15 @@ class Learner:
         # with different ones.
         self.moves: dict[Any, bool] = {}
         self.proven: set[Any] = set()
+        self.hooked = NodeHooks()
+
+    def enter(self) -> bool:
+        """See this thread's calls; the pipeline's mode has it, and what is below."""
+        raise NotImplementedError
+
+    def leave(self) -> bool:
+        """See them no more; False if none was seen."""
+        raise NotImplementedError
 
     def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         """Note what a call did that was made for real; returns what is known of it by now."""
@@ -49,6 +63,16 @@ class Learner:
             if edge is not None and known is not None and known.moves and known.floats != edge.floats and known.same(edge):
                 self.proven.add(name)
         return self.remember(start, key, edge)
+
+    def spoils(self, written: list[Any]) -> bool:
+        """Has a call that autograd does not know yet read memory of these tensors? Its backward is to say that they changed."""
+        region = self.recorder.region
+        if not region.calls:
+            return False
+        region.unfold()
+        operands = [t for debt in region.calls for t in Followed(*debt).flat]
+        read = {cell.storage for t in operands if (cell := cell_in(t, region)) is not None}
+        return any(_storage_in(t, region) in read for t in written)
 
     def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:
         """Note what a call did; returns what is known of it by now."""
@@ -120,6 +144,14 @@ class Learner:
             graded=returned.graded or (torch.is_grad_enabled() and bool(dirty) and any(t.requires_grad for t in flat)),
             floats=list(call.floats),
         )
+
+
+def _storage_in(tensor: Any, region: Any) -> Any:
+    cell = cell_in(tensor, region)
+    if cell is not None:
+        return cell.storage
+    real: Any = tensor.cell.real if type(tensor) is LazyTensor else tensor
+    return region.storages.get(serial_of(real)) if type(real) in PLAIN and is_strided(real) else None
 
 
 def _has_history(tensor: Any) -> bool:

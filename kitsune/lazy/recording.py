@@ -13,6 +13,7 @@ from kitsune.lazy.arrivals import Arrivals
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.region import Region, is_strided, living
+from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
@@ -72,6 +73,8 @@ class Recording:
         self.n_unrecorded = 0
         # Counts the times that autocast has forgotten its casts of weights.
         self.epoch = 0
+        # What `torch.set_default_device` has set, or a `with torch.device(...)` around the context.
+        self.default_device: Any = None
         self.rows: dict[int, OpRow] = {}
         # The plain tensors that came in, and the first of its tables, which the hot path reads.
         self.known = Arrivals()
@@ -102,13 +105,14 @@ class Recording:
         self.nowhere = Region(Node(), self)
 
     def _new_region(self) -> Region:
-        # Results of factories and of int * float depend on the default dtype, and errors on whether algorithms must be
-        # deterministic, which no op shows.
-        settings = (torch.get_default_dtype(), torch.get_deterministic_debug_mode())
-        return Region(self.roots.setdefault(settings, Node()), self)
+        region = Region(self.roots.setdefault((self.default_device, *settings()), Node()), self)
+        if saves_through_python():
+            region.real, region.past = True, None
+        return region
 
     def restart(self) -> None:
         """A context is entered: what a region depends on besides its ops may have changed since the last one."""
+        self.default_device = device_beneath(self.lane)
         self.shared = self.device.type != "cpu" or threading.active_count() > 1
         if not self.region.node.depth:
             self.region = self._new_region()

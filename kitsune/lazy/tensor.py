@@ -81,6 +81,20 @@ class LazyTensor(torch.Tensor):
         self._own_up()
         return _grad_fn.__get__(self)
 
+    @property
+    def grad(self) -> Any:
+        # Of what is no leaf, torch warns.
+        self._own_up()
+        return _grad.__get__(self)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:  # type: ignore[override]
+        _grad.__set__(self, value)
+
+    @grad.deleter
+    def grad(self) -> None:  # type: ignore[override]
+        _grad.__delete__(self)
+
     def _own_up(self) -> None:
         if self.cell.owed is not None:
             self.cell.region.recorder.lane.own_up([self])
@@ -96,6 +110,7 @@ class LazyTensor(torch.Tensor):
 
 _requires_grad: Any = torch._C.TensorBase.requires_grad
 _is_leaf: Any = torch._C.TensorBase.is_leaf
+_grad: Any = torch._C.TensorBase.grad
 _grad_fn: Any = torch._C.TensorBase.grad_fn
 
 

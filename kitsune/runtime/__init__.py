@@ -3,6 +3,7 @@
 from kitsune.runtime.captured import Captured, NotCaptured, Work
 from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
 from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
+from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
 from kitsune.runtime.numeric_settings import numeric_settings
 from kitsune.runtime.out_forms import out_form
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
@@ -23,6 +24,7 @@ __all__ = [
     "Steady",
     "SteadyState",
     "Work",
+    "adopt_views",
     "current_stream",
     "numeric_settings",
     "out_form",
@@ -30,4 +32,5 @@ __all__ = [
     "prepare",
     "replay",
     "schedule_work",
+    "views_of_inputs",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._C import DispatchKey, DispatchKeySet
 
-from kitsune.ir import mark_lent, storage_of
+from kitsune.ir import Graph, lent_memory, mark_lent, storage_of
 
 # A tensor with a version counter of its own over the same memory; it does not go through the dispatcher.
 _alias = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
@@ -41,7 +41,9 @@ class OutputMemory:
 
     def adopt(self, tensor: torch.Tensor) -> None:
         """A tensor on this memory that somebody else made is to be moved with the others."""
-        self._adopted.append(weakref.ref(tensor))
+        # Once: known tensors are counted, and one more than there are would hide a holder who is not known.
+        if not any(tensor is known for known in (*map(self._lent.get, self._outputs), *[ref() for ref in self._adopted])):
+            self._adopted.append(weakref.ref(tensor))
 
     def release(self) -> bool:
         """Move what is held to memory of its own. False if somebody holds what is not known here, and all stays as it is.
@@ -88,6 +90,20 @@ class OutputMemory:
 
 def _on(tensor: torch.Tensor, storage: Any, offset: Any, shape: Any, stride: Any) -> torch.Tensor:
     return torch.ops.aten.set_.source_Storage_storage_offset(tensor, storage, offset, shape, stride)
+
+
+def views_of_inputs(graph: Graph) -> tuple[int, ...]:
+    """The numbers of the outputs that lie in an input's memory."""
+    came = {value.storage for value in graph.inputs}
+    return tuple(value.id for value in graph.outputs if value.storage in came)
+
+
+def adopt_views(numbers: tuple[int, ...], values: list[Any]) -> None:
+    """Some outputs were made as views of inputs, which may be results of a graph: it is to move these too before it replays."""
+    for number in numbers:
+        memory = lent_memory(values[number])
+        if memory is not None:
+            memory.adopt(values[number])
 
 
 def _holds(tensors: list[Any]) -> list[tuple[int, int]]:

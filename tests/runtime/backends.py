@@ -72,6 +72,17 @@ def loop(context: Any, steps: int = 4) -> list[torch.Tensor]:
     return [*losses, *model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *state]
 
 
+def update(loss: torch.Tensor, optimizer: Any, schedule: Any, step: int, how: dict[str, Any]) -> None:
+    """The end of a step of a loop. Gradients of `every` so many steps are added up, and kept after an update if not `zero`."""
+    every = how.get("every", 1)
+    (loss / every).backward()
+    if (step + 1) % every == 0:
+        optimizer.step()
+        schedule.step()
+        if how.get("zero", True):
+            optimizer.zero_grad()
+
+
 def assert_equal(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     assert len(got) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -18,7 +18,7 @@ from tests.property import steps as _steps, steps_autograd as _autograd  # noqa:
 from tests.property.strategies import programs
 from tests.property.test_programs import SLOW
 from tests.property.world import Program, differences
-from tests.runtime.backends import assert_equal, lazily, loop
+from tests.runtime.backends import assert_equal, lazily, loop, update
 from tests.runtime.repeated import counts, graphs
 
 REGIONS = 1
@@ -46,12 +46,7 @@ def train(context: Any, steps: int = 8, **how: Any) -> list[torch.Tensor]:
                 optimizer.load_state_dict(optimizer.state_dict())
             hidden = model[:3](x)
             loss = F.cross_entropy(model[3](hidden), target)
-            (loss / how.get("every", 1)).backward()
-            if (step + 1) % how.get("every", 1) == 0:
-                optimizer.step()
-                schedule.step()
-                if how.get("zero", True):
-                    optimizer.zero_grad()
+            update(loss, optimizer, schedule, step, how)
             if how.get("hold"):
                 kept += [loss, hidden]
             kept.append(loss.detach())

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import kitsune
 from kitsune.config import config
 from kitsune.runtime.cuda_graph import CudaGraphs
+from tests.runtime.backends import update
 from tests.runtime.checked import forget
 from tests.runtime.repeated import counts
 
@@ -49,9 +50,7 @@ def transformer() -> nn.Module:
     return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), nn.Flatten(), nn.Linear(64, 10))
 
 
-def train(  # noqa: C901 - one condition for each thing that a loop may do
-    context: Any, make: Any = mlp, steps: int = 20, optimizer: Any = torch.optim.AdamW, **how: Any
-) -> list[torch.Tensor]:
+def train(context: Any, make: Any = mlp, steps: int = 20, optimizer: Any = torch.optim.AdamW, **how: Any) -> list[torch.Tensor]:
     """Everything that training leaves, the generator's state included."""
     torch.manual_seed(0)
     model = make().cuda()
@@ -74,12 +73,7 @@ def train(  # noqa: C901 - one condition for each thing that a loop may do
                 model.load_state_dict(model.state_dict(), assign=True)
                 optimizer.param_groups[0]["params"] = list(model.parameters())
             loss = F.cross_entropy(model(x), target)
-            (loss / how.get("every", 1)).backward()
-            if (step + 1) % how.get("every", 1) == 0:
-                optimizer.step()
-                schedule.step()
-                if how.get("zero", True):
-                    optimizer.zero_grad()
+            update(loss, optimizer, schedule, step, how)
             if step == how.get("fail"):
                 with contextlib.suppress(RuntimeError):
                     model(x[:, :3])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,11 @@ from kitsune.codegen import Compiler
 from kitsune.config import KitsuneWarning, config
 from kitsune.planning import Planner
 from tests.runtime.backends import assert_equal, backend, chain, compiled_in, know_look_up, lazily, look_up, loop
-from tests.runtime.checked import forget
 from tests.runtime.test_plan_executor import Broken
 from tests.runtime.test_real_plans import Walk
 
 EXPECTED = chain()
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    forget()
-    yield
-    forget()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 tried: list[Planner] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,18 +17,13 @@ from tests.property import steps, steps_autograd  # noqa: F401  (they fill the t
 from tests.property.strategies import programs
 from tests.property.test_programs import SLOW
 from tests.property.world import Program
-from tests.runtime.checked import FLAVORS, Values, assert_equal, checked, copied, executor, forget, outcome, record
+from tests.runtime.checked import FLAVORS, Values, assert_equal, checked, copied, executor, never_written, outcome, record
 from tests.runtime.naive import FakeLaunch, plan_of
 from tests.runtime.programs import PROGRAMS
 
 aten = torch.ops.aten
 F2 = default_type(torch.float32, (2,))
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    yield
-    forget()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.mark.parametrize("flavor", FLAVORS, ids=lambda f: "_".join(k for k, on in f.items() if on) or "calls")
@@ -159,6 +153,18 @@ def test_memory_that_is_not_in_the_arena_is_let_go_of_early() -> None:
     it.run(prepared, copied(values), scalars)
     assert len(alive) > 4
     assert max(held) <= 3
+
+
+def test_memory_that_nobody_has_written_is_not_compared() -> None:
+    def program() -> Any:
+        x = torch.ones(2)
+        return x.new_empty_strided((3,), (1,)), x + 1, torch.empty(2).zero_(), torch.empty(4)[1:]
+
+    graph, _, _ = record(program)
+    garbage = never_written(graph)
+    written = {str(op.target) for op in graph.ops for v in op.outputs if v.id not in garbage}
+    assert {"aten.add.Tensor", "aten.zero_.default"} <= written
+    assert len(garbage) == 3 and not any("new_empty" in name or "slice" in name for name in written), graph
 
 
 @pytest.mark.parametrize("start", [FakeLaunch, Broken])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,18 +14,11 @@ from kitsune.profiler import Tally
 from kitsune.running import Backend, Runner, backend_of
 from kitsune.session import trace_regions
 from tests.runtime.backends import assert_equal, backend, chain, know_look_up, lazily, look_up, loop, runner
-from tests.runtime.checked import forget
 from tests.runtime.naive import FakeLaunch
 
 CUDA = torch.device("cuda", 0)
 EXPECTED = chain()
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    forget()
-    yield
-    forget()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def counted(*names: str) -> list[int]:
