@@ -14,7 +14,7 @@ from kitsune.backends import Backend, backend_of, pool_budget, program_of, recor
 from kitsune.background import later
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
-from kitsune.ir import Graph, Plan, reads_slots
+from kitsune.ir import Graph, Plan, adopt_views, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import PlanTally, Show, Tally, plan_tally
@@ -57,6 +57,8 @@ class Ready:
     steady: Steady | None = None
     # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
     in_graph: Prepared | None = None
+    # Outputs that may be views of what came in.
+    views: tuple[int, ...] | None = None
     # What takes its place, once it is there; and what that waited for.
     coming: "Future[Ready] | None" = None
     asked: list[Future[Any]] = field(default_factory=list)
@@ -104,6 +106,11 @@ class Runner:
             else:
                 assert self.executor is not None
                 self.executor.run(ready.work, values, scalars)
+            if ready.views is None:
+                storages = {v.storage for v in graph.inputs}
+                ready.views = tuple(v.id for v in graph.outputs if v.storage in storages)
+            if ready.views:
+                adopt_views([values[n] for n in ready.views], [values[v.id] for v in graph.inputs])
         except BaseException as error:
             self._say(error)
             raise

@@ -17,7 +17,7 @@ from kitsune.ir.graph import (
     slots_in,
     values_in,
 )
-from kitsune.ir.lent import LentMemory, lent_memory, mark_lent, own
+from kitsune.ir.lent import LentMemory, adopt_views, lent_memory, mark_lent, own
 from kitsune.ir.output_spec import describe_result
 from kitsune.ir.plan import (
     Access,
@@ -77,6 +77,7 @@ __all__ = [
     "Stride",
     "TensorType",
     "Value",
+    "adopt_views",
     "bits",
     "default_type",
     "describe_result",

@@ -5,6 +5,7 @@ of the tensor, an address) must not lie there: `own` moves a tensor to memory of
 """
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -40,3 +41,12 @@ def own(tensor: torch.Tensor) -> None:
     memory = lent_memory(tensor)
     if memory is not None:
         memory.release()
+
+
+def adopt_views(made: Iterable[torch.Tensor], known: Iterable[torch.Tensor]) -> None:
+    """Let tensors that a region made move with the memory that they lie in; those in `known` do so already."""
+    ids = set(map(id, known))
+    for tensor in {id(t): t for t in made if id(t) not in ids}.values():
+        memory = lent_memory(tensor)
+        if memory is not None:
+            memory.adopt(tensor)
