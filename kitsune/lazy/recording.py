@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, type_of
+from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.edges import History
 from kitsune.lazy.graphs import graph_of
@@ -69,6 +69,8 @@ class Recording:
         self.on_new = "record"
         # Counts the ops that ran beside the region: what they tell may be in the calls' later arguments, unseen by any key.
         self.n_unrecorded = 0
+        # Hears of all that the program does besides recording, while a static function is learned.
+        self.watcher: Any = None
         # Counts the times that autocast has forgotten its casts of weights.
         self.epoch = 0
         self.rows: dict[int, OpRow] = {}
@@ -113,9 +115,9 @@ class Recording:
         if not self.region.node.depth:
             self.region = self._new_region()
 
-    def settled(self, real: torch.Tensor) -> LazyTensor:
-        """A wrapper of a tensor that is already there."""
-        cell = Cell(self.nowhere, ref(0), type_of(real), -1)
+    def settled(self, real: torch.Tensor, type_: TensorType | None = None) -> LazyTensor:
+        """A wrapper of a tensor that is already there, of this type if it is known."""
+        cell = Cell(self.nowhere, ref(0), type_ or type_of(real), -1)
         cell.real = real
         return wrap(cell)
 
@@ -140,18 +142,24 @@ class Recording:
     def before_door(self, tensor: torch.Tensor, cause: Barrier) -> None:
         """Somebody asks for the memory of a tensor and may write it: a region that has to do with it ends."""
         with self.lock:
+            if self.watcher is not None:
+                self.watcher.flushes(cause)
             if self.region.node.depth and self.takes_part(tensor):
                 self.flush(cause)
 
     def before_random(self) -> None:
         """A generator's state is about to be read or set."""
         with self.lock:
+            if self.watcher is not None:
+                self.watcher.flushes(Barrier.RANDOM_STATE)
             if self.region.node.random:
                 self.flush(Barrier.RANDOM_STATE)
 
     def materialize(self, cell: Cell, cause: Barrier) -> torch.Tensor:
         """The computed tensor of a cell, whose region ends if it is still open."""
         with self.lock:
+            if self.watcher is not None:
+                self.watcher.flushes(cause)
             if cell.region is self.region and (not cell.external or cell.storage in self.region.dirty):
                 self.flush(cause)
             elif cell.real is not None:
@@ -208,7 +216,11 @@ class Recording:
         """Close the region: run what is pending, give every living wrapper its value, and start the next region."""
         with self.lock:
             region, node = self.region, self.region.node
-            if not node.depth or self.inferring or self.running:
+            if self.inferring or self.running:
+                return
+            if self.watcher is not None:
+                self.watcher.flushes(cause)
+            if not node.depth:
                 return
             if region.calls and self.lane is not None:
                 self.lane.own_up()
@@ -238,8 +250,11 @@ class Recording:
         for number, tensor in region.inputs:
             values[number] = tensor
         self.running = True
+        graph = self._graph(region.node, live)
         try:
-            self.run(self._graph(region.node, live), values, region.scalars)
+            self.run(graph, values, region.scalars)
+            if self.watcher is not None:
+                self.watcher.ran(graph, region.inputs, values, region.scalars)
         except BaseException as error:
             region.error = error
             if region is self.region:
@@ -265,7 +280,10 @@ class Recording:
 
     def _close(self, node: Node, live: tuple[int, ...], cause: Barrier, site: Site | None) -> None:
         node.tally = self.tally.close(node.tally, node.depth, cause, site)
-        self.on_close(self._graph(node, live), cause, site)
+        graph = self._graph(node, live)
+        if self.watcher is not None:
+            self.watcher.closed(graph)
+        self.on_close(graph, cause, site)
 
 
 def _has_memory(tensor: Any) -> bool:

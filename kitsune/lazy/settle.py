@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import LentMemory, lent_memory
+from kitsune.ir import Barrier, LentMemory, lent_memory
 from kitsune.lazy.tensor import LazyTensor, as_plain
 
 
@@ -50,7 +50,7 @@ def _lent(wrapper: LazyTensor) -> LentMemory | None:
 
 def _settled(wrapper: LazyTensor) -> torch.Tensor:
     memory = _lent(wrapper)
-    plain = as_plain(wrapper, owned=memory is None)
+    plain = as_plain(wrapper, owned=memory is None, cause=Barrier.STEP)
     if memory is not None:
         # It moves when the graph is replayed while it is still there.
         memory.adopt(plain)

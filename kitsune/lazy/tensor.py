@@ -179,12 +179,14 @@ def wrap(cell: Cell) -> LazyTensor:
     return tensor
 
 
-def as_plain(tensor: LazyTensor, requires_grad: bool | None = None, owned: bool = True) -> torch.Tensor:
+def as_plain(
+    tensor: LazyTensor, requires_grad: bool | None = None, owned: bool = True, cause: Barrier = Barrier.DOOR
+) -> torch.Tensor:
     """The computed value as a plain leaf on the same memory; `requires_grad` is the wrapper's own unless given.
 
     The memory is its own for good if `owned`; else a captured graph may write it again.
     """
-    real = tensor.cell.region.recorder.materialize(tensor.cell, Barrier.DOOR)
+    real = tensor.cell.region.recorder.materialize(tensor.cell, cause)
     if owned:
         own(real)
     # An alias of an inference tensor can be made in inference mode only, of any other only outside.
