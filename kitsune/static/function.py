@@ -20,6 +20,8 @@ from kitsune.static.watch import Watch
 # Kinds of arguments that are known at a time, and programs for each (with and without gradients from before, say).
 MOST_KINDS = 16
 MOST_PROGRAMS = 4
+# Calls in a row that must have done the same, all of it seen; twice as many after each that did something else, up to 64.
+SIGHTS = 3
 # Calls in a row that were watched in vain, after which only one in so many is.
 PATIENCE = 16
 
@@ -30,6 +32,13 @@ class _Kind:
     def __init__(self) -> None:
         self.programs: list[Program] = []
         self.last: Record | None = None
+        # How often one of them did something that nothing looked at had announced.
+        self.n_surprises = 0
+
+    @property
+    def needed(self) -> int:
+        """How many alike are proof enough."""
+        return int(min(SIGHTS << self.n_surprises, 64))
 
 
 class _State:
@@ -87,7 +96,8 @@ class StaticFunction:
         if state.n_in_vain > PATIENCE and state.n_in_vain % PATIENCE:
             return self._ordinary(args, kwargs)
         returned, record = self._watched(state, kind, call, args, kwargs)
-        self._learn(kind, fitting, record, call)
+        if self._learn(kind, fitting, record, call):
+            state.n_in_vain -= 1
         return returned
 
     def _ordinary(self, args: Any, kwargs: Any) -> Any:
@@ -106,10 +116,11 @@ class StaticFunction:
         kind.last = program.record
         returned, record = self._watched(state, kind, call, args, kwargs)
         found = difference(program.record, record)
-        if found is None and record.complete and record.scalars != numbers:
-            found = f"a number was foretold to be another one, of {numbers}, than it was, of {record.scalars}"
+        if found is None and record.complete:
+            found = program.surprise(record)
         if found is not None:
             kind.programs.remove(program)
+            kind.n_surprises += 1
             raise RuntimeError(
                 f"{self._name} was called without its Python {program.n_skipped} times, and this call, which went through it to "
                 f"check, did something else: {found}. This call's own results are right, those before may not be. A function "
@@ -136,29 +147,34 @@ class StaticFunction:
             pipeline.insists = False
         return returned, record
 
-    def _learn(self, kind: _Kind, fitting: list[Program], record: Record, call: Asked) -> None:
+    def _learn(self, kind: _Kind, fitting: list[Program], record: Record, call: Asked) -> bool:
+        """Learn from a call that went through Python; was it the same as one before?"""
         kind.last = record
         if record.reason is not None:
             tally.not_static(f"{self._name}: {record.reason}")
             kind.programs = [program for program in kind.programs if program not in fitting]
-            return
+            return False
         if not record.complete:
-            return
-        known = None
+            return False
+        roots, known = [self._function, *call.others], None
         for program in list(kind.programs):
             found = difference(program.record, record)
-            if found is None:
+            if found is None and (program in fitting or program.foretells(record)):
                 known = program
-            elif program in fitting:
+            elif found is not None and program in fitting:
                 kind.programs.remove(program)
+                kind.n_surprises += 1
                 tally.not_static(f"{self._name}: it did something else with arguments of the same kind: {found}")
-        if known is None:
-            kind.programs = [*kind.programs, Program(record, self._function, call)][-MOST_PROGRAMS:]
-            return
-        known.see(record, [self._function, *call.others])
-        reason = known.unexplained()
-        if reason is not None:
+        if known is not None:
+            known.see(record, roots)
+            reason = known.unexplained()
+            if reason is None:
+                return True
             tally.not_static(f"{self._name}: {reason}")
+            kind.programs.remove(known)
+            kind.n_surprises += 1
+        kind.programs = [*kind.programs, Program(record, self._function, call, kind.needed)][-MOST_PROGRAMS:]
+        return False
 
     def _state(self) -> _State | None:
         """What this thread knows, where recording is possible."""

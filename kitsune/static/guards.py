@@ -56,7 +56,8 @@ class Guards:
         return self._same_tensors() and self._surroundings.unchanged() and self._same_leaves(call) and self._same_options(roots)
 
     def relax(self, record: Record, roots: Sequence[Any]) -> None:
-        """A call did the same: what has changed of attributes and variables does not matter. It may count its calls there."""
+        """A call did the same: what has changed of attributes, variables and addresses does not matter to it."""
+        self._guard_tensors(record)
         self._surroundings.relax(record.surroundings)
         self._variables = [v for v in self._variables if alike(follow(v[1], roots[v[0]]), v[2])]
 

@@ -75,7 +75,7 @@ class Search:
             k, path, thing = self._waiting.popleft()
             if self._wanted(thing):
                 self.found.append((k, path, thing))
-            if not isinstance(thing, (torch.Tensor, type)):
+            if not isinstance(thing, (torch.Tensor, type)) and not _is_ours(thing):
                 self._look_into(k, path, thing)
         return self
 
@@ -125,6 +125,12 @@ class Search:
         yield (_attribute, "__kwdefaults__"), function.__kwdefaults__
         if hasattr(function, "__wrapped__"):
             yield (_attribute, "__wrapped__"), function.__wrapped__
+
+
+def _is_ours(thing: Any) -> bool:
+    """What Kitsune knows of a program is no place where the program finds anything; only its optimizer wraps another one."""
+    module: Any = type(thing).__module__
+    return isinstance(module, str) and module.startswith("kitsune.") and module != "kitsune.optimizer"
 
 
 def _of_object(thing: Any) -> Iterator[tuple[Step, Any]]:

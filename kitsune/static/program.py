@@ -12,18 +12,21 @@ from kitsune.static.asked import Asked
 from kitsune.static.guards import Guards
 from kitsune.static.origins import real_of
 from kitsune.static.record import KEPT, Argument, Gradient, Made, Outside, Part, Record, Wrapped
+from kitsune.static.surroundings import alike
 
-# Calls in a row that must have done the same, all of it seen.
-SIGHTS = 3
 # A tensor over the same memory that autograd knows nothing of.
 _alias = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 
 
 class Program:
-    """What a record says, ready to be done again. `function` is where the search for its modules begins."""
+    """What a record says, ready to be done again. `function` is where the search for its modules begins.
 
-    def __init__(self, record: Record, function: Any, call: Asked) -> None:
+    `needed` is how often it must be seen before Python is skipped.
+    """
+
+    def __init__(self, record: Record, function: Any, call: Asked, needed: int) -> None:
         self.record = record
+        self._needed = needed
         self.guards = Guards(record, call, [function, *call.others])
         self.sights = 1
         # Calls without Python since the last one with it.
@@ -36,7 +39,7 @@ class Program:
     @property
     def ready(self) -> bool:
         """Has it been seen often enough to go without Python?"""
-        return self.sights >= SIGHTS and self._sources.unexplained is None
+        return self.sights >= self._needed and self._sources.unexplained is None
 
     def see(self, record: Record, roots: list[Any]) -> None:
         """A call has done the same again."""
@@ -45,6 +48,11 @@ class Program:
         self._sources.see(record.numbers, record.scalars)
         self._foretold = (None, None)
         self.guards.relax(record, roots)
+
+    def foretells(self, record: Record) -> bool:
+        """Are the moving numbers of a call those that follow from its hyperparameters?"""
+        numbers = self._sources.numbers(record.numbers)
+        return numbers is not None and alike(list(numbers), record.scalars)
 
     def numbers(self) -> list[float] | None:
         """The moving numbers of the next call; None if what they come from has not been seen to move so far."""
@@ -59,10 +67,21 @@ class Program:
         position = self._sources.unexplained
         if position is None:
             return None
+        return f"{self._reader(position)} takes a number that changes, and is none of its optimizer's hyperparameters"
+
+    def surprise(self, record: Record) -> str | None:
+        """The first number of a call that is another one than was foretold."""
+        numbers = self._sources.numbers(record.numbers)
+        for position, (a, b) in enumerate(zip(numbers or (), record.scalars, strict=False)):
+            if not alike(a, b):
+                return f"{self._reader(position)} takes another number than was foretold: {b} instead of {a}"
+        return None
+
+    def _reader(self, position: int) -> str:
         for run in self.record.runs:
             if position < len(run.scalars):
                 op = next(op for op in run.graph.ops if any(s.index == position for s in slots_in((op.args, op.kwargs))))
-                return f"{op.target} at {op.site} takes a number that changes, and is none of its optimizer's hyperparameters"
+                return f"{op.target} at {op.site}"
             position -= len(run.scalars)
         raise AssertionError("there are fewer numbers than that")
 
@@ -130,12 +149,12 @@ class _Call:
         for leaf in self._leaves(self._program.replaced):
             # Where nobody else holds it, a graph need not move it out of its way.
             leaf.grad = None
-        if self._program.bumped[1]:
-            increment_version(self._leaves(self._program.bumped))
 
     def end(self, recorder: Any) -> Any:
         """What Python would do with the results; returns what the call returns."""
         record = self._program.record
+        if self._program.bumped[1]:
+            increment_version(self._leaves(self._program.bumped))
         for tensor, run, number in self._program.plain:
             tensor.grad = self.results[run][number]
         for leaf in self._program.given:
