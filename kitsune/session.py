@@ -116,7 +116,14 @@ def accelerate(
     audit: int | None = None,
 ) -> Accelerate: ...
 @overload
-def accelerate(fn: Callable[P, R]) -> Callable[P, R]: ...
+def accelerate(
+    fn: Callable[P, R],
+    *,
+    warmup: int | None = None,
+    device: str | torch.device | None = None,
+    static: bool = False,
+    audit: int | None = None,
+) -> Callable[P, R]: ...
 def accelerate(
     fn: Callable[..., Any] | None = None,
     *,

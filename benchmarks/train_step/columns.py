@@ -33,6 +33,8 @@ class Program:
     context: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
     # The next step writes into the loss that this one returned, so who keeps it has to copy it.
     reuses_loss: bool = False
+    # What is to be kept beside the times: whether it was what it is called.
+    counts: Callable[[], dict[str, Any]] = dict
 
 
 def make_step(workload: Workload, forward: Forward, read: Read) -> Step:
@@ -143,12 +145,16 @@ def _kitsune(workload: Workload, batches: list[Batch], read: Read) -> Program:
 
 
 def _kitsune_static(workload: Workload, batches: list[Batch], read: Read) -> Program:
-    options: dict[str, Any] = {"static": True, "device": workload.device}
-    try:
-        accelerate = kitsune.accelerate(**options)
-    except TypeError as error:
-        raise NotAvailableError(f"this version has no accelerate(static=True): {error}") from None
-    return Program(accelerate(make_step(workload, forward_of(workload), read)), batches)
+    if read == "each":
+        raise NotAvailableError("a step whose Python is skipped cannot stop for Python to read the loss")
+    step = kitsune.accelerate(make_step(workload, forward_of(workload), read), static=True, device=workload.device)
+    return Program(step, batches, counts=_static_counts)
+
+
+def _static_counts() -> dict[str, Any]:
+    names = "static_skipped static_audits static_refused graph_missed graph_refused"
+    counters = kitsune.counters()
+    return {name: counters[name] for name in names.split()}
 
 
 def _need_cuda(workload: Workload) -> None:

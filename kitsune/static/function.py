@@ -14,7 +14,7 @@ from kitsune.pipeline import Pipeline, tally
 from kitsune.static.asked import Asked, Knower, Unknowable
 from kitsune.static.program import Program
 from kitsune.static.record import Record, difference
-from kitsune.static.surroundings import foreign_hooks
+from kitsune.static.surroundings import Surroundings, foreign_hooks
 from kitsune.static.watch import Watch
 
 # Kinds of arguments that are known at a time, and programs for each (with and without gradients from before, say).
@@ -96,7 +96,7 @@ class StaticFunction:
         if state.n_in_vain > PATIENCE and state.n_in_vain % PATIENCE:
             return self._ordinary(args, kwargs)
         returned, record = self._watched(state, kind, call, args, kwargs)
-        if self._learn(kind, fitting, record, call):
+        if self._tried(lambda: self._learn(kind, fitting, record, call)):
             state.n_in_vain -= 1
         return returned
 
@@ -140,12 +140,25 @@ class StaticFunction:
                 try:
                     returned = self._function(*args, **kwargs)
                     recorder.flush(Barrier.EXIT)
-                    record = watch.record(returned, state.bury)
+                    record = self._tried(lambda: watch.record(returned, state.bury))
                 finally:
                     recorder.watcher = None
         finally:
             pipeline.insists = False
-        return returned, record
+        return returned, record or Record([], Surroundings([], [], state.bury), [], reason="it was not understood")
+
+    def _tried(self, learn: Callable[[], Any]) -> Any:
+        """What `learn` returns; None if it fails, since the call itself has not."""
+        try:
+            return learn()
+        except Exception as error:
+            if config.verify:
+                raise
+            said = f"{type(error).__name__}: {error}"
+            tally.not_static(
+                f"{self._name}: Kitsune failed to learn from it ({said}). This is a bug in Kitsune: please report it"
+            )
+            return None
 
     def _learn(self, kind: _Kind, fitting: list[Program], record: Record, call: Asked) -> bool:
         """Learn from a call that went through Python; was it the same as one before?"""

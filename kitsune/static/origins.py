@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import type_of
+from kitsune.ir import Graph, reads_slots, type_of
 from kitsune.lazy import LazyTensor, serial_of
 from kitsune.static.places import Path, Search
 from kitsune.static.record import Argument, Gradient, Made, Origin, Outside, Part, Wrapped
@@ -38,6 +38,15 @@ def version_of(tensor: Any) -> int:
 def leaves_in(tensors: Iterable[Any]) -> list[Any]:
     """Those that collect gradients, each once."""
     return list({id(t): t for t in tensors if t.requires_grad and t.is_leaf}.values())
+
+
+def is_constant(graph: Graph, number: int) -> bool:
+    """Does a value follow from none of the region's inputs, moving numbers and random numbers?"""
+    varying = {value.storage for value in graph.inputs}
+    for op in graph.ops:
+        if op.effects.random or reads_slots(op) or any(value.storage in varying for value in op.inputs):
+            varying.update(value.storage for value in op.outputs)
+    return all(value.storage not in varying for value in graph.outputs if value.id == number)
 
 
 class Results:

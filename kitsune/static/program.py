@@ -29,6 +29,8 @@ class Program:
         self._needed = needed
         self.guards = Guards(record, call, [function, *call.others])
         self.sights = 1
+        # Has it been seen often enough to go without Python?
+        self.ready = False
         # Calls without Python since the last one with it.
         self.n_skipped = 0
         self._sources = ScalarSources(record.numbers, record.scalars)
@@ -36,17 +38,13 @@ class Program:
         self._foretold: tuple[Any, list[float] | None] = (None, None)
         self._prepare(record)
 
-    @property
-    def ready(self) -> bool:
-        """Has it been seen often enough to go without Python?"""
-        return self.sights >= self._needed and self._sources.unexplained is None
-
     def see(self, record: Record, roots: list[Any]) -> None:
         """A call has done the same again."""
         self.sights += 1
         self.n_skipped = 0
         self._sources.see(record.numbers, record.scalars)
         self._foretold = (None, None)
+        self.ready = self.sights >= self._needed and self._sources.unexplained is None
         self.guards.relax(record, roots)
 
     def foretells(self, record: Record) -> bool:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from kitsune.lazy import is_strided
+
 _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS: list[dict[int, Any]] = [
@@ -56,13 +58,13 @@ class Surroundings:
     def outermost(self) -> list[Any]:
         """The modules that are part of no other, and the optimizers."""
         called = [module for reference in self.roots if (module := reference()) is not None]
-        inner = {id(child) for module in called for child in module._modules.values()}
+        inner = {id(child) for module in called for child in _with_children([module])[1:]}
         outer = [module for module in called if id(module) not in inner]
         return [*outer, *(optimizer for reference in self.optimizers if (optimizer := reference()) is not None)]
 
     def tensors(self) -> list[torch.Tensor]:
-        """All tensors that the modules and optimizers hold."""
-        return [t for t in self.held if isinstance(t, torch.Tensor)]
+        """The tensors that the modules and optimizers hold; special ones are known by identity only."""
+        return [t for t in self.held if type(t) in (torch.Tensor, nn.Parameter) and is_strided(t)]
 
     def in_place(self) -> bool:
         """Is every tensor, module and state that was there still there, and nothing else?"""

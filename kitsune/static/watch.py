@@ -8,8 +8,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kitsune.ir import Barrier, Graph, OpRow
-from kitsune.lazy import serial_of, user_site
-from kitsune.static.origins import Origins, Results, Unclear, leaves_in, place_of, real_of, version_of
+from kitsune.lazy import is_strided, serial_of, user_site
+from kitsune.static.origins import Origins, Results, Unclear, is_constant, leaves_in, place_of, real_of, version_of
 from kitsune.static.record import KEPT, Argument, Counter, Leaf, Made, Outside, Record, Run
 from kitsune.static.surroundings import Surroundings
 
@@ -28,7 +28,8 @@ class Watch:
     def __init__(self, function: Any, arguments: Sequence[Any], others: Sequence[Any], known: Record | None) -> None:
         self.reason: str | None = None
         self._arguments, self._roots = arguments, [function, *others]
-        self._modules: dict[int, Any] = {}
+        # Weakly: one that is made for a single call, such as a loss, is none that could be looked at before the next.
+        self._modules: dict[int, weakref.ref[Any]] = {}
         self._optimizers: dict[int, Any] = {}
         self._runs: list[Run] = []
         # The inputs of each run; and the run that has not closed yet.
@@ -46,7 +47,7 @@ class Watch:
         self._hook.remove()
 
     def _called(self, module: Any, args: Any) -> None:
-        self._modules[id(module)] = module
+        self._modules[id(module)] = weakref.ref(module)
         if isinstance(module, torch.jit.ScriptModule):
             self._refuse("it calls a scripted module")
 
@@ -56,6 +57,9 @@ class Watch:
 
     def flushes(self, cause: Barrier) -> None:
         """A region was asked to end, or memory was asked for."""
+        if cause is Barrier.ITEM:
+            # `passed` will tell which value it is.
+            return
         if cause not in _ENDS:
             self._refuse(f"{cause.value}, at {user_site() or 'no line of Python'}")
 
@@ -63,8 +67,14 @@ class Watch:
         """An op ran beside the regions."""
         if reason is Barrier.HOST_SCALAR and row.in_place:
             self._counters.append((row.target, args[0], tuple(args[1:]), tuple(kwargs.items())))
-        elif reason not in _QUIET:
+        elif reason not in _QUIET and not (reason is Barrier.ITEM and self._is_constant(args[0])):
             self._refuse(f"{row.target} at {user_site() or 'no line of Python'} is not recorded: {reason.value}")
+
+    def _is_constant(self, tensor: Any) -> bool:
+        """Is it computed from nothing that could change: by the regions so far, without their inputs and random numbers?"""
+        with torch._C.DisableTorchFunction():
+            made = self._results.at.get(place_of(real_of(tensor))) if is_strided(real_of(tensor)) else None
+        return made is not None and made.run < len(self._runs) and is_constant(self._runs[made.run].graph, made.number)
 
     def ran(self, graph: Graph, inputs: list[tuple[int, Any]], values: list[Any], scalars: list[float]) -> None:
         """A region, or what there was of it, has been run."""
@@ -89,7 +99,8 @@ class Watch:
     def record(self, returned: Any, gone: Callable[[Any], Any]) -> Record:
         """What the call did: its last region has ended."""
         with torch._C.DisableTorchFunction():
-            surroundings = Surroundings(self._modules.values(), self._optimizers.values(), gone)
+            modules = [module for reference in self._modules.values() if (module := reference()) is not None]
+            surroundings = Surroundings(modules, self._optimizers.values(), gone)
             record = Record(self._runs, surroundings, self._before.numbers)
             try:
                 self._describe(record, returned)

@@ -89,7 +89,47 @@ def left_for_later(t: Training, x: Tensor, y: Tensor) -> Tensor:
     return loss.detach()
 
 
+def with_a_module_for_one_call(t: Training, x: Tensor, y: Tensor) -> Tensor:
+    t.optimizer.zero_grad()
+    loss = nn.CrossEntropyLoss()(t.model(x), y)
+    loss.backward()
+    t.optimizer.step()
+    return loss.detach()
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 2
+
+
+def with_a_function_in_python(t: Training, x: Tensor, y: Tensor) -> Tensor:
+    t.optimizer.zero_grad()
+    loss = F.cross_entropy(Doubled.apply(t.model(x)), y)
+    loss.backward()
+    t.optimizer.step()
+    return loss.detach()
+
+
+def reads_a_constant(t: Training, x: Tensor, y: Tensor) -> Tensor:
+    """As language models do, to see if their positions need a mask."""
+    t.optimizer.zero_grad()
+    scores = t.model(x)
+    places = torch.arange(4)[None]
+    if (torch.diff(places, prepend=places[:, :1] - 1) != 1).cumsum(-1)[:, -1].any():
+        scores = scores * 0
+    loss = F.cross_entropy(scores, y)
+    loss.backward()
+    t.optimizer.step()
+    return loss.detach()
+
+
 BODIES = [under_autocast, clipped, accumulated, two_steps, left_for_later]
+BODIES += [with_a_module_for_one_call, with_a_function_in_python, reads_a_constant]
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda f: f.__name__)
@@ -283,6 +323,24 @@ def test_a_model_that_is_dropped_is_not_kept_alive() -> None:
     gc.collect()
     assert [w() for w in weights] == [None] * len(weights)
     assert [s() for s in states] == [None] * len(states)
+
+
+def test_kitsunes_optimizer_steps_in_it() -> None:
+    def optimizer(parameters: Any) -> Any:
+        return kitsune.KitsuneOptimizer(sgd(parameters), device="cpu")
+
+    # The other run of the two is recorded by the optimizer alone.
+    compare(straight(30), at_most=WARM + 1, optimizer=optimizer)
+
+
+def test_what_goes_wrong_while_learning_is_said_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr("kitsune.static.watch.Surroundings", broken)
+    with kitsune.config.patch(verify=False):
+        compare(straight(), at_most=STEPS, at_least=STEPS)
+    assert "Kitsune failed to learn from it (ValueError: no such thing)" in str(kitsune.explain())
 
 
 def test_a_context_around_it_goes_through_python() -> None:
