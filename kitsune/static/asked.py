@@ -15,6 +15,7 @@ from kitsune.lazy import LazyTensor, is_strided
 # Kinds of tensors that are remembered for each form of a call.
 MOST = 16
 _PLAIN = (torch.Tensor, Parameter)
+_SPECIAL = "an argument is a tensor of another library, or sparse, nested, quantized or otherwise special"
 _CONSTANTS = frozenset({int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size})
 
 
@@ -24,10 +25,13 @@ class Unknowable(Exception):
 
 @dataclass(slots=True)
 class Asked:
-    """A call: what it is known by, the tensors among its arguments, and the objects there that are known by identity."""
+    """A call: what it is known by, the tensors among its arguments and what has their memory, the storages of those, and the
+    objects that are known by identity."""
 
     key: Any
     tensors: list[Any]
+    reals: list[Any]
+    storages: list[int]
     others: list[Any]
 
 
@@ -36,7 +40,7 @@ class Knower:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # By all of a call but its tensors: what is known of those of earlier calls. A check in C++ takes 0.6 us, a key 8 us.
+        # By all of a call but its tensors: what is known of those of earlier calls. A check in C++ is cheaper than a key.
         self._seen: dict[Any, list[tuple[TensorGuards, Any]]] = {}
 
     def asked(self, args: Any, kwargs: Any) -> Asked:
@@ -48,14 +52,16 @@ class Knower:
             parts += [(name, _part(a, tensors, others)) for name, a in kwargs.items()]
         form = tuple(parts)
         if not tensors:
-            return Asked((form, ()), tensors, others)
+            return Asked((form, ()), [], [], [], others)
         with torch._C.DisableTorchFunction():
-            return Asked((form, self._types(form, tensors)), tensors, others)
+            lazy = any(type(t) is LazyTensor for t in tensors)
+            reals = list(map(_computed, tensors))
+            storages = [storage_of(t)._cdata for t in reals]
+            types = self._types(form, tensors, lazy, _shared(reals, storages))
+        return Asked((form, types), tensors, reals, storages, others)
 
-    def _types(self, form: Any, tensors: list[Any]) -> Any:
+    def _types(self, form: Any, tensors: list[Any], lazy: bool, shared: Any) -> Any:
         seen = self._seen.setdefault(form, [])
-        lazy = any(type(t) is LazyTensor for t in tensors)
-        shared = _shared(tensors)
         if not lazy and shared is None:
             for guard, types in seen:
                 if guard.check(*tensors):
@@ -111,20 +117,27 @@ def _part(a: Any, tensors: list[Any], others: list[Any]) -> Any:
 
 def _of_tensor(tensor: Any) -> tuple[Any, ...]:
     if type(tensor) is LazyTensor:
-        if tensor.cell.real is None or tensor.requires_grad:
-            raise Unknowable("an argument is not computed yet, or has an autograd graph from outside")
-        return tensor.cell.type.at_start(), False, tensor.cell.real.is_inference()
-    if type(tensor) not in _PLAIN or not is_strided(tensor):
-        raise Unknowable("an argument is a tensor of another library, or sparse, nested, quantized or otherwise special")
+        real: Any = tensor.cell.real
+        return tensor.cell.type.at_start(), False, real.is_inference()
+    if not is_strided(tensor):
+        raise Unknowable(_SPECIAL)
     if tensor.requires_grad and not tensor.is_leaf:
         raise Unknowable("an argument has an autograd graph from outside")
     return type_of(tensor).at_start(), tensor.requires_grad, tensor.is_inference()
 
 
-def _shared(tensors: list[Any]) -> Any:
+def _computed(tensor: Any) -> Any:
+    if type(tensor) is not LazyTensor:
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+            raise Unknowable(_SPECIAL)
+        return tensor
+    if tensor.cell.real is None or tensor.requires_grad:
+        raise Unknowable("an argument is not computed yet, or has an autograd graph from outside")
+    return tensor.cell.real
+
+
+def _shared(reals: list[Any], storages: list[int]) -> Any:
     """Which arguments share memory, and where in it they lie; None if none does."""
-    reals: list[Any] = [t.cell.real if type(t) is LazyTensor else t for t in tensors]
-    storages = [storage_of(t)._cdata for t in reals]
     if len(set(storages)) == len(storages):
         return None
     return tuple((storages.index(s), t.storage_offset()) for s, t in zip(storages, reals, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._C._dynamo.guards import TensorGuards
 
-from kitsune.ir import Kind, TensorType, Value, type_of
+from kitsune.ir import Kind, TensorType, Value, storage_of, type_of
 from kitsune.lazy import is_strided
 from kitsune.static.asked import Asked
 from kitsune.static.origins import real_of
@@ -46,12 +46,14 @@ class Guards:
         self._argument_leaves = [(leaf.leaf.index, not leaf.had) for leaf in leaves if isinstance(leaf.leaf, Argument)]
         self._read_gradients = [(o.leaf, value.type) for o, value, _ in _inputs(record) if isinstance(o, Gradient)]
         # Where in its memory an argument begins matters only to some.
-        self._offsets = [(k, _offset(real_of(call.tensors[k]))) for k in sorted(_placed_arguments(record))]
+        self._offsets = [(k, _offset(call.reals[k])) for k in sorted(_placed_arguments(record))]
 
     def hold(self, roots: Sequence[Any], call: Asked) -> bool:
         """Is all as it was? Sets `lost` where tensors, modules or optimizers are others."""
         if not self._surroundings.in_place() or not self._in_place(roots):
             self.lost = True
+            return False
+        if not self._storages.isdisjoint(call.storages):
             return False
         return self._same_tensors() and self._surroundings.unchanged() and self._same_leaves(call) and self._same_options(roots)
 
@@ -72,6 +74,7 @@ class Guards:
         self._guards = TensorGuards(*self._tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self._read = list({id(t): t for t in wholes}.values())
         self._addresses = list(map(_data_ptr, self._read))
+        self._storages = {storage_of(t)._cdata for t in self._tensors}
 
     def _in_place(self, roots: Sequence[Any]) -> bool:
         for k, path, thing in self._places:
@@ -81,16 +84,13 @@ class Guards:
         return True
 
     def _same_tensors(self) -> bool:
-        if self._tensors:
-            graded = torch.is_grad_enabled()
+        if torch.is_grad_enabled():
+            same = self._guards.check(*self._tensors)
+        else:
             # Without it, no tensor would require a gradient.
-            torch._C._set_grad_enabled(True)
-            try:
-                if not self._guards.check(*self._tensors):
-                    return False
-            finally:
-                torch._C._set_grad_enabled(graded)
-        return list(map(_data_ptr, self._read)) == self._addresses
+            with torch.enable_grad():
+                same = self._guards.check(*self._tensors)
+        return same and list(map(_data_ptr, self._read)) == self._addresses
 
     def _same_leaves(self, call: Asked) -> bool:
         leaves = self._leaves
@@ -102,8 +102,11 @@ class Guards:
             leaf = call.tensors[k]
             if (leaf.grad is None) is not bare or leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
                 return False
-        return all(_is_like(_gradient(_tensor(leaf, call)), type_) for leaf, type_ in self._read_gradients) and all(
-            _offset(real_of(call.tensors[k])) == offset for k, offset in self._offsets
+        for k, offset in self._offsets:
+            if _offset(call.reals[k]) != offset:
+                return False
+        return not self._read_gradients or all(
+            _is_like(_gradient(_tensor(leaf, call)), type_) for leaf, type_ in self._read_gradients
         )
 
     def _same_options(self, roots: Sequence[Any]) -> bool:
@@ -113,7 +116,7 @@ class Guards:
             if [number != 0 for number in numbers] != self._signs or not alike(constants, self._surroundings.constants):
                 return False
             self.numbers = numbers
-        return all(alike(follow(path, roots[k]), value) for k, path, value in self._variables)
+        return not self._variables or all(alike(follow(path, roots[k]), value) for k, path, value in self._variables)
 
 
 def _is_like(gradient: Any, type_: TensorType) -> bool:

@@ -9,7 +9,7 @@ import torch
 from kitsune.ir import Graph, reads_slots, type_of
 from kitsune.lazy import LazyTensor, serial_of
 from kitsune.static.places import Path, Search
-from kitsune.static.record import Argument, Gradient, Made, Origin, Outside, Part, Wrapped
+from kitsune.static.record import Argument, Gradient, Made, Origin, Outside, Part, Wrapped, mapped
 from kitsune.static.surroundings import Surroundings
 
 _offset: Any = torch._C.TensorBase.storage_offset
@@ -47,6 +47,12 @@ def is_constant(graph: Graph, number: int) -> bool:
         if op.effects.random or reads_slots(op) or any(value.storage in varying for value in op.inputs):
             varying.update(value.storage for value in op.outputs)
     return all(value.storage not in varying for value in graph.outputs if value.id == number)
+
+
+def _constant(leaf: Any) -> Any:
+    if type(leaf) not in _SIMPLE:
+        raise Unclear(f"it returns a {type(leaf).__name__}; let it return tensors, numbers, or tuples and dicts of them")
+    return leaf
 
 
 class Results:
@@ -149,19 +155,11 @@ class Origins:
 
     def tree(self, returned: Any) -> Any:
         """A return value with origins for its tensors."""
-        if isinstance(returned, torch.Tensor):
-            return self._passed.get(id(returned)) or self._returned(returned)
-        if type(returned) is dict:
-            return {key: self.tree(x) for key, x in returned.items()}
-        if type(returned) in (list, tuple):
-            return type(returned)(self.tree(x) for x in returned)
-        if isinstance(returned, tuple) and hasattr(returned, "_fields"):
-            return type(returned)(*(self.tree(x) for x in returned))
-        if type(returned) not in _SIMPLE:
-            raise Unclear(f"it returns a {type(returned).__name__}; let it return tensors, numbers, or tuples and dicts of them")
-        return returned
+        return mapped(returned, torch.Tensor, self._returned, _constant)
 
     def _returned(self, tensor: Any) -> Any:
+        if id(tensor) in self._passed:
+            return self._passed[id(tensor)]
         if type(tensor) is not LazyTensor:
             exact = self._exact.get(id(tensor))
             if exact is not None:

@@ -1,19 +1,21 @@
 """A call that is known: when it may be made without Python, and how."""
 
 from collections import Counter as Counts
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
 
-from kitsune.ir import Graph, lent_memory, slots_in
+from kitsune.ir import Graph, TensorType, lent_memory, slots_in
 from kitsune.lazy import LazyTensor, ScalarSources, attach_spent
 from kitsune.static.asked import Asked
 from kitsune.static.guards import Guards
-from kitsune.static.origins import real_of
-from kitsune.static.record import KEPT, Argument, Gradient, Made, Outside, Part, Record, Wrapped
+from kitsune.static.record import KEPT, Argument, Gradient, Made, Outside, Part, Record, Wrapped, mapped
 from kitsune.static.surroundings import alike
 
+# What is returned as the very tensor that it is.
+_FOUND = (Argument, Outside, Gradient)
 # A tensor over the same memory that autograd knows nothing of.
 _alias = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 
@@ -125,7 +127,13 @@ class Program:
             if isinstance(leaf.leaf, Outside) and isinstance(leaf.now, Made) and self.uses[leaf.now] == 1 and not leaf.version
         ]
         values = [{v.id: v.type for v in run.graph.outputs} for run in record.runs]
-        self.types: dict[Any, Any] = {o: values[o.run][o.number] for o in _wrapped(record.returned) if isinstance(o, Made)}
+        seen: dict[Wrapped, Returned] = {}
+
+        def returned(tree: Any) -> Any:
+            made = isinstance(tree.origin, Made)
+            return seen.setdefault(tree, Returned(tree, values[tree.origin.run][tree.origin.number] if made else None))
+
+        self.returned = mapped(record.returned, Wrapped, returned)
         usual = {id(tensor) for tensor, _, _ in self.plain}
         self.given = [leaf for leaf in given if not (isinstance(leaf.leaf, Outside) and id(leaf.leaf.tensor) in usual)]
         inputs = [origin for run in record.runs for _, origin in run.wiring or ()]
@@ -137,10 +145,9 @@ class _Call:
 
     def __init__(self, program: Program, call: Asked) -> None:
         self._program, self._tensors = program, call.tensors
-        self._reals = list(map(real_of, call.tensors))
-        self._gradients = {g: self._leaf(g.leaf).grad for g in program.gradients}
+        self._reals = call.reals
+        self._gradients = {g: self._leaf(g.leaf).grad for g in program.gradients} if program.gradients else {}
         self.results: list[list[Any]] = []
-        self._made: dict[Wrapped, torch.Tensor] = {}
 
     def begin(self) -> None:
         """What Python would do before the first region is run, as far as anybody could tell."""
@@ -150,9 +157,27 @@ class _Call:
 
     def end(self, recorder: Any) -> Any:
         """What Python would do with the results; returns what the call returns."""
-        record = self._program.record
-        if self._program.bumped[1]:
-            increment_version(self._leaves(self._program.bumped))
+        program = self._program
+        if program.bumped[1]:
+            increment_version(self._leaves(program.bumped))
+        self._give_gradients()
+        if program.record.counters:
+            with torch.no_grad():
+                for counter in program.record.counters:
+                    counter.target(counter.tensor.tensor, *counter.args, **dict(counter.kwargs))
+
+        def built(leaf: Any) -> Any:
+            if isinstance(leaf, Returned):
+                found = made.get(leaf)
+                if found is None:
+                    found = made[leaf] = self._wrapped(leaf, recorder)
+                return found
+            return self._tensors[leaf.index] if isinstance(leaf, Argument) else self.tensor(leaf)
+
+        made: dict[Returned, torch.Tensor] = {}
+        return mapped(program.returned, (Returned, *_FOUND), built)
+
+    def _give_gradients(self) -> None:
         for tensor, run, number in self._program.plain:
             tensor.grad = self.results[run][number]
         for leaf in self._program.given:
@@ -162,11 +187,6 @@ class _Call:
             if leaf.version:
                 torch._C._autograd._unsafe_set_version_counter((gradient,), (leaf.version,))  # type: ignore[attr-defined]
             self._leaf(leaf.leaf).grad = gradient
-        if record.counters:
-            with torch.no_grad():
-                for counter in record.counters:
-                    counter.target(counter.tensor.tensor, *counter.args, **dict(counter.kwargs))
-        return self._built(record.returned, recorder)
 
     def tensor(self, origin: Any) -> torch.Tensor:
         """The tensor of an origin, in this call."""
@@ -187,31 +207,22 @@ class _Call:
     def _leaf(self, origin: Any) -> Any:
         return origin.tensor if type(origin) is Outside else self._tensors[origin.index]
 
-    def _built(self, tree: Any, recorder: Any) -> Any:
-        if isinstance(tree, Wrapped):
-            made = self._made.get(tree)
-            if made is None:
-                made = self._made[tree] = self._wrapped(tree, recorder)
-            return made
-        if isinstance(tree, Argument):
-            return self._tensors[tree.index]
-        if isinstance(tree, (Outside, Gradient)):
-            return self.tensor(tree)
-        if type(tree) is dict:
-            return {key: self._built(x, recorder) for key, x in tree.items()}
-        if type(tree) in (list, tuple):
-            return type(tree)([self._built(x, recorder) for x in tree])
-        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-            return type(tree)(*[self._built(x, recorder) for x in tree])
-        return tree
-
-    def _wrapped(self, tree: Wrapped, recorder: Any) -> torch.Tensor:
-        wrapper: LazyTensor = recorder.settled(self.tensor(tree.origin), self._program.types.get(tree.origin))
+    def _wrapped(self, returned: "Returned", recorder: Any) -> torch.Tensor:
+        tree = returned.wrapped
+        wrapper: LazyTensor = recorder.settled(self.tensor(tree.origin), returned.type)
         if tree.version:
             torch._C._autograd._unsafe_set_version_counter((wrapper,), (tree.version,))  # type: ignore[attr-defined]
         if tree.graded is not None:
             attach_spent(recorder, wrapper)
         return wrapper
+
+
+@dataclass(slots=True, eq=False)
+class Returned:
+    """A wrapper among what is returned; one object for each, however often it is. Its type, where that is known."""
+
+    wrapped: Wrapped
+    type: TensorType | None
 
 
 def _tensors(origins: list[Any]) -> tuple[bool, list[Any]]:
@@ -240,9 +251,7 @@ def _whole(origin: Any) -> Any:
 
 def _wrapped(tree: Any) -> list[Any]:
     """The origins of the tensors in a return value."""
-    if isinstance(tree, Wrapped):
-        return [tree.origin]
-    if isinstance(tree, (Argument, Outside, Gradient)):
-        return [tree]
-    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return [origin for part in parts for origin in _wrapped(part)]
+    found: list[Any] = []
+    mapped(tree, Wrapped, lambda leaf: found.append(leaf.origin))
+    mapped(tree, _FOUND, found.append)
+    return found

@@ -1,6 +1,7 @@
 """What one call of a static function did, in terms that hold for the next call: regions, where their inputs came from, what
 became of their results. Two calls that did the same have equal records, and the second could have done without Python."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -128,6 +129,19 @@ class Record:
     def outside(self) -> list[torch.Tensor]:
         """Every tensor that is not an argument and not made by the call."""
         return [*self.surroundings.tensors(), *(tensor for _, _, tensor in self.paths)]
+
+
+def mapped(tree: Any, kinds: Any, change: Callable[[Any], Any], other: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+    """A return value with `change(leaf)` for each leaf of some kinds, and `other(leaf)` for the others."""
+    if isinstance(tree, kinds):
+        return change(tree)
+    if type(tree) is dict:
+        return {key: mapped(x, kinds, change, other) for key, x in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)([mapped(x, kinds, change, other) for x in tree])
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*[mapped(x, kinds, change, other) for x in tree])
+    return other(tree)
 
 
 def difference(known: Record, now: Record) -> str | None:

@@ -118,6 +118,9 @@ class Watch:
             raise Unclear("a hook on a module or on an optimizer's step runs in it")
         if any(run.wiring is None for run in self._runs):
             return
+        storages = {serial_of(real_of(t)) for t in self._arguments}
+        if any(serial_of(t) in storages for t in record.surroundings.tensors()):
+            raise Unclear("an argument shares memory with a parameter, a buffer or a piece of optimizer state")
         came = [t for inputs in self._inputs for _, t in inputs if not isinstance(t, Made)]
         gradients = self._before.gradients()
         origins = Origins(self._arguments, gradients, self._results, record.surroundings, self._roots)

@@ -167,7 +167,23 @@ def test_an_argument_that_is_no_tensor_we_know() -> None:
 
     for _ in range(8):
         assert double(torch.ones(2).as_subclass(Own)).tolist() == [2.0, 2.0]
+        assert double(torch.ones(2, 2).to_sparse()).to_dense().tolist() == [[2.0, 2.0]] * 2
     assert "argument is a tensor of another library" in str(kitsune.explain())
+
+
+def test_an_argument_that_is_a_parameter() -> None:
+    model = torch.nn.Linear(3, 3)
+
+    @kitsune.accelerate(static=True, device="cpu")
+    def both(w: Tensor) -> Tensor:
+        return (model(w) * w).detach()
+
+    with torch.no_grad():
+        others = [torch.randn(3, 3) for _ in range(10)]
+        for w in [*others, *[model.weight.detach()] * 6, *others]:
+            assert torch.equal(both(w), (model(w) * w).detach())
+    assert kitsune.counters()["static_skipped"] > 10
+    assert "an argument shares memory with a parameter" in str(kitsune.explain())
 
 
 def test_a_function_that_is_never_learned_is_watched_rarely_and_left_to_the_gate() -> None:
