@@ -90,12 +90,13 @@ class Program:
         skipped = _Call(self, call)
         skipped.begin()
         position = 0
-        for graph, template, moving, n_scalars in self._steps:
+        for (graph, template, moving, n_scalars), needed in zip(self._steps, self._kept, strict=True):
             values = template.copy()
             for number, origin in moving:
                 values[number] = skipped.tensor(origin)
             pipeline.run(graph, values, numbers[position : position + n_scalars])
-            skipped.results.append(values)
+            # Of what is not kept, a second replay of the same graph moves nothing out of its way.
+            skipped.results.append({number: values[number] for number in needed})
             position += n_scalars
         self.n_skipped += 1
         return skipped.end(pipeline.recorder)
@@ -137,7 +138,10 @@ class Program:
         usual = {id(tensor) for tensor, _, _ in self.plain}
         self.given = [leaf for leaf in given if not (isinstance(leaf.leaf, Outside) and id(leaf.leaf.tensor) in usual)]
         inputs = [origin for run in record.runs for _, origin in run.wiring or ()]
-        self.gradients = {o for o in map(_whole, [*inputs, *gradients, *_wrapped(record.returned)]) if isinstance(o, Gradient)}
+        used = set(map(_whole, [*inputs, *gradients, *_wrapped(record.returned)]))
+        self.gradients = {origin for origin in used if isinstance(origin, Gradient)}
+        made = [origin for origin in used if isinstance(origin, Made)]
+        self._kept = [sorted(o.number for o in made if o.run == k) for k in range(len(record.runs))]
 
 
 class _Call:
@@ -147,7 +151,7 @@ class _Call:
         self._program, self._tensors = program, call.tensors
         self._reals = call.reals
         self._gradients = {g: self._leaf(g.leaf).grad for g in program.gradients} if program.gradients else {}
-        self.results: list[list[Any]] = []
+        self.results: list[dict[int, Any]] = []
 
     def begin(self) -> None:
         """What Python would do before the first region is run, as far as anybody could tell."""

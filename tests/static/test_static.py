@@ -163,6 +163,13 @@ def test_a_learning_rate_that_moves_later_is_learned_once() -> None:
     compare(drive, at_most=WARM + 1)
 
 
+def test_gradients_that_nobody_holds_are_not_moved(executor: str) -> None:
+    compare(straight(30), at_most=WARM + 1, body=two_steps)
+    if executor == "replayed":
+        # Of the two replays of one graph in each call, the first one's loss is wanted after the second.
+        assert kitsune.counters()["moved"] <= 2 * 30
+
+
 def test_results_that_are_held_stay_as_they_are() -> None:
     def drive(t: Training) -> None:
         gradients = []
