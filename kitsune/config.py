@@ -125,13 +125,11 @@ class Options:
     device: str | None = knob(None, "KITSUNE_DEVICE", device_name, "device to record; None: cuda if available, else cpu")
     max_pending_ops: int = knob(20000, "KITSUNE_MAX_PENDING_OPS", whole(1), "operators that may be pending before a flush")
     max_pending_bytes: int | None = knob(
-        None,
-        "KITSUNE_MAX_PENDING_BYTES",
-        n_bytes,
-        "bytes that pending results may need before they are flushed, such as 2GB; None: half of the device's memory",
+        None, "KITSUNE_MAX_PENDING_BYTES", n_bytes, "bytes that may be pending, such as 2GB; None: half of the device's memory"
     )
     gate: bool = knob(True, "KITSUNE_GATE", flag, "leave to eager what keeps changing, is slower than eager or runs on a CPU")
     follow: bool = knob(True, "KITSUNE_FOLLOW", flag, "follow whole calls of torch's API, and `backward()`, once they are known")
+    audit: int = knob(100, "KITSUNE_AUDIT", whole(0), "one call in so many of a static function goes through Python; 0: none")
     fuse: bool = knob(True, "KITSUNE_FUSE", flag, "0 runs every region op by op: no planning, no kernels of Kitsune's own")
     fuel: int | None = knob(
         None, "KITSUNE_FUEL", optional(whole(0)), "only so many fusions in each region: bisects a wrong answer; None: all"
@@ -212,6 +210,7 @@ class Config:
     max_pending_bytes: int | None
     gate: bool
     follow: bool
+    audit: int
     fuse: bool
     fuel: int | None
     pool: bool

@@ -78,7 +78,7 @@ def close_context(pipeline: Pipeline) -> None:
         outer = next(reversed(here.depth))
         if outer.on:
             outer.follow()
-    elif config.gate:
+    elif config.gate and not pipeline.insists:
         pipeline.gate.end_of_context()
     with _lock:
         _n_open -= 1
@@ -116,7 +116,7 @@ def _turn_off(pipeline: Pipeline) -> None:
 
 
 def _wanted(pipeline: Pipeline) -> bool:
-    return not _forced_eager and (pipeline.gate.records or not config.gate)
+    return not _forced_eager and (pipeline.gate.records or pipeline.insists or not config.gate)
 
 
 def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -128,6 +128,9 @@ def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             for pipeline in pipelines:
                 pipeline.recorder.flush(Barrier.STEP)
             settle_state(optimizer)
+        for pipeline in pipelines:
+            if pipeline.recorder.watcher is not None:
+                pipeline.recorder.watcher.stepped(optimizer)
     # With contexts in each other, an inner one that is left to eager would only be recorded by the outer one.
     if len(pipelines) == 1 and _may_turn(pipelines[0]):
         _look_at_gate(pipelines[0], optimizer)
@@ -136,13 +139,18 @@ def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 def _look_at_gate(pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:
     gate = pipeline.gate
     # While a stance other than the default is set, steps are not what they would be without it: they decide nothing.
-    if config.gate and not _forced_eager and _on_new == "record" and pipeline.on is gate.records:
+    if config.gate and not pipeline.insists and not _forced_eager and _on_new == "record" and pipeline.on is gate.records:
         gate.end_of_step(optimizer)
     if pipeline.on is not _wanted(pipeline):
         _turn(pipeline)
         if gate.left is not None and not pipeline.on:
             # Eager may need the memory.
             pipeline.runner.forget()
+
+
+def free_to_skip() -> bool:
+    """May a call do without Python in this thread? Not inside of a context, nor where the stance asks for plain PyTorch."""
+    return not here.depth and not _forced_eager
 
 
 def _turn(pipeline: Pipeline) -> None:

@@ -71,6 +71,10 @@ class Pipeline:
         self.follows = False
         # Does it take this thread's ops now? Not while the steps of an open context are left to eager.
         self.on = False
+        # A static function is being learned: its steps are recorded, whatever the gate says of those that Python goes through.
+        self.insists = False
+        # Counts the times that everything known was dropped.
+        self.n_forgotten = 0
         self.device = device
         self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, tally)
 
@@ -113,6 +117,7 @@ class Pipeline:
         """Drop every region seen so far, and its plan."""
         self.recorder.flush(Barrier.FLUSH)
         self.recorder.forget()
+        self.n_forgotten += 1
         latest.clear()
         self.runner.forget()
         self.gate.restart()

@@ -15,6 +15,7 @@ from kitsune.dispatch import foreign_modes
 from kitsune.ir import Barrier, Graph
 from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally, wait_for_kernels
 from kitsune.profiler import Report, report
+from kitsune.static import StaticFunction
 
 __all__ = ["accelerate", "counters", "disable", "explain", "flush", "last_plan", "reset", "trace_regions", "wait_for_kernels"]
 
@@ -25,13 +26,24 @@ R = TypeVar("R")
 class Accelerate:
     """The context that `accelerate()` returns. It may be entered again, in any thread, and inside itself."""
 
-    def __init__(self, warmup: int | None = None, device: str | torch.device | None = None) -> None:
-        self._warmup = warmup
-        self._device = device
+    def __init__(
+        self,
+        warmup: int | None = None,
+        device: str | torch.device | None = None,
+        static: bool = False,
+        audit: int | None = None,
+    ) -> None:
+        self._warmup, self._device = warmup, device
+        self._static, self._audit = static, audit
         self._entered = threading.local()
 
     def __enter__(self) -> "Accelerate":
-        pipeline = self._pipeline()
+        if self._static:
+            raise TypeError(
+                "static=True skips the Python of a function, and a `with` block has none that could be skipped: write "
+                "@kitsune.accelerate(static=True) above the training step's `def`, or leave static=True out."
+            )
+        pipeline = self.pipeline()
         if pipeline is not None:
             open_context(pipeline)
         self._stack().append(pipeline)
@@ -54,6 +66,15 @@ class Accelerate:
 
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         _check_callable(fn)
+        if self._static:
+            call = StaticFunction(fn, Accelerate(self._warmup, self._device), self._audit).call
+
+            @functools.wraps(fn)
+            def static(*args: P.args, **kwargs: P.kwargs) -> R:
+                returned: R = call(args, kwargs)
+                return returned
+
+            return static
 
         @functools.wraps(fn)
         def accelerated(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -68,7 +89,7 @@ class Accelerate:
         stack: list[Pipeline | None] = self._entered.stack
         return stack
 
-    def _pipeline(self) -> Pipeline | None:
+    def pipeline(self) -> Pipeline | None:
         """This thread's pipeline for these options; None where the program is to run as plain PyTorch."""
         if not config.enabled:
             return None
@@ -86,14 +107,30 @@ class Accelerate:
 
 
 @overload
-def accelerate(fn: None = None, *, warmup: int | None = None, device: str | torch.device | None = None) -> Accelerate: ...
+def accelerate(
+    fn: None = None,
+    *,
+    warmup: int | None = None,
+    device: str | torch.device | None = None,
+    static: bool = False,
+    audit: int | None = None,
+) -> Accelerate: ...
 @overload
-def accelerate(fn: Callable[P, R]) -> Callable[P, R]: ...
+def accelerate(
+    fn: Callable[P, R],
+    *,
+    warmup: int | None = None,
+    device: str | torch.device | None = None,
+    static: bool = False,
+    audit: int | None = None,
+) -> Callable[P, R]: ...
 def accelerate(
     fn: Callable[..., Any] | None = None,
     *,
     warmup: int | None = None,
     device: str | torch.device | None = None,
+    static: bool = False,
+    audit: int | None = None,
     **unknown: Any,
 ) -> Any:
     """Record and run the PyTorch code inside: `with accelerate():`, `@accelerate` or `@accelerate(warmup=0)`.
@@ -101,12 +138,27 @@ def accelerate(
     `warmup` is how often a region is observed, op by op, before it is recorded lazily; `device` what to record for, by
     default the current CUDA device or, without one, the CPU. Contexts nest. What was recorded is run at the latest when
     the context is left. Raises TypeError for an unknown option, RuntimeError for a CUDA device that is not there.
+
+    `@accelerate(static=True)` is for a training step that does the same each time: once it has, a few times over, its Python
+    is skipped. Results, gradients, parameters, optimizer state, counts of writes and the random generator are as if it had
+    run; whatever else its Python does is not (print, count, step a scheduler: do that outside). Before each call the arguments'
+    shapes, parameters, buffers, optimizer state and options, flags and hooks, autocast and grad mode are looked at, and where
+    one of them has changed the call goes through Python again. So does every `audit`th call (the knob `audit` by default;
+    0: none), as a check: a RuntimeError says at which operator and line it did something else. `explain()` says why the Python
+    of a function is not skipped.
     """
+    if not isinstance(static, bool):
+        raise ValueError(f"static={static!r} is not possible: static accepts True or False.")
+    if audit is not None and not static:
+        raise TypeError("audit= says how often a static function is checked: write accelerate(static=True, audit=...).")
     for name in unknown:
         checked(name, unknown[name])
         raise TypeError(f"{name} is not an option of accelerate(): set it with kitsune.config.patch({name}=...).")
     context = Accelerate(
-        None if warmup is None else checked("warmup", warmup), None if device is None else checked("device", device)
+        None if warmup is None else checked("warmup", warmup),
+        None if device is None else checked("device", device),
+        static,
+        None if audit is None else checked("audit", audit),
     )
     return context if fn is None else context(fn)
 
@@ -159,7 +211,8 @@ def counters() -> dict[str, Any]:
     nobody needed them; programs in work (`compiling`) and runs `unfused` for want of them; distinct `regions` and how often
     one was `recognised`; CUDA graphs `captured`, runs `replayed` by one, results `moved` because they were still held,
     `graph_missed` and `graph_refused` by reason; `flushed` by cause; `passed_through` by reason; steps that the gate left to
-    eager (`gate_left`) and what it decided (`gate_decided`).
+    eager (`gate_left`) and what it decided (`gate_decided`); calls of static functions without their Python (`static_skipped`),
+    with it as a check (`static_audits`), and why others were (`static_refused`).
     """
     return tally.counters()
 

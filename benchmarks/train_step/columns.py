@@ -35,6 +35,8 @@ class Program:
     reuses_loss: bool = False
     # Is everything there that is made in the background?
     is_ready: Callable[[], bool] = lambda: True
+    # What is to be kept beside the times: whether it was what it is called.
+    counts: Callable[[], dict[str, Any]] = dict
 
 
 def make_step(workload: Workload, forward: Forward, read: Read) -> Step:
@@ -146,16 +148,20 @@ def _kitsune(workload: Workload, batches: list[Batch], read: Read) -> Program:
 
 
 def _kitsune_static(workload: Workload, batches: list[Batch], read: Read) -> Program:
-    options: dict[str, Any] = {"static": True, "device": workload.device}
-    try:
-        accelerate = kitsune.accelerate(**options)
-    except TypeError as error:
-        raise NotAvailableError(f"this version has no accelerate(static=True): {error}") from None
-    return Program(accelerate(make_step(workload, forward_of(workload), read)), batches, is_ready=_kernels_are_there)
+    if read == "each":
+        raise NotAvailableError("a step whose Python is skipped cannot stop for Python to read the loss")
+    step = kitsune.accelerate(make_step(workload, forward_of(workload), read), static=True, device=workload.device)
+    return Program(step, batches, is_ready=_kernels_are_there, counts=_static_counts)
 
 
 def _kernels_are_there() -> bool:
     return kitsune.wait_for_kernels(0)
+
+
+def _static_counts() -> dict[str, Any]:
+    names = "static_skipped static_audits static_refused graph_missed graph_refused"
+    counters = kitsune.counters()
+    return {name: counters[name] for name in names.split()}
 
 
 def _need_cuda(workload: Workload) -> None:

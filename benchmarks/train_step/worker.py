@@ -189,6 +189,8 @@ def visit(task: Task, save: Callable[[dict[str, Any]], None]) -> None:
         # With a look at the loss in each step, Python waits for the device in all of them.
         save(host_times(step, task) if task.read != "each" else {})
         save(device_times(step, task) if on_device else {})
+        counts = program.counts()
+        save({"counts": counts} if counts else {})
 
 
 def first_line(error: BaseException) -> str:

@@ -1,21 +1,31 @@
 """Record: wrappers without storage, the region in progress, regions seen before, and the doors that end a region."""
 
 from kitsune.lazy.call_lane import CallLane
+from kitsune.lazy.cell import serial_of
 from kitsune.lazy.doors import close_doors, open_doors
 from kitsune.lazy.graph_doors import close_graph_doors, open_graph_doors
+from kitsune.lazy.realize import attach_spent
 from kitsune.lazy.recorder import Recorder
+from kitsune.lazy.region import is_strided
+from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.settle import settle_grads, settle_state
+from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, as_plain
 
 __all__ = [
     "CallLane",
     "LazyTensor",
     "Recorder",
+    "ScalarSources",
     "as_plain",
+    "attach_spent",
     "close_doors",
     "close_graph_doors",
+    "is_strided",
     "open_doors",
     "open_graph_doors",
+    "serial_of",
     "settle_grads",
     "settle_state",
+    "user_site",
 ]

@@ -42,6 +42,8 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER):
         recorder.n_unrecorded += 1
     result, reals = call(recorder, row, args, kwargs, tensors)
+    if recorder.watcher is not None:
+        recorder.watcher.passed(row, args, kwargs, reason)
     return hand_out(recorder, row, result, tensors, reals, reason)
 
 

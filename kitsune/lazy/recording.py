@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, type_of
+from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
 from kitsune.lazy.arrivals import Arrivals
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.graphs import graph_of
@@ -71,6 +71,8 @@ class Recording:
         self.on_new = "record"
         # Counts the ops that ran beside the region: what they tell may be in the calls' later arguments, unseen by any key.
         self.n_unrecorded = 0
+        # Hears of all that the program does besides recording, while a static function is learned.
+        self.watcher: Any = None
         # Counts the times that autocast has forgotten its casts of weights.
         self.epoch = 0
         # What `torch.set_default_device` has set, or a `with torch.device(...)` around the context.
@@ -117,9 +119,9 @@ class Recording:
         if not self.region.node.depth:
             self.region = self._new_region()
 
-    def settled(self, real: torch.Tensor) -> LazyTensor:
-        """A wrapper of a tensor that is already there."""
-        return wrap(Cell(self.nowhere, ref(0), type_of(real), -1, real))
+    def settled(self, real: torch.Tensor, type_: TensorType | None = None) -> LazyTensor:
+        """A wrapper of a tensor that is already there, of this type if it is known."""
+        return wrap(Cell(self.nowhere, ref(0), type_ or type_of(real), -1, real))
 
     def is_pending(self, tensor: Any) -> bool:
         """Would reading the tensor's memory now give another value than after the region?"""
@@ -144,12 +146,16 @@ class Recording:
     def before_door(self, tensor: torch.Tensor, cause: Barrier) -> None:
         """Somebody asks for the memory of a tensor and may write it: a region that has to do with it ends."""
         with self.lock:
+            if self.watcher is not None:
+                self.watcher.flushes(cause)
             if self.region.node.depth and self.takes_part(tensor):
                 self.flush(cause)
 
     def before_random(self) -> None:
         """A generator's state is about to be read or set."""
         with self.lock:
+            if self.watcher is not None:
+                self.watcher.flushes(Barrier.RANDOM_STATE)
             if self.region.node.random:
                 self.flush(Barrier.RANDOM_STATE)
 
@@ -157,6 +163,8 @@ class Recording:
         """The computed tensor of a cell, whose region ends if it is still open."""
         with self.lock:
             self.region.unfold()
+            if self.watcher is not None:
+                self.watcher.flushes(cause)
             if cell.region is self.region and (not cell.external or cell.storage in self.region.dirty):
                 self.flush(cause)
             elif cell.real is not None:
@@ -209,7 +217,11 @@ class Recording:
         """Close the region: run what is pending, give every living wrapper its value, and start the next region."""
         with self.lock:
             region, node = self.region, self.region.node
-            if not node.depth or self.inferring or self.running:
+            if self.inferring or self.running:
+                return
+            if self.watcher is not None:
+                self.watcher.flushes(cause)
+            if not node.depth:
                 return
             if region.calls and self.lane is not None:
                 self.lane.own_up()
@@ -246,8 +258,11 @@ class Recording:
             for k, number, *_ in edge.arrivals:
                 values[number.id] = fresh[k] if type(fresh[k]) is not LazyTensor else fresh[k].cell.real
         self.running = True
+        graph = self._graph(region.node, live)
         try:
-            self.run(self._graph(region.node, live), values, region.scalars)
+            self.run(graph, values, region.scalars)
+            if self.watcher is not None:
+                self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)
         except BaseException as error:
             region.error = error
             if region is self.region:
@@ -273,7 +288,10 @@ class Recording:
 
     def _close(self, node: Node, live: tuple[int, ...], cause: Barrier, site: Site | None) -> None:
         node.tally = self.tally.close(node.tally, node.depth, cause, site)
-        self.on_close(self._graph(node, live), cause, site)
+        graph = self._graph(node, live)
+        if self.watcher is not None:
+            self.watcher.closed(graph)
+        self.on_close(graph, cause, site)
 
 
 def _has_memory(tensor: Any) -> bool:

@@ -49,6 +49,11 @@ class ScalarSources:
         self._moved |= changed
         self._before, self._made = tuple(before), tuple(made)
 
+    @property
+    def unexplained(self) -> int | None:
+        """The first number that has moved and is none of those before it; None if there is none."""
+        return next((j for j, sources in enumerate(self._sources) if sources is not None and not sources), None)
+
     def numbers(self, before: Sequence[float]) -> Sequence[float] | None:
         """What a call makes after these numbers; None if that is not known."""
         changed = {i for i, (a, b) in enumerate(zip(self._before, before, strict=True)) if not same(a, b)}

@@ -72,5 +72,5 @@ def _real(cell: Cell) -> torch.Tensor:
     # With nothing pending anywhere there is nothing to wait for, which is what leaving a context comes to.
     if cell.real is not None and not any(recording.region.node.depth for recording in {recorder, *OPEN}):
         return cell.real
-    real: torch.Tensor = recorder.materialize(cell, Barrier.DOOR)
+    real: torch.Tensor = recorder.materialize(cell, Barrier.STEP)
     return real

@@ -87,6 +87,7 @@ class Report:
         lines += _graph_lines(c)
         lines += [f"mended: {sentence}" for sentence in self.mended]
         lines += _gate_lines(c)
+        lines += _static_lines(c)
         lines.append("flushes:" if self.flushes else "no flush")
         lines += [f"  {f.count:6d} x {f.cause} at {f.site}: {f.why}" for f in self.flushes]
         lines.append("ran as eager:" if self.passed_through else "no operator ran as eager")
@@ -152,6 +153,13 @@ def _gate_lines(c: dict[str, Any]) -> list[str]:
     if c["gate_left"]:
         lines.append(f"gate: {c['gate_left']} steps left to eager so far; KITSUNE_GATE=0 records them all")
     return lines
+
+
+def _static_lines(c: dict[str, Any]) -> list[str]:
+    lines = []
+    if c["static_skipped"] or c["static_audits"]:
+        lines.append(f"static: {c['static_skipped']} calls without their Python, {c['static_audits']} audits")
+    return lines + [f"  {n:6d} x not static: {sentence}" for sentence, n in c["static_refused"].items()]
 
 
 def _line(site: Any) -> str:

@@ -80,6 +80,10 @@ class Tally:
         self.gate_left = 0
         self.gate_revisited = 0
         self.gate: Counter[str] = Counter()
+        # Calls of static functions without their Python, calls that checked them, and why others were not made so.
+        self.static_skipped = 0
+        self.static_audits = 0
+        self.static_refused: Counter[str] = Counter()
         self.flushed: Counter[tuple[Barrier, Site | None]] = Counter()
         self.passed_through: Counter[tuple[Barrier, str]] = Counter()
         self.n_regions = 0
@@ -124,6 +128,11 @@ class Tally:
         """The gate has decided that steps are left to eager, or recorded."""
         if sentence in self.gate or len(self.gate) < MAX_REGIONS:
             self.gate[sentence] += 1
+
+    def not_static(self, sentence: str) -> None:
+        """A call of a static function could not be learned from."""
+        if sentence in self.static_refused or len(self.static_refused) < MAX_REGIONS:
+            self.static_refused[sentence] += 1
 
     def close(self, known: RegionTally | None, n_ops: int, cause: Barrier, site: Site | None) -> RegionTally:
         """A region ended. `known` is what this returned when the region ended before, None for a new one."""
@@ -171,6 +180,9 @@ class Tally:
             "gate_left": self.gate_left,
             "gate_revisited": self.gate_revisited,
             "gate_decided": dict(self.gate),
+            "static_skipped": self.static_skipped,
+            "static_audits": self.static_audits,
+            "static_refused": dict(self.static_refused),
             "flushed": dict(flushed),
             "passed_through": dict(passed),
         }

@@ -39,6 +39,16 @@ def test_two_columns_of_a_small_model_are_measured_and_kept(tmp_path: Path) -> N
     assert found["rows"][1]["losses_apart"] == 0.0
 
 
+def test_the_static_column_skips_python_and_says_so() -> None:
+    workload, batches = make("mlp", CPU, "fp32", "small", "fused"), make_batches("mlp", CPU, 2, "small")
+    program = COLUMNS["kitsune-static"](workload, batches, "every 20")
+    for _ in range(10):
+        program.step(*batches[0])
+    assert program.counts()["static_skipped"] > 0
+    with pytest.raises(NotAvailableError, match="cannot stop"):
+        COLUMNS["kitsune-static"](workload, batches, "each")
+
+
 @pytest.mark.parametrize("column", ["graph", "graph-cl", "reduce-overhead", "compile-graph"])
 def test_a_column_that_needs_cuda_says_so(column: str) -> None:
     with pytest.raises(NotAvailableError, match="CUDA"):

@@ -280,3 +280,15 @@ def test_loops_of_other_tests_are_the_same_with_graphs() -> None:
     with graphs():
         assert_equal(loop(lazily(), steps=6), expected)
         assert counts("replayed")[0] > 2
+
+
+def test_a_view_that_a_later_region_makes_of_a_result_moves_with_it() -> None:
+    kept, xs, weight = [], torch.arange(36.0).view(12, 3), torch.ones(3, requires_grad=True)
+    with graphs(), lazily():
+        for x in xs:
+            loss = (x * weight).exp()
+            kitsune.flush()
+            kept.append(loss.detach())
+            kitsune.flush()
+        assert counts("replayed")[0] > 5 and not counts("graph_missed")[0]
+    assert all(map(torch.equal, kept, xs.exp()))

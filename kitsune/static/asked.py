@@ -1,0 +1,143 @@
+"""By what a call of a static function is known: its arguments, and the modes of torch that it is made under."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._C._dynamo.guards import TensorGuards
+from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from kitsune.ir import storage_of, type_of
+from kitsune.lazy import LazyTensor, is_strided
+
+# Kinds of tensors that are remembered for each form of a call.
+MOST = 16
+_PLAIN = (torch.Tensor, Parameter)
+_SPECIAL = "an argument is a tensor of another library, or sparse, nested, quantized or otherwise special"
+_CONSTANTS = frozenset({int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size})
+
+
+class Unknowable(Exception):
+    """Says in a sentence why a call cannot be told from others."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """A call: what it is known by, the tensors among its arguments and what has their memory, the storages of those, and the
+    objects that are known by identity."""
+
+    key: Any
+    tensors: list[Any]
+    reals: list[Any]
+    storages: list[int]
+    others: list[Any]
+
+
+class Knower:
+    """Tells the calls of one function from each other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # By all of a call but its tensors: what is known of those of earlier calls. A check in C++ is cheaper than a key.
+        self._seen: dict[Any, list[tuple[TensorGuards, Any]]] = {}
+
+    def asked(self, args: Any, kwargs: Any) -> Asked:
+        """A call with these arguments, made now. Raises Unknowable."""
+        tensors: list[Any] = []
+        others: list[Any] = []
+        parts: list[Any] = [modes(self._device), *[_part(a, tensors, others) for a in args]]
+        if kwargs:
+            parts += [(name, _part(a, tensors, others)) for name, a in kwargs.items()]
+        form = tuple(parts)
+        if not tensors:
+            return Asked((form, ()), [], [], [], others)
+        with torch._C.DisableTorchFunction():
+            lazy = any(type(t) is LazyTensor for t in tensors)
+            reals = list(map(_computed, tensors))
+            storages = [storage_of(t)._cdata for t in reals]
+            types = self._types(form, tensors, lazy, _shared(reals, storages))
+        return Asked((form, types), tensors, reals, storages, others)
+
+    def _types(self, form: Any, tensors: list[Any], lazy: bool, shared: Any) -> Any:
+        seen = self._seen.setdefault(form, [])
+        if not lazy and shared is None:
+            for guard, types in seen:
+                if guard.check(*tensors):
+                    return types
+        types = tuple(map(_of_tensor, tensors)), shared
+        if not lazy and shared is None:
+            sizes: Any = [list(t.shape) for t in tensors]
+            strides: Any = [list(t.stride()) for t in tensors]
+            seen.append((TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides), types))
+            del seen[:-MOST]
+        if len(self._seen) > MOST:
+            self._seen.clear()
+        return types
+
+
+def modes(device: torch.device) -> tuple[Any, ...]:
+    """What torch's results, dtypes and graphs depend on besides tensors."""
+    kind = device.type
+    autocast = (torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) if torch.is_autocast_enabled(kind) else None
+    places = None
+    if torch._C._len_torch_function_stack():
+        stack = _get_current_function_mode_stack()
+        if any(type(mode) is not DeviceContext for mode in stack):
+            raise Unknowable("a function mode of another library is open")
+        places = tuple(str(mode.device) for mode in stack)
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        autocast,
+        places,
+        torch.get_default_dtype(),
+        torch.get_deterministic_debug_mode(),
+        torch.is_anomaly_enabled(),
+    )
+
+
+def _part(a: Any, tensors: list[Any], others: list[Any]) -> Any:
+    cls = type(a)
+    if isinstance(a, torch.Tensor):
+        tensors.append(a)
+        return cls
+    if cls in _CONSTANTS:
+        return cls, a
+    if cls is float:
+        return cls, a.hex()
+    if cls is tuple or cls is list:
+        return (cls, *[_part(x, tensors, others) for x in a])
+    if cls is dict:
+        return (cls, *[(name, _part(x, tensors, others)) for name, x in a.items()])
+    others.append(a)
+    return cls, id(a)
+
+
+def _of_tensor(tensor: Any) -> tuple[Any, ...]:
+    if type(tensor) is LazyTensor:
+        real: Any = tensor.cell.real
+        return tensor.cell.type.at_start(), False, real.is_inference()
+    if not is_strided(tensor):
+        raise Unknowable(_SPECIAL)
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise Unknowable("an argument has an autograd graph from outside")
+    return type_of(tensor).at_start(), tensor.requires_grad, tensor.is_inference()
+
+
+def _computed(tensor: Any) -> Any:
+    if type(tensor) is not LazyTensor:
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+            raise Unknowable(_SPECIAL)
+        return tensor
+    if tensor.cell.real is None or tensor.requires_grad:
+        raise Unknowable("an argument is not computed yet, or has an autograd graph from outside")
+    return tensor.cell.real
+
+
+def _shared(reals: list[Any], storages: list[int]) -> Any:
+    """Which arguments share memory, and where in it they lie; None if none does."""
+    if len(set(storages)) == len(storages):
+        return None
+    return tuple((storages.index(s), t.storage_offset()) for s, t in zip(storages, reals, strict=True))

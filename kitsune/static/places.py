@@ -1,0 +1,150 @@
+"""Where a function finds what it works on: paths from the function through its variables to modules, optimizers and tensors.
+
+A path is followed again before each call that is skipped, so that `model = other_model` is noticed.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+
+# Objects that a search looks at: the one that is wanted is near as a rule, and a program has millions.
+MOST = 20_000
+# So many are looked at in any case, for the variables of the function and of those that it calls.
+LEAST = 200
+LONGEST = 2_000
+_SIMPLE = (bool, int, float, str, type(None))
+_MISSING = object()
+
+# A step is what it does with the object before it, and what it needs for that.
+Step = tuple[Callable[[Any, Any], Any], Any]
+Path = tuple[Step, ...]
+
+
+def _cell(function: Any, index: int) -> Any:
+    return function.__closure__[index].cell_contents
+
+
+def _global(function: Any, name: str) -> Any:
+    return function.__globals__[name]
+
+
+def _attribute(thing: Any, name: str) -> Any:
+    return getattr(thing, name)
+
+
+def _entry(thing: Any, name: str) -> Any:
+    return vars(thing)[name]
+
+
+def _item(thing: Any, key: Any) -> Any:
+    return thing[key]
+
+
+def follow(path: Path, root: Any) -> Any:
+    """What is at the end of a path now."""
+    try:
+        for step, key in path:
+            root = step(root, key)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        return _MISSING
+    return root
+
+
+class Search:
+    """Looks for things from a few roots on, nearest first."""
+
+    def __init__(self, roots: list[Any], wanted: Callable[[Any], bool]) -> None:
+        # (number of the root, path, thing)
+        self.found: list[tuple[int, Path, Any]] = []
+        # Simple values in the variables of functions near the roots.
+        self.variables: list[tuple[int, Path, Any]] = []
+        self._names: set[str] = set()
+        self._waiting: deque[tuple[int, Path, Any]] = deque((k, (), root) for k, root in enumerate(roots))
+        self._seen = set(map(id, roots))
+        self._wanted = wanted
+
+    def run(self, enough: int) -> "Search":
+        """Search until so many were found, or all that is near has been looked at."""
+        n_looked = 0
+        while self._waiting and n_looked < MOST and (n_looked < LEAST or len(self.found) < enough):
+            n_looked += 1
+            k, path, thing = self._waiting.popleft()
+            if self._wanted(thing):
+                self.found.append((k, path, thing))
+            if not isinstance(thing, (torch.Tensor, type)) and not _is_ours(thing):
+                self._look_into(k, path, thing)
+        return self
+
+    def _look_into(self, k: int, path: Path, thing: Any) -> None:
+        for step, child in self._children(thing):
+            if type(child) in _SIMPLE:
+                if step[0] in (_cell, _global) and len(path) < 4:
+                    self.variables.append((k, (*path, step), child))
+            elif id(child) not in self._seen:
+                self._seen.add(id(child))
+                self._waiting.append((k, (*path, step), child))
+
+    def _children(self, thing: Any) -> Iterator[tuple[Step, Any]]:
+        if isinstance(thing, FunctionType):
+            yield from self._of_function(thing)
+        elif isinstance(thing, MethodType):
+            yield (_attribute, "__self__"), thing.__self__
+            yield (_attribute, "__func__"), thing.__func__
+        elif isinstance(thing, partial):
+            yield from (((_attribute, name), getattr(thing, name)) for name in ("func", "args", "keywords"))
+        elif isinstance(thing, ModuleType):
+            if not thing.__name__.startswith(("torch", "kitsune.")):
+                yield from (((_entry, name), child) for name, child in vars(thing).items() if name in self._names)
+        elif isinstance(thing, dict):
+            if len(thing) <= LONGEST:
+                yield from (((_item, key), child) for key, child in list(thing.items()) if type(key) in (str, int))
+        elif isinstance(thing, (list, tuple)):
+            if len(thing) <= LONGEST:
+                yield from (((_item, i), child) for i, child in enumerate(thing))
+        else:
+            yield from _of_object(thing)
+
+    def _of_function(self, function: FunctionType) -> Iterator[tuple[Step, Any]]:
+        if function.__module__ is not None and function.__module__.startswith(("torch.", "kitsune.")):
+            return
+        for i, cell in enumerate(function.__closure__ or ()):
+            try:
+                yield (_cell, i), cell.cell_contents
+            except ValueError:
+                continue  # a variable that has no value yet
+        names = set(_names_in(function.__code__))
+        self._names |= names
+        for name in names:
+            if name in function.__globals__:
+                yield (_global, name), function.__globals__[name]
+        yield (_attribute, "__defaults__"), function.__defaults__
+        yield (_attribute, "__kwdefaults__"), function.__kwdefaults__
+        if hasattr(function, "__wrapped__"):
+            yield (_attribute, "__wrapped__"), function.__wrapped__
+
+
+def _is_ours(thing: Any) -> bool:
+    """What Kitsune knows of a program is no place where the program finds anything; only its optimizer wraps another one."""
+    module: Any = type(thing).__module__
+    return isinstance(module, str) and module.startswith("kitsune.") and module != "kitsune.optimizer"
+
+
+def _of_object(thing: Any) -> Iterator[tuple[Step, Any]]:
+    for name, child in list(getattr(thing, "__dict__", {}).items()):
+        yield (_entry, name), child
+    for cls in type(thing).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if not name.startswith("__") and hasattr(thing, name):
+                yield (_attribute, name), getattr(thing, name)
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
