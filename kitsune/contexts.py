@@ -103,15 +103,15 @@ def _turn_on(pipeline: Pipeline) -> None:
     pipeline.enter()
 
 
-def _turn_off(pipeline: Pipeline) -> None:
+def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
     """Leave this thread as plain PyTorch has it, with no mode and no door; nothing may be pending."""
-    if not pipeline.leave():
+    if not pipeline.leave(for_good):
         pipeline.left_behind = True
         pipeline.recorder.pause()
     pipeline.on = False
     if not any(other.on for other in here.depth):
         torch._C._set_view_replay_enabled(here.view_replay)
-    close_doors(pipeline.recorder)
+    close_doors(pipeline.recorder, for_good)
     settle_grads(pipeline.recorder.take_leaves())
 
 
@@ -155,7 +155,7 @@ def free_to_skip() -> bool:
 
 def _turn(pipeline: Pipeline) -> None:
     if pipeline.on:
-        _turn_off(pipeline)
+        _turn_off(pipeline, for_good=True)
     elif not foreign_modes():
         _turn_on(pipeline)
 

@@ -93,18 +93,18 @@ class Pipeline:
             self.recorder.hook = self.lane.stray
             open_graph_doors(self.lane)
 
-    def stop_following(self) -> None:
+    def stop_following(self, for_good: bool = False) -> None:
         """Take ops alone: another pipeline has been opened inside, or none is open any more."""
         if self.follows:
             self.lane.settle_spent()
             self.recorder.known.leave()
             self.lane.leave()
-            close_graph_doors(self.lane)
+            close_graph_doors(self.lane, for_good)
             self.recorder.hook, self.follows = None, False
 
-    def leave(self) -> bool:
+    def leave(self, for_good: bool = False) -> bool:
         """The opposite of `enter`; False if that is not possible now."""
-        self.stop_following()
+        self.stop_following(for_good)
         return self.recorder.leave()
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:

@@ -40,13 +40,12 @@ from kitsune.runtime import (
 from kitsune.runtime.instructions import Start
 from kitsune.scheduler import dead_code, run_passes
 
-# Regions that are kept ready to run; a program that never repeats has no end of them.
+# Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
-# The plan that is shown where none is run: of the newest device whose rates are known.
+# Whose plan is shown where none is run: the newest device of known rates.
 SHOWN_ARCH = "sm_90"
-# Runs after which a plan is made in the background. A region whose first steps are recorded, learned and followed is a new one
-# each time, and only the last of them comes back; the third run is captured, and from then on the program leaves Python to
-# others: planning BERT's step takes 0.4 s of it, which made the steps before a third slower.
+# Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
+# is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 3
 # Of regions as they are shown; the runners of several threads may write into one folder.
 _numbers = itertools.count()
@@ -66,8 +65,7 @@ class Ready:
     steady: Steady | None = None
     # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
     in_graph: Prepared | None = None
-    # Is there another way to run it, which is to be made in the background? And what takes its place, once it is there; and
-    # what that waited for.
+    # Is another way to run it to be made in the background? What takes its place, once it is there, and what that waited for.
     waits: bool = False
     coming: "Future[Ready] | None" = None
     asked: list[Future[Any]] = field(default_factory=list)
@@ -85,8 +83,8 @@ class Runner:
         self.executor: PlanExecutor | None = None
         self.steady: SteadyState | None = None
         runners.add(self)
-        backend = self.backend = backend_of(device)
-        recorder = recorder_of(device)
+        backend, recorder = backend_of(device), recorder_of(device)
+        self.backend = backend
         # A quarter of the device's memory.
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
@@ -137,9 +135,9 @@ class Runner:
 
     def forget(self) -> None:
         """Drop every plan and every graph, and the memory kept for them."""
+        self.ready.clear()
         if self.steady is not None:
             self.steady.forget()
-        self.ready.clear()
         if self.executor is not None:
             self.executor.pool.free_all()
 
@@ -207,8 +205,7 @@ class Runner:
         ready.coming, ready.waits, new = None, False, ready
         try:
             made = coming.result()
-            failed = [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]
-            if failed:
+            if failed := [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]:
                 raise failed[0]
             new, new.asked = made, []
         except WorkerFailed as error:

@@ -46,7 +46,7 @@ def test_what_the_program_sets_meanwhile_stays() -> None:
 
 
 def test_steps_set_off_no_collection_for_objects_that_die_anyway() -> None:
-    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(60)])
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(150)])
     optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.ones(4, 8)
 
     def steps(n: int) -> None:

@@ -36,6 +36,11 @@ class Arrivals:
         self.lists.clear()
         self.groups.clear()
 
+    def drop(self, tensor: Any) -> None:
+        """This tensor may be another than when it last came in."""
+        if self.tensors.pop(id(tensor), None) is not None:
+            self.lists.clear()
+
     def leave(self) -> None:
         """From now on no door is watched."""
         new = [watch for watch, _, _ in self.tensors.values() if len(watch) == 1]

@@ -15,11 +15,12 @@ from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.edges import Before, Edge, Incoming
-from kitsune.lazy.hands_off import ASKS, DETACHES, HARMLESS, REACHES_GRAPH, VALUES, is_foreign, may_write
+from kitsune.lazy.hands_off import ASKS, DETACHES, FLAGS, HARMLESS, REACHES_GRAPH, VALUES, is_foreign, may_write
 from kitsune.lazy.learning import Learner, Sight
 from kitsune.lazy.matchers import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
+from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 
@@ -60,6 +61,9 @@ class CallLane(Learner):
         kwargs = kwargs or {}
         if func in ASKS:
             return self._asked(func, args, kwargs)
+        if func in FLAGS and type(args[0]) in PLAIN and id(args[0]) not in region.plain:
+            recorder.known.drop(args[0])
+            return self.made(lambda: func(*args, **kwargs))
         if func is torch.Tensor.backward:
             return self._backward_of_method(*args, **kwargs)
         call = Incoming()

@@ -62,11 +62,11 @@ def open_doors(recorder: Recorder) -> None:
             _originals.extend(_put(door) for door in _doors())
 
 
-def close_doors(recorder: Recorder) -> None:
-    """Stop watching for a recorder."""
+def close_doors(recorder: Recorder, for_good: bool = False) -> None:
+    """Stop watching for a recorder; `for_good` where its program goes on as plain PyTorch."""
     with _lock:
         OPEN.remove(recorder)
-        if not OPEN and _n_openings < OPENINGS:
+        if not OPEN and (for_good or _n_openings < OPENINGS):
             while _originals:
                 owner, name, own, original = _originals.pop()
                 if own:

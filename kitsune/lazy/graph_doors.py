@@ -45,13 +45,13 @@ def open_graph_doors(lane: CallLane) -> None:
                 setattr(owner, name, make(original))
 
 
-def close_graph_doors(lane: CallLane) -> None:
-    """Stop watching."""
+def close_graph_doors(lane: CallLane, for_good: bool = False) -> None:
+    """Stop watching; see `close_doors`."""
     global _n_open
     lanes().remove(lane)
     with _lock:
         _n_open -= 1
-        while not _n_open and _n_openings < OPENINGS and _originals:
+        while not _n_open and (for_good or _n_openings < OPENINGS) and _originals:
             setattr(*_originals.pop())
 
 

@@ -55,6 +55,9 @@ ASKS = VALUES | frozenset(
 # What they return has no history, whatever they are given.
 DETACHES = frozenset({Tensor.detach, torch.detach})
 
+# They say whether a leaf collects a gradient: nobody else's affair while the region does not know the leaf.
+FLAGS = frozenset({Tensor.requires_grad_, getattr(Tensor, "requires_grad").__set__})  # noqa: B009
+
 # From here on autograd, or the program, does something that the calls alone do not show.
 REACHES_GRAPH = frozenset(
     {torch.autograd.grad}

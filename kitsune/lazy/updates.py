@@ -8,6 +8,7 @@ from torch.autograd.graph import increment_version
 from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.edges import Edge, Incoming
 from kitsune.lazy.host_counts import host_counts
+from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.wholes import Mark
 
 # A function that does something else each time, or something that is not recorded (step counts on the host), is left to the
@@ -53,11 +54,17 @@ def _key(lane: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, Incoming]:
 
 
 def _follow(recorder: Any, edge: Edge, call: Incoming, numbers: Any) -> None:
-    region = recorder.region
+    region, flat = recorder.region, call.flat
     # Mostly the region ends here: nobody asks for the 800 tensors of an update again.
     region.deferred = (edge, call)
     region.scalars.extend(numbers)
-    increment_version([call.flat[k] for k in edge.bumps])
+    increment_version([flat[k] for k in edge.bumps])
+    # But a gradient's wrapper stands for the gradient as it is afterwards, which decides what is alive at the end: by its schema
+    # a fused update writes gradients.
+    if edge.wrapped is None:
+        edge.wrapped = tuple((k, after) for k, after in edge.rewrites if type(flat[k]) is LazyTensor)
+    for k, after in edge.wrapped:
+        flat[k].cell.ref = after
     region.node = edge.node
     recorder.tally.updates += 1
     recorder.after_follow()

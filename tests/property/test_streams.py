@@ -70,6 +70,8 @@ def is_passed_through(func: Any, args: Any) -> bool:
     """Not part of any region: what is read at once, profiler ranges, and an optimizer's step counts on the CPU."""
     if func.namespace != "aten" or func is torch.ops.aten._local_scalar_dense.default:
         return True
+    if func is torch.ops.aten._foreach_add_.Tensor:
+        return all(count.dim() == 0 for count in args[0])
     return func is torch.ops.aten.add_.Tensor and args[0].dim() == 0
 
 
