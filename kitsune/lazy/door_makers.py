@@ -93,7 +93,13 @@ def make_subclass_door(original: Any) -> Any:
     return staticmethod(door)
 
 
+# They tell of memory what nobody could change by it.
+_TELLS = ("data_ptr", "const_data_ptr", "tolist", "is_shared", "is_pinned", "pin_memory", "__dlpack_device__", "__repr__")
+
+
 def memory_door(original: Any) -> Any:
+    tells = getattr(original, "__name__", "") in _TELLS
+
     @functools.wraps(original)
     def door(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if type(tensor) is LazyTensor:
@@ -101,7 +107,8 @@ def memory_door(original: Any) -> Any:
         elif isinstance(tensor, torch.Tensor):
             for recorder in OPEN:
                 recorder.before_door(tensor, Barrier.DOOR)
-                recorder.known.forget()
+                if not tells:
+                    recorder.known.forget()
         if type(tensor) not in PLAIN:
             return original(tensor, *args, **kwargs)
         # Some doors dispatch ops on the way (numpy() detaches): with the mode on they would get a wrapper, and no memory.

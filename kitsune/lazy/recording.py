@@ -146,7 +146,7 @@ class Recording:
     def before_door(self, tensor: torch.Tensor, cause: Barrier) -> None:
         """Somebody asks for the memory of a tensor and may write it: a region that has to do with it ends."""
         with self.lock:
-            if self.watcher is not None:
+            if self.watcher is not None and not self.running:
                 self.watcher.flushes(cause)
             if self.region.node.depth and self.takes_part(tensor):
                 self.flush(cause)

@@ -11,6 +11,9 @@ from kitsune.ir.graph import Slot
 from kitsune.ir.plan import Access, Kernel, Launch, Pending, Pointer, Program, Scalar, Size, SlotAddress, Stride
 from kitsune.runtime.launch_tables import LaterTables, Tables
 
+# Not the method, which is a door.
+data_ptr = torch._C.TensorBase.data_ptr
+
 Parameters = Sequence[Pointer | Size | Stride | Scalar | SlotAddress]
 # Indices are 32-bit below this: the last block may compute as many beyond the end as it has elements.
 WIDE_FROM = 2**31 - 2**16
@@ -224,7 +227,7 @@ class PreparedLaunch:
         compiled = self._variant(all_aligned)
         grid, blocks = self._tables.blocks([bound.n for bound in self._bound], compiled.block)
         table = self._tables.table(rows, [bound.n for bound in self._bound], compiled.block, stream)
-        compiled.launch(grid, [table.data_ptr(), blocks.data_ptr()], stream)
+        compiled.launch(grid, [data_ptr(table), data_ptr(blocks)], stream)
 
 
 def _bits(number: float) -> int:

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+# Not the method, which is a door.
+_pinned = torch._C.TensorBase.pin_memory
+
 
 def owners_of(sizes: Sequence[int], block: int) -> torch.Tensor:
     """For each block the number of its kernel."""
@@ -59,7 +62,7 @@ class Tables:
             return host
         # Pinned, so that the host does not wait; on the current stream, where the launch goes as well. It cannot be named by
         # its handle: torch takes the handle 0 of the default stream for a wish for a new one.
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return _pinned(host).to(self._device, non_blocking=True)
 
 
 class LaterTables(Tables):
