@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from kitsune.ir import is_own
+
 # Python runs one thread at a time. An operator of the program lets go of Python's lock and waits up to 5 ms to have it back
 # from a thread that computes: a step of 1,000 would take seconds. So this thread computes for a moment and then looks who else
 # wants to: it rests three times as long if the program does, which then runs at three quarters of its speed in the worst case,
@@ -66,6 +68,7 @@ class PacedThread:
             self._thread.join(5)
 
     def _serve(self) -> None:
+        is_own()
         # Of this thread alone; the hook sees every call that Python makes, so that no stage has to offer places to rest.
         sys.setprofile(self._pace())
         with suppress(_Closing):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kitsune
+from kitsune.lazy.realize import realize
 
 STEPS = 8
 Seen = list[Any]
@@ -365,3 +367,24 @@ def test_a_backward_is_followed_in_the_third_step_whatever_gave_back_its_operand
             optimizer.zero_grad()
             followed.append(kitsune.counters()["backwards_followed"])
     assert followed == [0, 0, 1] and not kitsune.counters()["realized"]
+
+
+def test_a_flush_in_another_thread_is_no_call_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def watched(recorder: Any, region: Any) -> None:
+        seen.append(recorder.lane.inside)
+        realize(recorder, region)
+
+    monkeypatch.setattr("kitsune.lazy.call_lane.realize", watched)
+    with ThreadPoolExecutor(1) as pool, kitsune.accelerate(device="cpu"):
+        # The start of a thread is a door itself.
+        pool.submit(int).result()
+        training = Training()
+        for i in range(6):
+            loss = training.loss(i)
+            if i == 4:
+                seen.clear()
+                pool.submit(training.model[0].weight.data_ptr).result()
+                assert seen == [0]
+            training.update(loss)

@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     **{stage: {"ir"} for stage in STAGES},
     "config": set(),
     "planning": {"config", "ir", *STAGES},
-    "background": set(),
+    "background": {"ir"},
     "garbage": set(),
     "backends": {"background", "config", "ir", *STAGES},
     "running": {"background", "backends", "config", "ir", "planning", *STAGES},

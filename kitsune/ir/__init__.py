@@ -19,6 +19,7 @@ from kitsune.ir.graph import (
 )
 from kitsune.ir.lent import LentMemory, lent_memory, mark_lent, own
 from kitsune.ir.output_spec import describe_result
+from kitsune.ir.own_threads import in_own_thread, is_own
 from kitsune.ir.plan import (
     Access,
     Kernel,
@@ -82,6 +83,8 @@ __all__ = [
     "describe_result",
     "dump_graph",
     "graph_text",
+    "in_own_thread",
+    "is_own",
     "lent_memory",
     "load_graph",
     "mark_lent",

@@ -4,6 +4,7 @@ What autograd would have done is owed (`region.calls`): a backward that is known
 anything else that could tell the difference has the calls made again for their graph (`realize`).
 """
 
+import threading
 import weakref
 from typing import Any
 
@@ -38,6 +39,7 @@ class CallLane(Learner):
         self.spent: list[weakref.ref[LazyTensor]] = []
         # Calls of torch's API that torch is making now.
         self.inside = 0
+        self.thread = threading.get_ident()
         # How often in a row an optimizer's function could not be learned.
         self.failures: dict[Any, int] = {}
         self.known_modes: dict[Any, Any] = {}
@@ -237,12 +239,14 @@ class CallLane(Learner):
         region = self.recorder.region
         region.unfold()
         if region.calls:
-            self.inside += 1
+            # Another thread may flush too, which is no call of this one's.
+            here = threading.get_ident() == self.thread
+            self.inside += here
             try:
                 self.recorder.tally.realized += 1
                 realize(self.recorder, region)
             finally:
-                self.inside -= 1
+                self.inside -= here
         for tensor in tensors:
             if tensor_is_spent(tensor):
                 attach_spent(self.recorder, tensor)

@@ -9,7 +9,8 @@ import torch
 from kitsune.ir import Barrier
 from kitsune.lazy.cell import share
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
-from kitsune.lazy.recording import EVERY, OPEN, PLAIN
+from kitsune.lazy.recorders import EVERY, listening
+from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.settle import settle_grads
 from kitsune.lazy.tensor import LazyTensor, as_plain
 
@@ -45,7 +46,7 @@ def kernel_door(original: Any) -> Any:
     @functools.wraps(original)
     def door(*args: Any, **kwargs: Any) -> Any:
         tensors = tensors_in((args, kwargs))
-        for recorder in OPEN:
+        for recorder in listening():
             for tensor in tensors:
                 recorder.before_door(tensor, Barrier.DOOR)
         plain = {id(t): as_plain(t) for t in tensors if type(t) is LazyTensor}
@@ -105,7 +106,7 @@ def memory_door(original: Any) -> Any:
         if type(tensor) is LazyTensor:
             tensor = as_plain(tensor)
         elif isinstance(tensor, torch.Tensor):
-            for recorder in OPEN:
+            for recorder in listening():
                 recorder.before_door(tensor, Barrier.DOOR)
                 if not tells:
                     recorder.known.forget()
@@ -137,7 +138,7 @@ def deepcopy_door(original: Any) -> Any:
     def door(tensor: Any, memo: Any) -> Any:
         if type(tensor) is not torch.Tensor:
             return original(tensor, memo)
-        for recorder in OPEN:
+        for recorder in listening():
             recorder.before_door(tensor, Barrier.DOOR)
         # torch fills an empty tensor by set_(): with the mode on, that tensor would be a wrapper.
         with torch._C._DisableTorchDispatch():
@@ -152,7 +153,7 @@ def property_door(original: Any) -> Any:
 
 def data_door(original: Any) -> Any:
     def set_data(tensor: torch.Tensor, value: Any) -> None:
-        for recorder in OPEN:
+        for recorder in listening():
             recorder.before_door(tensor, Barrier.DOOR)
             recorder.known.forget()
         original.__set__(tensor, plain(value))
@@ -179,7 +180,7 @@ def random_door(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(*args: Any, **kwargs: Any) -> Any:
-        for recorder in OPEN:
+        for recorder in listening():
             recorder.before_random()
         return plain_original(*args, **kwargs)
 
@@ -191,7 +192,7 @@ def thread_door(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(*args: Any, **kwargs: Any) -> Any:
-        for recorder in OPEN:
+        for recorder in listening():
             recorder.shared = True
         return flushed(*args, **kwargs)
 
@@ -219,7 +220,7 @@ def default_door(original: Any) -> Any:
             return flushed(*args, **kwargs)
         finally:
             # The next region begins under the new default.
-            for recorder in OPEN:
+            for recorder in listening():
                 recorder.restart()
 
     return door
@@ -230,7 +231,7 @@ def swap_door(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(first: Any, second: Any) -> Any:
-        for recorder in OPEN:
+        for recorder in listening():
             recorder.flush(Barrier.DOOR)
             settle_grads(recorder.take_leaves())
         for recorder in EVERY:
@@ -244,7 +245,7 @@ def flush_door(cause: Barrier) -> Callable[[Any], Any]:
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def door(*args: Any, **kwargs: Any) -> Any:
-            for recorder in OPEN:
+            for recorder in listening():
                 recorder.flush(cause)
             return original(*args, **kwargs)
 

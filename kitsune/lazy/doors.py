@@ -34,7 +34,7 @@ from kitsune.lazy.door_makers import (
     thread_door,
 )
 from kitsune.lazy.recorder import Recorder
-from kitsune.lazy.recording import OPEN
+from kitsune.lazy.recorders import OPEN
 from kitsune.lazy.tensor import METHOD_DOORS
 
 # (owner, name, what makes the door from the original) and (owner, name, was it the owner's own, the original)

@@ -12,6 +12,7 @@ from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type
 from kitsune.lazy.arrivals import Arrivals
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.graphs import graph_of
+from kitsune.lazy.recorders import EVERY, OPEN
 from kitsune.lazy.region import Region, is_strided, living
 from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
@@ -21,11 +22,6 @@ from kitsune.lazy.trie import Node
 PLAIN = (torch.Tensor, Parameter)
 # A region has one graph for each set of its values that was alive at its end.
 MAX_GRAPHS = 1024
-
-
-# Those with an open context, in any thread; and all there are.
-OPEN: list["Recording"] = []
-EVERY: "weakref.WeakSet[Recording]" = weakref.WeakSet()
 
 
 class Recording:

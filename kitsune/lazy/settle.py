@@ -8,7 +8,7 @@ import torch
 
 from kitsune.ir import Barrier, lent_memory
 from kitsune.lazy.cell import Cell
-from kitsune.lazy.recording import OPEN
+from kitsune.lazy.recorders import OPEN
 from kitsune.lazy.tensor import LazyTensor
 
 

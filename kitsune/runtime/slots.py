@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-
 # Not the method, which is a door.
 _pinned = torch._C.TensorBase.pin_memory
 

@@ -157,8 +157,9 @@ def difference(known: Record, now: Record) -> str | None:
         return now.reason
     if not alike(known.returned, now.returned):
         return "it returned something else"
-    if known.leaves != now.leaves:
-        return "it left gradients in another state"
+    for was, leaf in zip_longest(known.leaves, now.leaves):
+        if was != leaf:
+            return f"it left gradients in another state, {leaf} instead of {was}"
     if known.counters != now.counters or known.bumps != now.bumps:
         return "it wrote other tensors, or another number of times"
     return known.surroundings.difference(now.surroundings)

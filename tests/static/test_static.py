@@ -119,7 +119,7 @@ def reads_a_constant(t: Training, x: Tensor, y: Tensor) -> Tensor:
     """As language models do, to see if their positions need a mask."""
     t.optimizer.zero_grad()
     scores = t.model(x)
-    places = torch.arange(4)[None]
+    places = torch.arange(4, device=x.device)[None]
     if (torch.diff(places, prepend=places[:, :1] - 1) != 1).cumsum(-1)[:, -1].any():
         scores = scores * 0
     loss = F.cross_entropy(scores, y)
