@@ -124,13 +124,14 @@ class Origins:
 
     def of(self, tensor: Any) -> Origin:
         """Where a tensor with memory came from; raises Unclear."""
+        # First: a replay may hand out the tensor again that was a gradient before and that nobody holds any more.
+        made = self._results.at.get(place_of(tensor))
+        if made is not None:
+            return made
         exact = self._exact.get(id(tensor))
         if exact is not None:
             return exact[0]
         serial = serial_of(tensor)
-        made = self._results.at.get(place_of(tensor))
-        if made is not None:
-            return made
         if serial in self._results.wholes:
             whole, start, dtype = self._results.wholes[serial]
         elif serial in self._wholes:
