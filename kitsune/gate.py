@@ -43,9 +43,10 @@ class Patience(NamedTuple):
     new: int
 
 
-# Twenty batch sizes in turn are no reason to give up, a hundred are. Later on it was given up before.
+# Twenty batch sizes in turn are no reason to give up, a hundred are. Later on it was given up before, and each look costs what
+# recording costs, 5 times an eager step.
 AT_FIRST = Patience(32, 24)
-LATER = Patience(8, 6)
+LATER = Patience(2, 2)
 
 
 class Progress(NamedTuple):
