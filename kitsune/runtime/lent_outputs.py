@@ -31,6 +31,11 @@ class OutputMemory:
         self._adopted: list[weakref.ref[torch.Tensor]] = []
         self.key: int = self._storage._cdata
         self.attributes: dict[str, Any] = vars(self._storage)
+        # All of it, to be copied at once.
+        with torch._C._DisableTorchDispatch(), torch.no_grad():  # type: ignore[attr-defined]
+            self._bytes = _on(
+                torch.empty(0, dtype=torch.uint8, device=self._storage.device), self._storage, 0, (self._storage.nbytes(),), (1,)
+            )
         self._lend()
         # How many tensors are on the storage that nobody holds: counted when it is first lent; until then the capture has some.
         self.own_count = -1
@@ -70,10 +75,7 @@ class OutputMemory:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            nbytes = self._storage.nbytes()
-            fresh = torch.empty(nbytes, dtype=torch.uint8, device=self._storage.device)
-            storage: Any = storage_of(fresh)
-            fresh.copy_(_on(torch.empty(0, dtype=torch.uint8, device=fresh.device), self._storage, 0, (nbytes,), (1,)))
+            storage: Any = storage_of(self._bytes.clone())
             for tensor in alive:
                 conj, neg = tensor.is_conj(), tensor.is_neg()
                 # Marked tensors would be computed first.
@@ -130,6 +132,8 @@ class Lent:
             by_storage.setdefault(storage_of(tensor)._cdata, {})[number] = tensor
         self._tensors: dict[int, torch.Tensor] = {}
         self.memories = [OutputMemory(together, self._tensors, moved) for together in by_storage.values()]
+        # Which memory each tensor lies in.
+        self._owners = [k for k, together in enumerate(by_storage.values()) for _ in together]
         self._keys = [memory.key for memory in self.memories]
         self._counts: list[int] = []
         self._nobody = [_NOBODY] * len(self._tensors)
@@ -138,11 +142,20 @@ class Lent:
         """Move what is still held of the replay before. False if somebody holds what cannot be moved."""
         if not self._counts:
             return True
-        if _holds([*self._tensors.values()]) == self._nobody and list(map(_count, self._keys)) == self._counts:
+        holds, counts = _holds([*self._tensors.values()]), list(map(_count, self._keys))
+        if holds == self._nobody and counts == self._counts:
             for memory in self.memories:
                 memory.attributes.pop(SERIAL, None)
             return True
-        return all(memory.release() for memory in self.memories)
+        # Mostly one of hundreds: the loss of the step before.
+        held = {self._owners[k] for k, known in enumerate(holds) if known != _NOBODY}
+        held |= {k for k, (count, own) in enumerate(zip(counts, self._counts, strict=True)) if count != own}
+        for k, memory in enumerate(self.memories):
+            if k not in held:
+                memory.attributes.pop(SERIAL, None)
+            elif not memory.release():
+                return False
+        return True
 
     def hand_out(self, values: list[Any]) -> None:
         """Put the outputs into `values`."""
