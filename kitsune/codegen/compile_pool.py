@@ -79,6 +79,9 @@ class _Worker:
         """Leaves neither a process nor a zombie."""
         self.process.kill()
         self.process.wait()
+
+    def close_pipes(self) -> None:
+        """Only by who waits at them: a pipe that is closed elsewhere while it is waited for wakes nobody."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -145,6 +148,8 @@ class CompilePool:
             with self._lock:
                 self._n_open -= 1
             _settle(future, error)
+        if worker is not None:
+            worker.close_pipes()
 
     def _begin(self) -> _Worker:
         with self._lock:
@@ -161,6 +166,7 @@ class CompilePool:
                 ours = not self._closed
             if ours:
                 worker.end()
+            worker.close_pipes()
 
 
 def _command() -> list[str]:

@@ -93,6 +93,23 @@ def test_what_has_a_lower_rank_is_called_first() -> None:
     paced.close()
 
 
+def test_calls_are_watched_only_while_there_is_something_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    paced, seen, done, set_profile = PacedThread(), [], threading.Event(), sys.setprofile
+
+    def note(hook: Any) -> None:
+        seen.append(hook is not None)
+        set_profile(hook)
+
+    monkeypatch.setattr(sys, "setprofile", note)
+    paced.submit(lambda: seen.append("a"))
+    paced.submit(lambda: seen.append("b"), rank=1)
+    paced.submit(done.set, rank=2)
+    assert done.wait(60)
+    paced.close()
+    # Profiling in one thread makes the calls of all threads slower.
+    assert seen == [True, "a", False, True, "b", False, True, False]
+
+
 def test_closing_ends_a_call_that_is_going_on() -> None:
     paced, begun = PacedThread(), threading.Event()
 
