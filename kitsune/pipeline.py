@@ -117,6 +117,7 @@ class Pipeline:
         """Drop every region seen so far, and its plan."""
         self.recorder.flush(Barrier.FLUSH)
         self.recorder.forget()
+        self.lane.forget()
         self.n_forgotten += 1
         latest.clear()
         self.runner.forget()

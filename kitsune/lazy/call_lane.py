@@ -40,8 +40,6 @@ class CallLane(Learner):
         # Calls of torch's API that torch is making now.
         self.inside = 0
         self.thread = threading.get_ident()
-        # How often in a row an optimizer's function could not be learned.
-        self.failures: dict[Any, int] = {}
         self.known_modes: dict[Any, Any] = {}
         self.read_modes()
 

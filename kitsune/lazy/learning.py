@@ -40,6 +40,8 @@ class Learner:
         # with different ones.
         self.moves: dict[Any, bool] = {}
         self.proven: set[Any] = set()
+        # How often in a row an optimizer's function could not be learned.
+        self.failures: dict[Any, int] = {}
         self.hooked = NodeHooks()
 
     def enter(self) -> bool:
@@ -49,6 +51,12 @@ class Learner:
     def leave(self) -> bool:
         """See them no more; False if none was seen."""
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """Forget what is known of functions, wherever they are called."""
+        self.moves.clear()
+        self.proven.clear()
+        self.failures.clear()
 
     def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         """Note what a call did that was made for real; returns what is known of it by now."""

@@ -22,21 +22,19 @@ class GroupLists:
         places = {id(t): k for k, t in enumerate(kept)}
         grads = _grads(group)
         self._flags, self._returned = _flags(group), returned
-        self._ids: list[int] | None = list(map(id, kept))
+        self._ids = ids = list(map(id, kept))
         self._picks: list[Any] = [_pick(made, grads, places) for made in lists]
         good = all(type(t) in PLAIN for t in kept) and None not in self._picks and type(returned) in (bool, type(None))
         if not good or any(type(grad) is not LazyTensor for grad in grads):
-            self._ids = None
+            ids.clear()
             return
-        # An id is good for as long as its tensor lives.
-        self._watch = [weakref.ref(t, self._forget) for t in kept]
-
-    def _forget(self, _: Any) -> None:
-        self._ids = None
+        # An id is good for as long as its tensor lives. Not a method of this: a cycle would keep the references for a while, and
+        # torch swaps no tensor that somebody refers to weakly.
+        self._watch = [weakref.ref(t, lambda _: ids.clear()) for t in kept]
 
     def fill(self, optimizer: Any, group: Any, lists: tuple[list[Any], ...]) -> bool:
         """Put the same into empty lists again; False where something is not as it was."""
-        if self._ids is None or len(lists) != len(self._picks) or any(lists):
+        if not self._ids or len(lists) != len(self._picks) or any(lists):
             return False
         kept = [*group["params"], *_state(optimizer)]
         if list(map(id, kept)) != self._ids or _flags(group) != self._flags:

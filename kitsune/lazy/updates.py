@@ -12,15 +12,19 @@ from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.wholes import Mark
 
 # A function that does something else each time, or something that is not recorded (step counts on the host), is left to the
-# calls that it makes after this many tries.
-TRIES = 3
+# calls that it makes after this many tries, and looked at again once in a while.
+TRIES, AGAIN = 3, 64
 
 
 def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """Take one call of an optimizer's function: follow it, or make it and learn from it."""
     recorder = lane.recorder
     name = (func, *(a for a in kwargs.values() if a is None or type(a) is bool))
-    if recorder.paused or lane.inside or torch.is_grad_enabled() or lane.failures.get(name, 0) >= TRIES:
+    if recorder.paused or lane.inside or torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    n_failures = lane.failures.get(name, 0)
+    if n_failures >= TRIES and n_failures % AGAIN:
+        lane.failures[name] = n_failures + 1
         return func(*args, **kwargs)
     # Reading 200 tensors' `requires_grad` would be 200 calls of the API.
     with torch._C.DisableTorchFunction():
@@ -43,7 +47,7 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     same = result is None and lists == [list(map(id, a)) for a in args if type(a) is list]
     with torch._C.DisableTorchFunction():
         learned = mark.learn(lane, func) if same and mark is not None and mark.kept else None
-    lane.failures[name] = 0 if learned is not None else lane.failures.get(name, 0) + 1
+    lane.failures[name] = 0 if learned is not None else n_failures + 1
     return result
 
 

@@ -1,0 +1,165 @@
+"""A context around each step: what is known of tensors holds from one to the next, unless somebody changed them in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kitsune
+
+STEPS = 12
+CHANGED = 7
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> Iterator[None]:
+    kitsune.reset()
+    with kitsune.config.patch(gate=False):
+        yield
+    kitsune.reset()
+
+
+class Loop:
+    """Trains with its step as it is, or under a decorator."""
+
+    def __init__(self, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, **{"foreach": True, **options})
+        self.batches = torch.randn(STEPS, 8, 6)
+
+    def step(self, x: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(x), torch.arange(8) % 3)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def run(self, step: Callable[[Tensor], Tensor], change: Callable[[Loop], None] | None = None) -> list[Tensor]:
+        losses = []
+        for i, x in enumerate(self.batches):
+            if i == CHANGED and change is not None:
+                change(self)
+            losses.append(step(x))
+        state = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        return [*map(torch.clone, losses), *self.model.parameters(), *state]
+
+
+def compared(change: Callable[[Loop], None] | None, **options: Any) -> dict[str, Any]:
+    eager, ours = Loop(**options), Loop(**options)
+    expected = eager.run(eager.step, change)
+    got = ours.run(kitsune.accelerate(device="cpu")(ours.step), change)
+    assert all(map(torch.equal, got, expected))
+    return kitsune.counters()
+
+
+def frozen(loop: Loop) -> None:
+    loop.model[0].bias.requires_grad_(False)
+
+
+def other_memory(loop: Loop) -> None:
+    loop.model[0].weight.data = loop.model[0].weight.data * 2
+
+
+def other_strides(loop: Loop) -> None:
+    loop.model[0].weight.data = loop.model[0].weight.data.t().contiguous().t()
+
+
+def written_by_numpy(loop: Loop) -> None:
+    loop.shared = loop.model[0].weight.detach().numpy()  # type: ignore[attr-defined]
+    loop.shared[:] = 0.5  # type: ignore[attr-defined]
+
+
+def other_parameter(loop: Loop) -> None:
+    loop.model[2].bias = nn.Parameter(torch.ones(3))
+    loop.optimizer.param_groups[0]["params"][3] = loop.model[2].bias
+
+
+def swapped(loop: Loop) -> None:
+    torch.utils.swap_tensors(loop.model[0].weight, nn.Parameter(torch.ones(16, 6)))
+
+
+def loaded(loop: Loop) -> None:
+    loop.optimizer.load_state_dict(loop.optimizer.state_dict())
+
+
+def no_rate(loop: Loop) -> None:
+    loop.optimizer.param_groups[0]["lr"] = 0.0
+
+
+def no_decay(loop: Loop) -> None:
+    loop.optimizer.param_groups[0]["weight_decay"] = 0.0
+
+
+CHANGES = [frozen, other_memory, other_strides, written_by_numpy, other_parameter, swapped, loaded, no_rate, no_decay]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_change_between_two_steps_is_seen(change: Callable[[Loop], None]) -> None:
+    compared(change)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True, "foreach": None}], ids=["foreach", "fused"])
+def test_what_is_known_holds_from_one_context_to_the_next(options: dict[str, Any]) -> None:
+    counters = compared(None, **options)
+    # All but the first three: observed, learned, and learned again as the update's numbers have moved.
+    assert counters["backwards_followed"] >= STEPS - 3 and counters["updates_followed"] >= STEPS - 5
+
+
+def test_a_decay_that_moves_and_then_stops_is_another_update() -> None:
+    def train(context: Any) -> list[Tensor]:
+        loop = Loop()
+        with context:
+            for i, x in enumerate(loop.batches):
+                loop.optimizer.param_groups[0]["weight_decay"] = max(0.1 * (8 - i), 0.0)
+                loop.step(x)
+        return list(loop.model.parameters())
+
+    expected = train(kitsune.disable())
+    assert all(map(torch.equal, train(kitsune.accelerate(device="cpu")), expected))
+    assert kitsune.counters()["updates_followed"] > 0
+
+
+def test_a_constant_is_read_without_a_flush() -> None:
+    def ask(x: Tensor) -> Tensor:
+        places = torch.arange(4)
+        return x * 2 if bool((places.diff() == 1).all()) else x
+
+    with kitsune.accelerate(device="cpu"):
+        for _ in range(4):
+            got = ask(torch.ones(4))
+            kitsune.flush()
+    assert got.tolist() == [2.0] * 4 and not any(flush.cause == "ITEM" for flush in kitsune.explain().flushes)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.rand(3), lambda: torch.ones(3) * float(next(NUMBERS))], ids=["random", "moving"])
+def test_what_moves_is_no_constant(make: Callable[[], Tensor]) -> None:
+    def seen(context: Any) -> list[float]:
+        torch.manual_seed(0)
+        NUMBERS.reset()
+        with context:
+            return [(make() * 1.5).sum().item() for _ in range(5)]
+
+    assert seen(kitsune.accelerate(device="cpu")) == seen(kitsune.disable())
+
+
+class Counting:
+    """1.5, 2.5, ... from the beginning after each reset."""
+
+    def __init__(self) -> None:
+        self.n = 0.5
+
+    def reset(self) -> None:
+        self.n = 0.5
+
+    def __next__(self) -> float:
+        self.n += 1
+        return self.n
+
+
+NUMBERS = Counting()
