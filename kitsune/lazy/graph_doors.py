@@ -165,7 +165,7 @@ def _on_top() -> CallLane | None:
 
 
 def _python_calls(original: Any) -> Any:
-    """torch's functions in Python come to a mode by 4 us of Python, which a call that is known can do without."""
+    """torch's functions in Python come to a mode by a detour in Python, which a call that is known can do without."""
 
     @functools.wraps(original)
     def door(public_api: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:

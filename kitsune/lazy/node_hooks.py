@@ -14,7 +14,7 @@ MAX_SETS = 16
 
 
 class NodeHooks:
-    """`hooked(leaves)`: has the node of one of them a hook of Python's? It costs 10 us for 300 leaves while nobody adds hooks."""
+    """`hooked(leaves)`: has the node of one of them a hook of Python's? It costs 17 us for 300 leaves while nobody adds hooks."""
 
     def __init__(self) -> None:
         # By the ids of the leaves without hooks: how many handles there had been in the process when that was seen.

@@ -1,6 +1,6 @@
 """The lists that an optimizer makes of a group's parameters, gradients and state: put together again from what was there before.
 
-Torch's loop takes 2 us a parameter; comparing ids and picking by position 0.2.
+Torch's loop takes 1.1 us a parameter; comparing ids and picking by position 0.5.
 """
 
 import weakref

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import kitsune
 from tests.runtime.repeated import graphs
 from tests.static.programs import STEPS, Training, adamw, agree, compare, dropping, mlp, normed, sgd, straight
+from tests.test_follow import Doubled
 
 # One call is observed, one begins what is then seen three times alike; optimizer state that is made first costs one more.
 WARM = 5
@@ -95,16 +96,6 @@ def with_a_module_for_one_call(t: Training, x: Tensor, y: Tensor) -> Tensor:
     loss.backward()
     t.optimizer.step()
     return loss.detach()
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad * 2
 
 
 def with_a_function_in_python(t: Training, x: Tensor, y: Tensor) -> Tensor:

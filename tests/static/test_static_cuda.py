@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.config import config
-from tests.runtime.checked import forget
+from tests.runtime.test_capture_cuda import repeatable  # noqa: F401 - a fixture of each test here
 from tests.static import test_guards as guards
 from tests.static.programs import Training, adamw, compare, dropping, meddling, mlp, normed, sgd, straight
 from tests.static.test_static import clipped, left_for_later, reads_a_constant, two_steps, with_a_module_for_one_call
@@ -22,18 +20,6 @@ pytestmark = pytest.mark.gpu
 FUSE = pytest.mark.parametrize("fuse", [True, False], ids=["fused", "op by op"])
 # As on a CPU, where `AGAIN` is what a change costs.
 WARM, AGAIN = 5, 5
-
-
-@pytest.fixture(autouse=True)
-def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    forget()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    forget()
-    torch.use_deterministic_algorithms(False)
 
 
 def convolutions() -> nn.Module:
