@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.session import trace_regions
 
 STEPS = 12
 CHANGED = 7
@@ -121,8 +122,12 @@ def test_a_decay_that_moves_and_then_stops_is_another_update() -> None:
         return list(loop.model.parameters())
 
     expected = train(kitsune.disable())
-    assert all(map(torch.equal, train(kitsune.accelerate(device="cpu")), expected))
+    with trace_regions() as graphs:
+        assert all(map(torch.equal, train(kitsune.accelerate(device="cpu")), expected))
     assert kitsune.counters()["updates_followed"] > 0
+    # With a decay, parameters are multiplied too: by 1.0 that would go unnoticed.
+    n_products = [sum("_foreach_mul_" in str(op.target) for op in graph.ops) for graph in graphs]
+    assert [n for n in n_products if n][3::8] == [2, 1]
 
 
 def test_a_constant_is_read_without_a_flush() -> None:
@@ -143,7 +148,7 @@ def test_what_moves_is_no_constant(make: Callable[[], Tensor]) -> None:
         torch.manual_seed(0)
         NUMBERS.reset()
         with context:
-            return [(make() * 1.5).sum().item() for _ in range(5)]
+            return [(make().sum().item(), kitsune.flush())[0] for _ in range(5)]
 
     assert seen(kitsune.accelerate(device="cpu")) == seen(kitsune.disable())
 
