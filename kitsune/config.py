@@ -62,8 +62,7 @@ def _check_bytes(value: object) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        found = BYTE_TEXT.fullmatch(value.strip())
-        if found is None:
+        if (found := BYTE_TEXT.fullmatch(value.strip())) is None:
             raise ValueError
         value = int(float(found[1]) * BYTE_UNITS[(found[2] or "").lower()])
     return _check_int(1, None, value)
@@ -134,6 +133,7 @@ class Options:
     fuel: int | None = knob(
         None, "KITSUNE_FUEL", optional(whole(0)), "only so many fusions in each region: bisects a wrong answer; None: all"
     )
+    layouts: bool = knob(True, "KITSUNE_LAYOUTS", flag, "0 keeps eager's layouts: no padded products, no channels-last inside")
     pool: bool = knob(True, "KITSUNE_POOL", flag, "0 gives each arena back to torch when its region has run")
     graphs: bool = knob(True, "KITSUNE_GRAPHS", flag, "0 launches every region anew each time: no CUDA graphs")
     max_graphs: int = knob(64, "KITSUNE_MAX_GRAPHS", whole(1), "CUDA graphs that are kept; the least recently used goes first")
@@ -213,6 +213,7 @@ class Config:
     audit: int
     fuse: bool
     fuel: int | None
+    layouts: bool
     pool: bool
     graphs: bool
     max_graphs: int
