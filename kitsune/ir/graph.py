@@ -117,9 +117,14 @@ class Op:
         return self.results + tuple(after for _, after in self.rewritten)
 
     @property
+    def starts_nothing(self) -> bool:
+        """A view, or memory that others fill: made on the host when its result is first asked for."""
+        return self.kind is Kind.VIEW or self.allocates
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it must move by itself: each operand once, each result once; none for a view."""
-        if self.kind is Kind.VIEW or self.allocates:
+        if self.starts_nothing:
             return 0
         return sum(v.type.nbytes for v in self.inputs) + sum(v.type.nbytes for v in self.outputs)
 

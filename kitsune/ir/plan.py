@@ -102,8 +102,8 @@ class Launch:
 
     @property
     def host_only(self) -> bool:
-        """Starts nothing on the device: a view, or memory for others."""
-        return self.op is not None and (self.op.kind.name == "VIEW" or self.op.allocates)
+        """Starts nothing on the device."""
+        return self.op is not None and self.op.starts_nothing
 
     @property
     def name(self) -> str:

@@ -39,7 +39,7 @@ def kernel_micros(kernel: Kernel, rates: Rates) -> float:
 
 def op_micros(op: Op, rates: Rates) -> float:
     """Modelled time of a library call: a matrix product by its operations, everything else by its bytes."""
-    if op.kind is Kind.VIEW or op.allocates:
+    if op.starts_nothing:
         return 0.0
     nbytes = sum(v.type.nbytes for v in op.inputs) + sum(v.type.nbytes for v in op.outputs)
     return max(nbytes / rates.bytes_per_us, product_micros(op, rates))
@@ -100,7 +100,7 @@ class Costs:
 
 def graph_micros(graph: Graph, rates: Rates) -> float:
     """Modelled time of a graph run op by op."""
-    launches = sum(op.kind is not Kind.VIEW and not op.allocates for op in graph.ops)
+    launches = sum(not op.starts_nothing for op in graph.ops)
     return sum(op_micros(op, rates) for op in graph.ops) + launches * rates.launch_us
 
 

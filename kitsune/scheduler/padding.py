@@ -74,12 +74,14 @@ class _Padding(Rewriting):
             shape[dim] = padded(n)
         memory = part = self.wide[value.id] = self.memory(_canonical(value.type, shape))
         for dim, n in grown:
-            self.write(aten.zero_.default, self.view(aten.slice.Tensor, memory, dim, n, shape[dim]))
             part = self.view(aten.slice.Tensor, part, dim, 0, n)
         source = self.stands(value)
         self.now[value.id] = self.write(aten.copy_.default, part, source)
         if source is value:
             self.plain[value.id] = value
+        # After the copy, and so not before there is anything to copy: the memory is in use from then on.
+        for dim, n in grown:
+            self.write(aten.zero_.default, self.view(aten.slice.Tensor, memory, dim, n, shape[dim]))
 
     def _product(self, product: Product) -> None:
         op, grow = product.op, product.grow
