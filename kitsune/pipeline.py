@@ -10,6 +10,7 @@ from kitsune.backends import nearest_arch
 from kitsune.background import n_awaited, wait
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
+from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
 from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, open_graph_doors
@@ -52,8 +53,8 @@ class Follower(CallMode, CallLane):
 class Pipeline:
     """One per accelerating thread: a listener that intercepts and records, and an executor that runs what is flushed."""
 
-    def __init__(self, device: torch.device, warmup: int) -> None:
-        self.runner = Runner(device, tally)
+    def __init__(self, device: torch.device, warmup: int, options: EngineOptions = DEFAULT) -> None:
+        self.runner = Runner(device, tally, options)
         self.thread_plans = ThreadPlans()
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False

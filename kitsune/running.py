@@ -1,24 +1,22 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
-import itertools
-import time
 import warnings
 import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kitsune.backends import Backend, backend_of, pool_budget, program_of, recorder_of, workers
+from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, workers
 from kitsune.background import later
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
-from kitsune.ir import Graph, Plan, reads_slots
+from kitsune.engine_options import DEFAULT, EngineOptions
+from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
-from kitsune.profiler import PlanTally, Show, Tally, plan_tally
+from kitsune.profiler import PlanTally, Tally, plan_tally
 from kitsune.runtime import (
     Arenas,
     PlanExecutor,
@@ -39,6 +37,7 @@ from kitsune.runtime import (
 )
 from kitsune.runtime.instructions import Start
 from kitsune.scheduler import dead_code, run_passes
+from kitsune.shown import show_plan, shows
 
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
@@ -47,8 +46,6 @@ SHOWN_ARCH = "sm_90"
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 3
-# Of regions as they are shown; the runners of several threads may write into one folder.
-_numbers = itertools.count()
 
 
 @dataclass(slots=True)
@@ -75,8 +72,8 @@ class Ready:
 class Runner:
     """Runs the regions of one thread on one device: by plan where there is a backend, op by op elsewhere."""
 
-    def __init__(self, device: torch.device, tally: Tally) -> None:
-        self.tally = tally
+    def __init__(self, device: torch.device, tally: Tally, options: EngineOptions = DEFAULT) -> None:
+        self.tally, self.options = tally, options
         self.ready: dict[Any, Ready] = {}
         # What went wrong and was mended in the run that is going on; said when it has ended.
         self.sentences: list[str] = []
@@ -91,14 +88,16 @@ class Runner:
             self.steady = SteadyState(device, recorder, self._limits, self._relieve, self.sentences.append, tally)
         if isinstance(backend, Backend):
             self.arch = backend.arch
-            self.executor = PlanExecutor(backend.prepare_launch, MemoryPool(self._budget), self.sentences.append)
+            self.executor = PlanExecutor(
+                backend.prepare_launch, MemoryPool(options.pool_bytes or self._budget), self.sentences.append
+            )
             self.arenas = Arenas(self.executor.pool)
         elif device.type == "cuda":
             self.sentences.append(backend)
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        key = (graph, config.fuse, config.fuel, config.layouts, numeric_settings() if self.steady is not None else None)
+        key = (graph, self.options.fuses, config.fuel, config.layouts, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
@@ -130,7 +129,7 @@ class Runner:
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
-            if knobs == [config.fuse, config.fuel, config.layouts]:
+            if knobs == [self.options.fuses, config.fuel, config.layouts]:
                 self._ask(graph, ready)
 
     def forget(self) -> None:
@@ -144,14 +143,14 @@ class Runner:
     def _prepare(self, graph: Graph) -> Ready:
         if self._in_background():
             ready = self._unfused(graph)
-            slots = self.steady is not None and config.graphs and any(map(reads_slots, ready.graph.ops))
-            ready.waits = config.fuse or slots
+            slots = self.steady is not None and self.options.captures and any(map(reads_slots, ready.graph.ops))
+            ready.waits = self.options.fuses or slots
             return ready
-        if config.fuse:
+        if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._planned(graph, planner_for(self.arch))
-                if _show().wanted:
+                    return self._planned(graph, planner_for(self.arch, self.options.rules))
+                if shows().wanted:
                     show_plan(graph, planner_for(SHOWN_ARCH))
             except Exception as error:
                 if config.verify:
@@ -175,12 +174,12 @@ class Runner:
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
-        executor, fuse = self.executor, config.fuse
+        executor, fuse = self.executor, self.options.fuses
         if not now.waits or now.coming is not None:
             return
         assert executor is not None
         # With the knobs of now.
-        planner = planner_for(self.arch) if fuse else slot_planner_for(self.arch)
+        planner = planner_for(self.arch, self.options.rules) if fuse else slot_planner_for(self.arch)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
@@ -220,7 +219,7 @@ class Runner:
         if ready.steady is not None and self.steady is not None:
             new.steady = self.steady.region(new.graph, lambda *of: self._work(new, *of), before=ready.steady)
         if config.debug and new.plan is not None:
-            _show().fused(new.n_ops, new.plan.n_kernels)
+            shows().fused(new.n_ops, new.plan.n_kernels)
         return new
 
     def _unplanned(self, graph: Graph, error: Exception) -> None:
@@ -231,14 +230,14 @@ class Runner:
 
     def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> bool:
         """Was the region run as a CUDA graph?"""
-        if self.steady is None or not config.graphs:
+        if self.steady is None or not self.options.captures:
             return False
         if ready.steady is None:
             ready.steady = self.steady.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits)
         n_captured = self.tally.n_captured
         done = self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
-            _show().captured(ready.n_ops, ready.steady.captured.nbytes)
+            shows().captured(ready.n_ops, ready.steady.captured.nbytes)
         return done
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
@@ -281,20 +280,3 @@ class Runner:
 
 # Of all threads; `wait_for_kernels` asks them.
 runners: "weakref.WeakSet[Runner]" = weakref.WeakSet()
-
-
-def _show() -> Show:
-    return Show(config.debug, Path(config.dump) if config.dump else None)
-
-
-def show_plan(graph: Graph, planner: Planner) -> Plan:
-    """The plan of a graph, printed and dumped as KITSUNE_DEBUG and KITSUNE_DUMP ask."""
-    show = _show()
-    if not show.wanted:
-        return planner.plan(graph)
-    show = show.region(graph, next(_numbers))
-    start = time.perf_counter()
-    plan = planner.plan(graph, show.passed)
-    show.plan(plan, time.perf_counter() - start)
-    show.programs(program_of(launch) for launch in plan.launches if launch.kernels)
-    return plan

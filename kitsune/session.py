@@ -12,6 +12,7 @@ import torch
 from kitsune.config import checked, config
 from kitsune.contexts import close_context, everyone, here as _thread, open_context
 from kitsune.dispatch import foreign_modes
+from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
 from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally, wait_for_kernels
 from kitsune.profiler import Report, report
@@ -32,8 +33,9 @@ class Accelerate:
         device: str | torch.device | None = None,
         static: bool = False,
         audit: int | None = None,
+        options: EngineOptions = DEFAULT,
     ) -> None:
-        self._warmup, self._device = warmup, device
+        self._warmup, self._device, self._options = warmup, device, options
         self._static, self._audit = static, audit
         self._entered = threading.local()
 
@@ -98,10 +100,10 @@ class Accelerate:
             tally.passed_through[(Barrier.FOREIGN_MODE, type(modes[-1]).__name__)] += 1
             return None
         warmup = config.warmup if self._warmup is None else self._warmup
-        key = (device, warmup, config.max_pending_ops, config.max_pending_bytes)
+        key = (device, warmup, config.max_pending_ops, config.max_pending_bytes, self._options)
         pipeline = _thread.pipelines.get(key)
         if pipeline is None:
-            pipeline = _thread.pipelines[key] = Pipeline(device, warmup)
+            pipeline = _thread.pipelines[key] = Pipeline(device, warmup, self._options)
             everyone.add(pipeline)
         return pipeline
 

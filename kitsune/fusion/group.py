@@ -67,10 +67,10 @@ def why_not(group: "Group", number: int, op: Op) -> str | None:
 class Group:
     """Ops in program order, and what is known of every tensor that they touch."""
 
-    __slots__ = ("factors", "loaded", "members", "produced", "roots", "shared_bytes", "whole")
+    __slots__ = ("factors", "loaded", "max_ops", "members", "produced", "roots", "shared_bytes", "whole")
 
-    def __init__(self, roots: Roots) -> None:
-        self.roots = roots
+    def __init__(self, roots: Roots, max_ops: int = MAX_OPS) -> None:
+        self.roots, self.max_ops = roots, max_ops
         self.factors = Factors()
         self.members: list[Member] = []
         # The layout of the first op's shape, with which every other shape must agree.
@@ -83,7 +83,7 @@ class Group:
 
     def copy(self) -> "Group":
         """An independent copy, to try something on."""
-        twin = Group(self.roots)
+        twin = Group(self.roots, self.max_ops)
         twin.factors, twin.members, twin.whole = self.factors.copy(), self.members.copy(), self.whole
         twin.produced = self.produced.copy()
         twin.loaded = {storage: list(uses) for storage, uses in self.loaded.items()}
@@ -92,8 +92,8 @@ class Group:
     def add(self, number: int, op: Op) -> str | None:
         """Take an op in. A refusal is a sentence and leaves the group unusable: try on a copy."""
         self.shared_bytes = 0
-        if len(self.members) >= MAX_OPS:
-            return f"the kernel would have more than {MAX_OPS} operators"
+        if len(self.members) >= self.max_ops:
+            return f"the kernel would have more than {self.max_ops} operators"
         layout = self._layout_of(op)
         if isinstance(layout, str):
             return layout
