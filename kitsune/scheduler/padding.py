@@ -97,11 +97,12 @@ class _Padding(Rewriting):
 
     def _larger(self, matrix: Value, product: Product, position: int) -> Value:
         """An operand as a view of larger memory."""
-        memory, type_ = self.wide[product.wide[position].root.id], matrix.type
+        wide, type_ = product.wide[position], matrix.type
+        memory = self.wide[wide.root.id]
         if len(type_.shape) == 1:
             return memory
         columns = memory.type.shape[-1]
-        stride = (columns, 1) if type_.stride[1] == 1 else (1, columns)
+        stride = (1, columns) if wide.turned else (columns, 1)
         names = zip(product.names(position), type_.shape, strict=True)
         shape = tuple(padded(n) if name in product.grow else n for name, n in names)
         return self.view(aten.as_strided.default, memory, shape, stride, 0)

@@ -19,11 +19,13 @@ NAMES = (("m", "k"), ("k", "n"))
 
 @dataclass(frozen=True, slots=True)
 class Wide:
-    """A matrix that a product wants larger: the value whose memory it is, and which of that one's dimensions grow."""
+    """A matrix that a product wants larger: the value whose memory it is, maybe `turned`, and which of that one's dimensions
+    grow."""
 
     root: Value
     rows: bool
     columns: bool
+    turned: bool = False
 
 
 @dataclass(slots=True)
@@ -143,4 +145,4 @@ def _wide(matrix: Value, root: Value, rows: bool, columns: bool) -> Wide | str:
     grows_first, grows_last = (rows, columns) if straight else (columns, rows)
     if grows_first and len(of.shape) != 2:
         return "an operand would need more rows than one of its views has"
-    return Wide(root, grows_first, grows_last)
+    return Wide(root, grows_first, grows_last, not straight)

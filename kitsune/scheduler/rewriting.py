@@ -132,18 +132,24 @@ class Rewriting:
             self.ops.append(reading(op, self.recorded, op.results))
             self._views_of_copies(op)
 
-    def types(self, op: Op) -> tuple[TensorType, ...] | None:
+    def types(self, op: Op, now: Op) -> tuple[TensorType, ...] | None:
         """The types of the results of an op, no view, with the operands that it has now; None if it must have the recorded ones.
 
-        As long as strides come in the recorded order, so do those of the results.
+        As long as strides come in the recorded order, so do those of the results. Only where an operand has no gaps would they be
+        the operand's own, whatever those are along dimensions of size 1.
         """
-        return tuple(v.type for v in op.results) if op.kind in FOLLOWING and not op.effects.random else None
+        if op.kind not in FOLLOWING or op.effects.random:
+            return None
+        pairs = zip(op.inputs, now.inputs, strict=True)
+        if any(before.type is not after.type and is_dense(after.type) for before, after in pairs):
+            return None
+        return tuple(v.type for v in op.results)
 
     def _following(self, op: Op) -> tuple[Value, ...] | None:
         """The results of an op that reads what stands for its operands; None if it cannot."""
         now = reading(op, self.stands, op.results)
         if op.kind is not Kind.VIEW:
-            types = self.types(now)
+            types = self.types(op, now)
             if types is None or any(t is not v.type and v.storage in self.seen for v, t in zip(op.results, types, strict=True)):
                 return None
             return tuple(v if v.type is t else replace(v, type=t) for v, t in zip(op.results, types, strict=True))
@@ -196,6 +202,16 @@ def reading(op: Op, stands: Callable[[Value], Value], results: tuple[Value, ...]
     args = read(op.args)
     kwargs = tuple((name, read(a)) for name, a in op.kwargs)
     return replace(op, args=args, kwargs=kwargs, inputs=tuple(values_in((args, tuple(a for _, a in kwargs)))), results=results)
+
+
+def is_dense(type_: TensorType) -> bool:
+    """Do the elements fill their memory without gaps, each once?"""
+    step = 1
+    for stride, n in sorted((s, n) for s, n in zip(type_.stride, type_.shape, strict=True) if n > 1):
+        if stride != step:
+            return False
+        step *= n
+    return True
 
 
 def view_types(op: Op, is_view: bool = True) -> tuple[TensorType, ...] | None:
