@@ -67,14 +67,14 @@ def test_they_did_fork() -> None:
     assert n_forked > 100, "the test before has compared nothing"
 
 
-def train(context: Any, steps: int) -> list[torch.Tensor]:
+def train(context: Any, n: int) -> list[torch.Tensor]:
     torch.manual_seed(0)
     layers = [layer for _ in range(3) for layer in (nn.Linear(256, 256), nn.GELU(), nn.LayerNorm(256), nn.Dropout(0.1))]
     model = nn.Sequential(*layers, nn.Linear(256, 10)).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     x, target, losses = torch.randn(64, 256, device="cuda"), torch.arange(64, device="cuda") % 10, []
     with context:
-        for _ in range(steps):
+        for _ in range(n):
             with torch.autocast("cuda", torch.bfloat16):
                 loss = F.cross_entropy(model(x), target)
             optimizer.zero_grad()
