@@ -10,7 +10,7 @@ from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Op, Plan, happens_before, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
-from kitsune.runtime import out_form
+from kitsune.runtime import out_form, takes_memory
 from kitsune.scheduler import (
     RATES,
     Costs,
@@ -21,6 +21,7 @@ from kitsune.scheduler import (
     in_order,
     kernel_micros,
     op_micros,
+    padded_products,
     run_passes,
     unlist,
 )
@@ -39,6 +40,8 @@ class Planner:
     toolkit: bool = True
     # Are ops that take a moving number to be kernels, which can read it from memory? A library call has it baked in.
     slots_in_kernels: bool = False
+    # May values that live and die inside have other layouts than eager gives them?
+    layouts: bool = True
     # Passes beside those that every plan needs.
     shared: tuple[Callable[[Graph], Graph], ...] = (common_subexpressions,)
     # Of a CUDA graph; what is run in the ordinary way goes to one.
@@ -48,14 +51,15 @@ class Planner:
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        planned = run_passes(graph, (dead_code, *self.shared, self.lists_taken_apart), self.verify, show)
+        layouts = (self.products_padded,) if self.layouts else ()
+        planned = run_passes(graph, (dead_code, *self.shared, self.lists_taken_apart, *layouts), self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
         kernels = kernels_of(parts)
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
         in_turn = in_order(planned, works, self._micros(planned))
-        lives = lifetimes(planned, in_turn, lambda op: out_form(op) is not None)
+        lives = lifetimes(planned, in_turn, takes_memory)
         launches = assign_streams(in_turn, planned, self.costs.load, self.n_streams, peak_bytes(lives, len(in_turn)))
         before = happens_before(launches)
         offsets, arena = assign_offsets(lives, before)
@@ -76,6 +80,10 @@ class Planner:
     def lists_taken_apart(self, graph: Graph) -> Graph:
         """The pass that gives each tensor of a list call an op of its own, of which some may be needed by nobody."""
         return dead_code(unlist(graph, self.why_not_fused))
+
+    def products_padded(self, graph: Graph) -> Graph:
+        """The pass that makes matrix products with odd dimensions larger."""
+        return padded_products(graph, self.costs, self.why_not_fused)
 
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
@@ -132,13 +140,14 @@ def planner_for(arch: str, rules: Rules = ANYTHING) -> Planner:
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
-    return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit, config.graphs, n_streams=config.streams, rules=rules)
+    knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts)
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=config.streams, rules=rules)
 
 
 def slot_planner_for(arch: str) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
     planner = planner_for(arch)
-    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, (), planner.n_streams)
+    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, False, (), planner.n_streams)
 
 
 def _has_out_form(kernel: Kernel) -> bool:

@@ -25,6 +25,7 @@ EXAMPLES = {
     "audit": ("7", 7, 0, -1),
     "fuse": ("0", False, True, 3),
     "fuel": ("7", 7, 0, -1),
+    "layouts": ("0", False, True, 3),
     "pool": ("no", False, True, "maybe"),
     "graphs": ("off", False, True, "maybe"),
     "streams": ("2", 2, 1, 0),

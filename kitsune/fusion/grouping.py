@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from kitsune.fusion.group import MAX_OPS, Group, base_name, why_not_pointwise
-from kitsune.ir import Graph, Kind, Op, Refusal, bits, predecessors, roots
+from kitsune.ir import Graph, Op, Refusal, bits, predecessors, roots
 
 # An op looks this many nodes back for one that reads the same: further away, results would only be held longer.
 NEAR = 32
@@ -61,7 +61,7 @@ def partition(
     p = Partition(graph, why_not_lowered, worth, fuel)
     before, root_of = predecessors(graph), roots(graph)
     for number, op in enumerate(graph.ops):
-        if op.kind is Kind.VIEW:
+        if op.starts_nothing:
             continue
         preds = {p.node_of[n] for n in bits(before[number])}
         reason = why_not_pointwise(op, why_not_lowered)

@@ -47,13 +47,15 @@ class Pool(Protocol):
 class Layout:
     """Where a plan's memory is: `places` gives (slot, bytes) by value number, `arena` (bytes, type) by that of a root.
 
-    Slot 0 is the arena; `inputs` are (slot, value number, whether from the start of the input's memory).
+    Slot 0 is the arena; `inputs` are (slot, value number, whether from the start of the input's memory). Value numbers are below
+    `n_values`: a planner may have added to those that were recorded.
     """
 
     places: dict[int, tuple[int, int]]
     arena: dict[int, tuple[int, TensorType]]
     inputs: tuple[tuple[int, int, bool], ...]
     n_slots: int
+    n_values: int
 
 
 class Frame:
@@ -88,6 +90,7 @@ class Frame:
         self.position = 0
         self.partial = False
         self.elsewhere: set[int] = set()
+        values.extend([None] * (layout.n_values - len(values)))
         places, bases = layout.places, [0] * layout.n_slots
         self.bases = bases
 

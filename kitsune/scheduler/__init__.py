@@ -2,6 +2,7 @@
 
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros
 from kitsune.scheduler.order import Work, in_order
+from kitsune.scheduler.padding import padded_products
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
 from kitsune.scheduler.streams import assign_streams
 from kitsune.scheduler.subexpressions import common_subexpressions
@@ -21,6 +22,7 @@ __all__ = [
     "kernel_micros",
     "needed_ops",
     "op_micros",
+    "padded_products",
     "run_passes",
     "unlist",
 ]
