@@ -8,8 +8,8 @@ import torch
 from kitsune.codegen import text_key, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
-from kitsune.ir import Graph, Kernel, Kind, Op, Plan, reads_slots, verify_plan
-from kitsune.memory import Lifetime, assign_offsets, lifetimes
+from kitsune.ir import Graph, Kernel, Kind, Op, Plan, happens_before, reads_slots, verify_plan
+from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
 from kitsune.runtime import out_form, takes_memory
 from kitsune.scheduler import (
     RATES,
@@ -18,7 +18,6 @@ from kitsune.scheduler import (
     assign_streams,
     common_subexpressions,
     dead_code,
-    happens_before,
     in_channels_last,
     in_order,
     kernel_micros,
@@ -46,6 +45,8 @@ class Planner:
     layouts: bool = True
     # Passes beside those that every plan needs.
     shared: tuple[Callable[[Graph], Graph], ...] = (common_subexpressions,)
+    # Of a CUDA graph; what is run in the ordinary way goes to one.
+    n_streams: int = 1
     # What the context allows beyond what the planner can do.
     rules: Rules = ANYTHING
 
@@ -58,9 +59,10 @@ class Planner:
         kernels = kernels_of(parts)
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
-        launches = assign_streams(in_order(planned, works, self._micros(planned)))
+        in_turn = in_order(planned, works, self._micros(planned))
+        lives = lifetimes(planned, in_turn, takes_memory)
+        launches = assign_streams(in_turn, planned, self.costs.load, self.n_streams, peak_bytes(lives, len(in_turn)))
         before = happens_before(launches)
-        lives = lifetimes(planned, launches, takes_memory)
         offsets, arena = assign_offsets(lives, before)
         plan = Plan(
             graph=planned,
@@ -143,13 +145,14 @@ def planner_for(arch: str, rules: Rules = ANYTHING) -> Planner:
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
-    return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit, config.graphs, config.layouts, rules=rules)
+    knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts)
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=config.streams, rules=rules)
 
 
 def slot_planner_for(arch: str) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
     planner = planner_for(arch)
-    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, False, ())
+    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, False, (), planner.n_streams)
 
 
 def _has_out_form(kernel: Kernel) -> bool:
