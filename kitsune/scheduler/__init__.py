@@ -2,6 +2,7 @@
 
 from kitsune.scheduler.channels_last import in_channels_last
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros
+from kitsune.scheduler.joining import joined_in_place
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
@@ -21,6 +22,7 @@ __all__ = [
     "graph_micros",
     "in_channels_last",
     "in_order",
+    "joined_in_place",
     "kernel_micros",
     "needed_ops",
     "op_micros",

@@ -12,9 +12,10 @@ from hypothesis import given, settings, strategies as st
 
 from kitsune.ir import Graph
 from kitsune.planning import Planner
-from kitsune.scheduler import dead_code, in_channels_last, padded_products
+from kitsune.scheduler import dead_code, in_channels_last, joined_in_place, padded_products
 from kitsune.scheduler.formats import is_channels_last
 from tests.plan.test_channels_last import Block, Sides, step
+from tests.plan.test_joining import COSTS as ONLY_BYTES, X, Y, gradients, kernels
 from tests.plan.test_padding import COSTS, vocabulary
 from tests.property.test_programs import SLOW
 from tests.runtime.checked import record
@@ -114,6 +115,26 @@ def written_between() -> Any:
 def test_a_copy_is_not_read_once_it_is_out_of_date() -> None:
     other = assert_as_eager(written_between, images)
     assert sum(op.target._opname == "clone" for op in other.ops) >= 5
+
+
+def joining(graph: Graph) -> Graph:
+    return joined_in_place(graph, ONLY_BYTES, lambda op: None)
+
+
+def twice() -> Any:
+    """One part is joined twice, along the last dimension; another one has no place in between that is left empty."""
+    y = X[:, 0] * 3
+    return torch.cat([y, y, Y.cumsum(2)[:, 1], X[:, 1] + 1], -1).cumsum(1) + 1
+
+
+@pytest.mark.parametrize("program", [gradients, kernels, twice], ids=lambda p: p.__name__)
+def test_joined_tensors_have_the_bits_of_eager(program: Program) -> None:
+    graph, values, scalars = record(program, warmup=1)
+    other = joining(dead_code(graph))
+    assert any(op.allocates for op in other.ops)
+    eager, plan = replayed(graph, values, scalars), Planner(ONLY_BYTES, verify=True).plan(graph)
+    for found in (replayed(other, values, scalars), *(run_by_plan(plan, values, scalars, start) for start in (Walk, Broken))):
+        assert all(torch.equal(found[v.id], eager[v.id]) for v in graph.outputs)
 
 
 @pytest.mark.parametrize("program", [vocabulary])
