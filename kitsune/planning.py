@@ -18,6 +18,7 @@ from kitsune.scheduler import (
     assign_streams,
     common_subexpressions,
     dead_code,
+    in_channels_last,
     in_order,
     kernel_micros,
     op_micros,
@@ -51,7 +52,7 @@ class Planner:
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        layouts = (self.products_padded,) if self.layouts else ()
+        layouts = (self.convolutions_laid_out, self.products_padded) if self.layouts else ()
         planned = run_passes(graph, (dead_code, *self.shared, self.lists_taken_apart, *layouts), self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
@@ -80,6 +81,10 @@ class Planner:
     def lists_taken_apart(self, graph: Graph) -> Graph:
         """The pass that gives each tensor of a list call an op of its own, of which some may be needed by nobody."""
         return dead_code(unlist(graph, self.why_not_fused))
+
+    def convolutions_laid_out(self, graph: Graph) -> Graph:
+        """The pass that has convolutions, and what is between them, in channels-last."""
+        return in_channels_last(graph, self.costs)
 
     def products_padded(self, graph: Graph) -> Graph:
         """The pass that makes matrix products with odd dimensions larger."""

@@ -1,5 +1,6 @@
 """From a Graph to the order, the streams and the costs of its Plan: passes, cost model, order."""
 
+from kitsune.scheduler.channels_last import in_channels_last
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
@@ -18,6 +19,7 @@ __all__ = [
     "common_subexpressions",
     "dead_code",
     "graph_micros",
+    "in_channels_last",
     "in_order",
     "kernel_micros",
     "needed_ops",

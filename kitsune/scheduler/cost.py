@@ -84,6 +84,8 @@ UNALIGNED = 6.0
 # What padding must gain, so that small products keep the library's own choice.
 PADDED_FROM_US = 20.0
 
+# What another layout must gain, so that small images keep the library's own choice.
+LAYOUT_FROM_US = 20.0
 # Elements in a row from which on the jump to the next one does not count.
 LONG_ROW = 1024
 
@@ -126,6 +128,13 @@ class Costs:
         """Does it pay to make a product larger, if so many bytes are moved for it, and the edges of its operands cleared?"""
         spent = copied_bytes / self.rates.bytes_per_us + n_operands * self.rates.launch_us
         return (UNALIGNED - 1) * product_micros(op, self.rates) - spent >= PADDED_FROM_US
+
+    def channels_last(self, image_bytes: int, copied_bytes: int) -> bool:
+        """Does it pay to have connected convolutions in channels-last, if so many bytes are moved for it at the edges?
+
+        The library reads and writes each of their images once more otherwise.
+        """
+        return (2 * image_bytes - copied_bytes) / self.rates.bytes_per_us >= LAYOUT_FROM_US
 
 
 def graph_micros(graph: Graph, rates: Rates) -> float:

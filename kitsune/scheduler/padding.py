@@ -5,13 +5,14 @@ memory that has room for more rows or columns, which are zero, by the kernel tha
 larger size, and its result is the part of it that was asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from kitsune.ir import Graph, Kind, Op, TensorType, Value, tensor_type
 from kitsune.scheduler.cost import Costs
+from kitsune.scheduler.formats import contiguous
 from kitsune.scheduler.products import VECTOR, Product, Products, Wide
 from kitsune.scheduler.rewriting import Rewriting, Stuck
 
@@ -72,7 +73,7 @@ class _Padding(Rewriting):
         grown += [(len(shape) - 1, shape[-1])] if wanted.columns else []
         for dim, n in grown:
             shape[dim] = padded(n)
-        memory = part = self.wide[value.id] = self.memory(_canonical(value.type, shape))
+        memory = part = self.wide[value.id] = self.memory(_sized(value.type, shape))
         for dim, n in grown:
             part = self.view(aten.slice.Tensor, part, dim, 0, n)
         source = self.stands(value)
@@ -114,7 +115,7 @@ class _Padding(Rewriting):
         if shape == tuple(value.type.shape):
             self.ops.append(op)
             return
-        whole = self.value(_canonical(value.type, list(shape)), None if kept else value.storage)
+        whole = self.value(_sized(value.type, shape), None if kept else value.storage)
         self.ops.append(replace(op, results=(whole,)))
         part = whole
         for dim in (0, 1):
@@ -128,10 +129,7 @@ class _Padding(Rewriting):
         self.now[value.id] = named
 
 
-def _canonical(like: TensorType, shape: list[int]) -> TensorType:
+def _sized(like: TensorType, shape: Sequence[int]) -> TensorType:
     """Contiguous, with the dtype and the device of another type."""
-    stride, step = [], 1
-    for n in reversed(shape):
-        stride.append(step)
-        step *= max(n, 1)
-    return tensor_type(like.dtype, torch.Size(shape), tuple(reversed(stride)), 0, like.device)
+    size = torch.Size(shape)
+    return contiguous(tensor_type(like.dtype, size, (0,) * len(size), 0, like.device))

@@ -25,6 +25,7 @@ from kitsune.ir import (
     type_of,
     values_in,
 )
+from kitsune.scheduler.formats import channels_last, contiguous, is_dense
 
 aten = torch.ops.aten
 # Calls that compute the same, whatever the strides of their operands are.
@@ -40,6 +41,8 @@ class Rewriting:
         self.now: dict[int, Value] = {}
         # Of values that stand for recorded ones: the same contents in the recorded layout, where somebody needed that.
         self.plain: dict[int, Value] = {}
+        # Numbers of the values that are copies in another layout.
+        self.copied: set[int] = set()
         ends = [v.storage for v in (*graph.inputs, *(v for op in graph.ops for v in op.outputs))]
         self._number, self._storage = n_values(graph), 1 + max(ends, default=-1)
         self._views = {v.id: op for op in graph.ops if op.kind is Kind.VIEW for v in op.results}
@@ -106,34 +109,51 @@ class Rewriting:
             fresh = self.value(value.type, base.storage, base.version)
             self.ops.append(reading(view, lambda v: base if v is view.inputs[0] else self.recorded(v), (fresh,)))
         else:
-            fresh = self._copied(self.now[value.id], self.value(value.type))
+            fresh = self.copy(self.now[value.id], self.value(value.type))
         self.plain[value.id] = fresh
         return fresh
 
-    def _copied(self, source: Value, target: Value) -> Value:
-        """Add a copy in the layout of the target."""
-        formats = (torch.contiguous_format, torch.channels_last)
-        for format_ in formats if len(target.type.shape) == 4 else formats[:1]:
-            if _laid_out(target.type, format_):
-                return self.call(aten.clone.default, Kind.POINTWISE, target, source, memory_format=format_)
-        raise Stuck(f"a value with strides {target.type.stride} cannot be had by a copy")
+    def copy(self, source: Value, target: Value) -> Value:
+        """Add a copy in the layout of the target. Raises Stuck."""
+        formats = {contiguous(target.type): torch.contiguous_format}
+        if len(target.type.shape) == 4:
+            formats.setdefault(channels_last(target.type), torch.channels_last)
+        if target.type not in formats:
+            raise Stuck(f"a value with strides {target.type.stride} cannot be had by a copy")
+        self.copied.add(target.id)
+        return self.call(aten.clone.default, Kind.POINTWISE, target, source, memory_format=formats[target.type])
 
     def follow(self, op: Op) -> None:
         """Add a recorded op, which reads what stands for its operands if it can. Raises Stuck."""
         if not any(v.id in self.now for v in op.inputs):
             self.ops.append(op)
-        elif (results := self._following(op)) is not None:
-            self.ops.append(reading(op, self.stands, results))
-            self.now.update((v.id, new) for v, new in zip(op.results, results, strict=True) if new is not v)
-            self._rewritten(op)
+        elif (now := self._following(op)) is not None:
+            self.add(op, now)
         elif any(before.id in self.now for before, _ in op.rewritten):
             raise Stuck(f"{op.target} writes it")
         else:
             self.ops.append(reading(op, self.recorded, op.results))
             self._views_of_copies(op)
 
+    def add(self, op: Op, now: Op) -> None:
+        """Add what a recorded op has become; its results stand for those that were recorded."""
+        pairs = []
+        for before, after in op.rewritten:
+            stands = self.stands(before)
+            if stands is not before:
+                after = self.now[after.id] = replace(after, type=stands.type)
+            pairs.append((stands, after))
+        self.ops.append(replace(now, rewritten=tuple(pairs)) if pairs else now)
+        self.now.update((v.id, new) for v, new in zip(op.results, now.results, strict=True) if new is not v)
+        if pairs:
+            self.out_of_date({after.storage for _, after in pairs})
+
+    def operand(self, op: Op, value: Value) -> Value:
+        """What an op would read best for one of its operands."""
+        return self.stands(value)
+
     def types(self, op: Op, now: Op) -> tuple[TensorType, ...] | None:
-        """The types of the results of an op, no view, with the operands that it has now; None if it must have the recorded ones.
+        """The types of the results of an op that is no view, as `now` reads its operands; None if it must have the recorded ones.
 
         As long as strides come in the recorded order, so do those of the results. Only where an operand has no gaps would they be
         the operand's own, whatever those are along dimensions of size 1.
@@ -145,22 +165,23 @@ class Rewriting:
             return None
         return tuple(v.type for v in op.results)
 
-    def _following(self, op: Op) -> tuple[Value, ...] | None:
-        """The results of an op that reads what stands for its operands; None if it cannot."""
-        now = reading(op, self.stands, op.results)
+    def _following(self, op: Op) -> Op | None:
+        """The op on what stands for its operands; None if it must read what was recorded."""
+        now = reading(op, lambda value: self.operand(op, value), op.results)
         if op.kind is not Kind.VIEW:
             types = self.types(op, now)
             if types is None or any(t is not v.type and v.storage in self.seen for v, t in zip(op.results, types, strict=True)):
                 return None
-            return tuple(v if v.type is t else replace(v, type=t) for v, t in zip(op.results, types, strict=True))
+            pairs = zip(op.results, types, strict=True)
+            return replace(now, results=tuple(v if v.type is t else replace(v, type=t) for v, t in pairs))
         base, is_view = now.inputs[0], op.results[0].storage == op.inputs[0].storage
         types = view_types(now, is_view)
         if types is None or (not is_view and any(t is not v.type for v, t in zip(op.results, types, strict=True))):
             return None
         if not is_view:
-            return op.results
+            return now
         pairs = zip(op.results, types, strict=True)
-        return tuple(replace(v, type=type_, storage=base.storage, version=base.version) for v, type_ in pairs)
+        return replace(now, results=tuple(replace(v, type=t, storage=base.storage, version=base.version) for v, t in pairs))
 
     def _views_of_copies(self, op: Op) -> None:
         """A view that had to be made of a copy lies in the copy's memory."""
@@ -171,20 +192,10 @@ class Rewriting:
             self.now.update((v.id, new) for v, new in zip(op.results, made, strict=True))
             self.plain.update((new.id, new) for new in made)
 
-    def _rewritten(self, op: Op) -> None:
-        """What is written keeps its layout; copies of it are out of date."""
-        pairs = []
-        for before, after in op.rewritten:
-            stands = self.stands(before)
-            if stands is not before:
-                after = self.now[after.id] = replace(after, type=stands.type)
-            pairs.append((stands, after))
-        if pairs:
-            self.ops[-1] = replace(self.ops[-1], rewritten=tuple(pairs))
-            touched = {after.storage for _, after in pairs}
-            stale = [number for number in self.plain if self.now[number].storage in touched]
-            for number in stale:
-                del self.plain[number]
+    def out_of_date(self, storages: set[int]) -> None:
+        """Copies of what lies in these storages may not be read any more."""
+        for number in [number for number in self.plain if self.now[number].storage in storages]:
+            del self.plain[number]
 
 
 class Stuck(Exception):
@@ -202,16 +213,6 @@ def reading(op: Op, stands: Callable[[Value], Value], results: tuple[Value, ...]
     args = read(op.args)
     kwargs = tuple((name, read(a)) for name, a in op.kwargs)
     return replace(op, args=args, kwargs=kwargs, inputs=tuple(values_in((args, tuple(a for _, a in kwargs)))), results=results)
-
-
-def is_dense(type_: TensorType) -> bool:
-    """Do the elements fill their memory without gaps, each once?"""
-    step = 1
-    for stride, n in sorted((s, n) for s, n in zip(type_.stride, type_.shape, strict=True) if n > 1):
-        if stride != step:
-            return False
-        step *= n
-    return True
 
 
 def view_types(op: Op, is_view: bool = True) -> tuple[TensorType, ...] | None:
@@ -245,9 +246,3 @@ def _as_meta(argument: Any) -> Any:
     if isinstance(argument, torch.device):
         return torch.device("meta")
     return [_as_meta(a) for a in argument] if isinstance(argument, tuple) else argument
-
-
-def _laid_out(type_: TensorType, format_: torch.memory_format) -> bool:
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-        fresh = torch.empty(type_.shape, device="meta", memory_format=format_)
-    return fresh.stride() == type_.stride

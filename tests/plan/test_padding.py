@@ -25,7 +25,7 @@ WEIGHT = torch.linspace(-2, 2, ODD * HIDDEN).sin().view(ODD, HIDDEN)
 
 
 class Generous(Costs):
-    """Padding always pays."""
+    """Other layouts always pay."""
 
     __slots__ = ()
 
@@ -33,6 +33,9 @@ class Generous(Costs):
         return True
 
     def padding(self, op: Op, copied_bytes: float, n_operands: int) -> bool:
+        return True
+
+    def channels_last(self, image_bytes: int, copied_bytes: int) -> bool:
         return True
 
 

@@ -37,6 +37,7 @@ def in_double(graph: Graph, values: Values, scalars: list[float]) -> dict[int, t
             return scalars[a.index]
         return [bound(x) for x in a] if isinstance(a, tuple) else wide(a)
 
+    torch.manual_seed(0)
     for op in graph.ops:
         result = op.target(*map(bound, op.args), **{name: bound(a) for name, a in op.kwargs})
         for where, tensor in zip(_leaves(op.structure), _leaves(result), strict=True):
@@ -58,6 +59,7 @@ def replayed(graph: Graph, values: Values, scalars: list[float]) -> Values:
     """What a graph leaves when its ops are run one by one; it may have more values than were recorded."""
     values = copied(values)
     values += [None] * (1 + max((v.id for op in graph.ops for v in op.outputs), default=0) - len(values))
+    torch.manual_seed(0)
     with below_autograd(), torch._C._DisableTorchDispatch():
         replay(prepare(graph), values, scalars)
     return values
@@ -66,6 +68,7 @@ def replayed(graph: Graph, values: Values, scalars: list[float]) -> Values:
 def run_by_plan(plan: Plan, values: Values, scalars: list[float], start: Any = Walk) -> Values:
     """What a plan leaves, its kernels walking over memory as generated ones do."""
     values = copied(values)
+    torch.manual_seed(0)
     with below_autograd(), torch._C._DisableTorchDispatch():
         it, _ = executor(start)
         it.run(it.prepare(plan), values, scalars)

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from kitsune.ir import Graph
 from kitsune.planning import Planner
-from kitsune.scheduler import dead_code, padded_products
+from kitsune.scheduler import dead_code, in_channels_last, padded_products
+from kitsune.scheduler.formats import is_channels_last
+from tests.plan.test_channels_last import Block, Sides, step
 from tests.plan.test_padding import COSTS, vocabulary
 from tests.property.test_programs import SLOW
 from tests.runtime.checked import record
@@ -65,6 +68,52 @@ def test_layers_of_any_size(sizes: tuple[int, int, int], dtype: torch.dtype, bia
 
     other = assert_as_eager(program, padding)
     assert any(op.allocates for op in other.ops) or all(size % 8 == 0 or size == 1 for size in sizes[1:])
+
+
+def images(graph: Graph) -> Graph:
+    return in_channels_last(graph, COSTS)
+
+
+class Ways(Block):
+    """Results that somebody keeps, writes in place, parts of images, and a dropout between convolutions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = y = F.dropout(self.first(x), 0.3)
+        y[:, :4].mul_(2)
+        y = F.avg_pool2d(self.norm(y), 2).add_(1)
+        z = self.second(y.permute(0, 1, 3, 2)).transpose(2, 3)
+        pooled = F.adaptive_avg_pool2d(F.gelu(self.third(y + z)), 2)
+        return self.linear(torch.cat([pooled.flatten(1), y.sum((0, 2, 3)).expand(4, -1)], 1))
+
+
+MODELS = [Block, lambda: Block(lambda x: x.flatten(1)), lambda: Block(lambda x: F.softmax(x, 1).amax((2, 3))), Ways, Sides]
+
+
+@pytest.mark.parametrize("make", MODELS, ids=["mean", "flat", "softmax", "ways", "sides"])
+@pytest.mark.parametrize("size", [2, 8, 9])
+def test_convolutions(make: Callable[[], Any], size: int) -> None:
+    # Statistics of ever so few elements would amplify the last bit.
+    other = assert_as_eager(step(make(), 4, 3, size, size), images)
+    assert any(is_channels_last(op.results[0].type) for op in other.ops if op.target._opname == "convolution") or size == 2
+
+
+IMAGE, KERNEL = torch.linspace(-1, 1, 2 * 8 * 36).sin().view(2, 8, 6, 6), torch.linspace(-2, 2, 576).cos().view(8, 8, 3, 3)
+
+
+def written_between() -> Any:
+    """A copy in another layout is out of date once a part of what it is a copy of has been written."""
+    image, kernel = IMAGE.to(torch.bfloat16), KERNEL.to(torch.bfloat16)
+    first = F.conv2d(image, kernel)
+    image[:, :2].mul_(3)
+    second = F.conv2d(image, kernel)
+    before = second.cumsum(1)
+    second[:, 1:].mul_(2)
+    return first.float(), second.float() + 1, before, second.cumsum(1)
+
+
+def test_a_copy_is_not_read_once_it_is_out_of_date() -> None:
+    other = assert_as_eager(written_between, images)
+    assert sum(op.target._opname == "clone" for op in other.ops) >= 5
 
 
 @pytest.mark.parametrize("program", [vocabulary])

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.ir import Kind, Plan
+from kitsune.scheduler.formats import is_channels_last
 from tests.runtime.checked import forget
 
 pytestmark = pytest.mark.gpu
@@ -38,6 +39,20 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.words(self.norm(x))
+
+
+class Images(nn.Module):
+    """The beginning and the end of a network of residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64)
+        self.second, self.other = nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        self.third, self.linear = nn.Conv2d(64, 128, 1), nn.Linear(128, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.first(x)), inplace=True), 3, 2, 1)
+        return self.linear(F.relu(self.third(F.relu(x + self.other(self.second(x))))).mean((2, 3)))
 
 
 def train(context: Any, make: Any, shape: tuple[int, ...], classes: int, amp: bool = True) -> dict[str, torch.Tensor]:
@@ -83,3 +98,18 @@ def test_a_vocabulary_is_padded(bias: bool) -> None:
     plan = laid_out(lambda: Head(bias), (2048, 256), 50257)
     shapes = [tuple(v.type.shape) for op in plan.graph.ops if op.kind is Kind.GEMM for v in (*op.inputs, *op.results)]
     assert len(shapes) >= 9 and all(50257 not in shape for shape in shapes)
+
+
+def test_convolutions_are_in_channels_last() -> None:
+    plan = laid_out(Images, (64, 3, 128, 128), 10)
+    calls = [op for op in plan.graph.ops if op.target._opname.startswith(("convolution", "native_batch_norm", "max_pool2d"))]
+    images = [v.type for op in calls for v in (*op.inputs, *op.results) if len(v.type.shape) == 4]
+    assert len(calls) == 12 and all(is_channels_last(type_) for type_ in images if type_.shape[2:].numel() > 1)
+
+
+def test_a_pool_chooses_the_same_elements_in_both_formats() -> None:
+    # Where several are the largest, as zeros after relu, the gradient goes to the one that eager chooses.
+    x = torch.randn(8, 64, 33, 33, device="cuda").bfloat16().relu()
+    _, contiguous = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+    _, last = F.max_pool2d(x.to(memory_format=torch.channels_last), 3, 2, 1, return_indices=True)
+    assert torch.equal(contiguous, last)
