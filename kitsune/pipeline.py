@@ -51,8 +51,8 @@ class Follower(CallMode, CallLane):
 class Pipeline:
     """One per accelerating thread: a listener that intercepts and records, and an executor that runs what is flushed."""
 
-    def __init__(self, device: torch.device, warmup: int) -> None:
-        self.runner = Runner(device, tally)
+    def __init__(self, device: torch.device, warmup: int, numerics: str | None = None) -> None:
+        self.runner = Runner(device, tally, numerics)
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False
         self.recorder = Listener(
@@ -65,7 +65,7 @@ class Pipeline:
             below_autograd=below_autograd,
             run=self.run,
             tally=tally,
-            on_close=close,
+            on_close=self.closed,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
         self.follows = False
@@ -113,6 +113,10 @@ class Pipeline:
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             self.runner.run(graph, values, scalars)
 
+    def closed(self, graph: Graph, cause: Barrier, site: Site | None) -> None:
+        """A region of this thread ended."""
+        close(graph, cause, site, self.runner.numerics)
+
     def forget(self) -> None:
         """Drop every region seen so far, and its plan."""
         self.recorder.flush(Barrier.FLUSH)
@@ -142,10 +146,10 @@ class Pipeline:
         return free >= torch.cuda.max_memory_allocated(self.device)
 
 
-def close(graph: Graph, cause: Barrier, site: Site | None) -> None:
+def close(graph: Graph, cause: Barrier, site: Site | None, numerics: str) -> None:
     """A region ended: check it, show it, tell who listens."""
     if cause is Barrier.STEP or latest.get("cause") is not Barrier.STEP:
-        latest.update(graph=graph, cause=cause)
+        latest.update(graph=graph, cause=cause, numerics=numerics)
     if config.verify:
         verify(graph)
     if config.debug:
@@ -160,7 +164,7 @@ def last_plan(arch: str | None = None) -> Plan | None:
     `arch` is the GPU to plan for, sm_80 or sm_90: by default the one that is here and, where there is none, sm_90. The plan
     prints as a table. Raises ValueError for an architecture that Kitsune cannot plan for.
     """
-    planner = planner_for(arch or _arch_here())
+    planner = planner_for(arch or _arch_here(), latest.get("numerics"))
     graph = latest.get("graph")
     return None if graph is None else planner.plan(graph)
 

@@ -21,8 +21,11 @@ from kitsune.scheduler import (
     happens_before,
     in_order,
     kernel_micros,
+    layer_norm_backwards,
     op_micros,
+    parts,
     run_passes,
+    split_reductions,
     unlist,
 )
 
@@ -36,6 +39,8 @@ class Planner:
     costs: Costs
     fuel: int | None = None
     verify: bool = False
+    # "strict" or "bitwise", as the knob has it: may a reduction be a kernel, whose order of summation is its own?
+    numerics: str = "strict"
     # Is the math library there that eager was built with? Without it fewer ops keep eager's bits.
     toolkit: bool = True
     # Are ops that take a moving number to be kernels, which can read it from memory? A library call has it baked in.
@@ -45,7 +50,8 @@ class Planner:
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        planned = run_passes(graph, (dead_code, *self.shared, self.lists_taken_apart), self.verify, show)
+        passes = (dead_code, *self.shared, self.lists_taken_apart, self.reductions_taken_apart)
+        planned = run_passes(graph, passes, self.verify, show)
         parts = partition(planned, self.why_not_fused, self.costs.joining, self.fuel)
         kernels = kernels_of(parts)
         batches = batch(parts, kernels, _batch_key, self.costs.batching)
@@ -72,8 +78,17 @@ class Planner:
         """The pass that gives each tensor of a list call an op of its own, of which some may be needed by nobody."""
         return dead_code(unlist(graph, self.why_not_fused))
 
+    def reductions_taken_apart(self, graph: Graph) -> Graph:
+        """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
+        if self.numerics == "bitwise":
+            return graph
+        graph = layer_norm_backwards(graph, self.why_not_fused)
+        return dead_code(split_reductions(graph, parts, self.why_not_fused))
+
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
+        if op.kind is Kind.REDUCTION and self.numerics == "bitwise":
+            return f"{op.target} is a reduction, and numerics='bitwise' keeps eager's order of summation"
         return why_not_lowered(op) or why_not_exact(op, self.toolkit)
 
     def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
@@ -120,18 +135,18 @@ def plan_for(graph: Graph, arch: str = "sm_90", show: Show | None = None) -> Pla
     return planner_for(arch).plan(graph, show)
 
 
-def planner_for(arch: str) -> Planner:
-    """The planner with today's knobs. Raises ValueError for an architecture whose rates are not known."""
+def planner_for(arch: str, numerics: str | None = None) -> Planner:
+    """The planner with today's knobs, or other `numerics`. Raises ValueError for an architecture whose rates are not known."""
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
-    return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit, config.graphs)
+    return Planner(Costs(RATES[arch]), config.fuel, config.verify, numerics or config.numerics, toolkit, config.graphs)
 
 
 def slot_planner_for(arch: str) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
     planner = planner_for(arch)
-    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, ())
+    return SlotPlanner(planner.costs, None, planner.verify, "bitwise", planner.toolkit, True, ())
 
 
 def _has_out_form(kernel: Kernel) -> bool:

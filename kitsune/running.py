@@ -1,24 +1,21 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
-import itertools
-import time
 import warnings
 import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kitsune.backends import Backend, backend_of, pool_budget, program_of, recorder_of, workers
+from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, workers
 from kitsune.background import later
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
-from kitsune.ir import Graph, Plan, reads_slots
+from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
-from kitsune.profiler import PlanTally, Show, Tally, plan_tally
+from kitsune.profiler import PlanTally, Tally, plan_tally
 from kitsune.runtime import (
     Arenas,
     PlanExecutor,
@@ -39,6 +36,7 @@ from kitsune.runtime import (
 )
 from kitsune.runtime.instructions import Start
 from kitsune.scheduler import dead_code, run_passes
+from kitsune.showing import show_now, show_plan
 
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
@@ -47,8 +45,6 @@ SHOWN_ARCH = "sm_90"
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 3
-# Of regions as they are shown; the runners of several threads may write into one folder.
-_numbers = itertools.count()
 
 
 @dataclass(slots=True)
@@ -75,8 +71,8 @@ class Ready:
 class Runner:
     """Runs the regions of one thread on one device: by plan where there is a backend, op by op elsewhere."""
 
-    def __init__(self, device: torch.device, tally: Tally) -> None:
-        self.tally = tally
+    def __init__(self, device: torch.device, tally: Tally, numerics: str | None = None) -> None:
+        self.tally, self._numerics = tally, numerics
         self.ready: dict[Any, Ready] = {}
         # What went wrong and was mended in the run that is going on; said when it has ended.
         self.sentences: list[str] = []
@@ -96,9 +92,14 @@ class Runner:
         elif device.type == "cuda":
             self.sentences.append(backend)
 
+    @property
+    def numerics(self) -> str:
+        """Which numbers are asked for: the context's, or the knob's."""
+        return self._numerics or config.numerics
+
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        key = (graph, config.fuse, config.fuel, numeric_settings() if self.steady is not None else None)
+        key = (graph, config.fuse, config.fuel, self.numerics, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
@@ -106,6 +107,8 @@ class Runner:
             ready = self.ready[key] = self._prepare(graph)
         elif ready.coming is not None and ready.coming.done():
             ready = self.ready[key] = self._arrived(ready, ready.coming)
+        if isinstance(ready.work, Prepared):
+            ready.work.make_room(values)  # also for what a CUDA graph replays
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
@@ -130,7 +133,7 @@ class Runner:
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
-            if knobs == [config.fuse, config.fuel]:
+            if knobs == [config.fuse, config.fuel, self.numerics]:
                 self._ask(graph, ready)
 
     def forget(self) -> None:
@@ -150,9 +153,9 @@ class Runner:
         if config.fuse:
             try:
                 if self.executor is not None:
-                    return self._planned(graph, planner_for(self.arch))
-                if _show().wanted:
-                    show_plan(graph, planner_for(SHOWN_ARCH))
+                    return self._planned(graph, planner_for(self.arch, self.numerics))
+                if show_now().wanted:
+                    show_plan(graph, planner_for(SHOWN_ARCH, self.numerics))
             except Exception as error:
                 if config.verify:
                     raise
@@ -180,7 +183,7 @@ class Runner:
             return
         assert executor is not None
         # With the knobs of now.
-        planner = planner_for(self.arch) if fuse else slot_planner_for(self.arch)
+        planner = planner_for(self.arch, self.numerics) if fuse else slot_planner_for(self.arch)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
@@ -220,7 +223,7 @@ class Runner:
         if ready.steady is not None and self.steady is not None:
             new.steady = self.steady.region(new.graph, lambda *of: self._work(new, *of), before=ready.steady)
         if config.debug and new.plan is not None:
-            _show().fused(new.n_ops, new.plan.n_kernels)
+            show_now().fused(new.n_ops, new.plan.n_kernels)
         return new
 
     def _unplanned(self, graph: Graph, error: Exception) -> None:
@@ -238,7 +241,7 @@ class Runner:
         n_captured = self.tally.n_captured
         done = self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
-            _show().captured(ready.n_ops, ready.steady.captured.nbytes)
+            show_now().captured(ready.n_ops, ready.steady.captured.nbytes)
         return done
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
@@ -281,20 +284,3 @@ class Runner:
 
 # Of all threads; `wait_for_kernels` asks them.
 runners: "weakref.WeakSet[Runner]" = weakref.WeakSet()
-
-
-def _show() -> Show:
-    return Show(config.debug, Path(config.dump) if config.dump else None)
-
-
-def show_plan(graph: Graph, planner: Planner) -> Plan:
-    """The plan of a graph, printed and dumped as KITSUNE_DEBUG and KITSUNE_DUMP ask."""
-    show = _show()
-    if not show.wanted:
-        return planner.plan(graph)
-    show = show.region(graph, next(_numbers))
-    start = time.perf_counter()
-    plan = planner.plan(graph, show.passed)
-    show.plan(plan, time.perf_counter() - start)
-    show.programs(program_of(launch) for launch in plan.launches if launch.kernels)
-    return plan

@@ -32,8 +32,9 @@ class Accelerate:
         device: str | torch.device | None = None,
         static: bool = False,
         audit: int | None = None,
+        numerics: str | None = None,
     ) -> None:
-        self._warmup, self._device = warmup, device
+        self._warmup, self._device, self._numerics = warmup, device, numerics
         self._static, self._audit = static, audit
         self._entered = threading.local()
 
@@ -67,7 +68,7 @@ class Accelerate:
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         _check_callable(fn)
         if self._static:
-            call = StaticFunction(fn, Accelerate(self._warmup, self._device), self._audit).call
+            call = StaticFunction(fn, Accelerate(self._warmup, self._device, numerics=self._numerics), self._audit).call
 
             @functools.wraps(fn)
             def static(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -98,10 +99,10 @@ class Accelerate:
             tally.passed_through[(Barrier.FOREIGN_MODE, type(modes[-1]).__name__)] += 1
             return None
         warmup = config.warmup if self._warmup is None else self._warmup
-        key = (device, warmup, config.max_pending_ops, config.max_pending_bytes)
+        key = (device, warmup, config.max_pending_ops, config.max_pending_bytes, self._numerics)
         pipeline = _thread.pipelines.get(key)
         if pipeline is None:
-            pipeline = _thread.pipelines[key] = Pipeline(device, warmup)
+            pipeline = _thread.pipelines[key] = Pipeline(device, warmup, self._numerics)
             everyone.add(pipeline)
         return pipeline
 
@@ -114,6 +115,7 @@ def accelerate(
     device: str | torch.device | None = None,
     static: bool = False,
     audit: int | None = None,
+    numerics: str | None = None,
 ) -> Accelerate: ...
 @overload
 def accelerate(
@@ -123,6 +125,7 @@ def accelerate(
     device: str | torch.device | None = None,
     static: bool = False,
     audit: int | None = None,
+    numerics: str | None = None,
 ) -> Callable[P, R]: ...
 def accelerate(
     fn: Callable[..., Any] | None = None,
@@ -131,13 +134,15 @@ def accelerate(
     device: str | torch.device | None = None,
     static: bool = False,
     audit: int | None = None,
+    numerics: str | None = None,
     **unknown: Any,
 ) -> Any:
     """Record and run the PyTorch code inside: `with accelerate():`, `@accelerate` or `@accelerate(warmup=0)`.
 
     `warmup` is how often a region is observed, op by op, before it is recorded lazily; `device` what to record for, by
     default the current CUDA device or, without one, the CPU. Contexts nest. What was recorded is run at the latest when
-    the context is left. Raises TypeError for an unknown option, RuntimeError for a CUDA device that is not there.
+    the context is left. `numerics` is the knob of that name: "strict" lets reductions be fused, which changes their order of
+    summation; "bitwise" does not. Raises TypeError for an unknown option, RuntimeError for a CUDA device that is not there.
 
     `@accelerate(static=True)` is for a training step that does the same each time: once it has, a few times over, its Python
     is skipped. Results, gradients, parameters, optimizer state, counts of writes and the random generator are as if it had
@@ -159,6 +164,7 @@ def accelerate(
         None if device is None else checked("device", device),
         static,
         None if audit is None else checked("audit", audit),
+        None if numerics is None else checked("numerics", numerics),
     )
     return context if fn is None else context(fn)
 

@@ -22,6 +22,7 @@ from kitsune.ir.output_spec import describe_result
 from kitsune.ir.own_threads import in_own_thread, is_own
 from kitsune.ir.plan import (
     Access,
+    Extent,
     Kernel,
     Launch,
     Load,
@@ -37,9 +38,11 @@ from kitsune.ir.plan import (
     Step,
     Store,
     Stride,
+    Tile,
     touched_bytes,
 )
 from kitsune.ir.plan_text import plan_text
+from kitsune.ir.reductions import Reduction, argument_names, left_of, named, reduction_of
 from kitsune.ir.serial import dump_graph, load_graph
 from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_type, type_of
 from kitsune.ir.text import graph_text
@@ -51,6 +54,7 @@ __all__ = [
     "Access",
     "Barrier",
     "Effects",
+    "Extent",
     "Graph",
     "Kernel",
     "Kind",
@@ -66,6 +70,7 @@ __all__ = [
     "Plan",
     "Pointer",
     "Program",
+    "Reduction",
     "Refusal",
     "Result",
     "Scalar",
@@ -77,7 +82,9 @@ __all__ = [
     "Store",
     "Stride",
     "TensorType",
+    "Tile",
     "Value",
+    "argument_names",
     "bits",
     "default_type",
     "describe_result",
@@ -85,13 +92,16 @@ __all__ = [
     "graph_text",
     "in_own_thread",
     "is_own",
+    "left_of",
     "lent_memory",
     "load_graph",
     "mark_lent",
+    "named",
     "own",
     "plan_text",
     "predecessors",
     "reads_slots",
+    "reduction_of",
     "roots",
     "slots_in",
     "storage_of",

@@ -1,8 +1,10 @@
 """From a Graph to the order, the streams and the costs of its Plan: passes, cost model, order."""
 
-from kitsune.scheduler.cost import RATES, Costs, Rates, graph_micros, kernel_micros, op_micros
+from kitsune.scheduler.cost import RATES, Costs, Rates, graph_micros, kernel_micros, op_micros, parts
+from kitsune.scheduler.norms import layer_norm_backwards
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
+from kitsune.scheduler.split import split_reductions
 from kitsune.scheduler.streams import assign_streams, happens_before
 from kitsune.scheduler.subexpressions import common_subexpressions
 from kitsune.scheduler.unlist import unlist
@@ -19,8 +21,11 @@ __all__ = [
     "happens_before",
     "in_order",
     "kernel_micros",
+    "layer_norm_backwards",
     "needed_ops",
     "op_micros",
+    "parts",
     "run_passes",
+    "split_reductions",
     "unlist",
 ]

@@ -32,8 +32,8 @@ def kernel_micros(kernel: Kernel, rates: Rates) -> float:
     for access in accesses:
         itemsize = access.value.type.dtype.itemsize
         n = touched_bytes(access, kernel.domain)
-        scattered = bool(kernel.domain) and access.strides[-1] > 1
-        moved += n * (min(SECTOR, access.strides[-1] * itemsize) / itemsize if scattered else 1)
+        step = min((s for s in access.strides if s), default=1) if kernel.reduced else access.strides[-1] if kernel.domain else 1
+        moved += n * (min(SECTOR, step * itemsize) / itemsize if step > 1 else 1)
     return moved / rates.bytes_per_us
 
 
@@ -73,7 +73,24 @@ class Costs:
         With one op only it moves the same bytes, and must be compiled. But the plan can give it memory, which a cast, for one,
         takes from nobody; walks that jump through memory are left to kernels of the library that are made for them.
         """
-        return len(kernel.steps) > 1 or (not has_out_form and len(kernel.domain) <= 1)
+        return len(kernel.steps) > 1 or kernel.reduced > 0 or (not has_out_form and len(kernel.domain) <= 1)
+
+
+# Blocks of a kernel with reductions that keep the largest device busy; each takes a row, or neighbouring elements of 64 rows.
+BUSY, WANTED, NEIGHBOURS = 132, 512, 64
+# Elements of a row that a part must have at least: below, the parts themselves would be much to write.
+LEAST_INNER, LEAST_OUTER = 1024, 32
+
+
+def parts(rows: int, columns: int, inner: bool) -> int:
+    """Into how many parts to cut each of so many rows, so that a reduction fills the device; 1: leave them whole.
+
+    `inner`: neighbours in memory belong to one row.
+    """
+    blocks = rows if inner else -(-rows // NEIGHBOURS)
+    if blocks >= BUSY:
+        return 1
+    return max(min(-(-WANTED // blocks), columns // (LEAST_INNER if inner else LEAST_OUTER)), 1)
 
 
 def graph_micros(graph: Graph, rates: Rates) -> float:

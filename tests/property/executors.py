@@ -16,10 +16,10 @@ from hypothesis import given, settings, strategies as st
 
 import kitsune
 import tests.conftest  # noqa: F401  (it makes hypothesis repeatable)
+from kitsune.backends import program_of
 from kitsune.codegen import Compiler
 from kitsune.ir import Launch
 from kitsune.planning import plan_for
-from kitsune.running import program_of
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from kitsune.scheduler import Costs
 from tests.property.exact_steps import EXACT, begin

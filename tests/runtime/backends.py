@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.backends import Backend, program_of
 from kitsune.codegen import Compiler
 from kitsune.ir import Launch
-from kitsune.running import Backend, program_of
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from tests.runtime.checked import forget
 from tests.runtime.test_real_plans import Walk

@@ -1,0 +1,32 @@
+"""Graphs, plans and kernels as they are made, printed and dumped as KITSUNE_DEBUG and KITSUNE_DUMP ask."""
+
+import itertools
+import time
+from pathlib import Path
+
+from kitsune.backends import program_of
+from kitsune.config import config
+from kitsune.ir import Graph, Plan
+from kitsune.planning import Planner
+from kitsune.profiler import Show
+
+# Of regions as they are shown; the runners of several threads may write into one folder.
+_numbers = itertools.count()
+
+
+def show_now() -> Show:
+    """What is to be shown, by the knobs of now."""
+    return Show(config.debug, Path(config.dump) if config.dump else None)
+
+
+def show_plan(graph: Graph, planner: Planner) -> Plan:
+    """The plan of a graph, shown."""
+    show = show_now()
+    if not show.wanted:
+        return planner.plan(graph)
+    show = show.region(graph, next(_numbers))
+    start = time.perf_counter()
+    plan = planner.plan(graph, show.passed)
+    show.plan(plan, time.perf_counter() - start)
+    show.programs(program_of(launch) for launch in plan.launches if launch.kernels)
+    return plan
