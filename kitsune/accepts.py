@@ -1,11 +1,12 @@
-"""What values the knobs of `kitsune.config` take: the words for an error, the check of a Python value, the reading of a text."""
+"""What an option takes: the check of a value, the words for an error, the reading of a text; and the nearest known name."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +91,16 @@ n_bytes = Accepts("a number of bytes, a text such as '512MB' or '2GB', or None",
 folder = Accepts("the path of a folder, or None", _check_folder, _read_optional)
 
 
-def optional(accepts: Accepts) -> Accepts:
-    """The same, or None."""
+def _check_number(above: float, below: float, value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not above < value < below:
+        raise ValueError
+    return float(value)
 
-    def read(text: str) -> object:
-        return None if text.lower() == "none" else accepts.read(text)
 
-    return Accepts(f"{accepts.words}, or None", lambda value: None if value is None else accepts.check(value), read)
+def number(above: float, below: float = float("inf")) -> Accepts:
+    """A finite number between two bounds, which are not accepted themselves."""
+    words = f"above {above:g}" if below == float("inf") else f"above {above:g} and below {below:g}"
+    return Accepts(f"a number {words}", functools.partial(_check_number, above, below), float)
 
 
 def one_of(*words: str) -> Accepts:
@@ -108,3 +112,27 @@ def one_of(*words: str) -> Accepts:
         return str(value)
 
     return Accepts(" or ".join(map(repr, words)), check, str.lower)
+
+
+def optional(accepts: Accepts) -> Accepts:
+    """The same, or None."""
+
+    def read(text: str) -> object:
+        return None if text.lower() == "none" else accepts.read(text)
+
+    return Accepts(f"{accepts.words}, or None", lambda value: None if value is None else accepts.check(value), read)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' for the known name nearest to this one, or an empty text."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def accepted(name: str, value: object, accepts: Accepts, known: Iterable[str] = ()) -> Any:
+    """`value` as it is stored, or a ValueError that names it, what is accepted and the nearest of the `known` names."""
+    try:
+        return accepts.check(value)
+    except ValueError:
+        hint = nearest(value, known) if isinstance(value, str) else ""
+        raise ValueError(f"{name}={value!r} is not possible: {name} accepts {accepts.words}.{hint}") from None

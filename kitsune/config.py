@@ -6,17 +6,16 @@ that is open; `kitsune.config.show()` says which.
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ContextDecorator
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
-from kitsune.accepts import Accepts, device_name, flag, folder, n_bytes, one_of, optional, whole
+from kitsune.accepts import Accepts, accepted, device_name, flag, folder, n_bytes, nearest, one_of, optional, whole
 
-__all__ = ["Config", "KitsuneWarning", "Options", "config", "knob_table", "nearest"]
+__all__ = ["Config", "KitsuneWarning", "Options", "config", "knob_table"]
 
 
 class KitsuneWarning(UserWarning):
@@ -75,12 +74,6 @@ KNOBS: Mapping[str, Field[Any]] = {row.name: row for row in fields(Options)}
 VARIABLES: Mapping[str, str] = {row.metadata["variable"]: name for name, row in KNOBS.items()}
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' for the known name nearest to this one, or an empty text."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
-
-
 def _unknown(name: str) -> str:
     return f"Kitsune has no option {name!r}.{nearest(name, KNOBS)}"
 
@@ -89,11 +82,7 @@ def checked(name: str, value: object) -> Any:
     """`value` as the knob `name` stores it, or a ValueError that says what it accepts; TypeError if there is none."""
     if name not in KNOBS:
         raise TypeError(_unknown(name))
-    accepts: Accepts = KNOBS[name].metadata["accepts"]
-    try:
-        return accepts.check(value)
-    except ValueError:
-        raise ValueError(f"{name}={value!r} is not possible: {name} accepts {accepts.words}.") from None
+    return accepted(name, value, KNOBS[name].metadata["accepts"])
 
 
 def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:

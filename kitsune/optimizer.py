@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from kitsune.accepts import nearest
 from kitsune.binding import Binding, unwatch, watch
-from kitsune.config import checked, nearest
+from kitsune.config import checked
 
 __all__ = ["KitsuneOptimizer"]
 

@@ -10,12 +10,14 @@ from kitsune.backends import nearest_arch
 from kitsune.background import n_awaited, wait
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
+from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
 from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, open_graph_doors
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
+from kitsune.runtime import ThreadPlans
 
 tally = Tally()
 tally.n_compiling = n_awaited
@@ -51,8 +53,9 @@ class Follower(CallMode, CallLane):
 class Pipeline:
     """One per accelerating thread: a listener that intercepts and records, and an executor that runs what is flushed."""
 
-    def __init__(self, device: torch.device, warmup: int, numerics: str | None = None) -> None:
-        self.runner = Runner(device, tally, numerics)
+    def __init__(self, device: torch.device, warmup: int, options: EngineOptions = DEFAULT) -> None:
+        self.runner = Runner(device, tally, options)
+        self.thread_plans = ThreadPlans()
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False
         self.recorder = Listener(
@@ -76,7 +79,7 @@ class Pipeline:
         # Counts the times that everything known was dropped.
         self.n_forgotten = 0
         self.device = device
-        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, tally)
+        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, self.allocated, tally)
 
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
@@ -113,9 +116,12 @@ class Pipeline:
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             self.runner.run(graph, values, scalars)
 
-    def closed(self, graph: Graph, cause: Barrier, site: Site | None) -> None:
-        """A region of this thread ended."""
-        close(graph, cause, site, self.runner.numerics)
+    def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
+        """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""
+        close(graph, cause, site, self.runner.options.grade)
+        if observed and self.device.type == "cuda":
+            with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                self.thread_plans.make(graph)
 
     def forget(self) -> None:
         """Drop every region seen so far, and its plan."""
@@ -137,6 +143,13 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def allocated(self) -> int:
+        """Bytes that were ever asked of the device's allocator."""
+        if self.device.type != "cuda":
+            return 0
+        asked: int = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["allocated"]
+        return asked
 
     def has_room(self) -> bool:
         """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""
@@ -164,7 +177,7 @@ def last_plan(arch: str | None = None) -> Plan | None:
     `arch` is the GPU to plan for, sm_80 or sm_90: by default the one that is here and, where there is none, sm_90. The plan
     prints as a table. Raises ValueError for an architecture that Kitsune cannot plan for.
     """
-    planner = planner_for(arch or _arch_here(), latest.get("numerics"))
+    planner = planner_for(arch or _arch_here(), numerics=latest.get("numerics"))
     graph = latest.get("graph")
     return None if graph is None else planner.plan(graph)
 

@@ -7,7 +7,7 @@ import torch
 
 from kitsune.codegen import text_key, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
-from kitsune.fusion import Partition, batch, kernels_of, partition
+from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Op, Plan, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes
 from kitsune.runtime import out_form
@@ -47,14 +47,17 @@ class Planner:
     slots_in_kernels: bool = False
     # Passes beside those that every plan needs.
     shared: tuple[Callable[[Graph], Graph], ...] = (common_subexpressions,)
+    # What the context allows beyond what the planner can do.
+    rules: Rules = ANYTHING
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
         passes = (dead_code, *self.shared, self.lists_taken_apart, self.reductions_taken_apart)
         planned = run_passes(graph, passes, self.verify, show)
-        parts = partition(planned, self.why_not_fused, self.costs.joining, self.fuel)
+        law = self.rules.law(planned, self.why_not_fused)
+        parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
         kernels = kernels_of(parts)
-        batches = batch(parts, kernels, _batch_key, self.costs.batching)
+        batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
         launches = assign_streams(in_order(planned, works, self._micros(planned)))
         before = happens_before(launches)
@@ -102,6 +105,8 @@ class Planner:
 
     def _pays(self, parts: Partition, kernel: Kernel) -> bool:
         """Is a kernel that is in no batch a launch of its own? One of a single op takes fuel, for its text may be wrong too."""
+        if not self.rules.pays(kernel):
+            return False
         wanted = self.slots_in_kernels and any(reads_slots(step.op) for step in kernel.steps)
         if not wanted and not self.costs.alone(kernel, _has_out_form(kernel)):
             return False
@@ -135,12 +140,13 @@ def plan_for(graph: Graph, arch: str = "sm_90", show: Show | None = None) -> Pla
     return planner_for(arch).plan(graph, show)
 
 
-def planner_for(arch: str, numerics: str | None = None) -> Planner:
-    """The planner with today's knobs, or other `numerics`. Raises ValueError for an architecture whose rates are not known."""
+def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None) -> Planner:
+    """The planner with today's knobs, and a context's rules. Raises ValueError for an architecture of unknown rates."""
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
-    return Planner(Costs(RATES[arch]), config.fuel, config.verify, numerics or config.numerics, toolkit, config.graphs)
+    grade = numerics or config.numerics
+    return Planner(Costs(RATES[arch]), config.fuel, config.verify, grade, toolkit, config.graphs, rules=rules)
 
 
 def slot_planner_for(arch: str) -> SlotPlanner:

@@ -12,6 +12,7 @@ from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, work
 from kitsune.background import later
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
+from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
@@ -36,7 +37,7 @@ from kitsune.runtime import (
 )
 from kitsune.runtime.instructions import Start
 from kitsune.scheduler import dead_code, run_passes
-from kitsune.showing import show_now, show_plan
+from kitsune.shown import show_plan, shows
 
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
@@ -71,8 +72,8 @@ class Ready:
 class Runner:
     """Runs the regions of one thread on one device: by plan where there is a backend, op by op elsewhere."""
 
-    def __init__(self, device: torch.device, tally: Tally, numerics: str | None = None) -> None:
-        self.tally, self._numerics = tally, numerics
+    def __init__(self, device: torch.device, tally: Tally, options: EngineOptions = DEFAULT) -> None:
+        self.tally, self.options = tally, options
         self.ready: dict[Any, Ready] = {}
         # What went wrong and was mended in the run that is going on; said when it has ended.
         self.sentences: list[str] = []
@@ -87,19 +88,17 @@ class Runner:
             self.steady = SteadyState(device, recorder, self._limits, self._relieve, self.sentences.append, tally)
         if isinstance(backend, Backend):
             self.arch = backend.arch
-            self.executor = PlanExecutor(backend.prepare_launch, MemoryPool(self._budget), self.sentences.append)
+            self.executor = PlanExecutor(
+                backend.prepare_launch, MemoryPool(options.pool_bytes or self._budget), self.sentences.append
+            )
             self.arenas = Arenas(self.executor.pool)
         elif device.type == "cuda":
             self.sentences.append(backend)
 
-    @property
-    def numerics(self) -> str:
-        """Which numbers are asked for: the context's, or the knob's."""
-        return self._numerics or config.numerics
-
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        key = (graph, config.fuse, config.fuel, self.numerics, numeric_settings() if self.steady is not None else None)
+        knobs = (self.options.fuses, config.fuel, self.options.grade)
+        key = (graph, *knobs, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
@@ -133,7 +132,7 @@ class Runner:
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
-            if knobs == [config.fuse, config.fuel, self.numerics]:
+            if knobs == [self.options.fuses, config.fuel, self.options.grade]:
                 self._ask(graph, ready)
 
     def forget(self) -> None:
@@ -147,20 +146,23 @@ class Runner:
     def _prepare(self, graph: Graph) -> Ready:
         if self._in_background():
             ready = self._unfused(graph)
-            slots = self.steady is not None and config.graphs and any(map(reads_slots, ready.graph.ops))
-            ready.waits = config.fuse or slots
+            slots = self.steady is not None and self.options.captures and any(map(reads_slots, ready.graph.ops))
+            ready.waits = self.options.fuses or slots
             return ready
-        if config.fuse:
+        if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._planned(graph, planner_for(self.arch, self.numerics))
-                if show_now().wanted:
-                    show_plan(graph, planner_for(SHOWN_ARCH, self.numerics))
+                    return self._planned(graph, self._planner(self.arch))
+                if shows().wanted:
+                    show_plan(graph, self._planner(SHOWN_ARCH))
             except Exception as error:
                 if config.verify:
                     raise
                 self._unplanned(graph, error)
         return self._unfused(graph)
+
+    def _planner(self, arch: str) -> Planner:
+        return planner_for(arch, self.options.rules, self.options.grade)
 
     def _in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
@@ -178,12 +180,12 @@ class Runner:
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
-        executor, fuse = self.executor, config.fuse
+        executor, fuse = self.executor, self.options.fuses
         if not now.waits or now.coming is not None:
             return
         assert executor is not None
         # With the knobs of now.
-        planner = planner_for(self.arch, self.numerics) if fuse else slot_planner_for(self.arch)
+        planner = self._planner(self.arch) if fuse else slot_planner_for(self.arch)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
@@ -223,7 +225,7 @@ class Runner:
         if ready.steady is not None and self.steady is not None:
             new.steady = self.steady.region(new.graph, lambda *of: self._work(new, *of), before=ready.steady)
         if config.debug and new.plan is not None:
-            show_now().fused(new.n_ops, new.plan.n_kernels)
+            shows().fused(new.n_ops, new.plan.n_kernels)
         return new
 
     def _unplanned(self, graph: Graph, error: Exception) -> None:
@@ -234,14 +236,14 @@ class Runner:
 
     def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> bool:
         """Was the region run as a CUDA graph?"""
-        if self.steady is None or not config.graphs:
+        if self.steady is None or not self.options.captures:
             return False
         if ready.steady is None:
             ready.steady = self.steady.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits)
         n_captured = self.tally.n_captured
         done = self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
-            show_now().captured(ready.n_ops, ready.steady.captured.nbytes)
+            shows().captured(ready.n_ops, ready.steady.captured.nbytes)
         return done
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:

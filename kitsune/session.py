@@ -12,6 +12,7 @@ import torch
 from kitsune.config import checked, config
 from kitsune.contexts import close_context, everyone, here as _thread, open_context
 from kitsune.dispatch import foreign_modes
+from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
 from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally, wait_for_kernels
 from kitsune.profiler import Report, report
@@ -32,9 +33,9 @@ class Accelerate:
         device: str | torch.device | None = None,
         static: bool = False,
         audit: int | None = None,
-        numerics: str | None = None,
+        options: EngineOptions = DEFAULT,
     ) -> None:
-        self._warmup, self._device, self._numerics = warmup, device, numerics
+        self._warmup, self._device, self._options = warmup, device, options
         self._static, self._audit = static, audit
         self._entered = threading.local()
 
@@ -68,7 +69,7 @@ class Accelerate:
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         _check_callable(fn)
         if self._static:
-            call = StaticFunction(fn, Accelerate(self._warmup, self._device, numerics=self._numerics), self._audit).call
+            call = StaticFunction(fn, Accelerate(self._warmup, self._device, options=self._options), self._audit).call
 
             @functools.wraps(fn)
             def static(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -99,10 +100,10 @@ class Accelerate:
             tally.passed_through[(Barrier.FOREIGN_MODE, type(modes[-1]).__name__)] += 1
             return None
         warmup = config.warmup if self._warmup is None else self._warmup
-        key = (device, warmup, config.max_pending_ops, config.max_pending_bytes, self._numerics)
+        key = (device, warmup, config.max_pending_ops, config.max_pending_bytes, self._options)
         pipeline = _thread.pipelines.get(key)
         if pipeline is None:
-            pipeline = _thread.pipelines[key] = Pipeline(device, warmup, self._numerics)
+            pipeline = _thread.pipelines[key] = Pipeline(device, warmup, self._options)
             everyone.add(pipeline)
         return pipeline
 
@@ -164,7 +165,7 @@ def accelerate(
         None if device is None else checked("device", device),
         static,
         None if audit is None else checked("audit", audit),
-        None if numerics is None else checked("numerics", numerics),
+        DEFAULT if numerics is None else EngineOptions(numerics=checked("numerics", numerics)),
     )
     return context if fn is None else context(fn)
 

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from kitsune.config import nearest
+from kitsune.accepts import nearest
 from kitsune.contexts import apply_stance
 
 __all__ = ["set_stance"]

@@ -1,8 +1,28 @@
-"""Which ops become one kernel: legality, grouping, and the kernels that come of it."""
+"""Which ops become one kernel: legality, grouping, and the kernels that come of it; and what users say about it."""
 
 from kitsune.fusion.batches import batch
+from kitsune.fusion.config import FusionConfig
 from kitsune.fusion.group import Group, why_not
 from kitsune.fusion.grouping import Node, Partition, partition
 from kitsune.fusion.kernels import as_kernel, kernels_of
+from kitsune.fusion.patterns import FusionDetector, FusionPattern, FusionType, Match
+from kitsune.fusion.rules import ANYTHING, Rules, benefit_key
 
-__all__ = ["Group", "Node", "Partition", "as_kernel", "batch", "kernels_of", "partition", "why_not"]
+__all__ = [
+    "ANYTHING",
+    "FusionConfig",
+    "FusionDetector",
+    "FusionPattern",
+    "FusionType",
+    "Group",
+    "Match",
+    "Node",
+    "Partition",
+    "Rules",
+    "as_kernel",
+    "batch",
+    "benefit_key",
+    "kernels_of",
+    "partition",
+    "why_not",
+]

@@ -4,13 +4,13 @@ With a reduction in it, the group's elements are rows. Its ops are then of two l
 tensors have the factors that are left.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from kitsune.fusion.factors import Factors, Layout
-from kitsune.ir import Kind, Local, Op, Reduction, TensorType, Value, left_of, reduction_of
+from kitsune.ir import Local, Op, Reduction, Value, left_of, reduction_of
 
 # The bound on a kernel's registers and parameters; 64 is where compilers of the field stop too.
 MAX_OPS = 64
@@ -72,10 +72,21 @@ def why_not(group: "Group", number: int, op: Op) -> str | None:
 class Group:
     """Ops in program order, and what is known of every tensor that they touch."""
 
-    __slots__ = ("factors", "loaded", "members", "positional", "produced", "reduced", "roots", "shared_bytes", "whole")
+    __slots__ = (
+        "factors",
+        "loaded",
+        "max_ops",
+        "members",
+        "positional",
+        "produced",
+        "reduced",
+        "roots",
+        "shared_bytes",
+        "whole",
+    )
 
-    def __init__(self, roots: Roots) -> None:
-        self.roots = roots
+    def __init__(self, roots: Roots, max_ops: int = MAX_OPS) -> None:
+        self.roots, self.max_ops = roots, max_ops
         self.factors = Factors()
         self.members: list[Member] = []
         # The layout of the first op's shape, with which every other shape must agree.
@@ -91,7 +102,7 @@ class Group:
 
     def copy(self) -> "Group":
         """An independent copy, to try something on."""
-        twin = Group(self.roots)
+        twin = Group(self.roots, self.max_ops)
         twin.factors, twin.members, twin.whole = self.factors.copy(), self.members.copy(), self.whole
         twin.produced, twin.reduced, twin.positional = self.produced.copy(), self.reduced, self.positional
         twin.loaded = {storage: list(uses) for storage, uses in self.loaded.items()}
@@ -100,8 +111,8 @@ class Group:
     def add(self, number: int, op: Op) -> str | None:
         """Take an op in. A refusal is a sentence and leaves the group unusable: try on a copy."""
         self.shared_bytes = 0
-        if len(self.members) >= MAX_OPS:
-            return f"the kernel would have more than {MAX_OPS} operators"
+        if len(self.members) >= self.max_ops:
+            return f"the kernel would have more than {self.max_ops} operators"
         layout = self._layout_of(op)
         if isinstance(layout, str):
             return layout
@@ -211,8 +222,10 @@ class Group:
         if shape == shape_of(self.members[0].op):
             return self.factors.now(self.whole)
         if self.reduced:
-            for _, value, layout in self.produced.values():
-                if value.type.shape == shape:
+            shapes = [(shape_of(member.op), member.layout) for member in self.members]
+            shapes += [(value.type.shape, layout) for _, value, layout in self.produced.values()]
+            for known, layout in shapes:
+                if known == shape:
                     return self.factors.now(layout)
         return "it works on another shape"
 
@@ -271,29 +284,3 @@ def _of_result(reduction: Reduction, value: Value, layout: Layout) -> Layout:
     if shape == tuple(reduction.shape):
         return layout
     return left_of(reduction, layout, () if len(shape) == len(layout) else None)
-
-
-def why_not_fusible(op: Op, why_not_lowered: Callable[[Op], str | None]) -> str | None:
-    """Why an op cannot be part of any kernel."""
-    if op.kind not in (Kind.POINTWISE, Kind.REDUCTION):
-        return f"{base_name(op)} is {op.kind.name.lower()}"
-    if not op.outputs or op.effects.random:
-        return f"{base_name(op)} draws random numbers" if op.effects.random else f"{base_name(op)} makes no tensor"
-    if not op.outputs[0].type.nbytes or (op.kind is Kind.REDUCTION and not op.inputs[0].type.nbytes):
-        return "it has no elements"
-    if len(set(op.effects.writes)) < len(op.effects.writes):
-        return "it writes one tensor's memory twice"
-    if any(_overlaps(after.type) for after in op.outputs):
-        return "its result has several elements at one address"
-    return why_not_lowered(op)
-
-
-def _overlaps(type_: TensorType) -> bool:
-    if type_.canonical:
-        return False
-    needed = 1
-    for stride, size in sorted((s, n) for n, s in zip(type_.shape, type_.stride, strict=True) if n > 1):
-        if stride < needed:
-            return True
-        needed = stride * size
-    return False

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kitsune.fusion.directions import directions
-from kitsune.fusion.group import Group, base_name, why_not_fusible
+from kitsune.fusion.eligible import why_not_fusible
+from kitsune.fusion.group import MAX_OPS, Group, base_name
 from kitsune.ir import Graph, Kind, Op, Refusal, bits, predecessors, roots
 
 # An op looks this many nodes back for one that reads the same: further away, results would only be held longer.
@@ -58,8 +59,9 @@ def partition(
     why_not_lowered: Callable[[Op], str | None],
     worth: Callable[[int, int], bool],
     fuel: int | None = None,
+    max_ops: int = MAX_OPS,
 ) -> Partition:
-    """Put a graph's ops into nodes; `fuel` bounds the number of times that an op joins others."""
+    """Put a graph's ops into nodes, `max_ops` of them at most; `fuel` bounds the number of times that an op joins others."""
     p = Partition(graph, why_not_lowered, worth, fuel, ways=directions(graph))
     before, root_of = predecessors(graph), roots(graph)
     for number, op in enumerate(graph.ops):
@@ -68,7 +70,7 @@ def partition(
         preds = {p.node_of[n] for n in bits(before[number])}
         reason = why_not_fusible(op, why_not_lowered)
         if reason is None:
-            _place(p, number, op, preds, Group(root_of))
+            _place(p, number, op, preds, Group(root_of, max_ops))
         else:
             _refuse(p, preds, op, reason)
             _new_node(p, number, preds, None)
@@ -147,7 +149,7 @@ def _merge(p: Partition, home: int, other: int, op: Op) -> None:
     reason: str | None = None
     if _path_through_third(p, home, other) or _path_through_third(p, other, home):
         reason = "another operator lies between them"
-    trial = Group(a.group.roots)
+    trial = Group(a.group.roots, a.group.max_ops)
     saved = 0
     for member in sorted(a.group.members + b.group.members, key=lambda m: m.number):
         reason = reason or trial.add(member.number, member.op)

@@ -17,6 +17,7 @@ def layer_norm_backwards(graph: Graph, why_not: Callable[[Op], str | None]) -> G
     """The gradient of the input by itself, those of weight and bias as sums over the rows, where kernels can be made of both."""
     if not any(op.target is aten.native_layer_norm_backward.default for op in graph.ops):
         return graph
+    # What is written later could be read no more as it was.
     written = {storage for op in graph.ops for storage in op.effects.writes}
     makers = {v.id: op for op in graph.ops for v in op.results if op.inputs and op.inputs[0].storage not in written}
     b = Builder(graph)
@@ -40,7 +41,7 @@ def _take_apart(b: Builder, op: Op, makers: dict[int, Op]) -> bool:
     shape = tuple(x.type.shape)
     wide = torch.float64 if x.type.dtype is torch.float64 else torch.float32
     # Products and sums of a 16-bit type and float32 are float32: nothing wide need be written for two kernels to read.
-    source = _before_cast(grad, makers)
+    source = _before_cast(b, op, grad, makers)
     if wanted[1]:
         centred = _pointwise(b, aten.sub.Tensor, _widened(b, op, x, wide), arguments["mean"], wide, shape, op)
         unit = _pointwise(b, aten.mul.Tensor, centred, arguments["rstd"], wide, shape, op)
@@ -60,12 +61,18 @@ def _input_gradient(op: Op, result: Value) -> Op:
     )
 
 
-def _before_cast(value: Value, makers: dict[int, Op]) -> Value:
+def _before_cast(b: Builder, op: Op, value: Value, makers: dict[int, Op]) -> Value:
     """What was widened to this value: two kernels that read it need not have the wide one written for them."""
-    op = makers.get(value.id)
-    if op is None or op.target is not aten._to_copy.default:
+    maker, wide = makers.get(value.id), value
+    while maker is not None and maker.target is aten.view.default:
+        wide = maker.inputs[0]
+        maker = makers.get(wide.id)
+    if maker is None or maker.target is not aten._to_copy.default:
         return value
-    return op.inputs[0] if op.inputs[0].type.dtype in HALF else value
+    source = maker.inputs[0]
+    if source.type.dtype not in HALF or source.type.stride != wide.type.stride or not wide.type.canonical:
+        return value
+    return source if wide is value else b.view(op, source, value.type.shape, value.type.stride)
 
 
 def _widened(b: Builder, op: Op, value: Value, dtype: torch.dtype) -> Value:

@@ -1,4 +1,4 @@
-"""Graphs, plans and kernels as they are made, printed and dumped as KITSUNE_DEBUG and KITSUNE_DUMP ask."""
+"""How a region's plan is printed and dumped while it is made, as KITSUNE_DEBUG and KITSUNE_DUMP ask."""
 
 import itertools
 import time
@@ -14,14 +14,14 @@ from kitsune.profiler import Show
 _numbers = itertools.count()
 
 
-def show_now() -> Show:
-    """What is to be shown, by the knobs of now."""
+def shows() -> Show:
+    """What is to be shown now."""
     return Show(config.debug, Path(config.dump) if config.dump else None)
 
 
 def show_plan(graph: Graph, planner: Planner) -> Plan:
-    """The plan of a graph, shown."""
-    show = show_now()
+    """The plan of a graph, printed and dumped."""
+    show = shows()
     if not show.wanted:
         return planner.plan(graph)
     show = show.region(graph, next(_numbers))
