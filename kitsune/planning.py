@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kitsune.codegen import text_key, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
+from kitsune.codegen import text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Op, Plan, reads_slots, verify_plan
@@ -161,7 +161,7 @@ def _has_out_form(kernel: Kernel) -> bool:
 
 
 def _batch_key(kernel: Kernel) -> Hashable | None:
-    return text_key(kernel) if why_not_batched(kernel) is None else None
+    return (text_key(kernel), tile_of(kernel)) if why_not_batched(kernel) is None else None
 
 
 def _drops(graph: Graph, lives: list[Lifetime], offsets: dict[int, int], n_launches: int) -> tuple[tuple[int, ...], ...]:

@@ -1,6 +1,7 @@
 """What the texts of all kernels have in common: parameters with their names, loads, steps and stores, one statement each."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,10 @@ class Named:
 @dataclass(slots=True)
 class Body:
     """The statements of a kernel and its parameters, while they are written."""
+
+    # The sizes of a block, as the function takes them, and the lines that say what of the domain a block is for.
+    blocks: ClassVar[str]
+    places: ClassVar[tuple[str, ...]]
 
     kernel: Kernel
     slots_in_memory: bool = False

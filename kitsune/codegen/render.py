@@ -29,7 +29,7 @@ def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False)
         raise ValueError(f"{kernel.name} cannot be batched: {reason}.")
     body = body_of(kernel, slots_in_memory)
     name = _identifier(kernel.name)
-    function = _batched_function(name, body) if batched else body.function(name)
+    function = _batched_function(name, body) if batched else _function(name, body)
     signature = {p.name: p.type for p in body.parameters}
     if batched:
         signature = {"table": "*i64", "blocks": "*i32"}
@@ -77,6 +77,9 @@ def _dict_text(items: dict[str, str]) -> str:
 class _Pointwise(Body):
     """A kernel over elements, by one index."""
 
+    blocks = "BLOCK: tl.constexpr"
+    places = ("index = block * BLOCK + tl.arange(0, BLOCK)", "inside = index < n")
+
     @property
     def extents(self) -> list[Named]:
         """The number of elements."""
@@ -93,19 +96,6 @@ class _Pointwise(Body):
             self.step(number, step)
         for i in range(len(self.kernel.stores)):
             self.lines.append(f"tl.store(out{i} + {offsets[len(self.kernel.loads) + i]}, {self.stored(i)}, mask=inside)")
-
-    def function(self, name: str) -> str:
-        """The function that Triton compiles."""
-        names = ", ".join(p.name for p in self.parameters)
-        start = [
-            "block = tl.program_id(0)",
-            "if WIDE:",
-            "    block = block.to(tl.int64)",
-            "index = block * BLOCK + tl.arange(0, BLOCK)",
-            "inside = index < n",
-        ]
-        head = f"@triton.jit\ndef {name}({names}, WIDE: tl.constexpr, BLOCK: tl.constexpr):\n"
-        return head + indented(start + self.lines)
 
     def _offset(self, index: int, access: Access) -> str:
         name = self.pointer(index, access.value.type.dtype)
@@ -139,29 +129,32 @@ class _Pointwise(Body):
         self.lines += coordinates("index", "i", "r", needed, len(dims), lambda p: self.size(f"size{p}", Size(dims[p])))
 
 
+def _function(name: str, body: Body) -> str:
+    """The function that Triton compiles."""
+    names = ", ".join(p.name for p in body.parameters)
+    start = ["block = tl.program_id(0)", "if WIDE:", "    block = block.to(tl.int64)"]
+    head = f"@triton.jit\ndef {name}({names}, WIDE: tl.constexpr, {body.blocks}):\n"
+    return head + indented([*start, *body.places, *body.lines])
+
+
 def _batched_function(name: str, body: Body) -> str:
+    """The same for many kernels, with the parameters of each in an entry of a table."""
     columns = body.parameters
-    start = [f"row = table + tl.load(blocks + tl.program_id(0)).to(tl.int64) * {len(columns) + 1}"]
+    start = [f"entry = table + tl.load(blocks + tl.program_id(0)).to(tl.int64) * {len(columns) + 1}"]
     start += [f"{p.name} = {_column(i, p)}" for i, p in enumerate(columns)]
     start.append("if ALIGNED:")
     start += [f"    {p.name} = tl.multiple_of({p.name}, 16)" for p in columns if p.name in body.multiples]
-    start += [
-        f"block = tl.program_id(0) - tl.load(row + {len(columns)})",
-        "if not WIDE:",
-        "    block = block.to(tl.int32)",
-        "    n = n.to(tl.int32)",
-        "index = block * BLOCK + tl.arange(0, BLOCK)",
-        "inside = index < n",
-    ]
-    head = f"@triton.jit\ndef {name}(table, blocks, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):\n"
-    return head + indented(start + body.lines)
+    start += [f"block = tl.program_id(0) - tl.load(entry + {len(columns)})", "if not WIDE:", "    block = block.to(tl.int32)"]
+    start += [f"    {p.name} = {p.name}.to(tl.int32)" for p in columns if p.type == INDEX]
+    head = f"@triton.jit\ndef {name}(table, blocks, ALIGNED: tl.constexpr, WIDE: tl.constexpr, {body.blocks}):\n"
+    return head + indented([*start, *body.places, *body.lines])
 
 
 _POINTEE = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "u8": "uint8"}
 
 
 def _column(i: int, parameter: Named) -> str:
-    text = f"tl.load(row + {i})"
+    text = f"tl.load(entry + {i})"
     if parameter.type.startswith("*"):
         pointee = parameter.type[1:]
         return f"{text}.to(tl.pointer_type(tl.{_POINTEE.get(pointee, pointee.replace('i', 'int'))}))"

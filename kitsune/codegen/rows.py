@@ -8,10 +8,11 @@ goes through the row in a loop of its own, and makes what it needs of the elemen
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
-from kitsune.codegen.body import Body, Named, indented
+from kitsune.codegen.body import Body, Named
 from kitsune.codegen.lowering import Reduce
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.reducers import at_once, begin, end, turn
@@ -46,6 +47,9 @@ class Statement:
 @dataclass(slots=True)
 class Rows(Body):
     """A kernel over rows."""
+
+    blocks: ClassVar[str] = "XBLOCK: tl.constexpr, RBLOCK: tl.constexpr"
+    places: ClassVar[tuple[str, ...]] = ("row = (block * XBLOCK + tl.arange(0, XBLOCK))[:, None]", "in_rows = row < rows")
 
     statements: list[Statement] = field(default_factory=list)
     # Of each name: is it a value for every element, and since which phase is it known?
@@ -89,9 +93,9 @@ class Rows(Body):
             phase = max((self.known[w][1] for w in self._words(text)), default=0)
             stores.append((i, Statement((), f"tl.store(out{i} + {offset}, {text}, mask={mask})", full, phase)))
         if is_looped(self.kernel):
-            self.lines = [*_ROW, *rows, *self._loops(stores, columns)]
+            self.lines = [*rows, *self._loops(stores, columns)]
         else:
-            self.lines = [*_ROW, *rows, "column = tl.arange(0, RBLOCK)[None, :]", *_INSIDE, *columns]
+            self.lines = [*rows, "column = tl.arange(0, RBLOCK)[None, :]", *_INSIDE, *columns]
             self.lines += [line for s in self.statements for line in (at_once(s) if s.kind else [s.line])]
             self.lines += [s.text for _, s in stores]
 
@@ -112,12 +116,6 @@ class Rows(Body):
             self.known[names[-1]] = (False, phase + 1)
         self.statements.append(Statement(tuple(names), text, True, phase, "", kind, dtype))
         return tuple(names)
-
-    def function(self, name: str) -> str:
-        """The function that Triton compiles."""
-        names = ", ".join(p.name for p in self.parameters)
-        head = f"@triton.jit\ndef {name}({names}, WIDE: tl.constexpr, XBLOCK: tl.constexpr, RBLOCK: tl.constexpr):\n"
-        return head + indented(self.lines)
 
     def _words(self, text: str) -> Iterable[str]:
         return (word for word in _WORD.findall(text) if word in self.known)
@@ -198,13 +196,6 @@ class Rows(Body):
         return [*before, "for start in range(0, columns, RBLOCK):", *(f"    {line}" for line in body), *after]
 
 
-_ROW = [
-    "block = tl.program_id(0)",
-    "if WIDE:",
-    "    block = block.to(tl.int64)",
-    "row = (block * XBLOCK + tl.arange(0, XBLOCK))[:, None]",
-    "in_rows = row < rows",
-]
 _INSIDE = ["in_columns = column < columns", "inside = in_rows & in_columns"]
 
 

@@ -51,6 +51,8 @@ def op_micros(op: Op, rates: Rates) -> float:
 
 # Started together, small kernels save their launches; large ones fill the device alone, and would only hold memory longer.
 BATCH_BELOW_US = 50.0
+# The partial sums of a layer's gradients take a quarter of this.
+REDUCED_BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,12 @@ class Costs:
         return saved_bytes / self.rates.bytes_per_us + saved_launches * self.rates.launch_us > 0
 
     def batching(self, kernel: Kernel) -> bool:
-        """Does it pay to start a kernel together with others of its source?"""
+        """Does it pay to start a kernel together with others of its source?
+
+        What it reads is held until the last of them can be started, which for what is to be reduced may be long.
+        """
+        if kernel.reduced:
+            return kernel.nbytes <= REDUCED_BATCH_BYTES
         return kernel_micros(kernel, self.rates) < BATCH_BELOW_US
 
     def alone(self, kernel: Kernel, has_out_form: bool) -> bool:
