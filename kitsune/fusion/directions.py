@@ -4,7 +4,7 @@ An op that is read by reductions of one direction only belongs into a kernel wit
 its result would be written to memory and read again. A matter of speed; what may be together is the group's to say.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from kitsune.ir import Graph, Kind, Op, reduction_of
 
@@ -23,8 +23,8 @@ def direction_of(op: Op) -> str | None:
     return ALONG if not moving or min(moving, key=lambda d: main.type.stride[d]) in reduction.dims else ACROSS
 
 
-def directions(graph: Graph) -> Mapping[int, str]:
-    """Of each op that is or feeds reductions of one direction and nothing else, by number."""
+def directions(graph: Graph, why_not_lowered: Callable[[Op], str | None]) -> Mapping[int, str]:
+    """Of each op that is or feeds reductions of one direction, such as may be in kernels, and nothing else; by number."""
     feeds: dict[int, str] = {}
     found: dict[int, str] = {}
     for value in graph.outputs:
@@ -33,7 +33,7 @@ def directions(graph: Graph) -> Mapping[int, str]:
         op = graph.ops[number]
         if op.kind is Kind.VIEW:
             continue
-        way = direction_of(op)
+        way = direction_of(op) if op.kind is Kind.REDUCTION and why_not_lowered(op) is None else None
         passed = way
         if way is None:
             fed = {feeds[v.storage] for v in op.results if v.storage in feeds}

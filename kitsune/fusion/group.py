@@ -168,10 +168,13 @@ class Group:
         if not seen:
             return self._layout_of_sibling(shape)
         joined: list[tuple[int, ...]] = [()] * len(shape)
+        in_order = True
         for layout in map(self.factors.now, seen):
-            if any(old and new and old != new for old, new in zip(joined, layout, strict=True)):
-                return "it combines two views of one tensor that see its elements in different orders"
-            joined = [old or new for old, new in zip(joined, layout, strict=True)]
+            in_order = in_order and not any(a and b and a != b for a, b in zip(joined, layout, strict=True))
+            joined = [a or b for a, b in zip(joined, layout, strict=True)]
+        factors = [f for dim in joined for f in dim]
+        if not in_order or len(set(factors)) < len(factors):
+            return "it combines two views of one tensor that see its elements in different orders"
         found: Layout = tuple(joined)
         if self.factors.shape(found) != tuple(shape) and self.reduced:
             found = self._broadcast(found, shape)

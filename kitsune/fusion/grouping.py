@@ -62,7 +62,7 @@ def partition(
     max_ops: int = MAX_OPS,
 ) -> Partition:
     """Put a graph's ops into nodes, `max_ops` of them at most; `fuel` bounds the number of times that an op joins others."""
-    p = Partition(graph, why_not_lowered, worth, fuel, ways=directions(graph))
+    p = Partition(graph, why_not_lowered, worth, fuel, ways=directions(graph, why_not_lowered))
     before, root_of = predecessors(graph), roots(graph)
     for number, op in enumerate(graph.ops):
         if op.kind is Kind.VIEW:
