@@ -17,6 +17,13 @@ class EngineOptions:
     # Arenas that are kept while nobody uses them; None: a quarter of the device's memory.
     pool_bytes: int | None = None
     rules: Rules = ANYTHING
+    # As the knob has it; None: what the knob says.
+    numerics: str | None = None
+
+    @property
+    def grade(self) -> str:
+        """The numerics asked for now; the stricter one of two that were."""
+        return "bitwise" if config.numerics == "bitwise" else self.numerics or config.numerics
 
     @property
     def fuses(self) -> bool:

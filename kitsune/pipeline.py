@@ -118,7 +118,7 @@ class Pipeline:
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
         """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""
-        close(graph, cause, site)
+        close(graph, cause, site, self.runner.options.grade)
         if observed and self.device.type == "cuda":
             with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 self.thread_plans.make(graph)
@@ -159,10 +159,10 @@ class Pipeline:
         return free >= torch.cuda.max_memory_allocated(self.device)
 
 
-def close(graph: Graph, cause: Barrier, site: Site | None) -> None:
+def close(graph: Graph, cause: Barrier, site: Site | None, numerics: str) -> None:
     """A region ended: check it, show it, tell who listens."""
     if cause is Barrier.STEP or latest.get("cause") is not Barrier.STEP:
-        latest.update(graph=graph, cause=cause)
+        latest.update(graph=graph, cause=cause, numerics=numerics)
     if config.verify:
         verify(graph)
     if config.debug:
@@ -177,7 +177,7 @@ def last_plan(arch: str | None = None) -> Plan | None:
     `arch` is the GPU to plan for, sm_80 or sm_90: by default the one that is here and, where there is none, sm_90. The plan
     prints as a table. Raises ValueError for an architecture that Kitsune cannot plan for.
     """
-    planner = planner_for(arch or _arch_here())
+    planner = planner_for(arch or _arch_here(), numerics=latest.get("numerics"))
     graph = latest.get("graph")
     return None if graph is None else planner.plan(graph)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kitsune.codegen import text_key, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
+from kitsune.codegen import text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Op, Plan, happens_before, reads_slots, verify_plan
@@ -22,9 +22,12 @@ from kitsune.scheduler import (
     in_order,
     joined_in_place,
     kernel_micros,
+    layer_norm_backwards,
     op_micros,
     padded_products,
+    parts,
     run_passes,
+    split_reductions,
     unlist,
 )
 
@@ -38,6 +41,8 @@ class Planner:
     costs: Costs
     fuel: int | None = None
     verify: bool = False
+    # "strict" or "bitwise", as the knob has it: may a reduction be a kernel, whose order of summation is its own?
+    numerics: str = "strict"
     # Is the math library there that eager was built with? Without it fewer ops keep eager's bits.
     toolkit: bool = True
     # Are ops that take a moving number to be kernels, which can read it from memory? A library call has it baked in.
@@ -54,7 +59,8 @@ class Planner:
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
         layouts = (self.convolutions_laid_out, self.joined_in_place, self.products_padded) if self.layouts else ()
-        planned = run_passes(graph, (dead_code, *self.shared, self.lists_taken_apart, *layouts), self.verify, show)
+        passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
+        planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
         kernels = kernels_of(parts)
@@ -95,8 +101,17 @@ class Planner:
         """The pass that makes matrix products with odd dimensions larger."""
         return padded_products(graph, self.costs, self.why_not_fused)
 
+    def reductions_taken_apart(self, graph: Graph) -> Graph:
+        """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
+        if self.numerics == "bitwise":
+            return graph
+        graph = layer_norm_backwards(graph, self.why_not_fused)
+        return dead_code(split_reductions(graph, parts, self.why_not_fused))
+
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
+        if op.kind is Kind.REDUCTION and self.numerics == "bitwise":
+            return f"{op.target} is a reduction, and numerics='bitwise' keeps eager's order of summation"
         return why_not_lowered(op) or why_not_exact(op, self.toolkit)
 
     def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
@@ -145,19 +160,20 @@ def plan_for(graph: Graph, arch: str = "sm_90", show: Show | None = None) -> Pla
     return planner_for(arch).plan(graph, show)
 
 
-def planner_for(arch: str, rules: Rules = ANYTHING) -> Planner:
+def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None) -> Planner:
     """The planner with today's knobs, and a context's rules. Raises ValueError for an architecture of unknown rates."""
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
-    knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts)
+    grade = numerics or config.numerics
+    knobs = (config.fuel, config.verify, grade, toolkit, config.graphs, config.layouts and grade != "bitwise")
     return Planner(Costs(RATES[arch]), *knobs, n_streams=config.streams, rules=rules)
 
 
 def slot_planner_for(arch: str) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
     planner = planner_for(arch)
-    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, False, (), planner.n_streams)
+    return SlotPlanner(planner.costs, None, planner.verify, "bitwise", planner.toolkit, True, False, (), planner.n_streams)
 
 
 def _has_out_form(kernel: Kernel) -> bool:
@@ -166,7 +182,7 @@ def _has_out_form(kernel: Kernel) -> bool:
 
 
 def _batch_key(kernel: Kernel) -> Hashable | None:
-    return text_key(kernel) if why_not_batched(kernel) is None else None
+    return (text_key(kernel), tile_of(kernel)) if why_not_batched(kernel) is None else None
 
 
 def _drops(graph: Graph, lives: list[Lifetime], offsets: dict[int, int], n_launches: int) -> tuple[tuple[int, ...], ...]:

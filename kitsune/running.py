@@ -97,7 +97,8 @@ class Runner:
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        key = (graph, self.options.fuses, config.fuel, config.layouts, numeric_settings() if self.steady is not None else None)
+        knobs = (self.options.fuses, config.fuel, config.layouts, self.options.grade)
+        key = (graph, *knobs, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
@@ -105,6 +106,8 @@ class Runner:
             ready = self.ready[key] = self._prepare(graph)
         elif ready.coming is not None and ready.coming.done():
             ready = self.ready[key] = self._arrived(ready, ready.coming)
+        if isinstance(ready.work, Prepared):
+            ready.work.make_room(values)  # also for what a CUDA graph replays
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
@@ -129,7 +132,7 @@ class Runner:
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
-            if knobs == [self.options.fuses, config.fuel, config.layouts]:
+            if knobs == [self.options.fuses, config.fuel, config.layouts, self.options.grade]:
                 self._ask(graph, ready)
 
     def forget(self) -> None:
@@ -149,14 +152,17 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._planned(graph, planner_for(self.arch, self.options.rules))
+                    return self._planned(graph, self._planner(self.arch))
                 if shows().wanted:
-                    show_plan(graph, planner_for(SHOWN_ARCH))
+                    show_plan(graph, self._planner(SHOWN_ARCH))
             except Exception as error:
                 if config.verify:
                     raise
                 self._unplanned(graph, error)
         return self._unfused(graph)
+
+    def _planner(self, arch: str) -> Planner:
+        return planner_for(arch, self.options.rules, self.options.grade)
 
     def _in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
@@ -179,7 +185,7 @@ class Runner:
             return
         assert executor is not None
         # With the knobs of now.
-        planner = planner_for(self.arch, self.options.rules) if fuse else slot_planner_for(self.arch)
+        planner = self._planner(self.arch) if fuse else slot_planner_for(self.arch)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:

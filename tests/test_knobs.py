@@ -24,6 +24,7 @@ EXAMPLES = {
     "follow": ("0", False, True, 3),
     "audit": ("7", 7, 0, -1),
     "fuse": ("0", False, True, 3),
+    "numerics": ("BITWISE", "bitwise", "strict", "loose"),
     "fuel": ("7", 7, 0, -1),
     "layouts": ("0", False, True, 3),
     "pool": ("no", False, True, "maybe"),

@@ -96,7 +96,10 @@ class Assembly:
     def _library(self, op: Op) -> None:
         if all(v.id in self.places.view_op for v in op.results) and not op.rewritten:
             return self._need(op.results)
-        if op.allocates and all(v.id in self._arena for v in op.results):
+        if op.allocates:
+            for value in op.results:
+                if value.id not in self._arena:
+                    self._make(value)
             return self._ready.update(v.id for v in op.results)
         self._need(op.inputs)
         form = out_form(op) if any(v.id in self._arena for v in op.results) else None

@@ -58,6 +58,19 @@ class Layout:
     n_values: int
 
 
+def unfilled(type_: TensorType) -> torch.Tensor:
+    """New memory for what is about to be computed. With deterministic algorithms torch fills what is new, which would cost a
+    launch, on a stream that may not be the one that writes the result."""
+    fills = torch._C._get_deterministic_algorithms() and torch._C._get_deterministic_fill_uninitialized_memory()
+    if not fills:
+        return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    try:
+        return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
+    finally:
+        torch._C._set_deterministic_fill_uninitialized_memory(True)
+
+
 class Frame:
     """What a run has so far. `values` are tensors by value number, None where there is none or nobody needs one.
 

@@ -39,8 +39,8 @@ def kernel_micros(kernel: Kernel, rates: Rates) -> float:
     for access in accesses:
         itemsize = access.value.type.dtype.itemsize
         n = touched_bytes(access, kernel.domain)
-        scattered = bool(kernel.domain) and access.strides[-1] > 1
-        moved += n * (min(SECTOR, access.strides[-1] * itemsize) / itemsize if scattered else 1)
+        step = min((s for s in access.strides if s), default=1) if kernel.reduced else access.strides[-1] if kernel.domain else 1
+        moved += n * (min(SECTOR, step * itemsize) / itemsize if step > 1 else 1)
     return moved / rates.bytes_per_us
 
 
@@ -91,6 +91,8 @@ LONG_ROW = 1024
 
 # Started together, small kernels save their launches; large ones fill the device alone, and would only hold memory longer.
 BATCH_BELOW_US = 50.0
+# The partial sums of a layer's gradients take a quarter of this.
+REDUCED_BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,12 @@ class Costs:
         return Load(self.rates.launch_us + body / max(_share(launch, self.rates), SMALLEST_SHARE), body)
 
     def batching(self, kernel: Kernel) -> bool:
-        """Does it pay to start a kernel together with others of its source?"""
+        """Does it pay to start a kernel together with others of its source?
+
+        What it reads is held until the last of them can be started, which for what is to be reduced may be long.
+        """
+        if kernel.reduced:
+            return kernel.nbytes <= REDUCED_BATCH_BYTES
         return kernel_micros(kernel, self.rates) < BATCH_BELOW_US
 
     def alone(self, kernel: Kernel, has_out_form: bool) -> bool:
@@ -118,7 +125,8 @@ class Costs:
         With one op only it moves the same bytes, and must be compiled. But the plan can give it memory, which a cast, for one,
         takes from nobody; walks that jump through memory are left to kernels of the library that are made for them.
         """
-        return len(kernel.steps) > 1 or (not has_out_form and (len(kernel.domain) <= 1 or _in_long_rows(kernel)))
+        in_rows = len(kernel.domain) <= 1 or _in_long_rows(kernel)
+        return len(kernel.steps) > 1 or kernel.reduced > 0 or (not has_out_form and in_rows)
 
     def worth_padding(self, op: Op) -> bool:
         """Could padding a matrix product pay at all?"""
@@ -135,6 +143,23 @@ class Costs:
         The library reads and writes each of their images once more otherwise.
         """
         return (2 * image_bytes - copied_bytes) / self.rates.bytes_per_us >= LAYOUT_FROM_US
+
+
+# Blocks of a kernel with reductions that keep the largest device busy; each takes a row, or neighbouring elements of 64 rows.
+BUSY, WANTED, NEIGHBOURS = 132, 512, 64
+# Elements of a row that a part must have at least: below, the parts themselves would be much to write.
+LEAST_INNER, LEAST_OUTER = 1024, 32
+
+
+def parts(rows: int, columns: int, inner: bool) -> int:
+    """Into how many parts to cut each of so many rows, so that a reduction fills the device; 1: leave them whole.
+
+    `inner`: neighbours in memory belong to one row.
+    """
+    blocks = rows if inner else -(-rows // NEIGHBOURS)
+    if blocks >= BUSY:
+        return 1
+    return max(min(-(-WANTED // blocks), columns // (LEAST_INNER if inner else LEAST_OUTER)), 1)
 
 
 def graph_micros(graph: Graph, rates: Rates) -> float:
