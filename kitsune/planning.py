@@ -8,9 +8,9 @@ import torch
 from kitsune.codegen import text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
-from kitsune.ir import Graph, Kernel, Kind, Op, Plan, reads_slots, verify_plan
-from kitsune.memory import Lifetime, assign_offsets, lifetimes
-from kitsune.runtime import out_form
+from kitsune.ir import Graph, Kernel, Kind, Op, Plan, happens_before, reads_slots, verify_plan
+from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
+from kitsune.runtime import out_form, takes_memory
 from kitsune.scheduler import (
     RATES,
     Costs,
@@ -18,11 +18,12 @@ from kitsune.scheduler import (
     assign_streams,
     common_subexpressions,
     dead_code,
-    happens_before,
+    in_channels_last,
     in_order,
     kernel_micros,
     layer_norm_backwards,
     op_micros,
+    padded_products,
     parts,
     run_passes,
     split_reductions,
@@ -39,29 +40,35 @@ class Planner:
     costs: Costs
     fuel: int | None = None
     verify: bool = False
-    # "strict" or "bitwise", as the knob has it: may a reduction be a kernel, whose order of summation is its own?
-    numerics: str = "strict"
     # Is the math library there that eager was built with? Without it fewer ops keep eager's bits.
     toolkit: bool = True
     # Are ops that take a moving number to be kernels, which can read it from memory? A library call has it baked in.
     slots_in_kernels: bool = False
+    # May values that live and die inside have other layouts than eager gives them?
+    layouts: bool = True
     # Passes beside those that every plan needs.
     shared: tuple[Callable[[Graph], Graph], ...] = (common_subexpressions,)
+    # Of a CUDA graph; what is run in the ordinary way goes to one.
+    n_streams: int = 1
     # What the context allows beyond what the planner can do.
     rules: Rules = ANYTHING
+    # As the knob has it. In "strict" a reduction may be a kernel, whose order of summation is its own.
+    numerics: str = "bitwise"
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        passes = (dead_code, *self.shared, self.lists_taken_apart, self.reductions_taken_apart)
+        layouts = (self.convolutions_laid_out, self.products_padded) if self.layouts else ()
+        passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
         kernels = kernels_of(parts)
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
-        launches = assign_streams(in_order(planned, works, self._micros(planned)))
+        in_turn = in_order(planned, works, self._micros(planned))
+        lives = lifetimes(planned, in_turn, takes_memory)
+        launches = assign_streams(in_turn, planned, self.costs.load, self.n_streams, peak_bytes(lives, len(in_turn)))
         before = happens_before(launches)
-        lives = lifetimes(planned, launches, lambda op: out_form(op) is not None)
         offsets, arena = assign_offsets(lives, before)
         plan = Plan(
             graph=planned,
@@ -87,6 +94,14 @@ class Planner:
             return graph
         graph = layer_norm_backwards(graph, self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
+
+    def convolutions_laid_out(self, graph: Graph) -> Graph:
+        """The pass that has convolutions, and what is between them, in channels-last."""
+        return in_channels_last(graph, self.costs)
+
+    def products_padded(self, graph: Graph) -> Graph:
+        """The pass that makes matrix products with odd dimensions larger."""
+        return padded_products(graph, self.costs, self.why_not_fused)
 
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
@@ -145,14 +160,16 @@ def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None)
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
+    knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts)
     grade = numerics or config.numerics
-    return Planner(Costs(RATES[arch]), config.fuel, config.verify, grade, toolkit, config.graphs, rules=rules)
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=config.streams, rules=rules, numerics=grade)
 
 
 def slot_planner_for(arch: str) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
     planner = planner_for(arch)
-    return SlotPlanner(planner.costs, None, planner.verify, "bitwise", planner.toolkit, True, ())
+    knobs = (None, planner.verify, planner.toolkit, True, False, (), planner.n_streams)
+    return SlotPlanner(planner.costs, *knobs, numerics="bitwise")
 
 
 def _has_out_form(kernel: Kernel) -> bool:

@@ -97,7 +97,7 @@ class Runner:
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        knobs = (self.options.fuses, config.fuel, self.options.grade)
+        knobs = (self.options.fuses, config.fuel, config.layouts, self.options.grade)
         key = (graph, *knobs, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
@@ -106,8 +106,6 @@ class Runner:
             ready = self.ready[key] = self._prepare(graph)
         elif ready.coming is not None and ready.coming.done():
             ready = self.ready[key] = self._arrived(ready, ready.coming)
-        if isinstance(ready.work, Prepared):
-            ready.work.make_room(values)  # also for what a CUDA graph replays
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
@@ -132,7 +130,7 @@ class Runner:
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
-            if knobs == [self.options.fuses, config.fuel, self.options.grade]:
+            if knobs == [self.options.fuses, config.fuel, config.layouts, self.options.grade]:
                 self._ask(graph, ready)
 
     def forget(self) -> None:

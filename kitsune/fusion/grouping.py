@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from kitsune.fusion.directions import directions
 from kitsune.fusion.eligible import why_not_fusible
 from kitsune.fusion.group import MAX_OPS, Group, base_name
-from kitsune.ir import Graph, Kind, Op, Refusal, bits, predecessors, roots
+from kitsune.ir import Graph, Op, Refusal, bits, predecessors, roots
 
 # An op looks this many nodes back for one that reads the same: further away, results would only be held longer.
 NEAR = 32
@@ -65,7 +65,7 @@ def partition(
     p = Partition(graph, why_not_lowered, worth, fuel, ways=directions(graph, why_not_lowered))
     before, root_of = predecessors(graph), roots(graph)
     for number, op in enumerate(graph.ops):
-        if op.kind is Kind.VIEW:
+        if op.starts_nothing:
             continue
         preds = {p.node_of[n] for n in bits(before[number])}
         reason = why_not_fusible(op, why_not_lowered)

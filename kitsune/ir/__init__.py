@@ -1,7 +1,7 @@
 """The nouns that every stage shares. This package imports nothing of Kitsune."""
 
 from kitsune.ir.barrier import Barrier, Site
-from kitsune.ir.edges import bits, predecessors, roots
+from kitsune.ir.edges import bits, happens_before, predecessors, roots
 from kitsune.ir.graph import (
     Effects,
     Graph,
@@ -13,6 +13,7 @@ from kitsune.ir.graph import (
     Result,
     Slot,
     Value,
+    n_values,
     reads_slots,
     slots_in,
     values_in,
@@ -90,12 +91,14 @@ __all__ = [
     "describe_result",
     "dump_graph",
     "graph_text",
+    "happens_before",
     "in_own_thread",
     "is_own",
     "left_of",
     "lent_memory",
     "load_graph",
     "mark_lent",
+    "n_values",
     "named",
     "own",
     "plan_text",

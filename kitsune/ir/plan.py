@@ -102,7 +102,7 @@ class Launch:
     """Kernels that are started together, or a call of the library: exactly one of `kernels` and `op` is there.
 
     Several kernels in one launch have the same source, contiguous operands and no order between them: a horizontal fusion.
-    `waits` are numbers of launches on other streams that must have ended before. `host_only` is a view, which starts nothing.
+    `waits` are numbers of launches on other streams that must have ended before. `host_only` starts nothing.
     """
 
     kernels: tuple[Kernel, ...] = ()
@@ -114,7 +114,7 @@ class Launch:
     @property
     def host_only(self) -> bool:
         """Starts nothing on the device."""
-        return self.op is not None and self.op.kind.name == "VIEW"
+        return self.op is not None and self.op.starts_nothing
 
     @property
     def name(self) -> str:

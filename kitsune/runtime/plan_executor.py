@@ -8,6 +8,7 @@ import torch
 
 from kitsune.ir import Launch, Plan, Value
 from kitsune.runtime.assembly import Assembly
+from kitsune.runtime.branches import Branches
 from kitsune.runtime.fallback import tensor_of
 from kitsune.runtime.frame import Block, Frame, Layout, Pool, Startable
 from kitsune.runtime.instructions import Instruction, Start
@@ -29,15 +30,11 @@ class Prepared:
     furnish: tuple[Value, ...]
     first_commit: int
     device: torch.device
-    n_values: int
-
-    def make_room(self, values: list[Any]) -> None:
-        """A plan may have more values than the region that was recorded."""
-        values.extend([None] * (self.n_values - len(values)))
 
 
 class PlanExecutor:
-    """Runs plans. Everything is put on the current stream, in the order of the plan's launches.
+    """Runs plans: on the current stream, in the order of the plan's launches; while a CUDA graph captures them, on the streams
+    that the plan gives them.
 
     `prepare_launch(launch)` makes kernels ready to start; `pool` lends arenas; `report(sentence)` hears what went wrong and
     was mended.
@@ -67,7 +64,6 @@ class PlanExecutor:
             furnish=tuple(assembly.furnish.values()),
             first_commit=commits[0] if commits else len(instructions),
             device=_device_of(plan),
-            n_values=1 + max(places.root, default=-1),
         )
 
     def run(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> None:
@@ -76,7 +72,6 @@ class PlanExecutor:
         Raises what an operator raises, with the user's line, and torch.OutOfMemoryError if there is not enough memory even
         for running the operators one by one.
         """
-        prepared.make_room(values)
         previous = _enter_device(prepared.device)
         try:
             if not self._run_planned(prepared, values, scalars):
@@ -89,13 +84,15 @@ class PlanExecutor:
 
         Returns what the run has left.
         """
-        prepared.make_room(values)
         frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
         if prepared.layout.arena:
             assert block is not None
             frame.move_in(block)
             frame.furnish(prepared, lambda frame: _furnish(prepared, frame))
-        _execute(prepared.instructions, frame, 0)
+        if prepared.device.type == "cuda" and any(launch.stream for launch in prepared.plan.launches):
+            Branches(prepared.plan.launches, prepared.device).run(prepared.instructions, frame)
+        else:
+            _execute(prepared.instructions, frame, 0)
         return frame
 
     def _run_planned(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> bool:

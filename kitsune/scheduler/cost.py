@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from kitsune.ir import Graph, Kernel, Kind, Op, touched_bytes
+from kitsune.ir import Graph, Kernel, Kind, Launch, Op, touched_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,14 +13,21 @@ class Rates:
     bytes_per_us: float
     flops_per_us: float
     launch_us: float
+    n_multiprocessors: int
 
 
 # sm_90: a device copy reaches 4.3 TB/s and a bf16 product 790 TFLOP/s on an H200; sm_80: the vendor's 1.6 TB/s and 312 TFLOP/s,
 # of which 85 % are reached. A launch inside a busy stream leaves the device idle for about 2 us.
 RATES = {
-    "sm_80": Rates(1.36e6, 265e6, 2.0),
-    "sm_90": Rates(4.3e6, 790e6, 2.0),
+    "sm_80": Rates(1.36e6, 265e6, 2.0, 108),
+    "sm_90": Rates(4.3e6, 790e6, 2.0, 132),
 }
+# The part of a product that one multiprocessor computes at a time, in elements of the result.
+TILE = 128 * 128
+# What a device with 4.3 TB/s has under way, at about 1 us from memory to a register.
+BYTES_IN_FLIGHT = 4 << 20
+# Below this share of the device, a launch takes little more than its start.
+SMALLEST_SHARE = 0.05
 # A walk whose innermost step is not 1 reads a sector of 32 bytes for each element.
 SECTOR = 32
 
@@ -39,15 +46,48 @@ def kernel_micros(kernel: Kernel, rates: Rates) -> float:
 
 def op_micros(op: Op, rates: Rates) -> float:
     """Modelled time of a library call: a matrix product by its operations, everything else by its bytes."""
-    if op.kind is Kind.VIEW:
+    if op.starts_nothing:
         return 0.0
     nbytes = sum(v.type.nbytes for v in op.inputs) + sum(v.type.nbytes for v in op.outputs)
-    flops = 0.0
-    if op.kind is Kind.GEMM and op.results and len(op.inputs) >= 2:
-        inner = op.inputs[-2].type.shape[-1] if op.inputs[-2].type.shape else 1
-        flops = 2.0 * math.prod(op.results[0].type.shape) * inner
-    return max(nbytes / rates.bytes_per_us, flops / rates.flops_per_us)
+    return max(nbytes / rates.bytes_per_us, product_micros(op, rates))
 
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a launch asks of the device: `micros` alone, its start included, and `full` if it could use all of the device."""
+
+    micros: float
+    full: float
+
+
+def _share(launch: Launch, rates: Rates) -> float:
+    """The part of the device that a launch can use, from 0 to 1: a product has too few tiles for all multiprocessors, or some
+    left for a last round; anything else too few bytes to keep the memory busy."""
+    if launch.op is not None and launch.op.kind is Kind.GEMM and launch.op.results:
+        tiles = max(-(-math.prod(launch.op.results[0].type.shape) // TILE), 1)
+        rounds = -(-tiles // rates.n_multiprocessors)
+        return tiles / (rounds * rates.n_multiprocessors)
+    return min(launch.nbytes / BYTES_IN_FLIGHT, 1.0)
+
+
+def product_micros(op: Op, rates: Rates) -> float:
+    """Modelled time of a matrix product by its operations; 0 for any other op."""
+    if op.kind is not Kind.GEMM or not op.results or len(op.inputs) < 2:
+        return 0.0
+    inner = op.inputs[-2].type.shape[-1] if op.inputs[-2].type.shape else 1
+    return 2.0 * math.prod(op.results[0].type.shape) * inner / rates.flops_per_us
+
+
+# A product in 16 bits with an odd dimension takes six times as long as one whose rows are whole vectors: 15.5 ms instead of 2.6
+# for the three of GPT-2's vocabulary on an H200 (benchmarks/bench_padding.py).
+UNALIGNED = 6.0
+# What padding must gain, so that small products keep the library's own choice.
+PADDED_FROM_US = 20.0
+
+# What another layout must gain, so that small images keep the library's own choice.
+LAYOUT_FROM_US = 20.0
+# Elements in a row from which on the jump to the next one does not count.
+LONG_ROW = 1024
 
 # Started together, small kernels save their launches; large ones fill the device alone, and would only hold memory longer.
 BATCH_BELOW_US = 50.0
@@ -65,6 +105,11 @@ class Costs:
         """Does it pay that an op joins a kernel?"""
         return saved_bytes / self.rates.bytes_per_us + saved_launches * self.rates.launch_us > 0
 
+    def load(self, launch: Launch) -> Load:
+        """What a launch asks of the device, by its modelled time."""
+        body = max(launch.micros - self.rates.launch_us, 0.0)
+        return Load(self.rates.launch_us + body / max(_share(launch, self.rates), SMALLEST_SHARE), body)
+
     def batching(self, kernel: Kernel) -> bool:
         """Does it pay to start a kernel together with others of its source?
 
@@ -80,7 +125,25 @@ class Costs:
         With one op only it moves the same bytes, and must be compiled. But the plan can give it memory, which a cast, for one,
         takes from nobody; walks that jump through memory are left to kernels of the library that are made for them.
         """
-        return len(kernel.steps) > 1 or kernel.reduced > 0 or (not has_out_form and len(kernel.domain) <= 1)
+        if len(kernel.steps) > 1 or kernel.reduced:
+            return True
+        return not has_out_form and (len(kernel.domain) <= 1 or _in_long_rows(kernel))
+
+    def worth_padding(self, op: Op) -> bool:
+        """Could padding a matrix product pay at all?"""
+        return (UNALIGNED - 1) * product_micros(op, self.rates) >= PADDED_FROM_US
+
+    def padding(self, op: Op, copied_bytes: float, n_operands: int) -> bool:
+        """Does it pay to make a product larger, if so many bytes are moved for it, and the edges of its operands cleared?"""
+        spent = copied_bytes / self.rates.bytes_per_us + n_operands * self.rates.launch_us
+        return (UNALIGNED - 1) * product_micros(op, self.rates) - spent >= PADDED_FROM_US
+
+    def channels_last(self, image_bytes: int, copied_bytes: int) -> bool:
+        """Does it pay to have connected convolutions in channels-last, if so many bytes are moved for it at the edges?
+
+        The library reads and writes each of their images once more otherwise.
+        """
+        return (2 * image_bytes - copied_bytes) / self.rates.bytes_per_us >= LAYOUT_FROM_US
 
 
 # Blocks of a kernel with reductions that keep the largest device busy; each takes a row, or neighbouring elements of 64 rows.
@@ -102,5 +165,10 @@ def parts(rows: int, columns: int, inner: bool) -> int:
 
 def graph_micros(graph: Graph, rates: Rates) -> float:
     """Modelled time of a graph run op by op."""
-    launches = sum(op.kind is not Kind.VIEW for op in graph.ops)
+    launches = sum(not op.starts_nothing for op in graph.ops)
     return sum(op_micros(op, rates) for op in graph.ops) + launches * rates.launch_us
+
+
+def _in_long_rows(kernel: Kernel) -> bool:
+    accesses = (*kernel.loads, *(store.access for store in kernel.stores))
+    return kernel.domain[-1] >= LONG_ROW and all(access.strides[-1] == 1 for access in accesses)
