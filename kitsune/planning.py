@@ -41,8 +41,6 @@ class Planner:
     costs: Costs
     fuel: int | None = None
     verify: bool = False
-    # "strict" or "bitwise", as the knob has it: may a reduction be a kernel, whose order of summation is its own?
-    numerics: str = "strict"
     # Is the math library there that eager was built with? Without it fewer ops keep eager's bits.
     toolkit: bool = True
     # Are ops that take a moving number to be kernels, which can read it from memory? A library call has it baked in.
@@ -55,6 +53,8 @@ class Planner:
     n_streams: int = 1
     # What the context allows beyond what the planner can do.
     rules: Rules = ANYTHING
+    # As the knob has it. In "strict" a reduction may be a kernel, whose order of summation is its own.
+    numerics: str = "bitwise"
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
@@ -166,14 +166,15 @@ def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None)
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
     grade = numerics or config.numerics
-    knobs = (config.fuel, config.verify, grade, toolkit, config.graphs, config.layouts and grade != "bitwise")
-    return Planner(Costs(RATES[arch]), *knobs, n_streams=config.streams, rules=rules)
+    knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts and grade != "bitwise")
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=config.streams, rules=rules, numerics=grade)
 
 
 def slot_planner_for(arch: str) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
     planner = planner_for(arch)
-    return SlotPlanner(planner.costs, None, planner.verify, "bitwise", planner.toolkit, True, False, (), planner.n_streams)
+    knobs = (None, planner.verify, planner.toolkit, True, False, (), planner.n_streams)
+    return SlotPlanner(planner.costs, *knobs, numerics="bitwise")
 
 
 def _has_out_form(kernel: Kernel) -> bool:

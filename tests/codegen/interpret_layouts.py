@@ -41,7 +41,7 @@ def main(folder: str) -> None:
 
     for name, program in PROGRAMS.items():
         graph, values, scalars = record(program, warmup=1)
-        plan = Planner(COSTS, verify=True).plan(graph)
+        plan = Planner(COSTS, verify=True, numerics="strict").plan(graph)
         n_kernels += sum(bool(launch.kernels) for launch in plan.launches)
         exact, eager = in_double(graph, values, scalars), replayed(graph, values, scalars)
         try:
