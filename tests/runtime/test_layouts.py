@@ -118,6 +118,29 @@ def written_between() -> Any:
     return first.float(), second.float() + 1, before, second.cumsum(1)
 
 
+def views_of_parts() -> Any:
+    """Several views come from one call, and the library wants them as they were."""
+    image = F.conv2d(IMAGE.to(torch.bfloat16), KERNEL.to(torch.bfloat16))
+    first, second = image.split(4, 1)
+    return second.cumsum(1), first.flip(1).float(), image.flatten(1).cumsum(1)
+
+
+def test_several_views_are_made_again_of_a_copy() -> None:
+    other = assert_as_eager(views_of_parts, images)
+    assert is_channels_last(next(op for op in other.ops if op.target._opname == "convolution").results[0].type)
+
+
+def written_through_a_view() -> Any:
+    image = F.conv2d(IMAGE.to(torch.bfloat16), KERNEL.to(torch.bfloat16))
+    image.flatten(1)[:, ::3].mul_(2)
+    return image.float() + 1
+
+
+def test_an_image_that_is_written_through_a_view_of_the_recorded_layout_keeps_it() -> None:
+    other = assert_as_eager(written_through_a_view, images)
+    assert other.ops and not any(op.target._opname == "clone" for op in other.ops)
+
+
 def test_a_copy_is_not_read_once_it_is_out_of_date() -> None:
     other = assert_as_eager(written_between, images)
     assert sum(op.target._opname == "clone" for op in other.ops) >= 5
