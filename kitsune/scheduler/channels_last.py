@@ -37,6 +37,8 @@ SUMS = {"sum", "mean", "amax", "amin"}
 def in_channels_last(graph: Graph, costs: Costs) -> Graph:
     """The graph with those convolutions in channels-last for which it pays, by connected parts of the graph."""
     able = {n for n, op in enumerate(graph.ops) if op.target._opname in ROWS and why_not_channels_last(op) is None}
+    if not any(graph.ops[n].target._opname in CONVOLUTIONS for n in able):
+        return graph
     parts = _Parts(graph, able)
     gains: Counter[int] = Counter()
     for op in (graph.ops[n] for n in able):

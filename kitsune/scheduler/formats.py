@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -82,11 +83,13 @@ def with_shape(type_: TensorType, shape: torch.Size) -> TensorType:
     return tensor_type(type_.dtype, shape, _filled(shape, range(len(shape) - 1, -1, -1)), 0, type_.device)
 
 
+@cache
 def contiguous(type_: TensorType) -> TensorType:
     """The type in torch's default format."""
     return with_shape(type_, type_.shape)
 
 
+@cache
 def channels_last(type_: TensorType) -> TensorType:
     """The type in channels-last, as torch gives it to a new tensor."""
     return with_strides(type_, _filled(type_.shape, (1, 3, 2, 0)))

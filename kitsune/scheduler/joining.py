@@ -16,6 +16,7 @@ from kitsune.scheduler.formats import contiguous, with_shape
 from kitsune.scheduler.rewriting import Rewriting, Stuck
 
 aten = torch.ops.aten
+JOINING = (aten.cat.default, aten.stack.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,11 @@ class Join:
 
 def joined_in_place(graph: Graph, costs: Costs, why_not_fused: Callable[[Op], str | None]) -> Graph:
     """The graph in which the parts of joined tensors are written where they end up, where that moves fewer bytes."""
-    joins = _Joins(graph, why_not_fused).chosen(costs)
-    if not joins:
+    if not any(op.target in JOINING for op in graph.ops):
         return graph
+    joins = _Joins(graph, why_not_fused).chosen(costs)
     try:
-        return _Joining(graph, joins).rewritten()
+        return _Joining(graph, joins).rewritten() if joins else graph
     except Stuck:
         return graph
 
@@ -57,7 +58,7 @@ class _Joins:
 
     def chosen(self, costs: Costs) -> list[Join]:
         """Those for which it pays."""
-        found = [self._join(op) for op in self.graph.ops if op.target in (aten.cat.default, aten.stack.default)]
+        found = [self._join(op) for op in self.graph.ops if op.target in JOINING]
         return [join for join in found if join is not None and costs.joining(*self._saved(join))]
 
     def _join(self, op: Op) -> Join | None:

@@ -45,6 +45,7 @@ class Rewriting:
         self.copied: set[int] = set()
         ends = [v.storage for v in (*graph.inputs, *(v for op in graph.ops for v in op.outputs))]
         self._number, self._storage = n_values(graph), 1 + max(ends, default=-1)
+        self._versions: dict[int, int] = {}
         self._views = {v.id: op for op in graph.ops if op.kind is Kind.VIEW for v in op.results}
         # What others can see, and what is written.
         self.seen = {v.storage for v in (*graph.inputs, *graph.outputs)}
@@ -79,8 +80,8 @@ class Rewriting:
         return self.call(target, Kind.VIEW, self.value(types[0], base.storage, base.version), base, *args)
 
     def write(self, target: Any, into: Value, *args: Any) -> Value:
-        """Add an op that writes its first operand; returns what that is afterwards."""
-        version = 1 + max((v.version for op in self.ops for v in op.outputs if v.storage == into.storage), default=0)
+        """Add an op that writes its first operand, in new memory; returns what that is afterwards."""
+        version = self._versions[into.storage] = self._versions.get(into.storage, 0) + 1
         after = self.value(into.type, into.storage, version)
         inputs = (into, *values_in(args))
         self.ops.append(
