@@ -78,6 +78,7 @@ class Runner:
         # What went wrong and was mended in the run that is going on; said when it has ended.
         self.sentences: list[str] = []
         self.executor: PlanExecutor | None = None
+        self.pool: MemoryPool | None = None
         self.steady: SteadyState | None = None
         runners.add(self)
         backend, recorder = backend_of(device), recorder_of(device)
@@ -88,9 +89,8 @@ class Runner:
             self.steady = SteadyState(device, recorder, self._limits, self._relieve, self.sentences.append, tally)
         if isinstance(backend, Backend):
             self.arch = backend.arch
-            self.executor = PlanExecutor(
-                backend.prepare_launch, MemoryPool(options.pool_bytes or self._budget), self.sentences.append
-            )
+            self.pool = MemoryPool(options.pool_bytes or self._budget)
+            self.executor = PlanExecutor(backend.prepare_launch, self.pool, self.sentences.append)
             self.arenas = Arenas(self.executor.pool)
         elif device.type == "cuda":
             self.sentences.append(backend)

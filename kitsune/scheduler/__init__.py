@@ -3,6 +3,7 @@
 from kitsune.scheduler.cost import RATES, Costs, Rates, graph_micros, kernel_micros, op_micros
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
+from kitsune.scheduler.stream_config import StreamConfig
 from kitsune.scheduler.streams import assign_streams, happens_before
 from kitsune.scheduler.subexpressions import common_subexpressions
 from kitsune.scheduler.unlist import unlist
@@ -11,6 +12,7 @@ __all__ = [
     "RATES",
     "Costs",
     "Rates",
+    "StreamConfig",
     "Work",
     "assign_streams",
     "common_subexpressions",
