@@ -4,6 +4,7 @@ It knows nothing of tensors: it is told when a step has ended and what was new i
 whether the next step is to be recorded.
 """
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -60,8 +61,9 @@ class Progress(NamedTuple):
 class Gate:
     """Decides for one pipeline. `records` says if the next step is to be recorded.
 
-    `progress` is asked after each recorded step, `clock` (seconds, with the device's work done) at the ends of blocks, and
-    `has_room` before the first eager step of a measurement. `tally` counts.
+    `progress` is asked after each recorded step, `clock` (seconds, with the device's work done) at the ends of blocks,
+    `has_room` before the first eager step of a measurement, and `allocated` (bytes that were ever asked of the device's
+    allocator) after eager steps, whose shapes it tells apart. `tally` counts.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class Gate:
         progress: Callable[[], Progress],
         clock: Callable[[], float],
         has_room: Callable[[], bool],
+        allocated: Callable[[], int],
         tally: Any,
     ) -> None:
         self._has_kernels = has_kernels
         self._progress, self._clock, self._has_room, self._tally = progress, clock, has_room, tally
+        self._allocated = allocated
         self.restart()
 
     def restart(self) -> None:
@@ -84,6 +88,8 @@ class Gate:
         self._decided = False
         self._before = self._progress()
         self._patience = AT_FIRST
+        # Was it left because it keeps changing?
+        self._changes = False
         self._new: deque[bool] = deque(maxlen=AT_FIRST.steps)
         self._unsettled = 0
         self._optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -156,12 +162,26 @@ class Gate:
                 self._keep()
             else:
                 self._leave(why)
-            for _ in range(wait):
-                yield
-                if self.records and (why := self._keeps_changing()) is not None:
-                    self._leave(why)
-            wait = min(4 * wait, LONGEST)
+            pause, wait = wait, min(4 * wait, LONGEST)
+            while (yield from self._still_changes_after(pause)):
+                pause = REVISIT
             self._tally.gate_revisited += 1
+
+    def _still_changes_after(self, pause: int) -> Generator[None, None, bool]:
+        """Let so many steps go by; is a program that was left because it keeps changing still doing so?
+
+        Recording it again to find out would cost 5 times an eager step. Steps of the same shapes allocate the same bytes.
+        """
+        marks: list[int] = []
+        for k in range(pause):
+            yield
+            if self.records and (why := self._keeps_changing()) is not None:
+                self._leave(why)
+                self._changes = True
+            if self._changes and k >= pause - AT_FIRST.steps - 1:
+                marks.append(self._allocated())
+        sizes = [after - before for before, after in itertools.pairwise(marks)]
+        return len(set(sizes)) >= AT_FIRST.new
 
     def _keep(self) -> None:
         self.records, self.left, self._decided = True, None, True
@@ -173,7 +193,7 @@ class Gate:
     def _reason_to_leave(self) -> Generator[None, None, str | None]:
         """Record until the program is settled, then measure it; returns None where it is to be recorded."""
         was_left = self.left is not None
-        self.records, self.left = True, None
+        self.records, self.left, self._changes = True, None, False
         # A step between the last look and this one may have been eager's: what it brought is no news.
         self._before = self._progress()
         self._new.clear()
@@ -182,7 +202,7 @@ class Gate:
             before = self._unsettled
             yield
             if (why := self._keeps_changing()) is not None:
-                self._patience = LATER
+                self._patience, self._changes = LATER, True
                 return why
             settled = settled + 1 if self._unsettled == before else 0
             if settled == SETTLED:
@@ -198,7 +218,7 @@ class Gate:
             eagers.append((yield from self._block(records=False)))
             ours.append((yield from self._settled_block()))
             if (why := self._keeps_changing()) is not None:
-                self._patience = LATER
+                self._patience, self._changes = LATER, True
                 return why
         ratio = min(ours) / max(min(eagers), 1e-9)
         said = f"It took {ratio:.2f} times as long as eager's over {BLOCKS * BLOCK} steps"

@@ -18,6 +18,7 @@ from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, open
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
+from kitsune.runtime import ThreadPlans
 
 tally = Tally()
 tally.n_compiling = n_awaited
@@ -55,6 +56,7 @@ class Pipeline:
 
     def __init__(self, device: torch.device, warmup: int, options: EngineOptions = DEFAULT) -> None:
         self.runner = Runner(device, tally, options)
+        self.thread_plans = ThreadPlans()
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False
         self.recorder = Listener(
@@ -67,7 +69,7 @@ class Pipeline:
             below_autograd=below_autograd,
             run=self.run,
             tally=tally,
-            on_close=close,
+            on_close=self.closed,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
         self.follows = False
@@ -78,7 +80,7 @@ class Pipeline:
         # Counts the times that everything known was dropped.
         self.n_forgotten = 0
         self.device = device
-        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, tally)
+        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, self.allocated, tally)
 
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
@@ -115,6 +117,13 @@ class Pipeline:
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             self.runner.run(graph, values, scalars)
 
+    def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
+        """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""
+        close(graph, cause, site)
+        if observed and self.device.type == "cuda":
+            with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                self.thread_plans.make(graph)
+
     def forget(self) -> None:
         """Drop every region seen so far, and its plan."""
         self.recorder.flush(Barrier.FLUSH)
@@ -135,6 +144,13 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def allocated(self) -> int:
+        """Bytes that were ever asked of the device's allocator."""
+        if self.device.type != "cuda":
+            return 0
+        asked: int = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["allocated"]
+        return asked
 
     def has_room(self) -> bool:
         """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""

@@ -21,9 +21,9 @@ class Program:
 
     def __init__(self, eager: float = 1.0, kitsune: float = 0.5, kernels: bool = True, room: bool = True) -> None:
         self.eager, self.kitsune, self.room = eager, kitsune, room
-        self.now, self.n_ops, self.n_new, self.n_made = 0.0, 0, 0, 0
+        self.now, self.n_ops, self.n_new, self.n_made, self.asked, self.n_steps = 0.0, 0, 0, 0, 0, 0
         self.tally, self.optimizer = Tally(), Optimizer()
-        self.gate = Gate(kernels, self.progress, lambda: self.now, lambda: self.room, self.tally)
+        self.gate = Gate(kernels, self.progress, lambda: self.now, lambda: self.room, lambda: self.asked, self.tally)
 
     def progress(self) -> Progress:
         return Progress(self.n_ops, self.n_new, self.n_made)
@@ -35,6 +35,8 @@ class Program:
         if records:
             self.n_ops += 100
             self.n_new += 100 * new
+        self.n_steps += 1
+        self.asked += 10_000 + self.n_steps * new
         self.gate.end_of_step(optimizer or self.optimizer)
         return records
 
@@ -133,13 +135,26 @@ def test_one_disturbed_block_decides_nothing() -> None:
     assert program.gate.left is None
 
 
-def test_steps_that_are_always_new_are_left_to_eager_and_looked_at_rarely() -> None:
+def test_steps_that_are_always_new_are_left_to_eager_and_not_recorded_again() -> None:
     program = Program(kitsune=0.1)
     n = program.until_decided(lambda _: True)
     assert n <= 32
     assert program.gate.left == "Its operators or shapes were new in 24 of its last 24 recorded steps"
-    recorded = [program.step(new=True) for _ in range(6 * REVISIT)]
-    assert sum(recorded) <= 2 * module.LATER.steps
+    assert program.steps(6 * REVISIT, itertools.repeat(True)).count(True) == 0
+    # From some time on they are the same again and again.
+    assert True in program.steps(2 * REVISIT)
+    program.steps(2 * REVISIT)
+    assert program.gate.left is None
+
+
+def test_new_steps_that_allocate_the_same_are_looked_at_rarely() -> None:
+    program = Program(kitsune=0.1)
+    program.until_decided(lambda _: True)
+    recorded = []
+    for _ in range(6 * REVISIT):
+        recorded.append(program.step(new=True))
+        program.asked -= program.n_steps
+    assert 0 < sum(recorded) <= 2 * module.LATER.steps
 
 
 @pytest.mark.parametrize("n_kinds", [1, 2, 4, 12, 20])

@@ -29,7 +29,8 @@ class Recording:
 
     The stages before and after come in as functions, put together by the pipeline: `describe(func)` gives an op's row;
     `infer(...)` the OutputSpec of a call without making it; `below_autograd()` is a context for running kernels;
-    `run(graph, values, scalars)` runs a closed region; `tally` counts; `on_close` hears of each region.
+    `run(graph, values, scalars)` runs a closed region; `tally` counts; `on_close` hears of each region,
+    and whether it was observed.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Recording:
         below_autograd: Callable[[], Any],
         run: Callable[[Graph, list[Any], list[float]], None],
         tally: Any,
-        on_close: Callable[[Graph, Barrier, Site | None], None],
+        on_close: Callable[[Graph, Barrier, Site | None, bool], None],
     ) -> None:
         self.device = device
         self.warmup = warmup
@@ -236,7 +237,7 @@ class Recording:
                 self.tally.observed += node.depth - region.observed_from
                 region.release()
             if end:
-                self._close(node, live, cause, site)
+                self._close(node, live, cause, site, region.observed_from is not None)
             if end and self.n_nodes > 5 * self.max_ops:
                 # A program that never repeats (1,000 batch sizes) would keep a path for each of its regions.
                 self.forget()
@@ -285,12 +286,12 @@ class Recording:
             graph = self.graphs[(node, live)] = graph_of(node, live)
         return graph
 
-    def _close(self, node: Node, live: tuple[int, ...], cause: Barrier, site: Site | None) -> None:
+    def _close(self, node: Node, live: tuple[int, ...], cause: Barrier, site: Site | None, observed: bool) -> None:
         node.tally = self.tally.close(node.tally, node.depth, cause, site)
         graph = self._graph(node, live)
         if self.watcher is not None:
             self.watcher.closed(graph)
-        self.on_close(graph, cause, site)
+        self.on_close(graph, cause, site, observed)
 
 
 def _has_memory(tensor: Any) -> bool:

@@ -10,6 +10,7 @@ from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
 from kitsune.runtime.replay import Schedule, prepare, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.steady import Steady, SteadyState
+from kitsune.runtime.thread_plans import ThreadPlans
 
 __all__ = [
     "Arenas",
@@ -23,6 +24,7 @@ __all__ = [
     "SlotTable",
     "Steady",
     "SteadyState",
+    "ThreadPlans",
     "Work",
     "adopt_views",
     "current_stream",

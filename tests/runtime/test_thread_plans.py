@@ -1,0 +1,59 @@
+"""Operators whose plans each thread makes for itself are run once per shape, before a step needs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kitsune
+from kitsune.runtime import ThreadPlans, thread_plans
+from tests.plan.recorded import record
+
+
+def convolutions(n: int = 2) -> kitsune.ir.Graph:
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(n)], nn.Conv2d(4, 2, 1))
+    x = torch.randn(2, 4, 8, 8)
+
+    def step() -> None:
+        F.mse_loss(layers(x), torch.zeros(2, 2, 8, 8)).backward()
+
+    return record(step, warmup=1)
+
+
+def test_each_shape_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(thread_plans, "call", lambda op, values, scalars: made.append((op, values)))
+    graph, plans = convolutions(), ThreadPlans()
+    backwards = [op for op in graph.ops if op.target._opname == "convolution_backward"]
+    assert len(backwards) == 3
+    plans.make(graph)
+    plans.make(graph)
+    plans.make(convolutions(3))
+    # The first layer's input needs no gradient, which makes it another call than the layer after it.
+    assert len(made) == 3
+    for op, values in made:
+        assert [values[v.id].shape for v in op.inputs] == [v.type.shape for v in op.inputs]
+        assert [values[v.id].stride() for v in op.inputs] == [v.type.stride for v in op.inputs]
+
+
+def test_an_operator_that_fails_is_left_to_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(thread_plans, "call", fail)
+    ThreadPlans().make(convolutions())
+
+
+@pytest.mark.gpu
+def test_the_first_step_makes_the_plans_that_the_second_needs() -> None:
+    conv = nn.Conv2d(8, 8, 3, device="cuda")
+    kitsune.reset()
+    with kitsune.config.patch(gate=False), kitsune.accelerate(device="cuda"):
+        optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+        conv(torch.randn(4, 8, 16, 16, device="cuda")).sum().backward()
+        optimizer.step()
+        pipeline = next(iter(kitsune.contexts.here.depth))
+        assert len(pipeline.thread_plans._known) == 1
