@@ -5,6 +5,7 @@ with kitsune.accelerate():
         train_step(x, y)
 """
 
+import kitsune.fusing  # noqa: F401 - gives kitsune.fusion.FusionEngine its stages
 from kitsune.config import KitsuneWarning, config
 from kitsune.optimizer import KitsuneOptimizer
 from kitsune.scheduler import StreamConfig

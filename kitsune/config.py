@@ -44,6 +44,9 @@ class Options:
     fuel: int | None = knob(
         None, "KITSUNE_FUEL", optional(whole(0)), "only so many fusions in each region: bisects a wrong answer; None: all"
     )
+    streams: int = knob(
+        4, "KITSUNE_STREAMS", whole(1, 32), "streams that the launches of a CUDA graph are spread over; 1: one by one"
+    )
     pool: bool = knob(True, "KITSUNE_POOL", flag, "0 gives each arena back to torch when its region has run")
     graphs: bool = knob(True, "KITSUNE_GRAPHS", flag, "0 launches every region anew each time: no CUDA graphs")
     max_graphs: int = knob(64, "KITSUNE_MAX_GRAPHS", whole(1), "CUDA graphs that are kept; the least recently used goes first")
@@ -113,6 +116,7 @@ class Config:
     audit: int
     fuse: bool
     fuel: int | None
+    streams: int
     pool: bool
     graphs: bool
     max_graphs: int

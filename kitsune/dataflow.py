@@ -11,7 +11,8 @@ from kitsune.scheduler import StreamConfig
 class DataflowScheduler:
     """Plans recorded regions: order by dependence and cost, streams, memory.
 
-    `num_streams` (or a `StreamConfig`, which wins) is an upper bound. Today the planner puts every launch on stream 0;
+    `num_streams` (or a `StreamConfig`, which wins) is an upper bound. Launches that do not need each other are spread over
+    streams where the cost model says that one alone leaves the device idle, as branches of the CUDA graph of a step.
     `streams_used` says what the plans that have run use.
     """
 
@@ -34,14 +35,17 @@ class DataflowScheduler:
         """The plan of a region for a GPU, sm_80 or sm_90: by default the one that is here and, without one, sm_90."""
         if not isinstance(graph, Graph):
             raise TypeError(f"schedule() takes a kitsune.ir.Graph, as regions are recorded, not {type(graph).__name__}.")
-        return planned_for(graph, arch, self._rules)
+        return planned_for(graph, arch, self._rules, self.num_streams)
 
     def __repr__(self) -> str:
         return f"DataflowScheduler(num_streams={self.num_streams}, streams_used={self.streams_used})"
 
 
 def streams_note(config: StreamConfig) -> str:
-    """What `explain()` says of a wish for several streams; nothing for one."""
-    if config.num_streams == 1:
+    """What `explain()` says of the roles that a `StreamConfig` gives to streams; nothing if it gives none."""
+    if not (config.priority_streams or config.compute_streams or config.memory_streams):
         return ""
-    return f"up to {config.num_streams} streams are allowed; the planner puts every launch on one, in the order of the plan"
+    return (
+        f"the roles in {config} are not used: which of its {config.num_streams} streams a launch is on, and all at one priority, "
+        "is the planner's decision"
+    )

@@ -55,7 +55,8 @@ class KitsuneOptimizer(Optimizer):
       whose gradients are not finite is skipped. With `fused=True` in the optimizer nothing of this waits for the device.
       Forwards without gradients, and those that the program runs under its own autocast, are left as they are.
     - `enable_fusion`: fused kernels, as `fusion_config` allows. Without it every operator is a kernel of the library.
-    - `num_streams`, `stream_config`: an upper bound. The planner puts every launch on one stream today.
+    - `num_streams`, `stream_config`: streams that the launches of a CUDA graph are spread over, where that is worth it. The
+      roles of streams in a `StreamConfig` are not used yet.
     - `memory_pool_size`: bytes, or a text such as "2GB", that are kept of arenas which nobody uses at the moment.
     - `capture_graph`: repeating steps are replayed as CUDA graphs.
     - `profile`: the time of every step is taken, for `profiler`, `print_summary()` and `save_profile()`.

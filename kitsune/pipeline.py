@@ -183,9 +183,9 @@ def last_plan(arch: str | None = None) -> Plan | None:
     return None if graph is None else planner.plan(graph)
 
 
-def planned_for(graph: Graph, arch: str | None = None, rules: Rules = ANYTHING) -> Plan:
+def planned_for(graph: Graph, arch: str | None = None, rules: Rules = ANYTHING, n_streams: int | None = None) -> Plan:
     """The plan of a region, under a context's rules."""
-    return planner_for(arch or _arch_here(), rules).plan(graph)
+    return planner_for(arch or _arch_here(), rules, n_streams).plan(graph)
 
 
 def wait_for_kernels(timeout: float | None = None) -> bool:

@@ -8,8 +8,8 @@ import torch
 from kitsune.codegen import text_key, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
-from kitsune.ir import Graph, Kernel, Kind, Op, Plan, reads_slots, verify_plan
-from kitsune.memory import Lifetime, assign_offsets, lifetimes
+from kitsune.ir import Graph, Kernel, Kind, Op, Plan, happens_before, reads_slots, verify_plan
+from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
 from kitsune.runtime import out_form
 from kitsune.scheduler import (
     RATES,
@@ -18,7 +18,6 @@ from kitsune.scheduler import (
     assign_streams,
     common_subexpressions,
     dead_code,
-    happens_before,
     in_order,
     kernel_micros,
     op_micros,
@@ -42,6 +41,8 @@ class Planner:
     slots_in_kernels: bool = False
     # Passes beside those that every plan needs.
     shared: tuple[Callable[[Graph], Graph], ...] = (common_subexpressions,)
+    # Of a CUDA graph; what is run in the ordinary way goes to one.
+    n_streams: int = 1
     # What the context allows beyond what the planner can do.
     rules: Rules = ANYTHING
 
@@ -53,9 +54,10 @@ class Planner:
         kernels = kernels_of(parts)
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
-        launches = assign_streams(in_order(planned, works, self._micros(planned)))
+        in_turn = in_order(planned, works, self._micros(planned))
+        lives = lifetimes(planned, in_turn, lambda op: out_form(op) is not None)
+        launches = assign_streams(in_turn, planned, self.costs.load, self.n_streams, peak_bytes(lives, len(in_turn)))
         before = happens_before(launches)
-        lives = lifetimes(planned, launches, lambda op: out_form(op) is not None)
         offsets, arena = assign_offsets(lives, before)
         plan = Plan(
             graph=planned,
@@ -125,18 +127,20 @@ def plan_for(graph: Graph, arch: str = "sm_90", show: Show | None = None) -> Pla
     return planner_for(arch).plan(graph, show)
 
 
-def planner_for(arch: str, rules: Rules = ANYTHING) -> Planner:
+def planner_for(arch: str, rules: Rules = ANYTHING, n_streams: int | None = None) -> Planner:
     """The planner with today's knobs, and a context's rules. Raises ValueError for an architecture of unknown rates."""
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
-    return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit, config.graphs, rules=rules)
+    # A context may ask for more or fewer than usual; with the knob at 1 there are none beside the first.
+    n = config.streams if n_streams is None or config.streams == 1 else n_streams
+    return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit, config.graphs, n_streams=n, rules=rules)
 
 
-def slot_planner_for(arch: str) -> SlotPlanner:
+def slot_planner_for(arch: str, n_streams: int | None = None) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
-    planner = planner_for(arch)
-    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, ())
+    planner = planner_for(arch, n_streams=n_streams)
+    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, (), planner.n_streams)
 
 
 def _has_out_form(kernel: Kernel) -> bool:

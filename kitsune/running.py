@@ -1,5 +1,7 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
+import contextlib
+import math
 import warnings
 import weakref
 from concurrent.futures import Future
@@ -10,9 +12,11 @@ import torch
 
 from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, workers
 from kitsune.background import later
+from kitsune.benefits import measure
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.engine_options import DEFAULT, EngineOptions
+from kitsune.fusion import MEASURED
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
@@ -104,7 +108,7 @@ class Runner:
                 self.forget()
             ready = self.ready[key] = self._prepare(graph)
         elif ready.coming is not None and ready.coming.done():
-            ready = self.ready[key] = self._arrived(ready, ready.coming)
+            ready = self.ready[key] = self._arrived(graph, ready, ready.coming)
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
@@ -149,7 +153,7 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._planned(graph, planner_for(self.arch, self.options.rules))
+                    return self._worthwhile(graph, self._planned(graph, self._planner()))
                 if shows().wanted:
                     show_plan(graph, planner_for(SHOWN_ARCH))
             except Exception as error:
@@ -165,12 +169,25 @@ class Runner:
         alive = run_passes(graph, (dead_code,), config.verify)
         return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive, views_of_inputs(alive))
 
+    def _planner(self) -> Planner:
+        return planner_for(self.arch, self.options.rules, self.options.n_streams)
+
     def _planned(self, graph: Graph, planner: Planner) -> Ready:
         assert self.executor is not None
         plan = show_plan(graph, planner)
         n_ops = sum(len(launch.ops) for launch in plan.launches)
         n_dead = len(graph.ops) - len(dead_code(graph).ops)
         return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views_of_inputs(plan.graph))
+
+    def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
+        """The plan without the kernels that are measured to gain too little, where a context asks for that."""
+        planner, found = self._planner(), {}
+        if planner.rules.min_benefit and made.plan is not None:
+            assert self.executor is not None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                found = measure(made.plan.plan, planner, self.executor)
+        MEASURED.update(found)
+        return self._planned(graph, planner) if min(found.values(), default=math.inf) < planner.rules.min_benefit else made
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
@@ -179,7 +196,7 @@ class Runner:
             return
         assert executor is not None
         # With the knobs of now.
-        planner = planner_for(self.arch, self.options.rules) if fuse else slot_planner_for(self.arch)
+        planner = self._planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
@@ -199,14 +216,14 @@ class Runner:
         starts = [i for i in prepared.instructions if isinstance(i, Start) and i.prepared is not None]
         return [future for start in starts for future in self.backend.warm(start.launch, start.prepared)]
 
-    def _arrived(self, ready: Ready, coming: Future[Ready]) -> Ready:
+    def _arrived(self, graph: Graph, ready: Ready, coming: Future[Ready]) -> Ready:
         """A region's plan and kernels are there, or will not be."""
         ready.coming, ready.waits, new = None, False, ready
         try:
             made = coming.result()
             if failed := [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]:
                 raise failed[0]
-            new, new.asked = made, []
+            new, made.asked = self._worthwhile(graph, made), []
         except WorkerFailed as error:
             self.sentences.append(
                 f"A region of {ready.n_ops} operators stays unfused, because its kernels could not be compiled. {error} "
@@ -255,7 +272,8 @@ class Runner:
 
     def _slot_plan(self, graph: Graph) -> Prepared | None:
         assert self.executor is not None
-        return self.executor.prepare(slot_planner_for(self.arch).plan(graph)) if any(map(reads_slots, graph.ops)) else None
+        planner = slot_planner_for(self.arch, self.options.n_streams)
+        return self.executor.prepare(planner.plan(graph)) if any(map(reads_slots, graph.ops)) else None
 
     def _limits(self) -> tuple[int, int]:
         return config.max_graphs, config.graph_memory or 2 * self._budget

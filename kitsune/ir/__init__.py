@@ -1,7 +1,7 @@
 """The nouns that every stage shares. This package imports nothing of Kitsune."""
 
 from kitsune.ir.barrier import Barrier, Site
-from kitsune.ir.edges import bits, predecessors, roots
+from kitsune.ir.edges import bits, happens_before, predecessors, roots
 from kitsune.ir.graph import (
     Effects,
     Graph,
@@ -83,6 +83,7 @@ __all__ = [
     "describe_result",
     "dump_graph",
     "graph_text",
+    "happens_before",
     "in_own_thread",
     "is_own",
     "lent_memory",

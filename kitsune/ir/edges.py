@@ -1,9 +1,10 @@
 """What a Graph implies without saying it: which op must follow which, and which tensor a view is a view of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from kitsune.ir.graph import Graph, Kind, Op, Value
+from kitsune.ir.plan import Launch
 
 
 def predecessors(graph: Graph) -> list[int]:
@@ -67,3 +68,17 @@ def _root(op: Op, value: Value, found: dict[int, Value], behind: dict[int, Value
         return value
     root = found[base.id]
     return behind.get(root.id, root)
+
+
+def happens_before(launches: Sequence[Launch]) -> list[int]:
+    """For each launch the launches that have ended before it starts, as bits: those earlier on its stream and those that it
+    waits for, with all that came before them."""
+    last: dict[int, int] = {}
+    found: list[int] = []
+    for k, launch in enumerate(launches):
+        mask = 0
+        for n in (*launch.waits, *([last[launch.stream]] if launch.stream in last else ())):
+            mask |= found[n] | 1 << n
+        found.append(mask)
+        last[launch.stream] = k
+    return found

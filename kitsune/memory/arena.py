@@ -44,6 +44,11 @@ def assign_offsets(lives: Sequence[Lifetime], before: Sequence[int]) -> tuple[di
     return best
 
 
+def peak_bytes(lives: Sequence[Lifetime], n_launches: int) -> int:
+    """Bytes in use during the launch when most are."""
+    return max(_in_use(lives, n_launches), default=0)
+
+
 def _rank(life: Lifetime, worst: int) -> tuple[int, int, int]:
     if _lives_at(life, worst):
         return (0, life.first - life.uses.bit_length(), -life.nbytes)

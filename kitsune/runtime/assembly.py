@@ -60,7 +60,8 @@ class Assembly:
             outputs.setdefault(self._awaited(value).id, []).append(value)
         self._need(v for number in self.places.inputs for v in outputs.get(number, ()))
         drops = self.plan.drops or ((),) * len(self.plan.launches)
-        for launch, dropped in zip(self.plan.launches, drops, strict=True):
+        for number, (launch, dropped) in enumerate(zip(self.plan.launches, drops, strict=True)):
+            first = len(self.instructions)
             if launch.kernels:
                 self._kernels(launch)
             else:
@@ -69,6 +70,8 @@ class Assembly:
             # As soon as they can be had: a later launch may fail.
             self._need(v for op in launch.ops for made in op.outputs for v in outputs.get(made.id, ()))
             self._drop(dropped)
+            for instruction in self.instructions[first:]:
+                instruction.at = number
         self._need(self.plan.graph.outputs)
 
     def _awaited(self, value: Value) -> Value:

@@ -79,7 +79,7 @@ def plan_work(
         startable = None if usable is None else prepare(instruction.launch, usable, table)
         if startable is not None:
             started.append(startable)
-        return StartInGraph(instruction.launch, instruction.places, startable)
+        return StartInGraph(instruction.launch, instruction.places, startable, at=instruction.at)
 
     instructions = tuple(in_graph(i) for i in prepared.instructions)
     head, rest = _divided(prepared, instructions, moved) if moved else (instructions, ())

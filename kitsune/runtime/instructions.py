@@ -18,11 +18,12 @@ from kitsune.runtime.places import Places
 class Instruction:
     """One step of a run. `commits`: once it has been run, the region cannot be run again from the start.
 
-    `repeats`: it can be run again after it ran out of memory.
+    `repeats`: it can be run again after it ran out of memory. `at` is the number of the plan's launch that it belongs to.
     """
 
     commits: bool = field(default=False, kw_only=True)
     repeats: bool = field(default=True, kw_only=True)
+    at: int = field(default=-1, kw_only=True)
 
     def run(self, frame: Frame) -> None:
         """Do it."""

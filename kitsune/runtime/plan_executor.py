@@ -8,6 +8,7 @@ import torch
 
 from kitsune.ir import Launch, Plan, Value
 from kitsune.runtime.assembly import Assembly
+from kitsune.runtime.branches import Branches
 from kitsune.runtime.fallback import tensor_of
 from kitsune.runtime.frame import Block, Frame, Layout, Pool, Startable
 from kitsune.runtime.instructions import Instruction, Start
@@ -32,7 +33,8 @@ class Prepared:
 
 
 class PlanExecutor:
-    """Runs plans. Everything is put on the current stream, in the order of the plan's launches.
+    """Runs plans: on the current stream, in the order of the plan's launches; while a CUDA graph captures them, on the streams
+    that the plan gives them.
 
     `prepare_launch(launch)` makes kernels ready to start; `pool` lends arenas; `report(sentence)` hears what went wrong and
     was mended.
@@ -87,7 +89,10 @@ class PlanExecutor:
             assert block is not None
             frame.move_in(block)
             frame.furnish(prepared, lambda frame: _furnish(prepared, frame))
-        _execute(prepared.instructions, frame, 0)
+        if prepared.device.type == "cuda" and any(launch.stream for launch in prepared.plan.launches):
+            Branches(prepared.plan.launches, prepared.device).run(prepared.instructions, frame)
+        else:
+            _execute(prepared.instructions, frame, 0)
         return frame
 
     def _run_planned(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> bool:

@@ -1,16 +1,17 @@
 """From a Graph to the order, the streams and the costs of its Plan: passes, cost model, order."""
 
-from kitsune.scheduler.cost import RATES, Costs, Rates, graph_micros, kernel_micros, op_micros
+from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
 from kitsune.scheduler.stream_config import StreamConfig
-from kitsune.scheduler.streams import assign_streams, happens_before
+from kitsune.scheduler.streams import assign_streams
 from kitsune.scheduler.subexpressions import common_subexpressions
 from kitsune.scheduler.unlist import unlist
 
 __all__ = [
     "RATES",
     "Costs",
+    "Load",
     "Rates",
     "StreamConfig",
     "Work",
@@ -18,7 +19,6 @@ __all__ = [
     "common_subexpressions",
     "dead_code",
     "graph_micros",
-    "happens_before",
     "in_order",
     "kernel_micros",
     "needed_ops",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from kitsune.ir import Launch
+from kitsune.ir import Launch, happens_before
 from kitsune.memory import Lifetime, assign_offsets
 from kitsune.memory.arena import ALIGNMENT
-from kitsune.scheduler import happens_before
 
 
 def rounded(nbytes: int) -> int:
