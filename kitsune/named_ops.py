@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kitsune.engine_options import EngineOptions
 from kitsune.ir import Graph
 from kitsune.pipeline import Pipeline, listeners
 from kitsune.session import Accelerate
 
 N = 64
 SHAPE = (N, N)
+APART = EngineOptions(fuse=False, graphs=False, n_streams=1)
+TRIES = 20
 Call = Callable[[Tensor, "Operands"], Tensor]
 
 
@@ -76,45 +77,28 @@ CALLS: dict[str, Call] = {
 
 
 def record(names: Sequence[str]) -> tuple[Graph, list[int]]:
-    """The graph of the operators, each on what the one before has made, and for each op the number of its name.
-
-    In a thread of its own: what the program records at the moment has nothing to do with it.
-    """
-    found: list[Any] = []
-
-    def run() -> None:
-        try:
-            found.append(_recorded(names))
-        except BaseException as error:
-            found.append(error)
-
-    thread = threading.Thread(target=run, name="kitsune-names")
-    thread.start()
-    thread.join()
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    graph, step_of = found[0]
-    return graph, step_of
-
-
-def _recorded(names: Sequence[str]) -> tuple[Graph, list[int]]:
-    context = Accelerate(warmup=1, device="cpu")
+    """The graph of the operators, each on what the one before has made, and for each op the number of its name."""
+    # Of a pipeline of its own: what the program records at the moment goes to another one.
+    context = Accelerate(warmup=1, device="cpu", options=APART)
     pipeline = context.pipeline()
     if pipeline is None:
         raise RuntimeError("Operators cannot be recorded while Kitsune is off: unset KITSUNE=0, or set kitsune.config.enabled.")
     operands, x = Operands(), torch.ones(SHAPE)
-    graphs: list[Graph] = []
-    listeners.append(graphs.append)
-    try:
-        # Observed first: from the second time on every operator is known, and the region has its results.
-        for _ in range(2):
-            graphs.clear()
+    # Observed first: from the second time on every operator is known, and the region has its results. More often only where
+    # other threads of the program have ended it.
+    for _ in range(TRIES):
+        graphs: list[Graph] = []
+        listeners.append(graphs.append)
+        try:
             with torch.no_grad(), context:
                 kept, bounds = _go_through(names, operands, x, pipeline)
-            del kept
-    finally:
-        listeners.remove(graphs.append)
-    return graphs[-1], [step for step, (start, end) in enumerate(bounds) for _ in range(start, end)]
+        finally:
+            listeners.remove(graphs.append)
+        del kept
+        whole = [graph for graph in graphs if graph.outputs and len(graph.ops) == bounds[-1][1]]
+        if whole:
+            return whole[-1], [step for step, (start, end) in enumerate(bounds) for _ in range(start, end)]
+    raise RuntimeError(f"{list(names)} could not be recorded in one piece, {TRIES} times: fuse them while no other thread runs.")
 
 
 def _go_through(names: Sequence[str], operands: Operands, x: Tensor, pipeline: Pipeline) -> tuple[Tensor, list[tuple[int, int]]]:

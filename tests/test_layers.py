@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "session": {"config", "contexts", "engine_options", "pipeline", "ir", "dispatch", "profiler", "static"},
     "binding": {"amp", "config", "contexts", "dispatch", "engine_options", "session"},
     "attention_rewrite": set(),
-    "named_ops": {"ir", "pipeline", "session"},
+    "named_ops": {"engine_options", "ir", "pipeline", "session"},
     "fusing": {"attention_rewrite", "engine_options", "fusion", "ir", "named_ops", "pipeline", "session"},
     "dataflow": {"fusion", "ir", "pipeline", "scheduler"},
     "scaled_backward": {"amp", "contexts"},
