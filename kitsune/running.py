@@ -110,8 +110,6 @@ class Runner:
             ready = self.ready[key] = self._prepare(graph)
         elif ready.coming is not None and ready.coming.done():
             ready = self.ready[key] = self._arrived(graph, ready, ready.coming)
-        if isinstance(ready.work, Prepared):
-            ready.work.make_room(values)  # also for what a CUDA graph replays
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):

@@ -2,6 +2,7 @@
 
 from kitsune.scheduler.channels_last import in_channels_last
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros, parts
+from kitsune.scheduler.joining import joined_in_place
 from kitsune.scheduler.norms import layer_norm_backwards
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
@@ -25,6 +26,7 @@ __all__ = [
     "graph_micros",
     "in_channels_last",
     "in_order",
+    "joined_in_place",
     "kernel_micros",
     "layer_norm_backwards",
     "needed_ops",

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from kitsune.ir import Graph, Kind, Op, Result, TensorType, Value, tensor_type, values_in
+from kitsune.ir import Graph, Kind, Op, Result, Value, n_values, tensor_type, values_in
+from kitsune.scheduler.formats import contiguous
 
 aten = torch.ops.aten
 
@@ -17,7 +18,7 @@ class Builder:
     def __init__(self, graph: Graph) -> None:
         values = [*graph.inputs, *(v for op in graph.ops for v in op.outputs)]
         self.ops: list[Op] = []
-        self._id = max((v.id for v in values), default=-1)
+        self._id = n_values(graph) - 1
         self._storage = max((v.storage for v in values), default=-1)
 
     def call(
@@ -46,18 +47,10 @@ class Builder:
     def _new(self, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> Value:
         self._id += 1
         self._storage += 1
-        return Value(self._id, contiguous(dtype, shape, device), self._storage)
+        size = torch.Size(shape)
+        return Value(self._id, contiguous(tensor_type(dtype, size, (0,) * len(size), 0, device)), self._storage)
 
     def _add(self, like: Op, target: OpOverload, kind: Kind, args: Sequence[Any], value: Value, kwargs: dict[str, Any]) -> None:
         named, inputs = tuple(kwargs.items()), tuple(values_in((tuple(args), tuple(kwargs.values()))))
         op = Op(target, kind, tuple(args), named, inputs, Result(0), (value,), grad_enabled=like.grad_enabled, site=like.site)
         self.ops.append(op)
-
-
-def contiguous(dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> TensorType:
-    """The type of a new tensor."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tensor_type(dtype, torch.Size(shape), tuple(reversed(strides)), 0, device)

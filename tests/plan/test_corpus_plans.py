@@ -37,10 +37,38 @@ LAUNCHES = {
     "resnet50-full-amp-cuda": (523, 367, 111, 17),
     "resnet50-small-amp-cpu": (158, 113, 15, 10),
     "resnet50-small-fp32-cpu": (120, 112, 14, 9),
-    "vit-full-amp-cuda": (658, 436, 81, 11),
+    # 12 more than without joining in place: three copies stand for a stack and a copy of it.
+    "vit-full-amp-cuda": (658, 448, 81, 11),
     "vit-small-amp-cpu": (139, 97, 22, 11),
     "vit-small-amp-cuda": (138, 96, 21, 11),
     "vit-small-fp32-cpu": (83, 83, 6, 6),
+}
+# The same, and megabytes that the launches must move, where reductions may be in kernels: a lost fusion shows here.
+STRICT = {
+    "bert-full-amp-cuda": (459, 166, 28, 20558),
+    "bert-small-amp-cpu": (134, 53, 37, 12),
+    "bert-small-amp-cuda": (93, 31, 25, 11),
+    "bert-small-fp32-cpu": (133, 46, 30, 15),
+    "demo-gpt-cpu": (174, 50, 25, 274),
+    "demo-lenet-cpu": (37, 13, 10, 31),
+    "gpt2-full-amp-cuda": (365, 149, 22, 47504),
+    "gpt2-small-amp-cpu": (117, 43, 31, 18),
+    "gpt2-small-amp-cuda": (71, 26, 20, 15),
+    "gpt2-small-fp32-cpu": (119, 40, 30, 24),
+    "lenet-small-amp-cpu": (34, 13, 9, 3),
+    "lenet-small-fp32-cpu": (35, 14, 10, 4),
+    "mlp-small-amp-cpu": (21, 11, 9, 2),
+    "mlp-small-fp32-cpu": (22, 12, 10, 2),
+    "resnet18-small-amp-cpu": (83, 16, 11, 211),
+    "resnet18-small-amp-cuda": (84, 17, 12, 211),
+    "resnet18-small-fp32-cpu": (84, 17, 12, 226),
+    "resnet50-full-amp-cuda": (365, 113, 20, 23348),
+    "resnet50-small-amp-cpu": (111, 16, 11, 436),
+    "resnet50-small-fp32-cpu": (112, 17, 12, 468),
+    "vit-full-amp-cuda": (366, 140, 24, 33367),
+    "vit-small-amp-cpu": (72, 30, 23, 10),
+    "vit-small-amp-cuda": (71, 29, 22, 10),
+    "vit-small-fp32-cpu": (67, 26, 17, 12),
 }
 CORPUS = Path(__file__).parent.parent / "corpus"
 FILES = sorted(CORPUS.glob("*.jsonl.gz"))
@@ -82,16 +110,16 @@ class RandomCosts(Costs):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_plan_is_sound_whatever_the_costs(path, seed):
+@pytest.mark.parametrize(("seed", "numerics"), [(1, "bitwise"), (2, "strict")])
+def test_a_plan_is_sound_whatever_the_costs(path, seed, numerics):
     # verify_plan: each op once, in an order that the graph allows, and no two living storages on one byte.
-    plan = Planner(RandomCosts(seed), verify=True).plan(graph_of(path))
+    plan = Planner(RandomCosts(seed), verify=True, numerics=numerics).plan(graph_of(path))
     assert sum(len(launch.ops) for launch in plan.launches) >= 1
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])
 def test_the_same_graph_gets_the_same_plan(path):
-    texts = [str(Planner(Costs(RATES["sm_90"]), verify=True).plan(graph_of(path))) for _ in range(2)]
+    texts = [str(Planner(Costs(RATES["sm_90"]), verify=True, numerics="strict").plan(graph_of(path))) for _ in range(2)]
     assert texts[0] == texts[1]
 
 
@@ -101,3 +129,12 @@ def test_a_step_needs_these_launches(path):
     fused = [launch for launch in plan.launches if launch.kernels]
     programs = {(text_key(launch.kernels[0]), len(launch.kernels) > 1) for launch in fused}
     assert LAUNCHES[path.name.partition(".")[0]] == (plan.n_unplanned, plan.n_launches, len(fused), len(programs))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])
+def test_with_reductions_in_kernels_a_step_needs_these(path):
+    plan = Planner(Costs(RATES["sm_90"]), verify=True, numerics="strict").plan(graph_of(path))
+    fused = [launch for launch in plan.launches if launch.kernels]
+    programs = {(text_key(launch.kernels[0]), len(launch.kernels) > 1) for launch in fused}
+    found = (plan.n_launches, len(fused), len(programs), round(plan.nbytes / 1e6))
+    assert STRICT[path.name.partition(".")[0]] == found
