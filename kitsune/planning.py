@@ -17,6 +17,7 @@ from kitsune.scheduler import (
     Work,
     assign_streams,
     common_subexpressions,
+    cross_entropies,
     dead_code,
     in_channels_last,
     in_order,
@@ -92,6 +93,7 @@ class Planner:
         """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
         if self.numerics == "bitwise":
             return graph
+        graph = cross_entropies(graph, self.why_not_fused)
         graph = layer_norm_backwards(graph, self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
 

@@ -2,6 +2,7 @@
 
 from kitsune.scheduler.channels_last import in_channels_last
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros, parts
+from kitsune.scheduler.cross_entropy import cross_entropies
 from kitsune.scheduler.norms import layer_norm_backwards
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
@@ -19,6 +20,7 @@ __all__ = [
     "Work",
     "assign_streams",
     "common_subexpressions",
+    "cross_entropies",
     "dead_code",
     "graph_micros",
     "in_channels_last",

@@ -18,6 +18,8 @@ class Builder:
     def __init__(self, graph: Graph) -> None:
         values = [*graph.inputs, *(v for op in graph.ops for v in op.outputs)]
         self.ops: list[Op] = []
+        # Those of them that were not recorded.
+        self.made: list[Op] = []
         self._id = n_values(graph) - 1
         self._storage = max((v.storage for v in values), default=-1)
 
@@ -53,4 +55,9 @@ class Builder:
     def _add(self, like: Op, target: OpOverload, kind: Kind, args: Sequence[Any], value: Value, kwargs: dict[str, Any]) -> None:
         named, inputs = tuple(kwargs.items()), tuple(values_in((tuple(args), tuple(kwargs.values()))))
         op = Op(target, kind, tuple(args), named, inputs, Result(0), (value,), grad_enabled=like.grad_enabled, site=like.site)
+        self.add(op)
+
+    def add(self, op: Op) -> None:
+        """Put an op that is new, or reads what is new."""
         self.ops.append(op)
+        self.made.append(op)
