@@ -16,6 +16,7 @@ from kitsune.scheduler import (
     Costs,
     Work,
     assign_streams,
+    batch_norms,
     common_subexpressions,
     cross_entropies,
     dead_code,
@@ -94,7 +95,7 @@ class Planner:
         if self.numerics == "bitwise":
             return graph
         graph = cross_entropies(graph, self.why_not_fused)
-        graph = layer_norm_backwards(graph, self.why_not_fused)
+        graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
 
     def convolutions_laid_out(self, graph: Graph) -> Graph:

@@ -1,5 +1,6 @@
 """From a Graph to the order, the streams and the costs of its Plan: passes, cost model, order."""
 
+from kitsune.scheduler.batch_norms import batch_norms
 from kitsune.scheduler.channels_last import in_channels_last
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros, parts
 from kitsune.scheduler.cross_entropy import cross_entropies
@@ -19,6 +20,7 @@ __all__ = [
     "Rates",
     "Work",
     "assign_streams",
+    "batch_norms",
     "common_subexpressions",
     "cross_entropies",
     "dead_code",

@@ -57,6 +57,10 @@ def _norm_backward(n: int) -> list[tuple[int, ...]]:
     return [(ROWS, n), (ROWS, n), (n,), (n,)]
 
 
+def _images(n: int) -> list[tuple[int, ...]]:
+    return [(2, 6, 1, max(n, 8)), (2, 6, 1, max(n, 8)), (6,), (6,)]
+
+
 def _layer_norm_backward(mask: list[bool]) -> Callable[..., Any]:
     def program(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
         _, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], weight, bias, 1e-5)
@@ -93,6 +97,22 @@ def _cross_entropy(wide: bool, reduction: int = 1) -> Callable[..., Any]:
     return program
 
 
+def _batch_norm(channels_last: bool) -> Callable[..., Any]:
+    """Forward with running statistics, a rectifier, and the backward of both."""
+
+    def program(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
+        if channels_last:
+            x, grad = (t.to(memory_format=torch.channels_last) for t in (x, grad))
+        numbers = torch.float64 if x.dtype is torch.float64 else torch.float32
+        weight, bias, mean, var = (t.to(numbers) for t in (weight, bias, bias * 2, weight * weight + 1))
+        y, *saved = aten.native_batch_norm(x, weight, bias, mean, var, True, 0.1, 1e-5)
+        through = aten.threshold_backward(grad, y, 0)
+        options = (mean, var, *saved, True, 1e-5, [True, True, True])
+        return [y.relu(), *saved, mean, var, *aten.native_batch_norm_backward(through, x, weight, *options)]
+
+    return program
+
+
 CASES = [
     Case("sum", lambda x: [(x * 2).sum(1), x.sum(1, keepdim=True) + 1], _rows),
     Case("sum of columns", lambda x: [(x * 2).sum(0), x.sum(0, keepdim=True) * 3], _columns),
@@ -122,6 +142,8 @@ CASES = [
     Case("layer norm of a sum", lambda x, w, b: [F.layer_norm(x + x.abs(), (x.shape[-1],), w, None).relu()], _norm),
     Case("layer norm backward", _layer_norm_backward([True, False, False]), _norm_backward),
     Case("layer norm backward, all", _layer_norm_backward([True, True, True]), _norm_backward),
+    Case("batch norm", _batch_norm(False), _images),
+    Case("batch norm in channels-last", _batch_norm(True), _images),
 ]
 
 
