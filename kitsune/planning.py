@@ -16,7 +16,9 @@ from kitsune.scheduler import (
     Costs,
     Work,
     assign_streams,
+    batch_norms,
     common_subexpressions,
+    cross_entropies,
     dead_code,
     in_channels_last,
     in_order,
@@ -105,7 +107,8 @@ class Planner:
         """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
         if self.numerics == "bitwise":
             return graph
-        graph = layer_norm_backwards(graph, self.why_not_fused)
+        graph = cross_entropies(graph, self.why_not_fused)
+        graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
 
     def why_not_fused(self, op: Op) -> str | None:
