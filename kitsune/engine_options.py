@@ -19,6 +19,8 @@ class EngineOptions:
     rules: Rules = ANYTHING
     # As the knob has it; None: what the knob says.
     numerics: str | None = None
+    # Streams that the launches of a CUDA graph may be spread over; None: as many as the knob says.
+    n_streams: int | None = None
 
     @property
     def grade(self) -> str:

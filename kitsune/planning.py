@@ -16,7 +16,9 @@ from kitsune.scheduler import (
     Costs,
     Work,
     assign_streams,
+    batch_norms,
     common_subexpressions,
+    cross_entropies,
     dead_code,
     in_channels_last,
     in_order,
@@ -105,7 +107,8 @@ class Planner:
         """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
         if self.numerics == "bitwise":
             return graph
-        graph = layer_norm_backwards(graph, self.why_not_fused)
+        graph = cross_entropies(graph, self.why_not_fused)
+        graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
 
     def why_not_fused(self, op: Op) -> str | None:
@@ -160,19 +163,21 @@ def plan_for(graph: Graph, arch: str = "sm_90", show: Show | None = None) -> Pla
     return planner_for(arch).plan(graph, show)
 
 
-def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None) -> Planner:
+def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None, n_streams: int | None = None) -> Planner:
     """The planner with today's knobs, and a context's rules. Raises ValueError for an architecture of unknown rates."""
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
     grade = numerics or config.numerics
     knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts and grade != "bitwise")
-    return Planner(Costs(RATES[arch]), *knobs, n_streams=config.streams, rules=rules, numerics=grade)
+    # A context may ask for more or fewer than usual; with the knob at 1 there are none beside the first.
+    n = config.streams if n_streams is None or config.streams == 1 else n_streams
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules, numerics=grade)
 
 
-def slot_planner_for(arch: str) -> SlotPlanner:
+def slot_planner_for(arch: str, n_streams: int | None = None) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
-    planner = planner_for(arch)
+    planner = planner_for(arch, n_streams=n_streams)
     knobs = (None, planner.verify, planner.toolkit, True, False, (), planner.n_streams)
     return SlotPlanner(planner.costs, *knobs, numerics="bitwise")
 

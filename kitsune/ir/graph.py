@@ -114,6 +114,8 @@ class Op:
     site: Site | None = None
     # Put in by the planner for memory that other ops fill: starts nothing, and the plan may place it.
     allocates: bool = False
+    # Put in by a planner for the ops that follow: cheaper made again there than kept from what came before.
+    late: bool = False
 
     @property
     def outputs(self) -> tuple[Value, ...]:

@@ -1,13 +1,16 @@
 """From a Graph to the order, the streams and the costs of its Plan: passes, cost model, order."""
 
+from kitsune.scheduler.batch_norms import batch_norms
 from kitsune.scheduler.channels_last import in_channels_last
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros, parts
+from kitsune.scheduler.cross_entropy import cross_entropies
 from kitsune.scheduler.joining import joined_in_place
 from kitsune.scheduler.norms import layer_norm_backwards
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
 from kitsune.scheduler.split import split_reductions
+from kitsune.scheduler.stream_config import StreamConfig
 from kitsune.scheduler.streams import assign_streams
 from kitsune.scheduler.subexpressions import common_subexpressions
 from kitsune.scheduler.unlist import unlist
@@ -17,9 +20,12 @@ __all__ = [
     "Costs",
     "Load",
     "Rates",
+    "StreamConfig",
     "Work",
     "assign_streams",
+    "batch_norms",
     "common_subexpressions",
+    "cross_entropies",
     "dead_code",
     "graph_micros",
     "in_channels_last",

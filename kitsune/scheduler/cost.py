@@ -147,6 +147,8 @@ class Costs:
 BUSY, WANTED, NEIGHBOURS = 132, 512, 64
 # Elements of a row that a part must have at least: below, the parts themselves would be much to write.
 LEAST_INNER, LEAST_OUTER = 1024, 32
+# What a single block is done with before another launch would have begun.
+ONE_BLOCK = 1 << 15
 
 
 def parts(rows: int, columns: int, inner: bool) -> int:
@@ -154,6 +156,8 @@ def parts(rows: int, columns: int, inner: bool) -> int:
 
     `inner`: neighbours in memory belong to one row.
     """
+    if rows * columns <= ONE_BLOCK:
+        return 1
     blocks = rows if inner else -(-rows // NEIGHBOURS)
     if blocks >= BUSY:
         return 1
