@@ -33,7 +33,9 @@ def parts(name: str) -> tuple[nn.Module, Any]:
 def settings(name: str) -> dict[str, Any]:
     """The first inputs of torch's own tests of an optimizer, on a CPU."""
     inputs = INFOS[name].optim_inputs_func(device="cpu")
-    return dict(inputs[1].kwargs if len(inputs) > 1 else inputs[0].kwargs)
+    chosen = dict(inputs[1].kwargs if len(inputs) > 1 else inputs[0].kwargs)
+    # It evaluates its closure 20 times in a step otherwise, each a region of its own.
+    return {**chosen, "max_iter": 3} if name == "LBFGS" else chosen
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -66,12 +68,11 @@ def test_every_optimizer_of_torch_is_here() -> None:
     assert shipped == INFOS.keys() and len(INFOS) >= 14
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("name", INFOS)
-def test_ten_steps_end_where_plain_torch_ends(name: str, fuse: bool) -> None:
+def test_ten_steps_end_where_plain_torch_ends(name: str) -> None:
     model, parameters = parts(name)
     expected = train(model, INFOS[name].optim_cls(parameters, **settings(name)), 10, step)
-    model, optimizer = wrapped(name, enable_fusion=fuse)
+    model, optimizer = wrapped(name)
     assert not differences(expected, train(model, optimizer, 10, step))
 
 
