@@ -103,6 +103,17 @@ def number(above: float, below: float = float("inf")) -> Accepts:
     return Accepts(f"a number {words}", functools.partial(_check_number, above, below), float)
 
 
+def one_of(*words: str) -> Accepts:
+    """One of a few words."""
+
+    def check(value: object) -> str:
+        if value not in words:
+            raise ValueError
+        return str(value)
+
+    return Accepts(" or ".join(map(repr, words)), check, str.lower)
+
+
 def optional(accepts: Accepts) -> Accepts:
     """The same, or None."""
 

@@ -12,6 +12,19 @@ from kitsune.runtime import PlanExecutor, device_seconds, prepare, replay
 Seconds = Callable[[Callable[[], None], torch.device], float]
 
 
+def gains_enough(plan: Plan, planner: Planner, executor: PlanExecutor) -> bool:
+    """False if a kernel of the plan was found to gain too little: planned again, it is left out."""
+    least = planner.rules.min_benefit
+    if not least:
+        return True
+    try:
+        found = measure(plan, planner, executor)
+    except torch.OutOfMemoryError:
+        return True
+    MEASURED.update(found)
+    return all(benefit >= least for benefit in found.values())
+
+
 def measure(plan: Plan, planner: Planner, executor: PlanExecutor, seconds: Seconds = device_seconds) -> dict[Hashable, float]:
     """The benefit of each kernel of a plan that is launched alone and was not measured yet.
 

@@ -13,7 +13,7 @@ from contextlib import ContextDecorator
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
-from kitsune.accepts import Accepts, accepted, device_name, flag, folder, n_bytes, nearest, optional, whole
+from kitsune.accepts import Accepts, accepted, device_name, flag, folder, n_bytes, nearest, one_of, optional, whole
 
 __all__ = ["Config", "KitsuneWarning", "Options", "config", "knob_table"]
 
@@ -41,12 +41,19 @@ class Options:
     follow: bool = knob(True, "KITSUNE_FOLLOW", flag, "follow whole calls of torch's API, and `backward()`, once they are known")
     audit: int = knob(100, "KITSUNE_AUDIT", whole(0), "one call in so many of a static function goes through Python; 0: none")
     fuse: bool = knob(True, "KITSUNE_FUSE", flag, "0 runs every region op by op: no planning, no kernels of Kitsune's own")
+    numerics: str = knob(
+        "strict",
+        "KITSUNE_NUMERICS",
+        one_of("strict", "bitwise"),
+        "strict: eager's bits but for reductions, which are fused in an order of their own; bitwise: no reduction is fused",
+    )
     fuel: int | None = knob(
         None, "KITSUNE_FUEL", optional(whole(0)), "only so many fusions in each region: bisects a wrong answer; None: all"
     )
     streams: int = knob(
         4, "KITSUNE_STREAMS", whole(1, 32), "streams that the launches of a CUDA graph are spread over; 1: one by one"
     )
+    layouts: bool = knob(True, "KITSUNE_LAYOUTS", flag, "0 keeps eager's layouts: no padded products, no channels-last inside")
     pool: bool = knob(True, "KITSUNE_POOL", flag, "0 gives each arena back to torch when its region has run")
     graphs: bool = knob(True, "KITSUNE_GRAPHS", flag, "0 launches every region anew each time: no CUDA graphs")
     max_graphs: int = knob(64, "KITSUNE_MAX_GRAPHS", whole(1), "CUDA graphs that are kept; the least recently used goes first")
@@ -115,8 +122,10 @@ class Config:
     follow: bool
     audit: int
     fuse: bool
+    numerics: str
     fuel: int | None
     streams: int
+    layouts: bool
     pool: bool
     graphs: bool
     max_graphs: int

@@ -19,6 +19,13 @@ class EngineOptions:
     rules: Rules = ANYTHING
     # Streams that the launches of a CUDA graph may be spread over; None: as many as the knob says.
     n_streams: int | None = None
+    # As the knob has it; None: what the knob says.
+    numerics: str | None = None
+
+    @property
+    def grade(self) -> str:
+        """The numerics asked for now; the stricter one of two that were."""
+        return "bitwise" if config.numerics == "bitwise" else self.numerics or config.numerics
 
     @property
     def fuses(self) -> bool:

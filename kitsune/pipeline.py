@@ -119,7 +119,7 @@ class Pipeline:
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
         """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""
-        close(graph, cause, site)
+        close(graph, cause, site, self.runner.options.grade)
         if observed and self.device.type == "cuda":
             with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 self.thread_plans.make(graph)
@@ -160,10 +160,10 @@ class Pipeline:
         return free >= torch.cuda.max_memory_allocated(self.device)
 
 
-def close(graph: Graph, cause: Barrier, site: Site | None) -> None:
+def close(graph: Graph, cause: Barrier, site: Site | None, numerics: str) -> None:
     """A region ended: check it, show it, tell who listens."""
     if cause is Barrier.STEP or latest.get("cause") is not Barrier.STEP:
-        latest.update(graph=graph, cause=cause)
+        latest.update(graph=graph, cause=cause, numerics=numerics)
     if config.verify:
         verify(graph)
     if config.debug:
@@ -178,14 +178,14 @@ def last_plan(arch: str | None = None) -> Plan | None:
     `arch` is the GPU to plan for, sm_80 or sm_90: by default the one that is here and, where there is none, sm_90. The plan
     prints as a table. Raises ValueError for an architecture that Kitsune cannot plan for.
     """
-    planner = planner_for(arch or _arch_here())
+    planner = planner_for(arch or _arch_here(), numerics=latest.get("numerics"))
     graph = latest.get("graph")
     return None if graph is None else planner.plan(graph)
 
 
 def planned_for(graph: Graph, arch: str | None = None, rules: Rules = ANYTHING, n_streams: int | None = None) -> Plan:
     """The plan of a region, under a context's rules."""
-    return planner_for(arch or _arch_here(), rules, n_streams).plan(graph)
+    return planner_for(arch or _arch_here(), rules, n_streams=n_streams).plan(graph)
 
 
 def wait_for_kernels(timeout: float | None = None) -> bool:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kitsune.codegen import text_key, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
+from kitsune.codegen import text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Op, Plan, happens_before, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
-from kitsune.runtime import out_form
+from kitsune.runtime import out_form, takes_memory
 from kitsune.scheduler import (
     RATES,
     Costs,
@@ -18,10 +18,15 @@ from kitsune.scheduler import (
     assign_streams,
     common_subexpressions,
     dead_code,
+    in_channels_last,
     in_order,
     kernel_micros,
+    layer_norm_backwards,
     op_micros,
+    padded_products,
+    parts,
     run_passes,
+    split_reductions,
     unlist,
 )
 
@@ -35,10 +40,14 @@ class Planner:
     costs: Costs
     fuel: int | None = None
     verify: bool = False
+    # "strict" or "bitwise", as the knob has it: may a reduction be a kernel, whose order of summation is its own?
+    numerics: str = "strict"
     # Is the math library there that eager was built with? Without it fewer ops keep eager's bits.
     toolkit: bool = True
     # Are ops that take a moving number to be kernels, which can read it from memory? A library call has it baked in.
     slots_in_kernels: bool = False
+    # May values that live and die inside have other layouts than eager gives them?
+    layouts: bool = True
     # Passes beside those that every plan needs.
     shared: tuple[Callable[[Graph], Graph], ...] = (common_subexpressions,)
     # Of a CUDA graph; what is run in the ordinary way goes to one.
@@ -48,14 +57,16 @@ class Planner:
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        planned = run_passes(graph, (dead_code, *self.shared, self.lists_taken_apart), self.verify, show)
+        layouts = (self.convolutions_laid_out, self.products_padded) if self.layouts else ()
+        passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
+        planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
         kernels = kernels_of(parts)
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
         in_turn = in_order(planned, works, self._micros(planned))
-        lives = lifetimes(planned, in_turn, lambda op: out_form(op) is not None)
+        lives = lifetimes(planned, in_turn, takes_memory)
         launches = assign_streams(in_turn, planned, self.costs.load, self.n_streams, peak_bytes(lives, len(in_turn)))
         before = happens_before(launches)
         offsets, arena = assign_offsets(lives, before)
@@ -77,8 +88,25 @@ class Planner:
         """The pass that gives each tensor of a list call an op of its own, of which some may be needed by nobody."""
         return dead_code(unlist(graph, self.why_not_fused))
 
+    def convolutions_laid_out(self, graph: Graph) -> Graph:
+        """The pass that has convolutions, and what is between them, in channels-last."""
+        return in_channels_last(graph, self.costs)
+
+    def products_padded(self, graph: Graph) -> Graph:
+        """The pass that makes matrix products with odd dimensions larger."""
+        return padded_products(graph, self.costs, self.why_not_fused)
+
+    def reductions_taken_apart(self, graph: Graph) -> Graph:
+        """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
+        if self.numerics == "bitwise":
+            return graph
+        graph = layer_norm_backwards(graph, self.why_not_fused)
+        return dead_code(split_reductions(graph, parts, self.why_not_fused))
+
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
+        if op.kind is Kind.REDUCTION and self.numerics == "bitwise":
+            return f"{op.target} is a reduction, and numerics='bitwise' keeps eager's order of summation"
         return why_not_lowered(op) or why_not_exact(op, self.toolkit)
 
     def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
@@ -127,20 +155,22 @@ def plan_for(graph: Graph, arch: str = "sm_90", show: Show | None = None) -> Pla
     return planner_for(arch).plan(graph, show)
 
 
-def planner_for(arch: str, rules: Rules = ANYTHING, n_streams: int | None = None) -> Planner:
+def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None, n_streams: int | None = None) -> Planner:
     """The planner with today's knobs, and a context's rules. Raises ValueError for an architecture of unknown rates."""
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
     # A context may ask for more or fewer than usual; with the knob at 1 there are none beside the first.
     n = config.streams if n_streams is None or config.streams == 1 else n_streams
-    return Planner(Costs(RATES[arch]), config.fuel, config.verify, toolkit, config.graphs, n_streams=n, rules=rules)
+    grade = numerics or config.numerics
+    knobs = (config.fuel, config.verify, grade, toolkit, config.graphs, config.layouts and grade != "bitwise")
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules)
 
 
 def slot_planner_for(arch: str, n_streams: int | None = None) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
     planner = planner_for(arch, n_streams=n_streams)
-    return SlotPlanner(planner.costs, None, planner.verify, planner.toolkit, True, (), planner.n_streams)
+    return SlotPlanner(planner.costs, None, planner.verify, "bitwise", planner.toolkit, True, False, (), planner.n_streams)
 
 
 def _has_out_form(kernel: Kernel) -> bool:
@@ -149,7 +179,7 @@ def _has_out_form(kernel: Kernel) -> bool:
 
 
 def _batch_key(kernel: Kernel) -> Hashable | None:
-    return text_key(kernel) if why_not_batched(kernel) is None else None
+    return (text_key(kernel), tile_of(kernel)) if why_not_batched(kernel) is None else None
 
 
 def _drops(graph: Graph, lives: list[Lifetime], offsets: dict[int, int], n_launches: int) -> tuple[tuple[int, ...], ...]:

@@ -1,7 +1,5 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
-import contextlib
-import math
 import warnings
 import weakref
 from concurrent.futures import Future
@@ -12,11 +10,10 @@ import torch
 
 from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, workers
 from kitsune.background import later
-from kitsune.benefits import measure
+from kitsune.benefits import gains_enough
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.engine_options import DEFAULT, EngineOptions
-from kitsune.fusion import MEASURED
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
@@ -101,7 +98,8 @@ class Runner:
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        key = (graph, self.options.fuses, config.fuel, numeric_settings() if self.steady is not None else None)
+        knobs = (self.options.fuses, config.fuel, config.layouts, self.options.grade)
+        key = (graph, *knobs, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
@@ -109,6 +107,8 @@ class Runner:
             ready = self.ready[key] = self._prepare(graph)
         elif ready.coming is not None and ready.coming.done():
             ready = self.ready[key] = self._arrived(graph, ready, ready.coming)
+        if isinstance(ready.work, Prepared):
+            ready.work.make_room(values)  # also for what a CUDA graph replays
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
@@ -133,7 +133,7 @@ class Runner:
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
-            if knobs == [self.options.fuses, config.fuel]:
+            if knobs == [self.options.fuses, config.fuel, config.layouts, self.options.grade]:
                 self._ask(graph, ready)
 
     def forget(self) -> None:
@@ -153,14 +153,17 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._worthwhile(graph, self._planned(graph, self._planner()))
+                    return self._worthwhile(graph, self._planned(graph, self._planner(self.arch)))
                 if shows().wanted:
-                    show_plan(graph, planner_for(SHOWN_ARCH))
+                    show_plan(graph, self._planner(SHOWN_ARCH))
             except Exception as error:
                 if config.verify:
                     raise
                 self._unplanned(graph, error)
         return self._unfused(graph)
+
+    def _planner(self, arch: str) -> Planner:
+        return planner_for(arch, self.options.rules, self.options.grade, self.options.n_streams)
 
     def _in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
@@ -168,9 +171,6 @@ class Runner:
     def _unfused(self, graph: Graph) -> Ready:
         alive = run_passes(graph, (dead_code,), config.verify)
         return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive, views_of_inputs(alive))
-
-    def _planner(self) -> Planner:
-        return planner_for(self.arch, self.options.rules, self.options.n_streams)
 
     def _planned(self, graph: Graph, planner: Planner) -> Ready:
         assert self.executor is not None
@@ -181,13 +181,11 @@ class Runner:
 
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
-        planner, found = self._planner(), {}
-        if planner.rules.min_benefit and made.plan is not None:
-            assert self.executor is not None
-            with contextlib.suppress(torch.OutOfMemoryError):
-                found = measure(made.plan.plan, planner, self.executor)
-        MEASURED.update(found)
-        return self._planned(graph, planner) if min(found.values(), default=math.inf) < planner.rules.min_benefit else made
+        assert self.executor is not None
+        planner = self._planner(self.arch)
+        if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
+            return made
+        return self._planned(graph, planner)
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
@@ -196,7 +194,7 @@ class Runner:
             return
         assert executor is not None
         # With the knobs of now.
-        planner = self._planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
+        planner = self._planner(self.arch) if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:

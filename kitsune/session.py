@@ -69,7 +69,7 @@ class Accelerate:
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         _check_callable(fn)
         if self._static:
-            call = StaticFunction(fn, Accelerate(self._warmup, self._device), self._audit).call
+            call = StaticFunction(fn, Accelerate(self._warmup, self._device, options=self._options), self._audit).call
 
             @functools.wraps(fn)
             def static(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -116,6 +116,7 @@ def accelerate(
     device: str | torch.device | None = None,
     static: bool = False,
     audit: int | None = None,
+    numerics: str | None = None,
 ) -> Accelerate: ...
 @overload
 def accelerate(
@@ -125,6 +126,7 @@ def accelerate(
     device: str | torch.device | None = None,
     static: bool = False,
     audit: int | None = None,
+    numerics: str | None = None,
 ) -> Callable[P, R]: ...
 def accelerate(
     fn: Callable[..., Any] | None = None,
@@ -133,13 +135,15 @@ def accelerate(
     device: str | torch.device | None = None,
     static: bool = False,
     audit: int | None = None,
+    numerics: str | None = None,
     **unknown: Any,
 ) -> Any:
     """Record and run the PyTorch code inside: `with accelerate():`, `@accelerate` or `@accelerate(warmup=0)`.
 
     `warmup` is how often a region is observed, op by op, before it is recorded lazily; `device` what to record for, by
     default the current CUDA device or, without one, the CPU. Contexts nest. What was recorded is run at the latest when
-    the context is left. Raises TypeError for an unknown option, RuntimeError for a CUDA device that is not there.
+    the context is left. `numerics` is the knob of that name: "strict" lets reductions be fused, which changes their order of
+    summation; "bitwise" does not. Raises TypeError for an unknown option, RuntimeError for a CUDA device that is not there.
 
     `@accelerate(static=True)` is for a training step that does the same each time: once it has, a few times over, its Python
     is skipped. Results, gradients, parameters, optimizer state, counts of writes and the random generator are as if it had
@@ -161,6 +165,7 @@ def accelerate(
         None if device is None else checked("device", device),
         static,
         None if audit is None else checked("audit", audit),
+        DEFAULT if numerics is None else EngineOptions(numerics=checked("numerics", numerics)),
     )
     return context if fn is None else context(fn)
 

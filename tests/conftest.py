@@ -10,6 +10,8 @@ os.environ.setdefault("KITSUNE_VERIFY", "1")
 os.environ.setdefault("KITSUNE_GATE", "0")
 # Tests count kernels and captures of given steps; those of the cold start have workers of their own.
 os.environ.setdefault("KITSUNE_COMPILE_WORKERS", "0")
+# Bits are compared throughout; what reductions in kernels change is the subject of tests that ask for "strict".
+os.environ.setdefault("KITSUNE_NUMERICS", "bitwise")
 
 import pytest
 import torch

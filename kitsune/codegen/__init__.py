@@ -9,6 +9,7 @@ from kitsune.codegen.libdevice import toolkit_libdevice
 from kitsune.codegen.lower import why_not_lowered
 from kitsune.codegen.lowering import NotLowered
 from kitsune.codegen.render import parameters_of, render
+from kitsune.codegen.tiles import tile_of
 
 __all__ = [
     "BackgroundCompiler",
@@ -22,6 +23,7 @@ __all__ = [
     "parameters_of",
     "render",
     "text_key",
+    "tile_of",
     "toolkit_libdevice",
     "why_not_batched",
     "why_not_exact",

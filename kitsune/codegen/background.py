@@ -10,8 +10,7 @@ import torch
 
 from kitsune.codegen.compile_pool import CompilePool
 from kitsune.codegen.compiler import Compiled, Compiler
-from kitsune.codegen.walks import Parameter
-from kitsune.ir.plan import Kernel, Pending, Program
+from kitsune.ir.plan import Kernel, Parameter, Pending, Program
 
 
 class BackgroundCompiler:
@@ -64,7 +63,7 @@ class BackgroundCompiler:
         return sum(not future.done() for future in list(self._asked.values()))
 
     def _ask(self, pool: CompilePool, program: Program, target: torch.device | int, *variant: bool) -> "Future[Compiled]":
-        key = (program.text, target, *variant)
+        key = (program.text, program.tile, target, *variant)
         # Most are known, and the lock's holder may be resting.
         if (known := self._asked.get(key)) is not None:
             return known

@@ -12,17 +12,14 @@ from kitsune.codegen.cache import KernelFiles
 from kitsune.codegen.libdevice import toolkit_libdevice
 from kitsune.codegen.machine_code import BLOCK, OPTIONS, Job, constants_of, load_module, machine_code, types_of
 from kitsune.codegen.render import HEADER, parameters_of
-from kitsune.codegen.walks import Parameter
-from kitsune.ir.plan import Kernel, Program
+from kitsune.ir.plan import Kernel, Parameter, Program
 
 
 class Compiled:
-    """A program for one device. `block` is the number of elements that each block of the grid computes."""
+    """A program for one device. `block` is the number of elements, or of rows, that each block of the grid computes."""
 
-    block = BLOCK
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, block: int) -> None:
+        self.path, self.block = path, block
 
     def launch(self, grid: int, args: Sequence[Any], stream: int) -> None:
         """Start `grid` blocks. `args` are the program's parameters, pointers as addresses; `stream` is a CUDA stream's handle."""
@@ -35,8 +32,8 @@ class Compiled:
 class OnDevice(Compiled):
     """Machine code. `kernel` is Triton's CompiledKernel, of which `asm` has every stage."""
 
-    def __init__(self, path: Path, kernel: Any, constants: tuple[Any, ...]) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, block: int, kernel: Any, constants: tuple[Any, ...]) -> None:
+        super().__init__(path, block)
         self.kernel = kernel
         self._constants = constants
 
@@ -53,8 +50,8 @@ class OnDevice(Compiled):
 class Interpreted(Compiled):
     """Python over CPU memory, element for element what the device would do except for the rounding of library functions."""
 
-    def __init__(self, path: Path, function: Any, types: Sequence[str], constants: tuple[Any, ...]) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, block: int, function: Any, types: Sequence[str], constants: tuple[Any, ...]) -> None:
+        super().__init__(path, block)
         self._function = function
         self._types = types
         self._constants = constants
@@ -89,7 +86,7 @@ class Compiler:
         `aligned` promises that addresses, sizes and strides are multiples of 16; `wide` computes indices in 64 bits.
         Raises what Triton raises.
         """
-        key = (program.text, target, aligned, wide)
+        key = (program.text, program.tile, target, aligned, wide)
         with self._lock:
             found = self._compiled.get(key)
             if found is None:
@@ -112,16 +109,22 @@ class Compiler:
         if isinstance(target, torch.device):
             major, minor = torch.cuda.get_device_capability(target)
             target = major * 10 + minor
-        return Job(str(self.path_of(program)), program.name, program.batched, aligned, wide, target, self.libdevice)
+        path, tile = str(self.path_of(program)), program.tile
+        sizes = None if tile is None else (tile.rows, tile.columns, tile.warps)
+        return Job(path, program.name, program.batched, aligned, wide, target, self.libdevice, sizes)
 
     def _compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
-        values = tuple(constants_of(program.batched, aligned, wide).values())
+        tile = program.tile
+        sizes = None if tile is None else (tile.rows, tile.columns, tile.warps)
+        values = tuple(constants_of(program.batched, aligned, wide, sizes).values())
+        block = BLOCK if tile is None else tile.rows
         if self.interpret:
             path = self.path_of(program)
             module = load_module(path)
-            return Interpreted(path, getattr(module, program.name), list(types_of(module, wide).values()), values)
+            types = list(types_of(module, wide).values())
+            return Interpreted(path, block, getattr(module, program.name), types, values)
         job = self.job_of(program, target, aligned, wide)
-        return OnDevice(Path(job.path), machine_code(job), values)
+        return OnDevice(Path(job.path), block, machine_code(job), values)
 
 
 def interpreted_text(text: str) -> str:

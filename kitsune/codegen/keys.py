@@ -5,7 +5,8 @@ from typing import Any
 
 import kitsune.codegen.rules  # noqa: F401 -- fills the table
 from kitsune.codegen.lowering import arguments_of, base_name, lower_rules
-from kitsune.codegen.walks import ONE, counted, walk, walks
+from kitsune.codegen.tiles import inner, is_looped
+from kitsune.codegen.walks import ONE, accesses, counted, is_read, operands_by_value, tile_walk, walk, walks
 from kitsune.ir import Slot, Value
 from kitsune.ir.plan import Kernel, Step
 
@@ -17,12 +18,27 @@ MAX_COLUMNS = 64
 
 def text_key(kernel: Kernel) -> tuple[Any, ...]:
     """Equal for two kernels exactly if `render` gives them the same text but for the name."""
+    if kernel.reduced:
+        return _rows_key(kernel)
     domain = kernel.domain
     n_dims = len(counted(domain))
     forms = [(a.value.type.dtype, walk(domain, a.strides)) for a in kernel.loads]
     stores = [(s.source, s.access.value.type.dtype, walk(domain, s.access.strides)) for s in kernel.stores]
     strided = any(type(form.kind) is tuple for _, form in forms) or any(type(s[2].kind) is tuple for s in stores)
     return (n_dims if strided else 0, tuple(forms), tuple(stores), tuple(_step_key(step) for step in kernel.steps))
+
+
+def _rows_key(kernel: Kernel) -> tuple[Any, ...]:
+    forms = [tile_walk(kernel.domain, kernel.reduced, a.strides) for a in accesses(kernel)]
+    cut = len(kernel.domain) - kernel.reduced
+    n_rows = len(counted(kernel.domain[:cut])) if any(type(form.rows) is tuple for form in forms) else 0
+    n_columns = len(counted(kernel.domain[cut:])) if any(type(form.columns) is tuple for form in forms) else 0
+    types = tuple(a.value.type.dtype for a in accesses(kernel))
+    sources = tuple(store.source for store in kernel.stores)
+    # Whether the loop's stores may come early depends on what else is read of their memory.
+    again = tuple(is_read(kernel, store) for store in kernel.stores) if is_looped(kernel) else ()
+    steps = tuple(_step_key(step) for step in kernel.steps)
+    return (inner(kernel), is_looped(kernel), n_rows, n_columns, tuple(forms), types, sources, again, steps)
 
 
 def _step_key(step: Step) -> tuple[Any, ...]:
@@ -43,15 +59,6 @@ def _written(step: Step) -> Iterator[tuple[Value, int]]:
         yield after, before.id
 
 
-def operands_by_value(step: Step) -> dict[int, Any]:
-    """Where each operand's content is, by value number; an operand listed twice may be read in one place only."""
-    found: dict[int, Any] = {}
-    for value, operand in zip(step.op.inputs, step.operands, strict=True):
-        if operand is not None or value.id not in found:
-            found[value.id] = operand
-    return found
-
-
 def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: frozenset[str], is_float: bool) -> Any:
     cls = type(value)
     if cls is Value:
@@ -67,10 +74,10 @@ def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: fro
 
 def why_not_batched(kernel: Kernel) -> str | None:
     """A sentence saying why a kernel cannot share a launch with others of the same text; None if it can."""
-    if any(type(form.kind) is tuple for form in walks(kernel)):
+    if not kernel.reduced and any(type(form.kind) is tuple for form in walks(kernel)):
         return "an operand is neither contiguous nor a single element"
     if len(kernel.loads) + len(kernel.stores) > MAX_COLUMNS:
         return f"it has more than {MAX_COLUMNS} operands"
-    if all(form.kind == ONE for form in walks(kernel)):
+    if not kernel.reduced and all(form.kind == ONE for form in walks(kernel)):
         return "it computes a single number for many elements"
     return None

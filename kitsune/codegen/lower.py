@@ -6,21 +6,23 @@ import torch
 
 import kitsune.codegen.rules  # noqa: F401 -- fills the table
 from kitsune.codegen.dtypes import HALF, SUPPORTED, cast
-from kitsune.codegen.lowering import Lowering, NotLowered, base_name, lower_rules
-from kitsune.ir import Kind, Op
+from kitsune.codegen.lowering import Lowering, NotLowered, Reduce, base_name, lower_rules
+from kitsune.ir import Kind, Op, reduction_of
 
 # Not pointwise by their kind, for they have no operands, but written by a kernel all the same.
 FACTORIES = frozenset("scalar_tensor full zeros ones new_full new_zeros new_ones".split())
 
 
-def lower(op: Op, registers: dict[int, str], scalar_name: Any, let: Any, used: set[str]) -> tuple[str, ...]:
+def lower(
+    op: Op, registers: dict[int, str], scalar_name: Any, let: Any, used: set[str], reducer: Reduce | None = None
+) -> tuple[str, ...]:
     """Texts for the op's outputs, as values of the outputs' dtypes. Raises NotLowered."""
     rule = lower_rules[base_name(op)]
-    lowering = Lowering(op, rule, registers, scalar_name, let, used)
+    lowering = Lowering(op, rule, registers, scalar_name, let, used, reducer)
     texts = rule.lower(lowering)
     texts = texts if isinstance(texts, tuple) else (texts,)
     source = torch.bool if rule.boolean else lowering.common if rule.exact else lowering.compute
-    return tuple(_as(t, source, v.type.dtype, used) for t, v in zip(texts, op.outputs, strict=True))
+    return tuple(_as(t, getattr(t, "dtype", source), v.type.dtype, used) for t, v in zip(texts, op.outputs, strict=True))
 
 
 def _as(text: str, source: torch.dtype, target: torch.dtype, used: set[str]) -> str:
@@ -46,7 +48,10 @@ def _atom(text: str) -> str:
 
 def why_not_lowered(op: Op) -> str | None:
     """A sentence saying why an op cannot be put into a kernel; None if it can."""
-    if op.kind is not Kind.POINTWISE and base_name(op) not in FACTORIES:
+    if op.kind is Kind.REDUCTION:
+        if reduction_of(op) is None:
+            return f"{op.target} reduces in a way that no kernel is written for"
+    elif op.kind is not Kind.POINTWISE and base_name(op) not in FACTORIES:
         return f"{op.target} is not pointwise"
     if base_name(op) not in lower_rules:
         return f"{op.target} has no lowering rule"
@@ -68,7 +73,7 @@ def _why_not_typed(op: Op) -> str | None:
             return f"{op.target} works on a tensor that is conjugated or negated only in name"
         if t.device != device:
             return f"{op.target} works on tensors of two devices"
-    if any(type(a) is tuple and len(a) > 1 for a in (*op.args, *(a for _, a in op.kwargs))):
+    if any(type(a) is tuple and len(a) > 1 and type(a[0]) not in (int, bool) for a in (*op.args, *(a for _, a in op.kwargs))):
         return f"{op.target} works on a list of several tensors, which is to be taken apart first"
     return None
 
@@ -76,7 +81,7 @@ def _why_not_typed(op: Op) -> str | None:
 def _why_not_ruled(op: Op) -> str | None:
     registers = {v.id: "x" for v in op.inputs}
     try:
-        lower(op, registers, lambda scalar: "s", lambda text: "t", set())
+        lower(op, registers, lambda scalar: "s", lambda text: "t", set(), lambda kind, dtype, text: ("a", "b"))
     except NotLowered as refusal:
         return str(refusal)
     return None

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from kitsune.codegen.dtypes import FLOATING, HALF, cast, common_dtype, opmath
-from kitsune.ir import Op, Slot, Value
+from kitsune.codegen.dtypes import FLOATING, HALF, LANGUAGE, cast, common_dtype, opmath
+from kitsune.ir import Op, Slot, Value, named
 from kitsune.ir.plan import Scalar
 
 
@@ -64,23 +64,30 @@ def _base_name(schema: str) -> str:
     return name if name.startswith("__") else name.removesuffix("_") if not name.startswith("_fused") else name
 
 
-@cache
-def argument_names(target: Any) -> tuple[tuple[str, Any], ...]:
-    """(name, default) of each argument of an overload, keyword-only ones last, as in the schema."""
-    return tuple((a.name, a.default_value if a.has_default_value() else None) for a in target._schema.arguments)
-
-
 def arguments_of(op: Op) -> dict[str, Any]:
     """The op's arguments by name, defaults filled in; a list with one element counts as that element."""
-    names = argument_names(op.target)
-    bound = dict(names)
-    for (name, _), value in zip(names, op.args, strict=False):
-        bound[name] = value
-    bound.update(op.kwargs)
+    bound = named(op)
     for name, value in bound.items():
         if type(value) in (tuple, list):
             bound[name] = value[0] if len(value) == 1 else value or None
     return bound
+
+
+class Typed(str):
+    """The text of a result that is not of the dtype that the rule computes in."""
+
+    __slots__ = ("dtype",)
+    dtype: torch.dtype
+
+    def __new__(cls, text: str, dtype: torch.dtype) -> "Typed":
+        """The text, and its dtype."""
+        typed = super().__new__(cls, text)
+        typed.dtype = dtype
+        return typed
+
+
+# Writes a reduction: its kind, the dtype that it is computed in, and its operand; gives the names of its results.
+Reduce = Callable[[str, torch.dtype, str], tuple[str, ...]]
 
 
 @dataclass(slots=True)
@@ -93,6 +100,7 @@ class Lowering:
     scalar_name: Callable[[Scalar], str]
     let: Callable[[str], str]
     used: set[str] = field(default_factory=set)
+    reducer: Reduce | None = None
     arguments: dict[str, Any] = field(init=False)
     common: torch.dtype = field(init=False)
 
@@ -194,6 +202,22 @@ class Lowering:
     def rounded(self, text: str) -> str:
         """A step of an op that eager computes in the tensors' own dtype."""
         return self.let(cast(text, self.compute, self.common, self.used))
+
+    def reduce(self, kind: str, text: str, dtype: torch.dtype | None = None) -> str:
+        """The sum, max or min of a row."""
+        return self.reduce_to(kind, text, dtype)[0]
+
+    def reduce_to(self, kind: str, text: str, dtype: torch.dtype | None = None) -> tuple[str, ...]:
+        """A reduction with several results: "moments" are a row's mean and its sum of squared distances from that, "softmax" its
+        maximum and its sum of exp(x - maximum)."""
+        if self.reducer is None:
+            raise self.refuse("reduces, in a kernel that does not")
+        return self.reducer(kind, dtype or self.compute, text)
+
+    @property
+    def count(self) -> str:
+        """The number of elements in a row, as a number to compute with."""
+        return f"columns.to({LANGUAGE[self.compute]})"
 
     def refuse(self, reason: str) -> NotLowered:
         """The exception for an op with arguments that no rule covers."""

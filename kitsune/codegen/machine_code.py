@@ -27,7 +27,10 @@ INDEX = "index"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A variant of the kernel `name` in the file `path`, for a compute capability (80, 90)."""
+    """A variant of the kernel `name` in the file `path`, for a compute capability (80, 90).
+
+    `tile` is that of a kernel with reductions: its rows, columns and warps.
+    """
 
     path: str
     name: str
@@ -36,6 +39,7 @@ class Job:
     wide: bool
     target: int
     libdevice: str | None
+    tile: tuple[int, int, int] | None = None
 
 
 def load_module(path: Path) -> ModuleType:
@@ -50,9 +54,10 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def constants_of(batched: bool, aligned: bool, wide: bool) -> dict[str, int]:
+def constants_of(batched: bool, aligned: bool, wide: bool, tile: tuple[int, int, int] | None) -> dict[str, int]:
     """A variant's compile-time arguments, in the order in which a start passes them."""
-    return ({"ALIGNED": aligned} if batched else {}) | {"WIDE": wide, "BLOCK": BLOCK}
+    blocks = {"BLOCK": BLOCK} if tile is None else {"XBLOCK": tile[0], "RBLOCK": tile[1]}
+    return ({"ALIGNED": aligned} if batched else {}) | {"WIDE": wide} | blocks
 
 
 def types_of(module: ModuleType, wide: bool) -> dict[str, str]:
@@ -75,9 +80,11 @@ def machine_code(job: Job) -> Any:
     multiples = module.MULTIPLES if job.aligned else ()
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in multiples}
     options: dict[str, Any] = dict(OPTIONS)
+    if job.tile is not None:
+        options["num_warps"] = job.tile[2]
     if job.libdevice:
         options["extern_libs"] = {"libdevice": job.libdevice}
-    constants = constants_of(job.batched, job.aligned, job.wide)
+    constants = constants_of(job.batched, job.aligned, job.wide, job.tile)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
 

@@ -2,18 +2,15 @@
 
 import keyword
 import re
-from dataclasses import dataclass, field
 
-import torch
-
-from kitsune.codegen.dtypes import HALF, MEMORY
+from kitsune.codegen.body import Body, Named, indented
 from kitsune.codegen.helpers import HELPERS, helper_texts
-from kitsune.codegen.keys import operands_by_value, why_not_batched
-from kitsune.codegen.lower import lower
+from kitsune.codegen.keys import why_not_batched
 from kitsune.codegen.machine_code import INDEX
-from kitsune.codegen.walks import LINEAR, ONE, Parameter, Walk, accesses, counted, walk
-from kitsune.ir.graph import Slot
-from kitsune.ir.plan import Access, Kernel, Load, Local, Pointer, Program, Scalar, Size, SlotAddress, Step, Stride
+from kitsune.codegen.rows import Rows
+from kitsune.codegen.tiles import tile_of
+from kitsune.codegen.walks import LINEAR, ONE, Walk, accesses, coordinates, counted, walk
+from kitsune.ir.plan import Access, Kernel, Parameter, Program, Size, Stride
 
 HEADER = """import triton
 import triton.language as tl
@@ -30,8 +27,7 @@ def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False)
     """
     if batched and (reason := why_not_batched(kernel)):
         raise ValueError(f"{kernel.name} cannot be batched: {reason}.")
-    body = _Body(kernel, slots_in_memory)
-    body.write()
+    body = body_of(kernel, slots_in_memory)
     name = _identifier(kernel.name)
     function = _batched_function(name, body) if batched else _function(name, body)
     signature = {p.name: p.type for p in body.parameters}
@@ -46,7 +42,14 @@ def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False)
         *("\n" + text for text in helper_texts(body.used)),
         "\n" + function,
     ]
-    return Program(name, "\n".join(parts), tuple(p.meaning for p in body.parameters), batched)
+    return Program(name, "\n".join(parts), tuple(p.meaning for p in body.parameters), batched, tile_of(kernel))
+
+
+def body_of(kernel: Kernel, slots_in_memory: bool) -> "_Pointwise | Rows":
+    """A kernel's statements and parameters."""
+    body = Rows(kernel, slots_in_memory) if kernel.reduced else _Pointwise(kernel, slots_in_memory)
+    body.write()
+    return body
 
 
 def _identifier(name: str) -> str:
@@ -58,8 +61,7 @@ def _identifier(name: str) -> str:
 
 def parameters_of(kernel: Kernel, slots_in_memory: bool = False) -> tuple[Parameter, ...]:
     """What to pass to the program of a kernel with the same `text_key`."""
-    body = _Body(kernel, slots_in_memory)
-    body.write()
+    body = body_of(kernel, slots_in_memory)
     return tuple(p.meaning for p in body.parameters)
 
 
@@ -72,56 +74,33 @@ def _dict_text(items: dict[str, str]) -> str:
     return "{" + ", ".join(f'"{key}": "{value}"' for key, value in items.items()) + "}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Named:
-    name: str
-    type: str
-    meaning: Parameter
+class _Pointwise(Body):
+    """A kernel over elements, by one index."""
 
-
-@dataclass(slots=True)
-class _Body:
-    """The statements of a kernel and its parameters, while they are written."""
-
-    kernel: Kernel
-    slots_in_memory: bool = False
-    lines: list[str] = field(default_factory=list)
-    pointers: list[_Named] = field(default_factory=list)
-    sizes: dict[Parameter, _Named] = field(default_factory=dict)
-    scalars: list[_Named] = field(default_factory=list)
-    locals: dict[Local, str] = field(default_factory=dict)
-    loads: list[str] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
-    # Parameters that are multiples of 16 in the aligned variant: all but the addresses of single elements and numbers.
-    multiples: set[str] = field(default_factory=lambda: {"n"})
-    n_temporaries: int = 0
+    blocks = "BLOCK: tl.constexpr"
+    places = ("index = block * BLOCK + tl.arange(0, BLOCK)", "inside = index < n")
 
     @property
-    def parameters(self) -> list[_Named]:
-        """In the order of the function's signature."""
-        return [*self.pointers, _Named("n", INDEX, Size()), *self.sizes.values(), *self.scalars]
+    def extents(self) -> list[Named]:
+        """The number of elements."""
+        return [Named("n", INDEX, Size())]
 
     def write(self) -> None:
         """Loads, steps and stores."""
+        self.multiples.add("n")
         offsets = [self._offset(i, a) for i, a in enumerate(accesses(self.kernel))]
         self._write_coordinates()
-        for i, access in enumerate(self.kernel.loads):
-            self._write_load(i, access, offsets[i])
+        for i in range(len(self.kernel.loads)):
+            self.load(i, offsets[i], "inside")
         for number, step in enumerate(self.kernel.steps):
-            self._write_step(number, step)
-        for i, store in enumerate(self.kernel.stores):
-            text, dtype = self.locals[store.source], store.access.value.type.dtype
-            # The register was rounded before: this conversion is exact.
-            text = f"{text}.to(tl.{'bfloat16' if MEMORY[dtype] == 'bf16' else 'float16'})" if dtype in HALF else text
-            text = f"{text}.to(tl.int8)" if dtype is torch.bool else text
-            self.lines.append(f"tl.store(out{i} + {offsets[len(self.kernel.loads) + i]}, {text}, mask=inside)")
+            self.step(number, step)
+        for i in range(len(self.kernel.stores)):
+            self.lines.append(f"tl.store(out{i} + {offsets[len(self.kernel.loads) + i]}, {self.stored(i)}, mask=inside)")
 
     def _offset(self, index: int, access: Access) -> str:
-        n_loads = len(self.kernel.loads)
-        name = f"in{index}" if index < n_loads else f"out{index - n_loads}"
-        self.pointers.append(_Named(name, "*" + MEMORY[access.value.type.dtype], Pointer(index)))
+        name = self.pointer(index, access.value.type.dtype)
         form = walk(self.kernel.domain, access.strides)
-        if form.kind == LINEAR or (form.kind == ONE and index >= n_loads):
+        if form.kind == LINEAR or (form.kind == ONE and index >= len(self.kernel.loads)):
             self.multiples.add(name)
             return "index"
         if form.kind == ONE:
@@ -137,12 +116,8 @@ class _Body:
             if stride == 1:
                 terms.append(f"i{position}")
             else:
-                terms.append(f"i{position} * {self._size(f'{name}_stride{position}', Stride(index, d))}")
+                terms.append(f"i{position} * {self.size(f'{name}_stride{position}', Stride(index, d))}")
         return " + ".join(terms)
-
-    def _size(self, name: str, meaning: Parameter) -> str:
-        self.multiples.add(name)
-        return self.sizes.setdefault(meaning, _Named(name, INDEX, meaning)).name
 
     def _write_coordinates(self) -> None:
         forms = [walk(self.kernel.domain, a.strides).kind for a in accesses(self.kernel)]
@@ -151,101 +126,35 @@ class _Body:
             return
         dims = counted(self.kernel.domain)
         needed = {p for kind in strided for p, stride in enumerate(kind) if stride != 0}
-        rest = "index"
-        for position in range(len(dims) - 1, -1, -1):
-            if position == 0:
-                self.lines.append(f"i0 = {rest}")
-            elif any(p <= position for p in needed):
-                size = self._size(f"size{position}", Size(dims[position]))
-                if position in needed:
-                    self.lines.append(f"i{position} = {rest} % {size}")
-                if any(p < position for p in needed):
-                    self.lines.append(f"r{position} = {rest} // {size}")
-                    rest = f"r{position}"
-                else:
-                    break
-
-    def _write_load(self, i: int, access: Access, offset: str) -> None:
-        dtype = access.value.type.dtype
-        text = f"tl.load(in{i} + {offset}, mask=inside)" if offset else f"tl.load(in{i})"
-        if dtype in HALF:
-            text = f"{text}.to(tl.float32)"
-        elif dtype is torch.bool:
-            text = f"({text} != 0)"
-        self.lines.append(f"x{i} = {text}  # {access.value.type.dtype}".replace("torch.", ""))
-        self.loads.append(f"x{i}")
-
-    def _write_step(self, number: int, step: Step) -> None:
-        registers = {}
-        for value, operand in operands_by_value(step).items():
-            if operand is not None:
-                registers[value] = self.loads[operand.index] if isinstance(operand, Load) else self.locals[operand]
-        texts = lower(step.op, registers, self._scalar, self._let, self.used)
-        overload = str(step.op.target).removeprefix("aten.")
-        for output, text in enumerate(texts):
-            name = f"v{number}" if len(texts) == 1 else f"v{number}_{output}"
-            self.lines.append(f"{name} = {text}  # {overload}")
-            self.locals[Local(number, output)] = name
-
-    def _scalar(self, scalar: Scalar) -> str:
-        name = f"s{len(self.scalars)}"
-        if self.slots_in_memory and isinstance(scalar.value, Slot):
-            # The same conversion that a number passed by value goes through on its way into the arguments.
-            rounded = "" if scalar.type == "fp64" else ".to(tl.float32)"
-            self.scalars.append(_Named(f"{name}_at", "*fp64", SlotAddress(scalar.value.index)))
-            self.lines.append(f"{name} = tl.load({name}_at){rounded}")
-        else:
-            self.scalars.append(_Named(name, scalar.type, scalar))
-        return name
-
-    def _let(self, text: str) -> str:
-        if text.isidentifier():
-            return text
-        name = f"t{self.n_temporaries}"
-        self.n_temporaries += 1
-        self.lines.append(f"{name} = {text}")
-        return name
+        self.lines += coordinates("index", "i", "r", needed, len(dims), lambda p: self.size(f"size{p}", Size(dims[p])))
 
 
-def _indented(lines: list[str]) -> str:
-    return "".join(f"    {line}\n" for line in lines)
-
-
-def _function(name: str, body: _Body) -> str:
+def _function(name: str, body: Body) -> str:
+    """The function that Triton compiles."""
     names = ", ".join(p.name for p in body.parameters)
-    start = [
-        "block = tl.program_id(0)",
-        "if WIDE:",
-        "    block = block.to(tl.int64)",
-        "index = block * BLOCK + tl.arange(0, BLOCK)",
-        "inside = index < n",
-    ]
-    return f"@triton.jit\ndef {name}({names}, WIDE: tl.constexpr, BLOCK: tl.constexpr):\n" + _indented(start + body.lines)
+    start = ["block = tl.program_id(0)", "if WIDE:", "    block = block.to(tl.int64)"]
+    head = f"@triton.jit\ndef {name}({names}, WIDE: tl.constexpr, {body.blocks}):\n"
+    return head + indented([*start, *body.places, *body.lines])
 
 
-def _batched_function(name: str, body: _Body) -> str:
+def _batched_function(name: str, body: Body) -> str:
+    """The same for many kernels, with the parameters of each in an entry of a table."""
     columns = body.parameters
-    start = [f"row = table + tl.load(blocks + tl.program_id(0)).to(tl.int64) * {len(columns) + 1}"]
+    start = [f"entry = table + tl.load(blocks + tl.program_id(0)).to(tl.int64) * {len(columns) + 1}"]
     start += [f"{p.name} = {_column(i, p)}" for i, p in enumerate(columns)]
     start.append("if ALIGNED:")
     start += [f"    {p.name} = tl.multiple_of({p.name}, 16)" for p in columns if p.name in body.multiples]
-    start += [
-        f"block = tl.program_id(0) - tl.load(row + {len(columns)})",
-        "if not WIDE:",
-        "    block = block.to(tl.int32)",
-        "    n = n.to(tl.int32)",
-        "index = block * BLOCK + tl.arange(0, BLOCK)",
-        "inside = index < n",
-    ]
-    head = f"@triton.jit\ndef {name}(table, blocks, ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):\n"
-    return head + _indented(start + body.lines)
+    start += [f"block = tl.program_id(0) - tl.load(entry + {len(columns)})", "if not WIDE:", "    block = block.to(tl.int32)"]
+    start += [f"    {p.name} = {p.name}.to(tl.int32)" for p in columns if p.type == INDEX]
+    head = f"@triton.jit\ndef {name}(table, blocks, ALIGNED: tl.constexpr, WIDE: tl.constexpr, {body.blocks}):\n"
+    return head + indented([*start, *body.places, *body.lines])
 
 
 _POINTEE = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "u8": "uint8"}
 
 
-def _column(i: int, parameter: _Named) -> str:
-    text = f"tl.load(row + {i})"
+def _column(i: int, parameter: Named) -> str:
+    text = f"tl.load(entry + {i})"
     if parameter.type.startswith("*"):
         pointee = parameter.type[1:]
         return f"{text}.to(tl.pointer_type(tl.{_POINTEE.get(pointee, pointee.replace('i', 'int'))}))"

@@ -7,7 +7,9 @@ import torch
 import kitsune.codegen.rules_activation
 import kitsune.codegen.rules_loss
 import kitsune.codegen.rules_math
-import kitsune.codegen.rules_optimizer  # noqa: F401
+import kitsune.codegen.rules_norm
+import kitsune.codegen.rules_optimizer
+import kitsune.codegen.rules_reduction  # noqa: F401
 from kitsune.codegen.dtypes import HALF, LANGUAGE
 from kitsune.codegen.lowering import Lowering, Promotion, Rule, lower_rules
 

@@ -1,12 +1,16 @@
-"""A group: pointwise ops that may become one kernel. `why_not` is the law; it never reads a clock, a device or a cost."""
+"""A group: ops that may become one kernel. `why_not` is the law; it never reads a clock, a device or a cost.
 
-from collections.abc import Callable, Mapping
+With a reduction in it, the group's elements are rows. Its ops are then of two levels: of every element, or of a row, whose
+tensors have the factors that are left.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from kitsune.fusion.factors import Factors, Layout
-from kitsune.ir import Kind, Local, Op, TensorType, Value
+from kitsune.ir import Local, Op, Reduction, Value, left_of, reduction_of
 
 # The bound on a kernel's registers and parameters; 64 is where compilers of the field stop too.
 MAX_OPS = 64
@@ -27,8 +31,9 @@ def base_name(op: Op) -> str:
 
 
 def shape_of(op: Op) -> torch.Size:
-    """The shape that a pointwise op works on: of its first output."""
-    return op.outputs[0].type.shape
+    """The shape that an op works on: of its first output, or what it reduces."""
+    reduction = reduction_of(op)
+    return op.outputs[0].type.shape if reduction is None else reduction.shape
 
 
 def written(op: Op) -> list[tuple[int, Value, Value]]:
@@ -67,7 +72,18 @@ def why_not(group: "Group", number: int, op: Op) -> str | None:
 class Group:
     """Ops in program order, and what is known of every tensor that they touch."""
 
-    __slots__ = ("factors", "loaded", "max_ops", "members", "produced", "roots", "shared_bytes", "whole")
+    __slots__ = (
+        "factors",
+        "loaded",
+        "max_ops",
+        "members",
+        "positional",
+        "produced",
+        "reduced",
+        "roots",
+        "shared_bytes",
+        "whole",
+    )
 
     def __init__(self, roots: Roots, max_ops: int = MAX_OPS) -> None:
         self.roots, self.max_ops = roots, max_ops
@@ -75,6 +91,9 @@ class Group:
         self.members: list[Member] = []
         # The layout of the first op's shape, with which every other shape must agree.
         self.whole: Layout = ()
+        # The factors that are reduced; `positional` where their order must be that of the op.
+        self.reduced: tuple[int, ...] = ()
+        self.positional = False
         # By storage: what it holds now (the register, the value) and under which layout.
         self.produced: dict[int, tuple[Local, Value, Layout]] = {}
         self.loaded: dict[int, list[Use]] = {}
@@ -85,7 +104,7 @@ class Group:
         """An independent copy, to try something on."""
         twin = Group(self.roots, self.max_ops)
         twin.factors, twin.members, twin.whole = self.factors.copy(), self.members.copy(), self.whole
-        twin.produced = self.produced.copy()
+        twin.produced, twin.reduced, twin.positional = self.produced.copy(), self.reduced, self.positional
         twin.loaded = {storage: list(uses) for storage, uses in self.loaded.items()}
         return twin
 
@@ -97,12 +116,14 @@ class Group:
         layout = self._layout_of(op)
         if isinstance(layout, str):
             return layout
+        reduction = reduction_of(op)
         operands: list[Use | Local | None] = []
         for k, value in enumerate(op.inputs):
             if k == 0 and base_name(op) in OVERWRITES:
                 operands.append(None)
                 continue
-            operand = self._operand(value, layout)
+            along = None if reduction is None else reduction.along.get(k)
+            operand = self._operand(value, layout if along is None else tuple(layout[d] for d in along))
             if isinstance(operand, str):
                 return operand
             operands.append(operand)
@@ -114,32 +135,77 @@ class Group:
         return reason
 
     def _layout_of(self, op: Op) -> Layout | str:
-        """The op's shape in the group's factors."""
+        """The shape that the op works on, in the group's factors."""
+        reduction = reduction_of(op)
         shape = shape_of(op)
-        if any(v.type.shape != shape for v in op.outputs):
+        if reduction is None and any(v.type.shape != shape for v in op.outputs):
             return "its results differ in shape"
         if not self.members:
             self.whole = tuple((self.factors.new(n),) if n > 1 else () for n in shape)
-            return self.whole
-        found: Layout | None = None
-        for value in op.inputs:
-            if value.storage not in self.produced:
-                continue
-            layout = self._layout_of_register(value, len(shape))
-            if isinstance(layout, str):
-                return layout
-            if found is not None and self.factors.now(found) != layout:
-                return "it combines two views of one tensor that see its elements in different orders"
-            found = layout
-        shared = self._layout_of_sibling(op) if found is None else found
-        if isinstance(shared, str):
-            return shared
-        found = self.factors.now(shared)
-        if self.factors.shape(found) != tuple(shape) or sum(map(len, found)) != len(self.factors.sizes):
+            found: Layout | str = self.whole
+        else:
+            found = self._layout_by_operands(op, reduction, shape)
+        if isinstance(found, str):
+            return found
+        level = {f for dim in found for f in dim}
+        if reduction is not None:
+            return self._reduce(reduction, found)
+        if level != set(self.factors.sizes) and not (self.reduced and level == self._kept()):
             return "it works on another number of elements"
         return found
 
-    def _layout_of_register(self, value: Value, n_dims: int) -> Layout | str:
+    def _layout_by_operands(self, op: Op, reduction: Reduction | None, shape: torch.Size) -> Layout | str:
+        """From what the op reads of the group's registers; what they are broadcast along, as other ops of the group have it."""
+        seen: list[Layout] = []
+        for k, value in enumerate(op.inputs):
+            if value.storage not in self.produced:
+                continue
+            along = None if reduction is None else reduction.along.get(k)
+            layout = self._layout_of_register(value, len(shape), along)
+            if isinstance(layout, str):
+                return layout
+            seen.append(layout)
+        if not seen:
+            return self._layout_of_sibling(shape)
+        joined: list[tuple[int, ...]] = [()] * len(shape)
+        in_order = True
+        for layout in map(self.factors.now, seen):
+            in_order = in_order and not any(a and b and a != b for a, b in zip(joined, layout, strict=True))
+            joined = [a or b for a, b in zip(joined, layout, strict=True)]
+        factors = [f for dim in joined for f in dim]
+        if not in_order or len(set(factors)) < len(factors):
+            return "it combines two views of one tensor that see its elements in different orders"
+        found: Layout = tuple(joined)
+        if self.factors.shape(found) != tuple(shape) and self.reduced:
+            found = self._broadcast(found, shape)
+        return found if self.factors.shape(found) == tuple(shape) else "it works on another number of elements"
+
+    def _broadcast(self, layout: Layout, shape: torch.Size) -> Layout:
+        """The layout of a member of this shape that agrees with what is known of it; the layout itself if there is none."""
+        for member in self.members:
+            known = self.factors.now(member.layout)
+            if self.factors.shape(known) == tuple(shape) and all(not a or a == b for a, b in zip(layout, known, strict=True)):
+                return known
+        return layout
+
+    def _reduce(self, reduction: Reduction, layout: Layout) -> Layout | str:
+        reduced = tuple(f for d in reduction.dims for f in layout[d])
+        if {f for dim in layout for f in dim} != set(self.factors.sizes):
+            return "it reduces what is reduced already"
+        if not reduced:
+            return "it reduces dimensions of a single element"
+        known = self.factors.now((self.reduced,))[0]
+        if self.reduced and (set(known) != set(reduced) or (reduction.positional and known != reduced)):
+            return "it reduces other dimensions"
+        self.reduced = self.reduced or reduced
+        self.positional = self.positional or reduction.positional
+        return layout
+
+    def _kept(self) -> set[int]:
+        """The factors that no reduction reduces."""
+        return set(self.factors.sizes) - set(self.factors.now((self.reduced,))[0])
+
+    def _layout_of_register(self, value: Value, n_dims: int, along: tuple[int, ...] | None = None) -> Layout | str:
         _, made, layout = self.produced[value.storage]
         if self.roots[made.id] is not self.roots[value.id]:
             return "it reads memory that the kernel writes, through another tensor"
@@ -152,13 +218,19 @@ class Group:
             if seen is None:
                 return "it reads what the kernel writes through a view that is not one to one"
             layout = self.factors.now(seen)
-        return ((),) * (n_dims - len(layout)) + layout
+        return _placed(layout, n_dims, along)
 
-    def _layout_of_sibling(self, op: Op) -> Layout | str:
-        """Of an op that reads nothing of the group's registers: the group's own, if the shapes are the same."""
-        shape = shape_of(op)
-        first = shape_of(self.members[0].op)
-        return self.whole if shape == first else "it works on another shape"
+    def _layout_of_sibling(self, shape: torch.Size) -> Layout | str:
+        """Of an op that reads nothing of the group's registers: that of a member of the same shape, the first above all."""
+        if shape == shape_of(self.members[0].op):
+            return self.factors.now(self.whole)
+        if self.reduced:
+            shapes = [(shape_of(member.op), member.layout) for member in self.members]
+            shapes += [(value.type.shape, layout) for _, value, layout in self.produced.values()]
+            for known, layout in shapes:
+                if known == shape:
+                    return self.factors.now(layout)
+        return "it works on another shape"
 
     def _operand(self, value: Value, layout: Layout) -> Use | Local | str:
         held = self.produced.get(value.storage)
@@ -176,8 +248,10 @@ class Group:
 
     def _write(self, op: Op, layout: Layout) -> str | None:
         step = len(self.members)
+        reduction = reduction_of(op)
         for k, value in enumerate(op.results):
-            self.produced[value.storage] = (Local(step, k), value, layout)
+            own = layout if reduction is None else _of_result(reduction, value, layout)
+            self.produced[value.storage] = (Local(step, k), value, own)
         for output, before, after in written(op):
             use = Use(before, layout)
             held = self.produced.get(before.storage)
@@ -195,31 +269,21 @@ class Group:
         return self.strides(a) == self.strides(b)
 
     def strides(self, use: Use) -> dict[int, int]:
-        """The strides of a tensor along each factor."""
-        return self.factors.strides(use.value.type, self.factors.now(use.layout))
+        """The strides of a tensor along the factors that it moves along."""
+        found = self.factors.strides(use.value.type, self.factors.now(use.layout))
+        return {factor: stride for factor, stride in found.items() if stride}
 
 
-def why_not_pointwise(op: Op, why_not_lowered: Callable[[Op], str | None]) -> str | None:
-    """Why an op cannot be part of any kernel."""
-    if op.kind is not Kind.POINTWISE:
-        return f"{base_name(op)} is {op.kind.name.lower()}"
-    if not op.outputs or op.effects.random:
-        return f"{base_name(op)} draws random numbers" if op.effects.random else f"{base_name(op)} makes no tensor"
-    if not op.outputs[0].type.nbytes:
-        return "it has no elements"
-    if len(set(op.effects.writes)) < len(op.effects.writes):
-        return "it writes one tensor's memory twice"
-    if any(_overlaps(after.type) for after in op.outputs):
-        return "its result has several elements at one address"
-    return why_not_lowered(op)
+def _placed(layout: Layout, n_dims: int, along: tuple[int, ...] | None) -> Layout:
+    """A layout of fewer dimensions among `n_dims`: as the last ones, or as those `along`."""
+    if along is None:
+        return ((),) * (n_dims - len(layout)) + layout
+    return tuple(layout[along.index(d)] if d in along else () for d in range(n_dims))
 
 
-def _overlaps(type_: TensorType) -> bool:
-    if type_.canonical:
-        return False
-    needed = 1
-    for stride, size in sorted((s, n) for n, s in zip(type_.shape, type_.stride, strict=True) if n > 1):
-        if stride < needed:
-            return True
-        needed = stride * size
-    return False
+def _of_result(reduction: Reduction, value: Value, layout: Layout) -> Layout:
+    """The layout of a result: the whole, or what is left of it."""
+    shape = tuple(value.type.shape)
+    if shape == tuple(reduction.shape):
+        return layout
+    return left_of(reduction, layout, () if len(shape) == len(layout) else None)

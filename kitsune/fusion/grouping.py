@@ -5,11 +5,13 @@ through a third node. `anc` holds, for each node, the nodes before it as bits.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from kitsune.fusion.group import MAX_OPS, Group, base_name, why_not_pointwise
-from kitsune.ir import Graph, Kind, Op, Refusal, bits, predecessors, roots
+from kitsune.fusion.directions import directions
+from kitsune.fusion.eligible import why_not_fusible
+from kitsune.fusion.group import MAX_OPS, Group, base_name
+from kitsune.ir import Graph, Op, Refusal, bits, predecessors, roots
 
 # An op looks this many nodes back for one that reads the same: further away, results would only be held longer.
 NEAR = 32
@@ -42,6 +44,8 @@ class Partition:
     refusals: list[Refusal] = field(default_factory=list)
     # The nodes that have a node after them, as bits.
     followed: int = 0
+    # Of ops that are or feed reductions of one direction only, by number.
+    ways: Mapping[int, str] = field(default_factory=dict)
     # Nodes that read a storage, the latest last.
     readers: dict[int, list[int]] = field(default_factory=dict)
 
@@ -58,13 +62,13 @@ def partition(
     max_ops: int = MAX_OPS,
 ) -> Partition:
     """Put a graph's ops into nodes, `max_ops` of them at most; `fuel` bounds the number of times that an op joins others."""
-    p = Partition(graph, why_not_lowered, worth, fuel)
+    p = Partition(graph, why_not_lowered, worth, fuel, ways=directions(graph, why_not_lowered))
     before, root_of = predecessors(graph), roots(graph)
     for number, op in enumerate(graph.ops):
-        if op.kind is Kind.VIEW:
+        if op.starts_nothing:
             continue
         preds = {p.node_of[n] for n in bits(before[number])}
-        reason = why_not_pointwise(op, why_not_lowered)
+        reason = why_not_fusible(op, why_not_lowered)
         if reason is None:
             _place(p, number, op, preds, Group(root_of, max_ops))
         else:
@@ -79,7 +83,7 @@ def partition(
 
 
 def _place(p: Partition, number: int, op: Op, preds: set[int], fresh: Group) -> None:
-    """Let a pointwise op join the groups that it reads, or one that reads the same, or open a new one."""
+    """Let an op join the groups that it reads, or one that reads the same, or open a new one."""
     home: int | None = None
     for candidate in _candidates(p, op, preds):
         if p.fuel is not None and p.fuel <= 0:
@@ -123,6 +127,8 @@ def _join(p: Partition, n: int, number: int, op: Op, preds: set[int]) -> bool:
     between = any(p.anc[m] >> n & 1 for m in preds if m != n)
     trial = node.group.copy()
     reason = "another operator lies between them" if between else trial.add(number, op)
+    if reason is None and _go_apart(p, node.numbers, [number]):
+        reason = "the one feeds a reduction along memory and the other one across it"
     if reason is None and not p.worth(trial.shared_bytes, 1):
         reason = "it would save too little"
     if reason is not None:
@@ -150,6 +156,8 @@ def _merge(p: Partition, home: int, other: int, op: Op) -> None:
         if reason is not None:
             break
         saved = trial.shared_bytes
+    if reason is None and _go_apart(p, a.numbers, b.numbers):
+        reason = "the one feeds a reduction along memory and the other one across it"
     if reason is None and not p.worth(saved, 1):
         reason = "it would save too little"
     if reason is not None:
@@ -158,6 +166,10 @@ def _merge(p: Partition, home: int, other: int, op: Op) -> None:
     a.group = trial
     contract(p, home, [other])
     _burn(p)
+
+
+def _go_apart(p: Partition, some: list[int], others: list[int]) -> bool:
+    return len({p.ways[number] for number in (*some, *others) if number in p.ways}) > 1
 
 
 def contract(p: Partition, home: int, others: Iterable[int]) -> None:

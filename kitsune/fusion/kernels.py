@@ -17,11 +17,13 @@ def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
     steps = [Step(m.op, tuple(_operand(o, loads) for o in m.operands)) for m in group.members]
     uses = loads + [use for _, use in results]
     strides = [group.strides(use) for use in uses]
-    order = _order(group, strides[len(loads) :] + strides[: len(loads)])
-    domain, walks = _coalesce([group.factors.sizes[f] for f in order], [[s.get(f, 0) for f in order] for s in strides])
+    rows, columns = _order(group, strides[len(loads) :] + strides[: len(loads)])
+    domain, walks = _coalesced(group, rows, strides)
+    reduced, steps_in_row = _coalesced(group, columns, strides)
+    walks = [of_row + in_row for of_row, in_row in zip(walks, steps_in_row, strict=True)]
     accesses = [Access(use.value, walk) for use, walk in zip(uses, walks, strict=True)]
     stores = [Store(local, access) for (local, _), access in zip(results, accesses[len(loads) :], strict=True)]
-    return Kernel(_name(group), domain, tuple(accesses[: len(loads)]), tuple(steps), tuple(stores))
+    return Kernel(_name(group), domain + reduced, tuple(accesses[: len(loads)]), tuple(steps), tuple(stores), len(reduced))
 
 
 def kernels_of(p: Partition) -> dict[int, Kernel]:
@@ -50,13 +52,24 @@ def _operand(operand: Use | Local | None, loads: list[Use]) -> Load | Local | No
     return Load(len(loads) - 1)
 
 
-def _order(group: Group, strides: list[dict[int, int]]) -> list[int]:
-    """The factors, outermost first, as the tensors lie in memory: the first store decides, the next ones break ties."""
+def _order(group: Group, strides: list[dict[int, int]]) -> tuple[list[int], list[int]]:
+    """The factors, outermost first, as the tensors lie in memory: the first store decides, the next ones break ties.
+
+    Those that are reduced are apart. Of a group with both, what is stored for each element decides, or else what is loaded.
+    """
+    reduced = group.factors.now((group.reduced,))[0]
+    if reduced:
+        strides = sorted(strides, key=lambda s: not any(s.get(f) for f in reduced))
 
     def key(factor: int) -> tuple[int, ...]:
         return tuple(-s.get(factor, 0) for s in strides)
 
-    return sorted(group.factors.sizes, key=key)
+    columns = list(reduced) if group.positional else sorted(reduced, key=key)
+    return sorted([f for f in group.factors.sizes if f not in reduced], key=key), columns
+
+
+def _coalesced(group: Group, order: list[int], strides: list[dict[int, int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    return _coalesce([group.factors.sizes[f] for f in order], [[s.get(f, 0) for f in order] for s in strides])
 
 
 def _coalesce(sizes: list[int], walks: list[list[int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

@@ -61,4 +61,4 @@ def benefit_key(kernel: Kernel) -> Hashable:
     """Equal for kernels that do the same to tensors of the same shapes and layouts, on the same device."""
     accesses = (*kernel.loads, *(store.access for store in kernel.stores))
     walked = tuple((access.value.type.dtype, access.value.type.device, access.strides) for access in accesses)
-    return kernel.domain, walked, tuple(step.op.target for step in kernel.steps)
+    return kernel.domain, kernel.reduced, walked, tuple(step.op.target for step in kernel.steps)

@@ -13,6 +13,7 @@ from kitsune.ir.graph import (
     Result,
     Slot,
     Value,
+    n_values,
     reads_slots,
     slots_in,
     values_in,
@@ -22,6 +23,7 @@ from kitsune.ir.output_spec import describe_result
 from kitsune.ir.own_threads import in_own_thread, is_own
 from kitsune.ir.plan import (
     Access,
+    Extent,
     Kernel,
     Launch,
     Load,
@@ -37,9 +39,11 @@ from kitsune.ir.plan import (
     Step,
     Store,
     Stride,
+    Tile,
     touched_bytes,
 )
 from kitsune.ir.plan_text import plan_text
+from kitsune.ir.reductions import Reduction, argument_names, left_of, named, reduction_of
 from kitsune.ir.serial import dump_graph, load_graph
 from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_type, type_of
 from kitsune.ir.text import graph_text
@@ -51,6 +55,7 @@ __all__ = [
     "Access",
     "Barrier",
     "Effects",
+    "Extent",
     "Graph",
     "Kernel",
     "Kind",
@@ -66,6 +71,7 @@ __all__ = [
     "Plan",
     "Pointer",
     "Program",
+    "Reduction",
     "Refusal",
     "Result",
     "Scalar",
@@ -77,7 +83,9 @@ __all__ = [
     "Store",
     "Stride",
     "TensorType",
+    "Tile",
     "Value",
+    "argument_names",
     "bits",
     "default_type",
     "describe_result",
@@ -86,13 +94,17 @@ __all__ = [
     "happens_before",
     "in_own_thread",
     "is_own",
+    "left_of",
     "lent_memory",
     "load_graph",
     "mark_lent",
+    "n_values",
+    "named",
     "own",
     "plan_text",
     "predecessors",
     "reads_slots",
+    "reduction_of",
     "roots",
     "slots_in",
     "storage_of",

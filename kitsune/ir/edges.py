@@ -8,7 +8,7 @@ from kitsune.ir.plan import Launch
 
 
 def predecessors(graph: Graph) -> list[int]:
-    """For each op the ops that must run before it, as the bits of an integer; views, which touch no memory, have none.
+    """For each op the ops that must run before it, as the bits of an integer; what starts nothing has none.
 
     An op follows the last write of each storage that it touches, a write follows every read since, and random ops keep
     their order.
@@ -19,7 +19,7 @@ def predecessors(graph: Graph) -> list[int]:
     found = []
     for i, op in enumerate(graph.ops):
         before, bit = 0, 1 << i
-        if op.kind is not Kind.VIEW:
+        if not op.starts_nothing:
             for value in op.inputs:
                 before |= writers.get(value.storage, 0)
                 readers[value.storage] = readers.get(value.storage, 0) | bit

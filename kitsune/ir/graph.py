@@ -108,6 +108,8 @@ class Op:
     # Grad mode when it was recorded, where the kernel may ask for it (mkldnn's LSTM keeps its workspace only then).
     grad_enabled: bool | None = None
     site: Site | None = None
+    # Put in by the planner for memory that other ops fill: starts nothing, and the plan may place it.
+    allocates: bool = False
 
     @property
     def outputs(self) -> tuple[Value, ...]:
@@ -115,9 +117,14 @@ class Op:
         return self.results + tuple(after for _, after in self.rewritten)
 
     @property
+    def starts_nothing(self) -> bool:
+        """A view, or memory that others fill: made on the host when its result is first asked for."""
+        return self.kind is Kind.VIEW or self.allocates
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it must move by itself: each operand once, each result once; none for a view."""
-        if self.kind is Kind.VIEW:
+        if self.starts_nothing:
             return 0
         return sum(v.type.nbytes for v in self.inputs) + sum(v.type.nbytes for v in self.outputs)
 
@@ -139,6 +146,11 @@ class Graph:
         from kitsune.ir.text import graph_text
 
         return graph_text(self)
+
+
+def n_values(graph: Graph) -> int:
+    """One more than the largest number of a value."""
+    return 1 + max((v.id for v in (*graph.inputs, *(v for op in graph.ops for v in op.outputs))), default=-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

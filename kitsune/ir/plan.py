@@ -1,5 +1,6 @@
 """What is run for a Graph: kernels and library calls in order, each with its stream, and a place for every byte."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,9 +53,11 @@ class Store:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
-    """A group of pointwise ops that is run as one kernel, over a domain whose sizes are listed outermost first.
+    """A group of ops that is run as one kernel, over a domain whose sizes are listed outermost first.
 
-    Every load happens before any store, element by element. `domain` is () for a single element; a size may be 0.
+    Every load happens before any store, element by element. `domain` is () for a single element; a size may be 0. The last
+    `reduced` dimensions are those that its reductions reduce: the elements of a row. An access that does not move along
+    them is made once for each row.
     """
 
     name: str
@@ -62,14 +65,22 @@ class Kernel:
     loads: tuple[Access, ...]
     steps: tuple[Step, ...]
     stores: tuple[Store, ...]
+    reduced: int = 0
 
     @property
     def n_elements(self) -> int:
         """Elements of the domain."""
-        n = 1
-        for size in self.domain:
-            n *= size
-        return n
+        return math.prod(self.domain)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows, each of which a reduction makes a single number of; elements where there is none."""
+        return math.prod(self.domain[: len(self.domain) - self.reduced])
+
+    @property
+    def n_columns(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.domain[len(self.domain) - self.reduced :])
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +102,7 @@ class Launch:
     """Kernels that are started together, or a call of the library: exactly one of `kernels` and `op` is there.
 
     Several kernels in one launch have the same source, contiguous operands and no order between them: a horizontal fusion.
-    `waits` are numbers of launches on other streams that must have ended before. `host_only` is a view, which starts nothing.
+    `waits` are numbers of launches on other streams that must have ended before. `host_only` starts nothing.
     """
 
     kernels: tuple[Kernel, ...] = ()
@@ -103,7 +114,7 @@ class Launch:
     @property
     def host_only(self) -> bool:
         """Starts nothing on the device."""
-        return self.op is not None and self.op.kind.name == "VIEW"
+        return self.op is not None and self.op.starts_nothing
 
     @property
     def name(self) -> str:
@@ -183,9 +194,21 @@ class Pointer:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A kernel's parameter: the size of a dimension of its domain; `dim` None for the number of elements."""
+    """A kernel's parameter: the size of a dimension of its domain; `dim` None for the number of elements.
+
+    The aligned variant of a program takes multiples of 16 where it `counts`.
+    """
 
     dim: int | None = None
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A kernel's parameter: the number of its rows, or of its columns."""
+
+    of_columns: bool
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +217,7 @@ class Stride:
 
     index: int
     dim: int
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +235,18 @@ class SlotAddress:
     index: int
 
 
+Parameter = Pointer | Size | Extent | Stride | Scalar | SlotAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a block of a kernel with reductions works on at a time: so many rows and columns, by so many warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """A kernel's source and what to call it with, in the order of its parameters.
@@ -220,9 +256,11 @@ class Program:
 
     name: str
     text: str
-    parameters: tuple[Pointer | Size | Stride | Scalar | SlotAddress, ...]
+    parameters: tuple[Parameter, ...]
     # One launch for many kernels: the parameters of each are a row of a table.
     batched: bool = False
+    # Of a kernel with reductions; one text is compiled for several.
+    tile: Tile | None = None
 
 
 class Pending(Exception):

@@ -5,7 +5,7 @@ from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
 from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
 from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
 from kitsune.runtime.numeric_settings import numeric_settings
-from kitsune.runtime.out_forms import out_form
+from kitsune.runtime.out_forms import out_form, takes_memory
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
 from kitsune.runtime.replay import Schedule, prepare, replay
 from kitsune.runtime.slots import SlotTable
@@ -36,5 +36,6 @@ __all__ = [
     "prepare",
     "replay",
     "schedule_work",
+    "takes_memory",
     "views_of_inputs",
 ]

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from kitsune.ir import Access, Launch, Op, Plan, TensorType, Value
+from kitsune.ir import Access, Launch, Op, Plan, TensorType, Value, n_values
 from kitsune.runtime.frame import Layout
 from kitsune.runtime.instructions import Alias, Allocate, Call, Drop, Instruction, Publish, library_call
-from kitsune.runtime.out_forms import out_form, out_names
+from kitsune.runtime.out_forms import out_form, out_names, takes_memory
 from kitsune.runtime.places import Places
 
 
@@ -42,7 +42,7 @@ class Assembly:
             else:
                 found[number] = (self._slot(place.root, place.from_start), place.nbytes)
         inputs = tuple((slot, n, start) for (n, start), slot in self._slots.items() if n in self.places.inputs)
-        return Layout(found, self._arena, inputs, len(self._slots) + 1)
+        return Layout(found, self._arena, inputs, len(self._slots) + 1, n_values(self.plan.graph))
 
     def _roots_in_arena(self) -> dict[int, tuple[int, TensorType]]:
         by_kernel = {v.id for launch in self.plan.launches if launch.kernels for op in launch.ops for v in op.results}
@@ -50,7 +50,7 @@ class Assembly:
         for number, op in self.places.maker.items():
             value = self.places.root[number]
             offset = self.plan.offsets.get(value.storage)
-            if offset is not None and (number in by_kernel or out_form(op) is not None):
+            if offset is not None and (number in by_kernel or takes_memory(op)):
                 found[number] = (offset, value.type)
         return found
 
@@ -96,6 +96,11 @@ class Assembly:
     def _library(self, op: Op) -> None:
         if all(v.id in self.places.view_op for v in op.results) and not op.rewritten:
             return self._need(op.results)
+        if op.allocates:
+            for value in op.results:
+                if value.id not in self._arena:
+                    self._make(value)
+            return self._ready.update(v.id for v in op.results)
         self._need(op.inputs)
         form = out_form(op) if any(v.id in self._arena for v in op.results) else None
         if form is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kitsune.ir import Kind, Launch, happens_before
+from kitsune.ir import Launch, happens_before
 from kitsune.runtime.frame import Frame
 from kitsune.runtime.instructions import Call, CallInto, Drop, Instruction, Start, StartInGraph
 
@@ -78,7 +78,7 @@ def _run_all(dropped: list[Instruction], frame: Frame) -> None:
 
 def _reaches_device(instruction: Instruction) -> bool:
     if isinstance(instruction, Call):
-        return instruction.op.kind is not Kind.VIEW
+        return not instruction.op.starts_nothing
     return isinstance(instruction, (CallInto, Start, StartInGraph))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Graph, Value, storage_of
+from kitsune.ir import Graph, Value, n_values, storage_of
 from kitsune.runtime.calls import call
 from kitsune.runtime.capturable import distinct, reader_of, used_inputs
 from kitsune.runtime.cuda_graph import GraphRecorder, Recorded
@@ -86,6 +86,8 @@ class Captured:
         self.graph, self.table, self.moving = graph, table, moving
         self._work, self._recorder = work, recorder
         self._places = Places(graph)
+        # The graph of a plan may have more than those that were recorded.
+        self._n_values = max(len(values), n_values(graph))
         used = used_inputs(graph)
         self._fixed = tuple(n for n in used if n not in moving)
         # Guards cost 0.05 us for each input where nothing is done in Python for each.
@@ -107,12 +109,12 @@ class Captured:
         return self._places.root[value.id].id in self._places.inputs
 
     def _record(self, values: list[Any], scalars: Sequence[float], moved: Callable[[int], None]) -> None:
-        numbers, n_values = WatchedNumbers(scalars), len(values)
+        numbers = WatchedNumbers(scalars)
         aliases = {v.id for v in self._aliases}
         made = tuple(dict.fromkeys(v.id for v in self.graph.outputs if v.id not in aliases))
 
         def work(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-            inside: list[Any] = [None] * n_values
+            inside: list[Any] = [None] * self._n_values
             for n, tensor in (*zip(self._fixed, inputs, strict=True), *self._statics.items()):
                 inside[n] = tensor
             self._work.run(inside, numbers)
@@ -176,7 +178,7 @@ class Captured:
 
     def _for_tail(self, values: list[Any], scalars: Sequence[float]) -> list[Any]:
         """The values that the tail begins with."""
-        inside: list[Any] = [None] * len(values)
+        inside: list[Any] = [None] * self._n_values
         for n in self._fixed:
             inside[n] = values[n]
         for n, tensor in (*self._statics.items(), *self._kept.items()):

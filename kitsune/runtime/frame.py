@@ -47,13 +47,28 @@ class Pool(Protocol):
 class Layout:
     """Where a plan's memory is: `places` gives (slot, bytes) by value number, `arena` (bytes, type) by that of a root.
 
-    Slot 0 is the arena; `inputs` are (slot, value number, whether from the start of the input's memory).
+    Slot 0 is the arena; `inputs` are (slot, value number, whether from the start of the input's memory). Value numbers are below
+    `n_values`: a planner may have added to those that were recorded.
     """
 
     places: dict[int, tuple[int, int]]
     arena: dict[int, tuple[int, TensorType]]
     inputs: tuple[tuple[int, int, bool], ...]
     n_slots: int
+    n_values: int
+
+
+def unfilled(type_: TensorType) -> torch.Tensor:
+    """New memory for what is about to be computed. With deterministic algorithms torch fills what is new, which would cost a
+    launch, on a stream that may not be the one that writes the result."""
+    fills = torch._C._get_deterministic_algorithms() and torch._C._get_deterministic_fill_uninitialized_memory()
+    if not fills:
+        return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    try:
+        return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
+    finally:
+        torch._C._set_deterministic_fill_uninitialized_memory(True)
 
 
 class Frame:
@@ -88,6 +103,7 @@ class Frame:
         self.position = 0
         self.partial = False
         self.elsewhere: set[int] = set()
+        values.extend([None] * (layout.n_values - len(values)))
         places, bases = layout.places, [0] * layout.n_slots
         self.bases = bases
 

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 from kitsune.ir import Launch, Op, Pending, TensorType
 from kitsune.runtime.calls import call, call_into
 from kitsune.runtime.fallback import may_be_partial, run_by_ops
-from kitsune.runtime.frame import Frame, Startable, data_ptr
+from kitsune.runtime.frame import Frame, Startable, data_ptr, unfilled
 from kitsune.runtime.places import Places
 
 
@@ -40,8 +40,7 @@ class Allocate(Instruction):
 
     def run(self, frame: Frame) -> None:
         """Raises torch.OutOfMemoryError."""
-        type_ = self.type
-        tensor = torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
+        tensor = unfilled(self.type)
         frame.memory[self.number] = tensor
         frame.bases[self.slot] = data_ptr(tensor)
 

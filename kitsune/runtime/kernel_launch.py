@@ -8,13 +8,26 @@ from typing import Any, Protocol
 import torch
 
 from kitsune.ir.graph import Slot
-from kitsune.ir.plan import Access, Kernel, Launch, Pending, Pointer, Program, Scalar, Size, SlotAddress, Stride
+from kitsune.ir.plan import (
+    Access,
+    Extent,
+    Kernel,
+    Launch,
+    Parameter,
+    Pending,
+    Pointer,
+    Program,
+    Scalar,
+    Size,
+    SlotAddress,
+    Stride,
+)
 from kitsune.runtime.launch_tables import LaterTables, Tables
 
 # Not the method, which is a door.
 data_ptr = torch._C.TensorBase.data_ptr
 
-Parameters = Sequence[Pointer | Size | Stride | Scalar | SlotAddress]
+Parameters = Sequence[Parameter]
 # Indices are 32-bit below this: the last block may compute as many beyond the end as it has elements.
 WIDE_FROM = 2**31 - 2**16
 
@@ -53,7 +66,8 @@ class _Bound:
 
     def __init__(self, kernel: Kernel, parameters: Parameters) -> None:
         accesses = (*kernel.loads, *(store.access for store in kernel.stores))
-        self.n = kernel.n_elements
+        # What the grid is over: a kernel with reductions has blocks of rows.
+        self.n = kernel.n_rows
         self.values: list[Any] = [0] * len(parameters)
         # (position, access, whether its address must be a multiple of 16 for the aligned variant)
         self.pointers: list[tuple[int, Access, bool]] = []
@@ -61,8 +75,8 @@ class _Bound:
         self.doubles: list[int] = []
         # (position, number of the slot): addresses in the table of moving numbers.
         self.addresses: list[tuple[int, int]] = []
-        self.aligned = self.n % 16 == 0
-        self.wide = max([self.n, *(_reach(a, kernel.domain) for a in accesses)]) >= WIDE_FROM
+        self.aligned = kernel.reduced > 0 or self.n % 16 == 0
+        self.wide = max([kernel.n_elements, *(_reach(a, kernel.domain) for a in accesses)]) >= WIDE_FROM
         for position, parameter in enumerate(parameters):
             self._bind(position, parameter, kernel, accesses)
 
@@ -81,7 +95,7 @@ class _Bound:
             self.addresses.append((position, parameter.index))
         else:
             self.values[position] = number = _number(parameter, kernel, accesses)
-            self.aligned = self.aligned and number % 16 == 0
+            self.aligned = self.aligned and (number % 16 == 0 or not getattr(parameter, "counts", True))
 
     def reading(self, slots_at: int) -> "_Bound":
         """The same with the table of moving numbers at that address."""
@@ -108,7 +122,9 @@ def _reach(access: Access, domain: tuple[int, ...]) -> int:
     return sum((size - 1) * stride for size, stride in zip(domain, access.strides, strict=True))
 
 
-def _number(parameter: Size | Stride, kernel: Kernel, accesses: tuple[Access, ...]) -> int:
+def _number(parameter: Size | Extent | Stride, kernel: Kernel, accesses: tuple[Access, ...]) -> int:
+    if isinstance(parameter, Extent):
+        return kernel.n_columns if parameter.of_columns else kernel.n_rows
     if isinstance(parameter, Stride):
         return accesses[parameter.index].strides[parameter.dim]
     return kernel.n_elements if parameter.dim is None else kernel.domain[parameter.dim]

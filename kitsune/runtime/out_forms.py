@@ -37,6 +37,11 @@ def out_form(op: Op) -> OpOverload | None:
     return _form(op.target, len(op.results), device if device != "CUDA" or torch.backends.cuda.is_built() else "CPU")
 
 
+def takes_memory(op: Op) -> bool:
+    """Can the plan choose where the results of a library call lie?"""
+    return op.allocates or out_form(op) is not None
+
+
 def out_names(form: OpOverload) -> tuple[str, ...]:
     """The arguments of an out= form that take the memory, in the order of its results."""
     return tuple(a.name for a in form._schema.arguments if a.is_out)

@@ -1,8 +1,12 @@
 """From a Graph to the order, the streams and the costs of its Plan: passes, cost model, order."""
 
-from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros
+from kitsune.scheduler.channels_last import in_channels_last
+from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros, parts
+from kitsune.scheduler.norms import layer_norm_backwards
 from kitsune.scheduler.order import Work, in_order
+from kitsune.scheduler.padding import padded_products
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
+from kitsune.scheduler.split import split_reductions
 from kitsune.scheduler.stream_config import StreamConfig
 from kitsune.scheduler.streams import assign_streams
 from kitsune.scheduler.subexpressions import common_subexpressions
@@ -19,10 +23,15 @@ __all__ = [
     "common_subexpressions",
     "dead_code",
     "graph_micros",
+    "in_channels_last",
     "in_order",
     "kernel_micros",
+    "layer_norm_backwards",
     "needed_ops",
     "op_micros",
+    "padded_products",
+    "parts",
     "run_passes",
+    "split_reductions",
     "unlist",
 ]

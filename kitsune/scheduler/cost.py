@@ -39,21 +39,17 @@ def kernel_micros(kernel: Kernel, rates: Rates) -> float:
     for access in accesses:
         itemsize = access.value.type.dtype.itemsize
         n = touched_bytes(access, kernel.domain)
-        scattered = bool(kernel.domain) and access.strides[-1] > 1
-        moved += n * (min(SECTOR, access.strides[-1] * itemsize) / itemsize if scattered else 1)
+        step = min((s for s in access.strides if s), default=1) if kernel.reduced else access.strides[-1] if kernel.domain else 1
+        moved += n * (min(SECTOR, step * itemsize) / itemsize if step > 1 else 1)
     return moved / rates.bytes_per_us
 
 
 def op_micros(op: Op, rates: Rates) -> float:
     """Modelled time of a library call: a matrix product by its operations, everything else by its bytes."""
-    if op.kind is Kind.VIEW:
+    if op.starts_nothing:
         return 0.0
     nbytes = sum(v.type.nbytes for v in op.inputs) + sum(v.type.nbytes for v in op.outputs)
-    flops = 0.0
-    if op.kind is Kind.GEMM and op.results and len(op.inputs) >= 2:
-        inner = op.inputs[-2].type.shape[-1] if op.inputs[-2].type.shape else 1
-        flops = 2.0 * math.prod(op.results[0].type.shape) * inner
-    return max(nbytes / rates.bytes_per_us, flops / rates.flops_per_us)
+    return max(nbytes / rates.bytes_per_us, product_micros(op, rates))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +70,29 @@ def _share(launch: Launch, rates: Rates) -> float:
     return min(launch.nbytes / BYTES_IN_FLIGHT, 1.0)
 
 
+def product_micros(op: Op, rates: Rates) -> float:
+    """Modelled time of a matrix product by its operations; 0 for any other op."""
+    if op.kind is not Kind.GEMM or not op.results or len(op.inputs) < 2:
+        return 0.0
+    inner = op.inputs[-2].type.shape[-1] if op.inputs[-2].type.shape else 1
+    return 2.0 * math.prod(op.results[0].type.shape) * inner / rates.flops_per_us
+
+
+# A product in 16 bits with an odd dimension takes six times as long as one whose rows are whole vectors: 15.5 ms instead of 2.6
+# for the three of GPT-2's vocabulary on an H200 (benchmarks/bench_padding.py).
+UNALIGNED = 6.0
+# What padding must gain, so that small products keep the library's own choice.
+PADDED_FROM_US = 20.0
+
+# What another layout must gain, so that small images keep the library's own choice.
+LAYOUT_FROM_US = 20.0
+# Elements in a row from which on the jump to the next one does not count.
+LONG_ROW = 1024
+
 # Started together, small kernels save their launches; large ones fill the device alone, and would only hold memory longer.
 BATCH_BELOW_US = 50.0
+# The partial sums of a layer's gradients take a quarter of this.
+REDUCED_BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +111,12 @@ class Costs:
         return Load(self.rates.launch_us + body / max(_share(launch, self.rates), SMALLEST_SHARE), body)
 
     def batching(self, kernel: Kernel) -> bool:
-        """Does it pay to start a kernel together with others of its source?"""
+        """Does it pay to start a kernel together with others of its source?
+
+        What it reads is held until the last of them can be started, which for what is to be reduced may be long.
+        """
+        if kernel.reduced:
+            return kernel.nbytes <= REDUCED_BATCH_BYTES
         return kernel_micros(kernel, self.rates) < BATCH_BELOW_US
 
     def alone(self, kernel: Kernel, has_out_form: bool) -> bool:
@@ -103,10 +125,49 @@ class Costs:
         With one op only it moves the same bytes, and must be compiled. But the plan can give it memory, which a cast, for one,
         takes from nobody; walks that jump through memory are left to kernels of the library that are made for them.
         """
-        return len(kernel.steps) > 1 or (not has_out_form and len(kernel.domain) <= 1)
+        in_rows = len(kernel.domain) <= 1 or _in_long_rows(kernel)
+        return len(kernel.steps) > 1 or kernel.reduced > 0 or (not has_out_form and in_rows)
+
+    def worth_padding(self, op: Op) -> bool:
+        """Could padding a matrix product pay at all?"""
+        return (UNALIGNED - 1) * product_micros(op, self.rates) >= PADDED_FROM_US
+
+    def padding(self, op: Op, copied_bytes: float, n_operands: int) -> bool:
+        """Does it pay to make a product larger, if so many bytes are moved for it, and the edges of its operands cleared?"""
+        spent = copied_bytes / self.rates.bytes_per_us + n_operands * self.rates.launch_us
+        return (UNALIGNED - 1) * product_micros(op, self.rates) - spent >= PADDED_FROM_US
+
+    def channels_last(self, image_bytes: int, copied_bytes: int) -> bool:
+        """Does it pay to have connected convolutions in channels-last, if so many bytes are moved for it at the edges?
+
+        The library reads and writes each of their images once more otherwise.
+        """
+        return (2 * image_bytes - copied_bytes) / self.rates.bytes_per_us >= LAYOUT_FROM_US
+
+
+# Blocks of a kernel with reductions that keep the largest device busy; each takes a row, or neighbouring elements of 64 rows.
+BUSY, WANTED, NEIGHBOURS = 132, 512, 64
+# Elements of a row that a part must have at least: below, the parts themselves would be much to write.
+LEAST_INNER, LEAST_OUTER = 1024, 32
+
+
+def parts(rows: int, columns: int, inner: bool) -> int:
+    """Into how many parts to cut each of so many rows, so that a reduction fills the device; 1: leave them whole.
+
+    `inner`: neighbours in memory belong to one row.
+    """
+    blocks = rows if inner else -(-rows // NEIGHBOURS)
+    if blocks >= BUSY:
+        return 1
+    return max(min(-(-WANTED // blocks), columns // (LEAST_INNER if inner else LEAST_OUTER)), 1)
 
 
 def graph_micros(graph: Graph, rates: Rates) -> float:
     """Modelled time of a graph run op by op."""
-    launches = sum(op.kind is not Kind.VIEW for op in graph.ops)
+    launches = sum(not op.starts_nothing for op in graph.ops)
     return sum(op_micros(op, rates) for op in graph.ops) + launches * rates.launch_us
+
+
+def _in_long_rows(kernel: Kernel) -> bool:
+    accesses = (*kernel.loads, *(store.access for store in kernel.stores))
+    return kernel.domain[-1] >= LONG_ROW and all(access.strides[-1] == 1 for access in accesses)

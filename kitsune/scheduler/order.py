@@ -1,10 +1,10 @@
-"""The order of launches: every node after those it needs, else as in the program, with views made when they are asked for."""
+"""The order of launches: every node after those it needs, else as in the program; views and memory are made when asked for."""
 
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kitsune.ir import Graph, Kernel, Kind, Launch, Op, bits, predecessors, roots
+from kitsune.ir import Graph, Kernel, Launch, Op, bits, predecessors, roots
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +56,14 @@ def _launches(graph: Graph, work: Work, views: "_Views", micros: Callable[[Work]
         op = graph.ops[work.numbers[0]]
         made = [launch for value in op.inputs for launch in views.chain(value.id)]
         return [*made, Launch(op=op, micros=micros(work))]
-    # A kernel needs no view, but the root of a view that changes the dtype is itself a view.
+    # A kernel needs no view, but memory, and the root of a view that changes the dtype is itself a view.
     accesses = [a for kernel in work.kernels for a in (*kernel.loads, *(s.access for s in kernel.stores))]
     made = [launch for access in accesses for launch in views.chain(views.roots[access.value.id].id)]
     return [*made, Launch(kernels=work.kernels, micros=micros(work))]
 
 
 class _Views:
-    """The view ops of a graph, each launched once, when its result is first asked for."""
+    """The views and allocations of a graph, each launched once, when its result is first asked for."""
 
     def __init__(self, graph: Graph) -> None:
         self.makers: dict[int, Op] = {}
@@ -73,7 +73,7 @@ class _Views:
         for op in graph.ops:
             for before, after in op.rewritten:
                 self.before[after.id] = before.id
-            if op.kind is Kind.VIEW:
+            if op.starts_nothing:
                 self.makers.update((value.id, op) for value in op.results)
 
     def chain(self, number: int) -> list[Launch]:

@@ -31,9 +31,9 @@ def recorded_again(program: Callable[[], Any]) -> Graph:
     return graphs[0]
 
 
-def plan_of(program: Callable[[], Any], fuel: int | None = None) -> Plan:
+def plan_of(program: Callable[[], Any], fuel: int | None = None, numerics: str = "bitwise") -> Plan:
     """The verified plan of a program's region, for an H200's rates."""
-    return Planner(Costs(RATES["sm_90"]), fuel, verify=True).plan(recorded_again(program))
+    return Planner(Costs(RATES["sm_90"]), fuel, verify=True, numerics=numerics).plan(recorded_again(program))
 
 
 def launched(plan: Plan) -> list[str]:

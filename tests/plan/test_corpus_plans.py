@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 from kitsune.codegen import text_key
-from kitsune.ir import Graph, Kernel, load_graph
+from kitsune.ir import Graph, Kernel, Op, load_graph
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs
 
 # Of each recorded step: launches op by op, launches planned, fused ones among them, distinct programs of those. A change of the
 # planner shows here; more launches than before want a reason.
 LAUNCHES = {
-    "bert-full-amp-cuda": (962, 543, 86, 17),
+    "bert-full-amp-cuda": (962, 547, 88, 19),
     "bert-small-amp-cpu": (275, 163, 45, 26),
     "bert-small-amp-cuda": (202, 123, 26, 17),
     "bert-small-fp32-cpu": (182, 157, 25, 14),
     "demo-gpt-cpu": (563, 198, 34, 14),
     "demo-lenet-cpu": (69, 38, 8, 5),
-    "gpt2-full-amp-cuda": (962, 446, 107, 15),
+    "gpt2-full-amp-cuda": (962, 448, 108, 17),
     "gpt2-small-amp-cpu": (257, 144, 46, 27),
     "gpt2-small-amp-cuda": (182, 95, 26, 15),
     "gpt2-small-fp32-cpu": (194, 136, 31, 21),
@@ -33,12 +33,13 @@ LAUNCHES = {
     "resnet18-small-amp-cpu": (120, 85, 15, 10),
     "resnet18-small-amp-cuda": (132, 86, 16, 11),
     "resnet18-small-fp32-cpu": (92, 84, 14, 9),
-    "resnet50-full-amp-cuda": (523, 330, 40, 11),
+    # 37 more than without channels-last: weights of 3 x 3 and their gradients change their layout, and are no batch.
+    "resnet50-full-amp-cuda": (523, 367, 111, 17),
     "resnet50-small-amp-cpu": (158, 113, 15, 10),
     "resnet50-small-fp32-cpu": (120, 112, 14, 9),
-    "vit-full-amp-cuda": (658, 436, 80, 10),
-    "vit-small-amp-cpu": (139, 97, 21, 10),
-    "vit-small-amp-cuda": (138, 96, 20, 10),
+    "vit-full-amp-cuda": (658, 436, 81, 11),
+    "vit-small-amp-cpu": (139, 97, 22, 11),
+    "vit-small-amp-cuda": (138, 96, 21, 11),
     "vit-small-fp32-cpu": (83, 83, 6, 6),
 }
 CORPUS = Path(__file__).parent.parent / "corpus"
@@ -69,6 +70,15 @@ class RandomCosts(Costs):
 
     def alone(self, kernel: Kernel, has_out_form: bool) -> bool:
         return self.die.random() < 0.5
+
+    def channels_last(self, image_bytes: int, copied_bytes: int) -> bool:
+        return self.die.random() < 0.7
+
+    def worth_padding(self, op: Op) -> bool:
+        return self.die.random() < 0.7
+
+    def padding(self, op: Op, copied_bytes: float, n_operands: int) -> bool:
+        return self.die.random() < 0.7
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])

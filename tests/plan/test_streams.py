@@ -17,7 +17,7 @@ from kitsune.scheduler.streams import waves
 from tests.corpus import FILES, load, name_of
 from tests.plan.recorded import recorded_again
 
-WIDE = [path for path in FILES if name_of(path) in ("bert-full-amp-cuda", "resnet50-full-amp-cuda")]
+WIDE = [path for path in FILES if name_of(path) in ("bert-full-amp-cuda", "vit-full-amp-cuda")]
 
 
 def plan_of(graph: Graph, n_streams: int = 4) -> Plan:
@@ -65,6 +65,9 @@ def test_a_wave_that_fills_the_device_stays_on_one_stream() -> None:
     plan = plan_of(recorded_again(two_layers(64)), n_streams=1)
     full = assign_streams(plan.launches, plan.graph, lambda _: Load(50.0, 50.0), 4, 1 << 40)
     assert {launch.stream for launch in full} == {0}
+    # Nothing to gain but the gaps between launches.
+    gaps = assign_streams(plan.launches, plan.graph, lambda _: Load(52.0, 50.0), 4, 1 << 40)
+    assert {launch.stream for launch in gaps} == {0}
     empty = assign_streams(plan.launches, plan.graph, lambda _: Load(50.0, 1.0), 4, 1 << 40)
     assert {launch.stream for launch in empty} > {0, 1}
 

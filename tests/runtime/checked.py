@@ -134,8 +134,8 @@ def checked(monkeypatch: pytest.MonkeyPatch, **flavor: Any) -> Iterator[Checked]
     forget()
 
 
-def record(program: Callable[[], Any]) -> tuple[Graph, Values, list[float]]:
-    """The last region of a program, its inputs and its scalars."""
+def record(program: Callable[[], Any], warmup: int = 0) -> tuple[Graph, Values, list[float]]:
+    """The last region of a program, its inputs and its scalars; with a warm-up, after the program has been observed."""
     seen: list[Any] = []
 
     def run(self: Any, graph: Graph, values: Values, scalars: list[float]) -> None:
@@ -146,9 +146,10 @@ def record(program: Callable[[], Any]) -> tuple[Graph, Values, list[float]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pipeline, "run", run)
         forget()
-        with kitsune.accelerate(warmup=0, device="cpu"):
-            kept = program()
-        del kept
+        for _ in range(1 + warmup):
+            with kitsune.accelerate(warmup=warmup, device="cpu"):
+                kept = program()
+            del kept
     forget()
     return seen[-1]
 

@@ -92,6 +92,7 @@ def test_branches_of_a_graph_compute_what_one_stream_does(workspace: int, monkey
     kitsune.reset()
     with kitsune.config.patch(gate=False, compile_workers=0), contextlib.ExitStack() as stack:
         stack.callback(torch.use_deterministic_algorithms, False)
+        # New memory is filled then: a fill on one stream came after the result on another one.
         torch.use_deterministic_algorithms(True)
         with kitsune.config.patch(streams=1):
             expected = train(kitsune.accelerate(), 40)

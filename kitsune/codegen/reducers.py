@@ -1,0 +1,129 @@
+"""The text of a reduction: of what a block holds at once, or of a loop that begins, turns and ends.
+
+In a loop every place of the tile gathers the elements that come by there, and only at the end are the places of a row put
+together: a sum of long rows is as exact as one by pairs. What lies beyond a row's end must not count, whatever was loaded.
+"""
+
+from typing import Protocol
+
+import torch
+
+from kitsune.codegen.dtypes import FLOATING, LANGUAGE
+
+
+class Reduced(Protocol):
+    """What is reduced: the text of the elements, the names of the results, and the dtype to reduce in."""
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def at_once(s: Reduced) -> list[str]:
+    """The row lies in registers."""
+    x, names = s.text, s.targets
+    if s.kind == "moments":
+        mean, squares = names
+        apart = f"({x} - {mean})"
+        return [f"{mean} = {_per_column(_sum(x), s.dtype)}", f"{squares} = {_sum(f'{apart} * {apart}')}"]
+    if s.kind == "softmax":
+        top, total = names
+        return [f"{top} = {_whole('max', x, s.dtype)}", f"{total} = {_sum(f'libdevice.exp({x} - {top})')}"]
+    return [f"{names[0]} = {_whole(s.kind, x, s.dtype)}"]
+
+
+def begin(s: Reduced) -> list[str]:
+    """Before the loop: what each place of the tile gathers."""
+    if s.kind == "moments":
+        return [_full(f"{name}_each", "0.0", s.dtype) for name in s.targets] + [
+            f"{s.targets[0]}_n = tl.full([1, RBLOCK], 0.0, {LANGUAGE[s.dtype]})"
+        ]
+    if s.kind == "softmax":
+        top, total = s.targets
+        return [_full(f"{top}_each", "float('-inf')", s.dtype), _full(f"{total}_each", "0.0", s.dtype)]
+    return [_full(f"{s.targets[0]}_each", identity(s.kind, s.dtype), s.dtype)]
+
+
+def turn(s: Reduced) -> list[str]:
+    """Inside of the loop."""
+    x = s.text
+    each = [f"{name}_each" for name in s.targets]
+    if s.kind == "moments":
+        # Welford's: the distance of an element from the mean of those before it, and from that with it.
+        n, apart = f"{s.targets[0]}_n", f"{s.targets[0]}_apart"
+        return [
+            f"{n} = tl.where(in_columns, {n} + 1.0, {n})",
+            f"{apart} = tl.where(in_columns, {x} - {each[0]}, 0.0)",
+            f"{each[0]} = {each[0]} + {apart} * (1.0 / tl.where({n} > 0, {n}, 1.0))",
+            f"{each[1]} = tl.where(in_columns, {each[1]} + {apart} * ({x} - {each[0]}), {each[1]})",
+        ]
+    if s.kind == "softmax":
+        top, total = each
+        # One exponential for an element: either it or what was gathered shrinks. Minus infinity adds nothing, and has no
+        # distance from itself.
+        shrunk, counts = f"{s.targets[0]}_shrunk", f"{s.targets[0]}_counts"
+        grown = f"tl.where({x} > {top}, {total} * {shrunk} + 1.0, {total} + {shrunk})"
+        return [
+            f"{counts} = in_columns & ({x} != float('-inf'))",
+            f"{shrunk} = libdevice.exp(-tl.abs({x} - {top}))",
+            f"{total} = tl.where({counts}, {grown}, {total})",
+            f"{top} = tl.where({counts} & ({x} > {top}), {x}, {top})",
+        ]
+    joined = f"{each[0]} + {x}" if s.kind == "sum" else f"tl.{s.kind}imum({each[0]}, {x})"
+    return [f"{each[0]} = tl.where(in_columns, {joined}, {each[0]})"]
+
+
+def end(s: Reduced) -> list[str]:
+    """After the loop: the places of a row put together."""
+    each = [f"{name}_each" for name in s.targets]
+    if s.kind == "moments":
+        mean, squares = s.targets
+        apart = f"({each[0]} - {mean})"
+        return [
+            f"{mean} = {_per_column(_over('sum', f'{each[0]} * {mean}_n'), s.dtype)}",
+            f"{squares} = {_over('sum', f'{each[1]} + {mean}_n * {apart} * {apart}')}",
+        ]
+    if s.kind == "softmax":
+        top, total = s.targets
+        # A place that saw only minus infinity, or NaN, has no distance from the top, and says so itself.
+        shrunk = f"tl.where({each[0]} == float('-inf'), {each[1]}, {each[1]} * libdevice.exp({each[0]} - {top}))"
+        return [f"{top} = {_over('max', each[0])}", f"{total} = {_over('sum', shrunk)}"]
+    return [f"{s.targets[0]} = {_over(s.kind, each[0])}"]
+
+
+def identity(kind: str, dtype: torch.dtype) -> str:
+    """What changes no result."""
+    if kind == "sum":
+        return "0.0" if dtype in FLOATING else "0"
+    if dtype in FLOATING:
+        return "float('-inf')" if kind == "max" else "float('inf')"
+    limits = torch.iinfo(dtype)
+    return str(limits.min if kind == "max" else limits.max)
+
+
+def _per_column(x: str, dtype: torch.dtype) -> str:
+    return f"{x} / columns" if dtype is torch.float64 else f"tl.div_rn({x}, columns.to(tl.float32))"
+
+
+def _sum(x: str) -> str:
+    return _whole("sum", x, torch.float32)
+
+
+def _whole(kind: str, x: str, dtype: torch.dtype) -> str:
+    return _over(kind, f"tl.where(in_columns, {x}, {identity(kind, dtype)})")
+
+
+def _over(kind: str, x: str) -> str:
+    return f"tl.{kind}({x}, 1, keep_dims=True)"
+
+
+def _full(name: str, number: str, dtype: torch.dtype) -> str:
+    return f"{name} = tl.full([XBLOCK, RBLOCK], {number}, {LANGUAGE[dtype]})"

@@ -1,0 +1,205 @@
+"""Kernels with reductions: a block works on a tile of some rows and some of their columns, its text being the same for all sizes.
+
+Each statement is made for every element or once for a row, and belongs to a phase: the number of reductions after each other
+that it depends on. Where rows are held in registers the statements stand as they come. Where they are too long, each phase
+goes through the row in a loop of its own, and makes what it needs of the elements anew from what it loads.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from kitsune.codegen.body import Body, Named
+from kitsune.codegen.lowering import Reduce
+from kitsune.codegen.machine_code import INDEX
+from kitsune.codegen.reducers import at_once, begin, end, turn
+from kitsune.codegen.tiles import inner, is_looped
+from kitsune.codegen.walks import Part, accesses, coordinates, counted, is_read, tile_walk
+from kitsune.ir.plan import Access, Extent, Size, Stride
+
+_WORD = re.compile(r"[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What gives `targets` their values: a text, or a reduction (`kind`) of it. `full`: it is made for every element.
+
+    `phase` is the first in which it can be made.
+    """
+
+    targets: tuple[str, ...]
+    text: str
+    full: bool
+    phase: int
+    comment: str = ""
+    kind: str = ""
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def line(self) -> str:
+        """As a line of the text."""
+        return f"{self.targets[0]} = {self.text}" + (f"  # {self.comment}" if self.comment else "")
+
+
+@dataclass(slots=True)
+class Rows(Body):
+    """A kernel over rows."""
+
+    blocks: ClassVar[str] = "XBLOCK: tl.constexpr, RBLOCK: tl.constexpr"
+    places: ClassVar[tuple[str, ...]] = ("row = (block * XBLOCK + tl.arange(0, XBLOCK))[:, None]", "in_rows = row < rows")
+
+    statements: list[Statement] = field(default_factory=list)
+    # Of each name: is it a value for every element, and since which phase is it known?
+    known: dict[str, tuple[bool, int]] = field(default_factory=lambda: {"column": (True, 0)})
+    inner: bool = True
+
+    @property
+    def extents(self) -> list[Named]:
+        """The numbers of rows and of columns."""
+        return [
+            Named("rows", INDEX, Extent(False, not self.inner)),
+            Named("columns", INDEX, Extent(True, self.inner)),
+        ]
+
+    @property
+    def reducer(self) -> Reduce:
+        """Writes reductions."""
+        return self.reduce
+
+    def write(self) -> None:
+        """Loads, steps and stores."""
+        self.inner = inner(self.kernel)
+        self.multiples.add("columns" if self.inner else "rows")
+        forms = [tile_walk(self.kernel.domain, self.kernel.reduced, a.strides) for a in accesses(self.kernel)]
+        offsets = [self._offset(i, a) for i, a in enumerate(accesses(self.kernel))]
+        for i in range(len(self.kernel.loads)):
+            self.load(i, offsets[i], _mask(forms[i].rows != 0, forms[i].columns != 0))
+        for number, step in enumerate(self.kernel.steps):
+            self.step(number, step)
+        cut = len(self.kernel.domain) - self.kernel.reduced
+        rows = self._coordinates(0, cut, "row", "i", [form.rows for form in forms])
+        columns = self._coordinates(cut, len(self.kernel.domain), "column", "j", [form.columns for form in forms])
+        stores = []
+        for i in range(len(self.kernel.stores)):
+            k = len(self.kernel.loads) + i
+            full = forms[k].columns != 0
+            # A single row is its number 0.
+            offset = offsets[k] or "row"
+            mask = _mask(forms[k].rows != 0 or not full, full)
+            text = self.stored(i)
+            phase = max((self.known[w][1] for w in self._words(text)), default=0)
+            stores.append((i, Statement((), f"tl.store(out{i} + {offset}, {text}, mask={mask})", full, phase)))
+        if is_looped(self.kernel):
+            self.lines = [*rows, *self._loops(stores, columns)]
+        else:
+            self.lines = [*rows, "column = tl.arange(0, RBLOCK)[None, :]", *_INSIDE, *columns]
+            self.lines += [line for s in self.statements for line in (at_once(s) if s.kind else [s.line])]
+            self.lines += [s.text for _, s in stores]
+
+    def say(self, target: str, text: str, comment: str = "") -> None:
+        """The statement that gives `target` its value."""
+        full, phase = self._nature(text)
+        self.known[target] = (full, phase)
+        self.statements.append(Statement((target,), text, full, phase, comment))
+
+    def reduce(self, kind: str, dtype: torch.dtype, text: str) -> tuple[str, ...]:
+        """The names of a reduction's results."""
+        text = self.let(text)
+        _, phase = self._nature(text)
+        names = []
+        for _ in range(2 if kind in ("moments", "softmax") else 1):
+            names.append(f"a{self.n_temporaries}")
+            self.n_temporaries += 1
+            self.known[names[-1]] = (False, phase + 1)
+        self.statements.append(Statement(tuple(names), text, True, phase, "", kind, dtype))
+        return tuple(names)
+
+    def _words(self, text: str) -> Iterable[str]:
+        return (word for word in _WORD.findall(text) if word in self.known)
+
+    def _nature(self, text: str) -> tuple[bool, int]:
+        natures = [self.known[word] for word in self._words(text)]
+        # A load moves along the columns if its mask says so.
+        full = any(nature[0] for nature in natures) or "mask=inside" in text or "mask=in_columns" in text
+        return full, max((nature[1] for nature in natures), default=0)
+
+    def _offset(self, index: int, access: Access) -> str:
+        name = self.pointer(index, access.value.type.dtype)
+        form = tile_walk(self.kernel.domain, self.kernel.reduced, access.strides)
+        if form.rows != 0 or form.columns != 0:
+            self.multiples.add(name)
+        cut = len(self.kernel.domain) - self.kernel.reduced
+        terms = [*self._terms(index, name, form.rows, 0, cut, "row", "i")]
+        terms += self._terms(index, name, form.columns, cut, len(self.kernel.domain), "column", "j")
+        return " + ".join(terms)
+
+    def _terms(self, index: int, name: str, part: Part, first: int, end: int, whole: str, letter: str) -> Iterable[str]:
+        dims = [first + d for d in counted(self.kernel.domain[first:end])]
+        if part == "columns":
+            yield "row * columns"
+        elif type(part) is tuple:
+            for position, (d, stride) in enumerate(zip(dims, part, strict=True)):
+                if stride != 0:
+                    yield self._term(f"{letter}{position}", stride, f"{name}_{letter}{position}", Stride(index, d))
+        elif part != 0:
+            assert part is None or part == 1
+            yield self._term(whole, part, f"{name}_{whole}", Stride(index, dims[-1]) if dims else Stride(index, first))
+
+    def _term(self, place: str, stride: int | None, name: str, meaning: Stride) -> str:
+        return place if stride == 1 else f"{place} * {self.size(name, meaning)}"
+
+    def _coordinates(self, first: int, end: int, index: str, letter: str, parts: list[Part]) -> list[str]:
+        needed = {p for part in parts if type(part) is tuple for p, stride in enumerate(part) if stride != 0}
+        dims = [first + d for d in counted(self.kernel.domain[first:end])]
+        if not needed:
+            return []
+        # Only along what neighbours in memory differ in must they keep together.
+        counts = (letter == "j") == self.inner
+
+        def size(position: int) -> str:
+            return self.size(f"size_{letter}{position}", Size(dims[position], counts))
+
+        return list(coordinates(index, letter, f"{letter}_rest", needed, len(dims), size))
+
+    def _loops(self, stores: list[tuple[int, Statement]], columns: list[str]) -> list[str]:
+        """A loop for each phase in which elements are reduced or stored, with what is made once for a row before it."""
+        last = max([s.phase for s in self.statements if s.kind] + [s.phase for _, s in stores if s.full], default=0)
+        due: dict[int, list[Statement]] = {}
+        for i, store in stores:
+            if store.full:
+                # What is still to be read of this memory must be what was there before.
+                due.setdefault(last if is_read(self.kernel, self.kernel.stores[i]) else store.phase, []).append(store)
+        lines: list[str] = []
+        for phase in range(last + 1):
+            lines += [s.line for s in self.statements if not s.full and not s.kind and s.phase == phase]
+            reductions = [s for s in self.statements if s.kind and s.phase == phase]
+            if reductions or phase in due:
+                lines += self._loop(reductions, due.get(phase, []), columns)
+        lines += [s.line for s in self.statements if not s.full and not s.kind and s.phase > last]
+        return lines + [s.text for _, s in stores if not s.full]
+
+    def _loop(self, reductions: list[Statement], stores: list[Statement], columns: list[str]) -> list[str]:
+        wanted = {word for s in (*reductions, *stores) for word in self._words(s.text)}
+        body: list[str] = []
+        for s in reversed(self.statements):
+            if s.full and not s.kind and s.targets[0] in wanted:
+                body.append(s.line)
+                wanted.update(self._words(s.text))
+        body.reverse()
+        body = ["column = start + tl.arange(0, RBLOCK)[None, :]", *_INSIDE, *columns, *body]
+        body += [line for s in reductions for line in turn(s)] + [s.text for s in stores]
+        before = [line for s in reductions for line in begin(s)]
+        after = [line for s in reductions for line in end(s)]
+        return [*before, "for start in range(0, columns, RBLOCK):", *(f"    {line}" for line in body), *after]
+
+
+_INSIDE = ["in_columns = column < columns", "inside = in_rows & in_columns"]
+
+
+def _mask(along_rows: bool, along_columns: bool) -> str:
+    if along_columns:
+        return "inside" if along_rows else "in_columns"
+    return "in_rows"

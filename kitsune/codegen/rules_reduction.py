@@ -1,0 +1,111 @@
+"""Rows of reductions: sums, extremes, positions, moments, softmax. What a row of the tensor is, the kernel knows."""
+
+from collections.abc import Callable
+
+import torch
+
+from kitsune.codegen.lowering import Lowering, Promotion, Rule, Typed, lower_rules
+
+# Larger than any position.
+NOWHERE = 2**31 - 1
+
+
+def _sum(c: Lowering) -> str:
+    return c.reduce("sum", c.tensor("self", c.compute))
+
+
+def _mean(c: Lowering) -> str:
+    return c.divide(c.reduce("sum", c.tensor("self", c.compute)), c.count)
+
+
+def _extreme(c: Lowering, kind: str) -> str:
+    """The largest or smallest; NaN where there is one."""
+    x = c.let(c.tensor("self"))
+    if c.common is torch.bool:
+        raise c.refuse("compares booleans")
+    found = c.reduce(kind, x, c.compute)
+    if not c.is_float:
+        return found
+    unordered = c.reduce("max", f"({x} != {x}).to(tl.int32)", torch.int32)
+    return c.let(f"tl.where({unordered} > 0, float('nan'), {found})")
+
+
+def _position(c: Lowering, kind: str) -> tuple[str, Typed]:
+    """The extreme and where it first is."""
+    x = c.let(c.tensor("self"))
+    found = _extreme(c, kind)
+    # Only a NaN differs from itself, and the extreme is NaN then, which nothing equals.
+    first = c.reduce("min", f"tl.where(({x} == {found}) | ({x} != {x}), column, {NOWHERE})", torch.int32)
+    return found, Typed(f"{first}.to(tl.int64)", torch.int64)
+
+
+def _extreme_or_position(kind: str) -> Callable[[Lowering], str | tuple[str, ...]]:
+    return lambda c: _position(c, kind) if len(c.op.results) == 2 else _extreme(c, kind)
+
+
+def _variance(c: Lowering) -> tuple[str, str]:
+    """Variance and mean."""
+    if "correction" in c.arguments:
+        correction = c.number("correction") if c.given("correction") else c.constant(1)
+    else:
+        correction = c.constant(int(c.arguments.get("unbiased", True)))
+    mean, squares = c.reduce_to("moments", c.tensor("self", c.compute))
+    degrees = c.let(f"{c.count} - {correction}")
+    return c.divide(squares, c.call("maximum", degrees, c.constant(0))), mean
+
+
+def _deviation(c: Lowering) -> tuple[str, str]:
+    variance, mean = _variance(c)
+    return c.square_root(variance), mean
+
+
+def _norm(c: Lowering) -> str:
+    order = next((c.arguments[name] for name in ("ord", "p") if c.given(name)), 2)
+    if type(order) not in (int, float) or order != 2:
+        raise c.refuse("is of another order than 2")
+    x = c.let(c.tensor("self", c.compute))
+    return c.square_root(c.reduce("sum", f"{x} * {x}"))
+
+
+def _softmax(c: Lowering) -> str:
+    x = c.let(c.tensor("self", c.compute))
+    top, total = c.reduce_to("softmax", x)
+    return c.divide(f"libdevice.exp({x} - {top})", total)
+
+
+def _log_softmax(c: Lowering) -> str:
+    x = c.let(c.tensor("self", c.compute))
+    top, total = c.reduce_to("softmax", x)
+    return f"{x} - {top} - {c.let(f'libdevice.log({total})')}"
+
+
+def _softmax_backward(c: Lowering) -> str:
+    grad, y = c.let(c.tensor("grad_output", c.compute)), c.let(c.tensor("output", c.compute))
+    return f"({grad} - {c.reduce('sum', f'{grad} * {y}')}) * {y}"
+
+
+def _log_softmax_backward(c: Lowering) -> str:
+    grad, y = c.let(c.tensor("grad_output", c.compute)), c.let(c.tensor("output", c.compute))
+    return f"{grad} - libdevice.exp({y}) * {c.reduce('sum', grad)}"
+
+
+def _fill_table() -> None:
+    result = Promotion.RESULT
+    lower_rules["sum"] = Rule(_sum, result)
+    lower_rules["mean"] = Rule(_mean, result)
+    for name, kind in (("max", "max"), ("min", "min")):
+        lower_rules[f"a{name}"] = Rule(lambda c, kind=kind: _extreme(c, kind), result)  # type: ignore[misc]
+        lower_rules[name] = Rule(_extreme_or_position(kind), result)
+        lower_rules[f"arg{name}"] = Rule(lambda c, kind=kind: _position(c, kind)[1], operands=("self",))  # type: ignore[misc]
+    lower_rules["var"] = Rule(lambda c: _variance(c)[0], result)
+    lower_rules["var_mean"] = Rule(_variance, result)
+    lower_rules["std"] = Rule(lambda c: _deviation(c)[0], result)
+    lower_rules["std_mean"] = Rule(_deviation, result)
+    lower_rules["norm"] = lower_rules["linalg_vector_norm"] = Rule(_norm, result)
+    lower_rules["_softmax"] = Rule(_softmax, operands=("self",))
+    lower_rules["_log_softmax"] = Rule(_log_softmax, operands=("self",))
+    lower_rules["_softmax_backward_data"] = Rule(_softmax_backward, operands=("grad_output",))
+    lower_rules["_log_softmax_backward_data"] = Rule(_log_softmax_backward, operands=("grad_output",))
+
+
+_fill_table()

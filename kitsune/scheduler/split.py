@@ -1,0 +1,154 @@
+"""Sums of few, long rows in two stages: of parts of the rows, which fill the device, and of those."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kitsune.ir import Graph, Kind, Op, Reduction, Value, reduction_of
+from kitsune.scheduler.build import Builder
+
+aten = torch.ops.aten
+HALF = (torch.bfloat16, torch.float16)
+# Numbers of parts up to this factor from the one wanted are taken, for the parts must be equal.
+NEAR = 4
+
+# The number of parts wanted for a reduction of `rows` rows of so many columns; the last: do neighbours belong to one row?
+Parts = Callable[[int, int, bool], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A dimension of `size` is seen as `outer` parts; dimensions in `whole` are left to the second stage as they are."""
+
+    dim: int
+    outer: int
+    whole: frozenset[int]
+
+
+def split_reductions(graph: Graph, parts: Parts, why_not: Callable[[Op], str | None]) -> Graph:
+    """Every sum, mean, norm, largest or smallest that has too few rows for the device, in two stages where those can be kernels.
+
+    The order of summation is the same each time. Between the stages, numbers are of the type that a kernel sums in.
+    """
+    if not any(op.kind is Kind.REDUCTION for op in graph.ops):
+        return graph
+    b = Builder(graph)
+    for op in graph.ops:
+        start = len(b.ops)
+        reduction = reduction_of(op) if op.target._opname in _STAGES else None
+        cut = None if reduction is None else find_cut(op, reduction, parts)
+        if reduction is None or cut is None or why_not(op) is not None:
+            b.ops.append(op)
+            continue
+        _in_two(b, op, reduction, cut)
+        if any(made.kind is not Kind.VIEW and why_not(made) is not None for made in b.ops[start:]):
+            b.ops[start:] = [op]
+    return Graph(graph.inputs, tuple(b.ops), graph.outputs)
+
+
+def find_cut(op: Op, reduction: Reduction, parts: Parts) -> Cut | None:
+    """Where to cut a reduction's rows; None if they are best left whole, or cannot be cut evenly."""
+    type_ = op.inputs[0].type
+    if op.results[0].type.dtype in HALF and type_.dtype not in HALF:
+        return None  # rounded before it is summed
+    shape, stride = type_.shape, type_.stride
+    columns = math.prod(shape[d] for d in reduction.dims)
+    if not columns:
+        return None
+    moving = [d for d in range(len(shape)) if shape[d] > 1 and stride[d]]
+    inner = not moving or min(moving, key=lambda d: stride[d]) in reduction.dims
+    wanted = parts(type_.shape.numel() // columns, columns, inner)
+    left, whole = wanted, set()
+    for d in sorted(reduction.dims, key=lambda d: -stride[d]):
+        if left <= 1:
+            break
+        if shape[d] <= left:
+            whole.add(d)
+            left = -(-left // shape[d])
+            continue
+        outer = _divisor(shape[d], left)
+        return Cut(d, outer, frozenset(whole)) if outer > 1 else _whole_cut(whole, reduction)
+    return _whole_cut(whole, reduction)
+
+
+def _whole_cut(whole: set[int], reduction: Reduction) -> Cut | None:
+    return Cut(-1, 1, frozenset(whole)) if whole and whole != set(reduction.dims) else None
+
+
+def _divisor(n: int, wanted: int) -> int:
+    """The divisor of n that is nearest to `wanted`, if one is near."""
+    near = [d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k) if wanted / NEAR <= d <= wanted * NEAR]
+    return min(near, key=lambda d: (abs(math.log(d / wanted)), d), default=1)
+
+
+def _in_two(b: Builder, op: Op, reduction: Reduction, cut: Cut) -> None:
+    x, result = op.inputs[0], op.results[0]
+    stage = _STAGES[op.target._opname]
+    # A comparison rounds nothing: it stays in the type of what it compares.
+    wide = torch.float32 if result.type.dtype in HALF and stage not in (_largest, _smallest) else result.type.dtype
+    inner = tuple(d for d in reduction.dims if d not in cut.whole)
+    if cut.dim >= 0:
+        x, inner = _seen_cut(b, op, x, cut, inner)
+    left = [n for d, n in enumerate(x.type.shape) if d not in inner]
+    partial = stage(b, op, x, inner, False, wide, (wide, left))
+    shape = [
+        cut.outer if d == cut.dim else 1 if d in reduction.dims and d not in cut.whole else n
+        for d, n in enumerate(reduction.shape)
+    ]
+    if shape != left:
+        partial = b.view(op, partial, shape, _strides(shape))
+    keep = len(result.type.shape) == len(shape)
+    narrow = wide is not result.type.dtype
+    made = (wide, tuple(result.type.shape)) if narrow else result
+    total = stage(b, op, partial, reduction.dims, keep, wide, made)
+    if narrow:
+        b.call(op, aten._to_copy.default, Kind.POINTWISE, (total,), result, dtype=result.type.dtype)
+
+
+def _seen_cut(b: Builder, op: Op, x: Value, cut: Cut, inner: tuple[int, ...]) -> tuple[Value, tuple[int, ...]]:
+    """A view with the dimension in two, and the dimensions to be reduced of that."""
+    shape, stride, d = list(x.type.shape), list(x.type.stride), cut.dim
+    rest = shape[d] // cut.outer
+    seen = b.view(op, x, [*shape[:d], cut.outer, rest, *shape[d + 1 :]], [*stride[:d], stride[d] * rest, *stride[d:]])
+    return seen, tuple(sorted(k + (k >= d) for k in inner))
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    return [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+
+
+# A stage: of a value over dimensions, keeping them or not, summed in a dtype; the result is known or to be made.
+Stage = Callable[[Builder, Op, Value, tuple[int, ...], bool, torch.dtype, Any], Value]
+
+
+def _sum(b: Builder, op: Op, x: Value, dims: tuple[int, ...], keep: bool, wide: torch.dtype, made: Any) -> Value:
+    return b.call(op, aten.sum.dim_IntList, Kind.REDUCTION, (x, dims, keep), made, dtype=wide)
+
+
+def _mean(b: Builder, op: Op, x: Value, dims: tuple[int, ...], keep: bool, wide: torch.dtype, made: Any) -> Value:
+    return b.call(op, aten.mean.dim, Kind.REDUCTION, (x, dims, keep), made, dtype=wide)
+
+
+def _norm(b: Builder, op: Op, x: Value, dims: tuple[int, ...], keep: bool, wide: torch.dtype, made: Any) -> Value:
+    return b.call(op, aten.linalg_vector_norm.default, Kind.REDUCTION, (x, 2, dims, keep), made, dtype=wide)
+
+
+def _largest(b: Builder, op: Op, x: Value, dims: tuple[int, ...], keep: bool, wide: torch.dtype, made: Any) -> Value:
+    return b.call(op, aten.amax.default, Kind.REDUCTION, (x, dims, keep), made)
+
+
+def _smallest(b: Builder, op: Op, x: Value, dims: tuple[int, ...], keep: bool, wide: torch.dtype, made: Any) -> Value:
+    return b.call(op, aten.amin.default, Kind.REDUCTION, (x, dims, keep), made)
+
+
+_STAGES: dict[str, Stage] = {
+    "sum": _sum,
+    "mean": _mean,
+    "norm": _norm,
+    "linalg_vector_norm": _norm,
+    "amax": _largest,
+    "amin": _smallest,
+}

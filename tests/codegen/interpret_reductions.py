@@ -1,0 +1,76 @@
+"""Run in a process of its own, for Triton's interpreter must be chosen before Triton is imported: prints a line per difference,
+then the number of kernels that were run.
+
+Usage: python -m tests.codegen.interpret_reductions <folder for sources> <sizes | layouts | special | batched>
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import tests.conftest  # noqa: F401  (it sets what tests share)
+
+import torch  # isort: skip
+
+from kitsune.backends import program_of
+from kitsune.codegen import Compiler
+from kitsune.ir import Launch
+from kitsune.runtime.kernel_launch import PreparedLaunch
+from tests.codegen.reductions import CASES, DTYPES, SIZES, differs, draw, exactly, layouts, of_special, special, tensors
+from tests.runtime.planned import planned
+
+n_kernels = 0
+
+
+def compare(name: str, program: Callable[..., Any], inputs: Sequence[torch.Tensor], compiler: Compiler) -> None:
+    """Run a program by plan, eagerly and in float64."""
+    global n_kernels
+
+    def start(launch: Launch) -> PreparedLaunch:
+        return PreparedLaunch(launch, program_of(launch), compiler)
+
+    found, plans = planned(lambda: tensors(program(*inputs)), start)
+    n_kernels += sum(bool(launch.kernels and launch.kernels[0].reduced) for plan in plans for launch in plan.launches)
+    eager, exact = tensors(program(*inputs)), exactly(program, inputs)
+    for k, (a, b, c) in enumerate(zip(found, eager, exact, strict=True)):
+        if difference := differs(a.detach() * 1, b, c):
+            print(f"{name}, result {k}: {difference}")
+
+
+def sizes(compiler: Compiler) -> None:
+    for dtype in DTYPES:
+        for n in SIZES:
+            for case in CASES:
+                # Half of the table takes the large size in one dtype each, for every element costs the interpreter time.
+                if n < 50000 or dtype is torch.bfloat16:
+                    compare(f"{case.name} {n} {dtype}", case.program, draw(case.shapes(n), dtype), compiler)
+
+
+def views(compiler: Compiler) -> None:
+    for dtype in DTYPES:
+        for name, program, inputs in layouts(dtype):
+            compare(f"{name} {dtype}", program, inputs, compiler)
+
+
+def specials(compiler: Compiler) -> None:
+    for dtype in DTYPES:
+        for n in (33, 5000):  # in registers, and in loops
+            compare(f"special {n} {dtype}", of_special, [special(dtype, n)], compiler)
+
+
+def batched(compiler: Compiler) -> None:
+    for dtype in DTYPES[:2]:
+        x, y = draw([(2048, 48), (1024, 48)], dtype)
+        compare(f"batched {dtype}", lambda x, y: [x.sum(0), y.sum(0)], [x, y], compiler)
+
+
+if __name__ == "__main__":
+    {"sizes": sizes, "layouts": views, "special": specials, "batched": batched}[sys.argv[2]](
+        Compiler(sys.argv[1], interpret=True)
+    )
+    print(n_kernels)

@@ -1,0 +1,121 @@
+"""Regions whose inside has other layouts than eager's leave what eager leaves, in eager's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from kitsune.ir import Graph
+from kitsune.planning import Planner
+from kitsune.scheduler import dead_code, in_channels_last, padded_products
+from kitsune.scheduler.formats import is_channels_last
+from tests.plan.test_channels_last import Block, Sides, step
+from tests.plan.test_padding import COSTS, vocabulary
+from tests.property.test_programs import SLOW
+from tests.runtime.checked import record
+from tests.runtime.in_double import assert_as_good, in_double, replayed, run_by_plan
+from tests.runtime.test_plan_executor import Broken
+from tests.runtime.test_real_plans import Walk
+
+Program = Callable[[], Any]
+
+
+def assert_as_eager(program: Program, rewrite: Callable[[Graph], Graph]) -> Graph:
+    """Op by op, by kernels, and with kernels that fail; returns the graph that was run."""
+    graph, values, scalars = record(program, warmup=1)
+    exact, eager = in_double(graph, values, scalars), replayed(graph, values, scalars)
+    other = rewrite(dead_code(graph))
+    assert_as_good(graph, exact, eager, replayed(other, values, scalars))
+    plan = Planner(COSTS, verify=True).plan(graph)
+    for start in (Walk, Broken):
+        assert_as_good(graph, exact, eager, run_by_plan(plan, values, scalars, start))
+    return other
+
+
+def padding(graph: Graph) -> Graph:
+    return padded_products(graph, COSTS, lambda op: None)
+
+
+def layer(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, grad: torch.Tensor) -> list[torch.Tensor]:
+    """A linear layer, a function after it, and its gradients, at whatever sizes."""
+    y = torch.nn.functional.linear(x, w, b)
+    grad = grad * (y > 0)
+    return [y.float().relu().sum(1), grad @ w, (grad.t() @ x).float(), grad.sum(0)]
+
+
+@settings(SLOW, max_examples=60)
+@given(
+    sizes=st.tuples(*[st.sampled_from((1, 3, 8, 9, 16, 33))] * 3),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+    bias=st.booleans(),
+    keep=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_layers_of_any_size(sizes: tuple[int, int, int], dtype: torch.dtype, bias: bool, keep: bool, seed: int) -> None:
+    m, n, k = sizes
+    generator = torch.Generator().manual_seed(seed)
+    x, w, b, grad = (torch.randn(*shape, generator=generator) for shape in ((m, k), (n, k), (n,), (m, n)))
+
+    def program() -> Any:
+        half = [t.to(dtype) for t in (x, w, b, grad)]
+        found = layer(half[0], half[1], half[2] if bias else None, half[3])
+        return (found, half[1]) if keep else found
+
+    other = assert_as_eager(program, padding)
+    assert any(op.allocates for op in other.ops) or all(size % 8 == 0 or size == 1 for size in sizes[1:])
+
+
+def images(graph: Graph) -> Graph:
+    return in_channels_last(graph, COSTS)
+
+
+class Ways(Block):
+    """Results that somebody keeps, writes in place, parts of images, and a dropout between convolutions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = y = F.dropout(self.first(x), 0.3)
+        y[:, :4].mul_(2)
+        y = F.avg_pool2d(self.norm(y), 2).add_(1)
+        z = self.second(y.permute(0, 1, 3, 2)).transpose(2, 3)
+        pooled = F.adaptive_avg_pool2d(F.gelu(self.third(y + z)), 2)
+        return self.linear(torch.cat([pooled.flatten(1), y.sum((0, 2, 3)).expand(4, -1)], 1))
+
+
+MODELS = [Block, lambda: Block(lambda x: x.flatten(1)), lambda: Block(lambda x: F.softmax(x, 1).amax((2, 3))), Ways, Sides]
+
+
+@pytest.mark.parametrize("make", MODELS, ids=["mean", "flat", "softmax", "ways", "sides"])
+@pytest.mark.parametrize("size", [2, 8, 9])
+def test_convolutions(make: Callable[[], Any], size: int) -> None:
+    # Statistics of ever so few elements would amplify the last bit.
+    other = assert_as_eager(step(make(), 4, 3, size, size), images)
+    assert any(is_channels_last(op.results[0].type) for op in other.ops if op.target._opname == "convolution") or size == 2
+
+
+IMAGE, KERNEL = torch.linspace(-1, 1, 2 * 8 * 36).sin().view(2, 8, 6, 6), torch.linspace(-2, 2, 576).cos().view(8, 8, 3, 3)
+
+
+def written_between() -> Any:
+    """A copy in another layout is out of date once a part of what it is a copy of has been written."""
+    image, kernel = IMAGE.to(torch.bfloat16), KERNEL.to(torch.bfloat16)
+    first = F.conv2d(image, kernel)
+    image[:, :2].mul_(3)
+    second = F.conv2d(image, kernel)
+    before = second.cumsum(1)
+    second[:, 1:].mul_(2)
+    return first.float(), second.float() + 1, before, second.cumsum(1)
+
+
+def test_a_copy_is_not_read_once_it_is_out_of_date() -> None:
+    other = assert_as_eager(written_between, images)
+    assert sum(op.target._opname == "clone" for op in other.ops) >= 5
+
+
+@pytest.mark.parametrize("program", [vocabulary])
+def test_programs(program: Program) -> None:
+    assert any(op.allocates for op in assert_as_eager(program, padding).ops)

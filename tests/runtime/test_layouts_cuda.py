@@ -1,0 +1,115 @@
+"""Other layouts on a GPU: at sizes where they pay, steps are no further from float32 than eager's are, and gradients lie as in
+eager."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kitsune
+from kitsune.ir import Kind, Plan
+from kitsune.scheduler.formats import is_channels_last
+from tests.runtime.checked import forget
+
+pytestmark = pytest.mark.gpu
+STEPS = 6
+# Sums in another order may be this much further from float32 than eager's.
+AS_FAR = 2.0
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    forget()
+    yield
+    forget()
+
+
+class Head(nn.Module):
+    """The end of a language model: a vocabulary whose size is no multiple of 8."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.norm, self.words = nn.LayerNorm(256), nn.Linear(256, 50257, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.words(self.norm(x))
+
+
+class Images(nn.Module):
+    """The beginning and the end of a network of residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64)
+        self.second, self.other = nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        self.third, self.linear = nn.Conv2d(64, 128, 1), nn.Linear(128, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.first(x)), inplace=True), 3, 2, 1)
+        return self.linear(F.relu(self.third(F.relu(x + self.other(self.second(x))))).mean((2, 3)))
+
+
+def train(context: Any, make: Any, shape: tuple[int, ...], classes: int, amp: bool = True) -> dict[str, torch.Tensor]:
+    """The losses, gradients and parameters that training leaves."""
+    torch.manual_seed(0)
+    model = make().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(shape, generator=generator).cuda(), torch.randint(classes, shape[:1], generator=generator).cuda()
+    losses = []
+    with context:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    found = {"losses": torch.stack([loss.cpu() for loss in losses])}
+    for name, p in model.named_parameters():
+        found[name], found[f"{name}.grad"] = p.detach(), p.grad
+    return found
+
+
+def laid_out(make: Any, shape: tuple[int, ...], classes: int) -> Plan:
+    """Train with and without Kitsune, compare, and return the plan of a step."""
+    exact = train(contextlib.nullcontext(), make, shape, classes, amp=False)
+    eager = train(contextlib.nullcontext(), make, shape, classes)
+    with kitsune.config.patch(gate=False, compile_workers=0):
+        found = train(kitsune.accelerate(), make, shape, classes)
+        plan = kitsune.last_plan()
+    assert plan is not None
+    for name, true in exact.items():
+        a, b = eager[name], found[name]
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), name
+        allowed = AS_FAR * (a - true).abs().max() + 1e-3 * true.abs().max()
+        assert (b - true).abs().max() <= allowed, name
+    return plan
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_vocabulary_is_padded(bias: bool) -> None:
+    plan = laid_out(lambda: Head(bias), (2048, 256), 50257)
+    shapes = [tuple(v.type.shape) for op in plan.graph.ops if op.kind is Kind.GEMM for v in (*op.inputs, *op.results)]
+    assert len(shapes) >= 9 and all(50257 not in shape for shape in shapes)
+
+
+def test_convolutions_are_in_channels_last() -> None:
+    plan = laid_out(Images, (64, 3, 128, 128), 10)
+    calls = [op for op in plan.graph.ops if op.target._opname.startswith(("convolution", "native_batch_norm", "max_pool2d"))]
+    images = [v.type for op in calls for v in (*op.inputs, *op.results) if len(v.type.shape) == 4]
+    assert len(calls) == 12 and all(is_channels_last(type_) for type_ in images if type_.shape[2:].numel() > 1)
+
+
+def test_a_pool_chooses_the_same_elements_in_both_formats() -> None:
+    # Where several are the largest, as zeros after relu, the gradient goes to the one that eager chooses.
+    x = torch.randn(8, 64, 33, 33, device="cuda").bfloat16().relu()
+    _, contiguous = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+    _, last = F.max_pool2d(x.to(memory_format=torch.channels_last), 3, 2, 1, return_indices=True)
+    assert torch.equal(contiguous, last)
