@@ -159,6 +159,16 @@ def test_a_path_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
             optimizer.save_profile(wrong)
 
 
+def test_runs_of_regions_are_spans_of_torchs_profiler() -> None:
+    model = small_model()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        train(model, optimizer, 2, first=4)
+    spans = [event.name for event in profile.events() if event.name.startswith("kitsune::run[")]
+    assert len(spans) >= 2 and all(name.endswith(" operators]") for name in spans)
+
+
 def test_a_profiler_outlives_no_optimizer() -> None:
     optimizer = optimizer_of(small_model(), profile=True)
     profiler = optimizer.profiler
