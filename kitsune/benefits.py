@@ -1,6 +1,7 @@
 """How many times as fast as its operators a kernel is: measured once per shape, where `min_fusion_benefit` asks for it."""
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 
 import torch
 
@@ -46,7 +47,8 @@ def measure(plan: Plan, planner: Planner, executor: PlanExecutor, seconds: Secon
 
 def _benefit(graph: Graph, kernel: Kernel, planner: Planner, executor: PlanExecutor, seconds: Seconds) -> float | None:
     part = part_of(graph, kernel)
-    plan = planner.plan(part)
+    # Its layouts are decided.
+    plan = replace(planner, layouts=False).plan(part)
     if plan.n_launches != 1 or not any(launch.kernels for launch in plan.launches):
         # By itself it would be something else.
         return None

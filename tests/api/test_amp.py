@@ -90,6 +90,22 @@ def test_float16_is_autocast_and_grad_scaler(name: str, config: AMPConfig, clip:
     assert kitsune.counters()["recorded"] > 0
 
 
+@pytest.mark.parametrize("config", [HALF, None], ids=["float16", "bfloat16"])
+def test_a_step_is_one_region_with_its_backward_followed_and_no_value_read(config: AMPConfig | None) -> None:
+    model = small_model()
+    base = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = KitsuneOptimizer(base, enable_amp=True, amp_config=config, device="cpu")
+    for x, y in batches(24):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    counters = kitsune.counters()
+    assert counters["flushed"]["STEP"] == 24 and counters["flushed"].get("ITEM", 0) <= 1, counters["flushed"]
+    assert counters["backwards_followed"] >= 20 and counters["updates_followed"] >= 20, counters
+
+
 def test_a_first_step_that_overflows_leaves_no_momentum() -> None:
     model = small_model()
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)

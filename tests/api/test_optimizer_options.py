@@ -95,6 +95,15 @@ def test_a_fusion_config_bounds_the_kernels(size: int) -> None:
         assert max(len(kernel.steps) for kernel in kernels) == size
 
 
+def test_the_last_plan_is_within_the_config() -> None:
+    model = small_model()
+    config = FusionConfig(max_fusion_size=3)
+    base = torch.optim.AdamW(model.parameters(), foreach=True)
+    train(model, KitsuneOptimizer(base, enable_fusion=True, fusion_config=config, device="cpu"), 6)
+    plan = kitsune.last_plan()
+    assert plan is not None and max(len(k.steps) for launch in plan.launches for k in launch.kernels) == 3
+
+
 def test_the_pool_is_as_large_as_asked_for() -> None:
     with backend():
         model = small_model()
