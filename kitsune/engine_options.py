@@ -17,10 +17,10 @@ class EngineOptions:
     # Arenas that are kept while nobody uses them; None: a quarter of the device's memory.
     pool_bytes: int | None = None
     rules: Rules = ANYTHING
-    # Streams that the launches of a CUDA graph may be spread over; None: as many as the knob says.
-    n_streams: int | None = None
     # As the knob has it; None: what the knob says.
     numerics: str | None = None
+    # Streams that the launches of a CUDA graph may be spread over; None: as many as the knob says.
+    n_streams: int | None = None
 
     @property
     def grade(self) -> str:

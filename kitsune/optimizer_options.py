@@ -98,7 +98,8 @@ class OptimizerOptions:
     def engine(self) -> EngineOptions:
         """What the contexts of this optimizer ask of the engine."""
         rules = ANYTHING if self.fusion_config is None else Rules(self.fusion_config)
-        return EngineOptions(self.enable_fusion, self.capture_graph, self.memory_pool_size, rules, self.streams.num_streams)
+        n_streams = self.streams.num_streams
+        return EngineOptions(self.enable_fusion, self.capture_graph, self.memory_pool_size, rules, n_streams=n_streams)
 
 
 def take_apart(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Optimizer, dict[str, Any]]:

@@ -16,10 +16,13 @@ from kitsune.scheduler import (
     Costs,
     Work,
     assign_streams,
+    batch_norms,
     common_subexpressions,
+    cross_entropies,
     dead_code,
     in_channels_last,
     in_order,
+    joined_in_place,
     kernel_micros,
     layer_norm_backwards,
     op_micros,
@@ -40,8 +43,6 @@ class Planner:
     costs: Costs
     fuel: int | None = None
     verify: bool = False
-    # "strict" or "bitwise", as the knob has it: may a reduction be a kernel, whose order of summation is its own?
-    numerics: str = "strict"
     # Is the math library there that eager was built with? Without it fewer ops keep eager's bits.
     toolkit: bool = True
     # Are ops that take a moving number to be kernels, which can read it from memory? A library call has it baked in.
@@ -54,10 +55,12 @@ class Planner:
     n_streams: int = 1
     # What the context allows beyond what the planner can do.
     rules: Rules = ANYTHING
+    # As the knob has it. In "strict" a reduction may be a kernel, whose order of summation is its own.
+    numerics: str = "bitwise"
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        layouts = (self.convolutions_laid_out, self.products_padded) if self.layouts else ()
+        layouts = (self.convolutions_laid_out, self.joined_in_place, self.products_padded) if self.layouts else ()
         passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
@@ -92,6 +95,10 @@ class Planner:
         """The pass that has convolutions, and what is between them, in channels-last."""
         return in_channels_last(graph, self.costs)
 
+    def joined_in_place(self, graph: Graph) -> Graph:
+        """The pass that writes the parts of joined tensors where they end up."""
+        return joined_in_place(graph, self.costs, self.why_not_fused)
+
     def products_padded(self, graph: Graph) -> Graph:
         """The pass that makes matrix products with odd dimensions larger."""
         return padded_products(graph, self.costs, self.why_not_fused)
@@ -100,7 +107,8 @@ class Planner:
         """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
         if self.numerics == "bitwise":
             return graph
-        graph = layer_norm_backwards(graph, self.why_not_fused)
+        graph = cross_entropies(graph, self.why_not_fused)
+        graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
 
     def why_not_fused(self, op: Op) -> str | None:
@@ -160,17 +168,18 @@ def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None,
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
+    grade = numerics or config.numerics
+    knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts and grade != "bitwise")
     # A context may ask for more or fewer than usual; with the knob at 1 there are none beside the first.
     n = config.streams if n_streams is None or config.streams == 1 else n_streams
-    grade = numerics or config.numerics
-    knobs = (config.fuel, config.verify, grade, toolkit, config.graphs, config.layouts and grade != "bitwise")
-    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules)
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules, numerics=grade)
 
 
 def slot_planner_for(arch: str, n_streams: int | None = None) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
     planner = planner_for(arch, n_streams=n_streams)
-    return SlotPlanner(planner.costs, None, planner.verify, "bitwise", planner.toolkit, True, False, (), planner.n_streams)
+    knobs = (None, planner.verify, planner.toolkit, True, False, (), planner.n_streams)
+    return SlotPlanner(planner.costs, *knobs, numerics="bitwise")
 
 
 def _has_out_form(kernel: Kernel) -> bool:

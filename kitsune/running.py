@@ -107,8 +107,6 @@ class Runner:
             ready = self.ready[key] = self._prepare(graph)
         elif ready.coming is not None and ready.coming.done():
             ready = self.ready[key] = self._arrived(graph, ready, ready.coming)
-        if isinstance(ready.work, Prepared):
-            ready.work.make_room(values)  # also for what a CUDA graph replays
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
@@ -153,7 +151,7 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._worthwhile(graph, self._planned(graph, self._planner(self.arch)))
+                    return self._worthwhile(graph, self._planned(graph, self._planner()))
                 if shows().wanted:
                     show_plan(graph, self._planner(SHOWN_ARCH))
             except Exception as error:
@@ -162,8 +160,8 @@ class Runner:
                 self._unplanned(graph, error)
         return self._unfused(graph)
 
-    def _planner(self, arch: str) -> Planner:
-        return planner_for(arch, self.options.rules, self.options.grade, self.options.n_streams)
+    def _planner(self, arch: str | None = None) -> Planner:
+        return planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
 
     def _in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
@@ -194,7 +192,7 @@ class Runner:
             return
         assert executor is not None
         # With the knobs of now.
-        planner = self._planner(self.arch) if fuse else slot_planner_for(self.arch, self.options.n_streams)
+        planner = self._planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:

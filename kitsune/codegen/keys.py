@@ -12,6 +12,8 @@ from kitsune.ir.plan import Kernel, Step
 
 # Numbers that choose between formulas instead of taking part in one.
 STRUCTURAL = frozenset("decimals is_result maximize amsgrad nesterov is_first_step".split())
+# What a reduction reduces is the kernel's to know, and is in no text.
+UNSEEN = frozenset("dim keepdim normalized_shape output_mask half_to_float dtype input_dtype".split())
 # A kernel's row in the table of a batch: its addresses and numbers. More would not pay for the loads of the row.
 MAX_COLUMNS = 64
 
@@ -61,6 +63,8 @@ def _written(step: Step) -> Iterator[tuple[Value, int]]:
 
 def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: frozenset[str], is_float: bool) -> Any:
     cls = type(value)
+    if name in UNSEEN:
+        return None
     if cls is Value:
         return (operands.get(value.id), value.type.dtype, not value.type.shape)
     if cls is Slot:

@@ -214,6 +214,12 @@ class Lowering:
             raise self.refuse("reduces, in a kernel that does not")
         return self.reducer(kind, dtype or self.compute, text)
 
+    def pick(self, text: str, position: str) -> str:
+        """The element of a row at a position, an integer; 0 if that is beyond the row."""
+        if self.reducer is None:
+            raise self.refuse("picks an element, in a kernel without rows")
+        return self.reducer(f"pick {position}", self.compute, text)[0]
+
     @property
     def count(self) -> str:
         """The number of elements in a row, as a number to compute with."""

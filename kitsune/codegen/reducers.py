@@ -62,7 +62,7 @@ def turn(s: Reduced) -> list[str]:
         return [
             f"{n} = tl.where(in_columns, {n} + 1.0, {n})",
             f"{apart} = tl.where(in_columns, {x} - {each[0]}, 0.0)",
-            f"{each[0]} = {each[0]} + {apart} * (1.0 / tl.where({n} > 0, {n}, 1.0))",
+            f"{each[0]} = {each[0]} + {apart} * {_reciprocal(f'tl.where({n} > 0, {n}, 1.0)', s.dtype)}",
             f"{each[1]} = tl.where(in_columns, {each[1]} + {apart} * ({x} - {each[0]}), {each[1]})",
         ]
     if s.kind == "softmax":
@@ -107,6 +107,10 @@ def identity(kind: str, dtype: torch.dtype) -> str:
         return "float('-inf')" if kind == "max" else "float('inf')"
     limits = torch.iinfo(dtype)
     return str(limits.min if kind == "max" else limits.max)
+
+
+def _reciprocal(x: str, dtype: torch.dtype) -> str:
+    return f"(1.0 / {x})" if dtype is torch.float64 else f"tl.div_rn(1.0, {x})"
 
 
 def _per_column(x: str, dtype: torch.dtype) -> str:

@@ -21,6 +21,8 @@ from kitsune.codegen.walks import Part, accesses, coordinates, counted, is_read,
 from kitsune.ir.plan import Access, Extent, Size, Stride
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
+# A coordinate along one of several dimensions of a row.
+_CUT = re.compile(r"\bj\d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ class Rows(Body):
         """The names of a reduction's results."""
         text = self.let(text)
         _, phase = self._nature(text)
+        if kind.startswith("pick "):
+            return (self._pick(text, kind.removeprefix("pick "), dtype, phase),)
         names = []
         for _ in range(2 if kind in ("moments", "softmax") else 1):
             names.append(f"a{self.n_temporaries}")
@@ -116,6 +120,32 @@ class Rows(Body):
             self.known[names[-1]] = (False, phase + 1)
         self.statements.append(Statement(tuple(names), text, True, phase, "", kind, dtype))
         return tuple(names)
+
+    def _pick(self, text: str, position: str, dtype: torch.dtype, phase: int) -> str:
+        """The element of a row at a position: where there is a loop, from what is loaded there alone."""
+        found = self._made_of(text)
+        if not is_looped(self.kernel) or any(_CUT.search(s.text) for s in found):
+            return self.reduce("sum", dtype, f"tl.where(column == {position}, {text}, 0.0)")[0]
+        mark = f"_at{self.n_temporaries}"
+        self.n_temporaries += 1
+        names = {s.targets[0]: s.targets[0] + mark for s in found} | {"column": position}
+        mask = f"mask=in_rows & ({position} >= 0) & ({position} < columns)"
+        for s in found:
+            there = _WORD.sub(lambda word: names.get(word[0], word[0]), s.text)
+            there = there.replace("mask=inside", mask).replace("mask=in_columns", mask)
+            name = names[s.targets[0]]
+            self.known[name] = (False, s.phase)
+            self.statements.append(Statement((name,), there, False, s.phase, s.comment))
+        return names[text]
+
+    def _made_of(self, text: str) -> list[Statement]:
+        """The statements for every element behind a text, in order."""
+        wanted, found = set(self._words(text)), []
+        for s in reversed(self.statements):
+            if s.full and not s.kind and s.targets[0] in wanted:
+                found.append(s)
+                wanted.update(self._words(s.text))
+        return found[::-1]
 
     def _words(self, text: str) -> Iterable[str]:
         return (word for word in _WORD.findall(text) if word in self.known)
@@ -182,13 +212,7 @@ class Rows(Body):
         return lines + [s.text for _, s in stores if not s.full]
 
     def _loop(self, reductions: list[Statement], stores: list[Statement], columns: list[str]) -> list[str]:
-        wanted = {word for s in (*reductions, *stores) for word in self._words(s.text)}
-        body: list[str] = []
-        for s in reversed(self.statements):
-            if s.full and not s.kind and s.targets[0] in wanted:
-                body.append(s.line)
-                wanted.update(self._words(s.text))
-        body.reverse()
+        body = [s.line for s in self._made_of(" ".join(s.text for s in (*reductions, *stores)))]
         body = ["column = start + tl.arange(0, RBLOCK)[None, :]", *_INSIDE, *columns, *body]
         body += [line for s in reductions for line in turn(s)] + [s.text for s in stores]
         before = [line for s in reductions for line in begin(s)]

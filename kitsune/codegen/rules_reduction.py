@@ -79,6 +79,31 @@ def _log_softmax(c: Lowering) -> str:
     return f"{x} - {top} - {c.let(f'libdevice.log({total})')}"
 
 
+def _log_sum_exp(c: Lowering) -> str:
+    x = c.let(c.tensor("self", c.compute))
+    top, total = c.reduce_to("softmax", x)
+    unordered = c.reduce("max", f"({x} != {x}).to(tl.int32)", torch.int32)
+    # An infinity has no distance from itself, which would be summed.
+    return f"tl.where((tl.abs({top}) == float('inf')) & ({unordered} == 0), {top}, {top} + libdevice.log({total}))"
+
+
+def _loss(c: Lowering) -> str:
+    """Minus the number at the target of each row; NaN for a target beyond the row, at which eager stops the program."""
+    target = c.let(c.tensor("target", torch.int64))
+    ignored = f"{target} == {c.number('ignore_index', dtype=torch.int64)}"
+    known = f"({target} >= 0) & ({target} < columns)"
+    found = c.negative(c.pick(c.let(c.tensor("self", c.compute)), target))
+    return f"tl.where({ignored}, 0.0, tl.where({known}, {found}, float('nan')))"
+
+
+def _loss_backward(c: Lowering) -> str:
+    target, grad = c.let(c.tensor("target", torch.int64)), c.tensor("grad_output", c.compute)
+    if c.arguments["reduction"] == 1:
+        grad = c.divide(grad, c.tensor("total_weight", c.compute))
+    found = f"(column == {target}) & ({target} != {c.number('ignore_index', dtype=torch.int64)})"
+    return f"tl.where({found}, {c.let(c.negative(grad))}, 0.0)"
+
+
 def _softmax_backward(c: Lowering) -> str:
     grad, y = c.let(c.tensor("grad_output", c.compute)), c.let(c.tensor("output", c.compute))
     return f"({grad} - {c.reduce('sum', f'{grad} * {y}')}) * {y}"
@@ -104,6 +129,9 @@ def _fill_table() -> None:
     lower_rules["norm"] = lower_rules["linalg_vector_norm"] = Rule(_norm, result)
     lower_rules["_softmax"] = Rule(_softmax, operands=("self",))
     lower_rules["_log_softmax"] = Rule(_log_softmax, operands=("self",))
+    lower_rules["logsumexp"] = Rule(_log_sum_exp)
+    lower_rules["nll_loss_forward"] = Rule(_loss, operands=("self",))
+    lower_rules["nll_loss_backward"] = Rule(_loss_backward, operands=("self",), literals=frozenset(("reduction",)))
     lower_rules["_softmax_backward_data"] = Rule(_softmax_backward, operands=("grad_output",))
     lower_rules["_log_softmax_backward_data"] = Rule(_log_softmax_backward, operands=("grad_output",))
 

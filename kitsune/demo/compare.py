@@ -12,6 +12,9 @@ from torch import Tensor
 
 from kitsune.demo.train import TrainResult
 
+# How far a loss may be from eager's where sums have an order of their own.
+NEAR = 1e-3
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -24,6 +27,7 @@ class Comparison:
     seed: int
     eager: TrainResult
     lazy: TrainResult
+    numerics: str = "bitwise"
 
     def differing(self) -> dict[str, list[str]]:
         """The names of what is not bit-identical, by kind; empty lists when all is well."""
@@ -37,6 +41,15 @@ class Comparison:
     def identical(self) -> bool:
         return not any(self.differing().values())
 
+    def distance(self) -> float:
+        """The largest relative distance of a loss from eager's."""
+        pairs = zip(self.lazy.losses, self.eager.losses, strict=True)
+        return max((abs(a - b) / abs(b) if b else abs(a) for a, b in pairs), default=0.0)
+
+    def agrees(self) -> bool:
+        """Are all numbers eager's or, in strict numerics, all losses near enough?"""
+        return self.identical() or (self.numerics == "strict" and self.distance() <= NEAR)
+
     def ratio(self) -> float:
         """Median step under Kitsune over the median eager step: above 1 it is slower."""
         return statistics.median(self.lazy.step_seconds) / statistics.median(self.eager.step_seconds)
@@ -49,7 +62,9 @@ class Comparison:
             "steps": self.steps,
             "warmup": self.warmup,
             "seed": self.seed,
+            "numerics": self.numerics,
             "identical": self.identical(),
+            "loss_distance": self.distance(),
             "differing": self.differing(),
             "losses": {"eager": self.eager.losses, "kitsune": self.lazy.losses},
             "step_ms": {"eager": spread_ms(self.eager), "kitsune": spread_ms(self.lazy), "ratio": self.ratio()},

@@ -50,6 +50,8 @@ def render_verdict(c: Comparison) -> str:
             lines.append(f"  {kind}: {len(names)} of {compared[kind]} DIFFER, first {names[0]}")
         else:
             lines.append(f"  {kind}: all {compared[kind]} identical, bit for bit")
+    if c.numerics == "strict":
+        lines.append(f"  numerics=strict: losses are within {c.distance():.1e} of eager's, relatively")
     return "\n".join(["compared with eager", *lines])
 
 

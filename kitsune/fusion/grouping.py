@@ -106,6 +106,9 @@ def _place(p: Partition, number: int, op: Op, preds: set[int], fresh: Group) -> 
 def _candidates(p: Partition, op: Op, preds: set[int]) -> list[int]:
     """The latest producers first, then the latest readers of the same tensors."""
     producers = sorted((n for n in preds if p.nodes[n].group is not None), reverse=True)
+    if op.late:
+        # Its own kind began a group for it to join, or it begins one.
+        return [n for n in producers if p.graph.ops[p.nodes[n].numbers[0]].late]
     siblings: Counter[int] = Counter()
     for value in op.inputs:
         for n in p.readers.get(value.storage, [])[-2:]:

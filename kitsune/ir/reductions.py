@@ -99,11 +99,29 @@ def _normalized_backward(op: Op, arguments: dict[str, Any]) -> Reduction | None:
     return _normalized(op, arguments) if tuple(arguments["output_mask"]) == (True, False, False) else None
 
 
+def _loss(op: Op, arguments: dict[str, Any]) -> Reduction | None:
+    """Of negative log-likelihoods the part that is one number for each row: the one at a position."""
+    x, target = arguments["self"], arguments["target"]
+    if arguments["weight"] is not None or len(x.type.shape) != 2 or (len(op.results) == 2) or arguments["reduction"] != 0:
+        return None
+    return Reduction(x.type.shape, (1,), True, {op.inputs.index(target): (0,)})
+
+
+def _loss_backward(op: Op, arguments: dict[str, Any]) -> Reduction | None:
+    x, target, grad = arguments["self"], arguments["target"], arguments["grad_output"]
+    if arguments["weight"] is not None or len(x.type.shape) != 2 or len(grad.type.shape):
+        return None
+    return Reduction(x.type.shape, (1,), True, {op.inputs.index(target): (0,)})
+
+
 _RULES: dict[str, Callable[[Op, dict[str, Any]], Reduction | None]] = {
     **dict.fromkeys("sum mean amax amin var std var_mean std_mean norm linalg_vector_norm".split(), _plain),
     **dict.fromkeys("max min".split(), _extreme),
     **dict.fromkeys("argmax argmin".split(), _position),
     **dict.fromkeys("_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data".split(), _along_one),
+    "logsumexp": _plain,
+    "nll_loss_forward": _loss,
+    "nll_loss_backward": _loss_backward,
     "native_layer_norm": _normalized,
     "native_layer_norm_backward": _normalized_backward,
 }

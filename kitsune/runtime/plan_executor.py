@@ -30,11 +30,6 @@ class Prepared:
     furnish: tuple[Value, ...]
     first_commit: int
     device: torch.device
-    n_values: int
-
-    def make_room(self, values: list[Any]) -> None:
-        """A plan may have more values than the region that was recorded."""
-        values.extend([None] * (self.n_values - len(values)))
 
 
 class PlanExecutor:
@@ -69,7 +64,6 @@ class PlanExecutor:
             furnish=tuple(assembly.furnish.values()),
             first_commit=commits[0] if commits else len(instructions),
             device=_device_of(plan),
-            n_values=1 + max(places.root, default=-1),
         )
 
     def run(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> None:
@@ -78,7 +72,6 @@ class PlanExecutor:
         Raises what an operator raises, with the user's line, and torch.OutOfMemoryError if there is not enough memory even
         for running the operators one by one.
         """
-        prepared.make_room(values)
         previous = _enter_device(prepared.device)
         try:
             if not self._run_planned(prepared, values, scalars):
@@ -91,7 +84,6 @@ class PlanExecutor:
 
         Returns what the run has left.
         """
-        prepared.make_room(values)
         frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
         if prepared.layout.arena:
             assert block is not None

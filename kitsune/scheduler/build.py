@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from kitsune.ir import Graph, Kind, Op, Result, TensorType, Value, tensor_type, values_in
+from kitsune.ir import Graph, Kind, Op, Result, TensorType, Value, n_values, tensor_type, values_in
+from kitsune.scheduler.formats import contiguous
 
 aten = torch.ops.aten
+# What an op makes: a Value that is known already, a type, or a contiguous tensor of a dtype and a shape.
+Made = Value | TensorType | tuple[torch.dtype, Sequence[int]]
 
 
 class Builder:
@@ -17,7 +20,9 @@ class Builder:
     def __init__(self, graph: Graph) -> None:
         values = [*graph.inputs, *(v for op in graph.ops for v in op.outputs)]
         self.ops: list[Op] = []
-        self._id = max((v.id for v in values), default=-1)
+        # Those of them that were not recorded.
+        self.made: list[Op] = []
+        self._id = n_values(graph) - 1
         self._storage = max((v.storage for v in values), default=-1)
 
     def call(
@@ -26,13 +31,19 @@ class Builder:
         target: OpOverload,
         kind: Kind,
         args: Sequence[Any],
-        result: Value | tuple[torch.dtype, Sequence[int]],
+        result: Made,
         **kwargs: Any,
     ) -> Value:
-        """An op with one new tensor: a Value that is known already, or a contiguous one of a dtype and a shape."""
-        value = result if isinstance(result, Value) else self._new(*result, like.results[0].type.device)
-        self._add(like, target, kind, args, value, kwargs)
-        return value
+        """An op with one new tensor: a Value that is known already, one of a type, or a contiguous one of a dtype and a shape."""
+        return self.calls(like, target, kind, args, (result,), **kwargs)[0]
+
+    def calls(
+        self, like: Op, target: OpOverload, kind: Kind, args: Sequence[Any], results: Sequence[Made], **kwargs: Any
+    ) -> tuple[Value, ...]:
+        """The same with several."""
+        values = tuple(self._new(made, like.results[0].type.device) for made in results)
+        self._add(like, target, kind, args, values, kwargs)
+        return values
 
     def view(self, like: Op, value: Value, shape: Sequence[int], stride: Sequence[int]) -> Value:
         """The same memory under another shape."""
@@ -40,24 +51,33 @@ class Builder:
         type_ = tensor_type(old.dtype, torch.Size(shape), tuple(stride), old.offset, old.device)
         self._id += 1
         seen = Value(self._id, type_, value.storage, value.version)
-        self._add(like, aten.view.default, Kind.VIEW, (value, tuple(shape)), seen, {})
+        self._add(like, aten.view.default, Kind.VIEW, (value, tuple(shape)), (seen,), {})
         return seen
 
-    def _new(self, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> Value:
+    def _new(self, made: Made, device: torch.device) -> Value:
+        if isinstance(made, Value):
+            return made
+        if isinstance(made, tuple):
+            size = torch.Size(made[1])
+            made = contiguous(tensor_type(made[0], size, (0,) * len(size), 0, device))
         self._id += 1
         self._storage += 1
-        return Value(self._id, contiguous(dtype, shape, device), self._storage)
+        return Value(self._id, made, self._storage)
 
-    def _add(self, like: Op, target: OpOverload, kind: Kind, args: Sequence[Any], value: Value, kwargs: dict[str, Any]) -> None:
+    def _add(
+        self,
+        like: Op,
+        target: OpOverload,
+        kind: Kind,
+        args: Sequence[Any],
+        values: tuple[Value, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         named, inputs = tuple(kwargs.items()), tuple(values_in((tuple(args), tuple(kwargs.values()))))
-        op = Op(target, kind, tuple(args), named, inputs, Result(0), (value,), grad_enabled=like.grad_enabled, site=like.site)
+        structure: Any = Result(0) if len(values) == 1 else tuple(Result(k) for k in range(len(values)))
+        self.add(Op(target, kind, tuple(args), named, inputs, structure, values, grad_enabled=like.grad_enabled, site=like.site))
+
+    def add(self, op: Op) -> None:
+        """Put an op that is new, or reads what is new."""
         self.ops.append(op)
-
-
-def contiguous(dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> TensorType:
-    """The type of a new tensor."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tensor_type(dtype, torch.Size(shape), tuple(reversed(strides)), 0, device)
+        self.made.append(op)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Graph, Kind, Op, Reduction, Value, reduction_of
+from kitsune.ir import Graph, Kind, Op, Reduction, Value, named, reduction_of
 from kitsune.scheduler.build import Builder
 
 aten = torch.ops.aten
@@ -38,12 +38,12 @@ def split_reductions(graph: Graph, parts: Parts, why_not: Callable[[Op], str | N
     b = Builder(graph)
     for op in graph.ops:
         start = len(b.ops)
-        reduction = reduction_of(op) if op.target._opname in _STAGES else None
+        reduction = reduction_of(op) if op.target._opname in _STAGES or _is_moments(op) else None
         cut = None if reduction is None else find_cut(op, reduction, parts)
         if reduction is None or cut is None or why_not(op) is not None:
             b.ops.append(op)
             continue
-        _in_two(b, op, reduction, cut)
+        (_moments if _is_moments(op) else _in_two)(b, op, reduction, cut)
         if any(made.kind is not Kind.VIEW and why_not(made) is not None for made in b.ops[start:]):
             b.ops[start:] = [op]
     return Graph(graph.inputs, tuple(b.ops), graph.outputs)
@@ -85,27 +85,54 @@ def _divisor(n: int, wanted: int) -> int:
 
 
 def _in_two(b: Builder, op: Op, reduction: Reduction, cut: Cut) -> None:
-    x, result = op.inputs[0], op.results[0]
+    result = op.results[0]
     stage = _STAGES[op.target._opname]
     # A comparison rounds nothing: it stays in the type of what it compares.
     wide = torch.float32 if result.type.dtype in HALF and stage not in (_largest, _smallest) else result.type.dtype
-    inner = tuple(d for d in reduction.dims if d not in cut.whole)
-    if cut.dim >= 0:
-        x, inner = _seen_cut(b, op, x, cut, inner)
-    left = [n for d, n in enumerate(x.type.shape) if d not in inner]
+    x, inner, left, shape = _first_stage(b, op, reduction, cut)
     partial = stage(b, op, x, inner, False, wide, (wide, left))
-    shape = [
-        cut.outer if d == cut.dim else 1 if d in reduction.dims and d not in cut.whole else n
-        for d, n in enumerate(reduction.shape)
-    ]
-    if shape != left:
-        partial = b.view(op, partial, shape, _strides(shape))
+    partial = _seen(b, op, partial, left, shape)
     keep = len(result.type.shape) == len(shape)
     narrow = wide is not result.type.dtype
     made = (wide, tuple(result.type.shape)) if narrow else result
     total = stage(b, op, partial, reduction.dims, keep, wide, made)
     if narrow:
         b.call(op, aten._to_copy.default, Kind.POINTWISE, (total,), result, dtype=result.type.dtype)
+
+
+def _first_stage(b: Builder, op: Op, reduction: Reduction, cut: Cut) -> tuple[Value, tuple[int, ...], list[int], list[int]]:
+    """What the first stage reads and reduces, what is left of that, and how the second stage sees it."""
+    x, inner = op.inputs[0], tuple(d for d in reduction.dims if d not in cut.whole)
+    if cut.dim >= 0:
+        x, inner = _seen_cut(b, op, x, cut, inner)
+    left = [n for d, n in enumerate(x.type.shape) if d not in inner]
+    shape = [
+        cut.outer if d == cut.dim else 1 if d in reduction.dims and d not in cut.whole else n
+        for d, n in enumerate(reduction.shape)
+    ]
+    return x, inner, left, shape
+
+
+def _seen(b: Builder, op: Op, partial: Value, left: list[int], shape: list[int]) -> Value:
+    return partial if shape == left else b.view(op, partial, shape, _strides(shape))
+
+
+def _is_moments(op: Op) -> bool:
+    return op.target is aten.var_mean.correction and named(op)["correction"] == 0 and op.results[0].type.dtype not in HALF
+
+
+def _moments(b: Builder, op: Op, reduction: Reduction, cut: Cut) -> None:
+    """Variance and mean: of parts, and then the mean of means, and the mean of variances with the variance of means."""
+    variance, mean = op.results
+    x, inner, left, shape = _first_stage(b, op, reduction, cut)
+    dtype, keep = variance.type.dtype, len(variance.type.shape) == len(shape)
+    keys = {"correction": 0, "keepdim": False}
+    parts = b.calls(op, op.target, Kind.REDUCTION, (x, inner), [(dtype, left)] * 2, **keys)
+    within, means = (_seen(b, op, part, left, shape) for part in parts)
+    made, keys = (dtype, tuple(variance.type.shape)), {"correction": 0, "keepdim": keep}
+    between, _ = b.calls(op, op.target, Kind.REDUCTION, (means, reduction.dims), (made, mean), **keys)
+    inside = b.call(op, aten.mean.dim, Kind.REDUCTION, (within, reduction.dims, keep), made, dtype=dtype)
+    b.call(op, aten.add.Tensor, Kind.POINTWISE, (inside, between), variance)
 
 
 def _seen_cut(b: Builder, op: Op, x: Value, cut: Cut, inner: tuple[int, ...]) -> tuple[Value, tuple[int, ...]]:

@@ -27,7 +27,13 @@ from tests.runtime.planned import planned
 n_kernels = 0
 
 
-def compare(name: str, program: Callable[..., Any], inputs: Sequence[torch.Tensor], compiler: Compiler) -> None:
+def compare(
+    name: str,
+    program: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    compiler: Compiler,
+    precision: torch.dtype | None = None,
+) -> None:
     """Run a program by plan, eagerly and in float64."""
     global n_kernels
 
@@ -38,7 +44,7 @@ def compare(name: str, program: Callable[..., Any], inputs: Sequence[torch.Tenso
     n_kernels += sum(bool(launch.kernels and launch.kernels[0].reduced) for plan in plans for launch in plan.launches)
     eager, exact = tensors(program(*inputs)), exactly(program, inputs)
     for k, (a, b, c) in enumerate(zip(found, eager, exact, strict=True)):
-        if difference := differs(a.detach() * 1, b, c):
+        if difference := differs(a.detach() * 1, b, c, precision):
             print(f"{name}, result {k}: {difference}")
 
 
@@ -48,7 +54,8 @@ def sizes(compiler: Compiler) -> None:
             for case in CASES:
                 # Half of the table takes the large size in one dtype each, for every element costs the interpreter time.
                 if n < 50000 or dtype is torch.bfloat16:
-                    compare(f"{case.name} {n} {dtype}", case.program, draw(case.shapes(n), dtype), compiler)
+                    precision = dtype if case.rounds else None
+                    compare(f"{case.name} {n} {dtype}", case.program, draw(case.shapes(n), dtype), compiler, precision)
 
 
 def views(compiler: Compiler) -> None:

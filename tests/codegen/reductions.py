@@ -15,8 +15,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROWS = 5
 # The rows of the lowering table that the programs below have.
 RULES = set(
-    "sum mean amax amin max min argmax argmin var var_mean std std_mean norm linalg_vector_norm _softmax _log_softmax "
-    "_softmax_backward_data _log_softmax_backward_data native_layer_norm native_layer_norm_backward".split()
+    "sum mean amax amin max min argmax argmin var var_mean std std_mean norm linalg_vector_norm _softmax _log_softmax logsumexp "
+    "_softmax_backward_data _log_softmax_backward_data nll_loss_forward nll_loss_backward native_layer_norm "
+    "native_layer_norm_backward".split()
 )
 # What a kernel may be farther from float64 than eager is, in units of the dtype's epsilon and the largest result. Both round each
 # result once, and eager may be exact by chance; with float64 itself, of which there is no better, eager is what is compared with,
@@ -27,11 +28,13 @@ OTHERWISE = 4.0
 
 @dataclass(frozen=True)
 class Case:
-    """A program of tensors of `shapes(n)`, n being what it reduces; `positions` have integers for results."""
+    """A program of tensors of `shapes(n)`, n being what it reduces. One that `rounds` has results of its operands' precision, if
+    in a wider type."""
 
     name: str
     program: Callable[..., Any]
     shapes: Callable[[int], Sequence[tuple[int, ...]]]
+    rounds: bool = False
 
 
 def _rows(n: int) -> list[tuple[int, ...]]:
@@ -54,6 +57,10 @@ def _norm_backward(n: int) -> list[tuple[int, ...]]:
     return [(ROWS, n), (ROWS, n), (n,), (n,)]
 
 
+def _images(n: int) -> list[tuple[int, ...]]:
+    return [(2, 6, 1, max(n, 8)), (2, 6, 1, max(n, 8)), (6,), (6,)]
+
+
 def _layer_norm_backward(mask: list[bool]) -> Callable[..., Any]:
     def program(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
         _, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], weight, bias, 1e-5)
@@ -70,6 +77,40 @@ def _softmax_backward(x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]
         aten._softmax_backward_data(grad, y, -1, x.dtype),
         aten._log_softmax_backward_data(grad, -y, -1, x.dtype),
     ]
+
+
+def _cross_entropy(wide: bool, reduction: int = 1) -> Callable[..., Any]:
+    """Loss and gradient, as autograd asks for them: of 16-bit numbers, or of what they are as float32."""
+
+    def program(x: torch.Tensor) -> list[torch.Tensor]:
+        x = x * 2
+        y = x.float() if wide and x.dtype is not torch.float64 else x
+        target = torch.arange(ROWS, device=x.device) * 7919 % x.shape[1]
+        target = torch.where(target == 3, -100, target)
+        log = aten._log_softmax(y, 1, False)
+        read = log.float() if log.dtype in (torch.bfloat16, torch.float16) else log
+        loss, weight = aten.nll_loss_forward(read, target, None, reduction, -100)
+        grad = aten.nll_loss_backward(torch.ones_like(loss), read, target, None, reduction, -100, weight)
+        grad = aten._log_softmax_backward_data(grad.to(log.dtype), log, 1, log.dtype)
+        return [loss, grad.to(x.dtype)]
+
+    return program
+
+
+def _batch_norm(channels_last: bool) -> Callable[..., Any]:
+    """Forward with running statistics, a rectifier, and the backward of both."""
+
+    def program(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
+        if channels_last:
+            x, grad = (t.to(memory_format=torch.channels_last) for t in (x, grad))
+        numbers = torch.float64 if x.dtype is torch.float64 else torch.float32
+        weight, bias, mean, var = (t.to(numbers) for t in (weight, bias, bias * 2, weight * weight + 1))
+        y, *saved = aten.native_batch_norm(x, weight, bias, mean, var, True, 0.1, 1e-5)
+        through = aten.threshold_backward(grad, y, 0)
+        options = (mean, var, *saved, True, 1e-5, [True, True, True])
+        return [y.relu(), *saved, mean, var, *aten.native_batch_norm_backward(through, x, weight, *options)]
+
+    return program
 
 
 CASES = [
@@ -93,10 +134,16 @@ CASES = [
     Case("softmax of columns", lambda x: [x.softmax(0) + 1], _columns),
     Case("log_softmax", lambda x: [x.log_softmax(1)], _rows),
     Case("softmax backward", _softmax_backward, _two),
+    Case("logsumexp", lambda x: [x.logsumexp(1), (x * 2).logsumexp((0, 1), keepdim=True)], _rows),
+    Case("cross entropy", _cross_entropy(False), _rows, rounds=True),
+    Case("cross entropy in float32", _cross_entropy(True), _rows),
+    Case("cross entropy, summed", _cross_entropy(True, 2), _rows),
     Case("layer norm", lambda x, w, b: [*aten.native_layer_norm(x, [x.shape[-1]], w, b, 1e-5)], _norm),
     Case("layer norm of a sum", lambda x, w, b: [F.layer_norm(x + x.abs(), (x.shape[-1],), w, None).relu()], _norm),
     Case("layer norm backward", _layer_norm_backward([True, False, False]), _norm_backward),
     Case("layer norm backward, all", _layer_norm_backward([True, True, True]), _norm_backward),
+    Case("batch norm", _batch_norm(False), _images),
+    Case("batch norm in channels-last", _batch_norm(True), _images),
 ]
 
 
@@ -141,7 +188,7 @@ def special(dtype: torch.dtype, n: int) -> torch.Tensor:
 def of_special(x: torch.Tensor) -> list[torch.Tensor]:
     return [
         *(x.sum(1), x.mean(1), x.amax(1), x.amin(1), x.argmax(1), x.argmin(1), *x.max(1), x.var(1)),
-        *(x.softmax(1), x.log_softmax(1), torch.linalg.vector_norm(x, dim=1), F.layer_norm(x, (x.shape[1],))),
+        *(x.softmax(1), x.log_softmax(1), x.logsumexp(1), torch.linalg.vector_norm(x, dim=1), F.layer_norm(x, (x.shape[1],))),
     ]
 
 
@@ -154,15 +201,15 @@ def exactly(program: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> list
     return tensors(program(*(x.double() if x.dtype.is_floating_point else x for x in inputs)))
 
 
-def differs(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> str | None:
-    """How a result differs from eager's by more than it may; None if it does not."""
+def differs(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, precision: torch.dtype | None = None) -> str | None:
+    """How a result differs from eager's by more than it may; None if it does not. `precision` is that of coarser steps."""
     if got.dtype != eager.dtype or got.shape != eager.shape:
         return f"{got.dtype}{tuple(got.shape)} instead of {eager.dtype}{tuple(eager.shape)}"
     if not got.dtype.is_floating_point:
         return None if torch.equal(got, eager) else f"{int((got != eager).sum())} positions"
     if not torch.equal(got.isnan(), eager.isnan()) or not torch.equal(got.isinf(), eager.isinf()):
         return "NaN or infinity elsewhere"
-    dtype, finite = got.dtype, eager.isfinite() & exact.isfinite()
+    dtype, finite = precision or got.dtype, eager.isfinite() & exact.isfinite()
     got, eager, exact = (t[finite].double() for t in (got, eager, exact))
     if not got.numel():
         return None

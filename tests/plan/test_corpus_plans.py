@@ -37,10 +37,38 @@ LAUNCHES = {
     "resnet50-full-amp-cuda": (523, 367, 111, 17),
     "resnet50-small-amp-cpu": (158, 113, 15, 10),
     "resnet50-small-fp32-cpu": (120, 112, 14, 9),
-    "vit-full-amp-cuda": (658, 436, 81, 11),
+    # 12 more than without joining in place: three copies stand for a stack and a copy of it.
+    "vit-full-amp-cuda": (658, 448, 81, 11),
     "vit-small-amp-cpu": (139, 97, 22, 11),
     "vit-small-amp-cuda": (138, 96, 21, 11),
     "vit-small-fp32-cpu": (83, 83, 6, 6),
+}
+# The same, and megabytes that the launches must move, where reductions may be in kernels: a lost fusion shows here.
+STRICT = {
+    "bert-full-amp-cuda": (457, 166, 28, 17808),
+    "bert-small-amp-cpu": (130, 51, 35, 12),
+    "bert-small-amp-cuda": (89, 29, 23, 11),
+    "bert-small-fp32-cpu": (130, 45, 29, 14),
+    "demo-gpt-cpu": (172, 51, 26, 272),
+    "demo-lenet-cpu": (34, 12, 9, 31),
+    "gpt2-full-amp-cuda": (363, 149, 22, 38447),
+    "gpt2-small-amp-cpu": (113, 42, 30, 17),
+    "gpt2-small-amp-cuda": (67, 25, 19, 13),
+    "gpt2-small-fp32-cpu": (116, 40, 30, 23),
+    "lenet-small-amp-cpu": (32, 13, 9, 3),
+    "lenet-small-fp32-cpu": (33, 14, 10, 4),
+    "mlp-small-amp-cpu": (19, 11, 9, 2),
+    "mlp-small-fp32-cpu": (20, 12, 10, 2),
+    "resnet18-small-amp-cpu": (57, 26, 18, 211),
+    "resnet18-small-amp-cuda": (58, 27, 19, 211),
+    "resnet18-small-fp32-cpu": (58, 27, 19, 225),
+    "resnet50-full-amp-cuda": (460, 349, 42, 23451),
+    "resnet50-small-amp-cpu": (75, 34, 16, 436),
+    "resnet50-small-fp32-cpu": (76, 35, 17, 465),
+    "vit-full-amp-cuda": (340, 140, 25, 34063),
+    "vit-small-amp-cpu": (68, 28, 22, 10),
+    "vit-small-amp-cuda": (67, 27, 21, 10),
+    "vit-small-fp32-cpu": (64, 25, 16, 12),
 }
 CORPUS = Path(__file__).parent.parent / "corpus"
 FILES = sorted(CORPUS.glob("*.jsonl.gz"))
@@ -82,16 +110,16 @@ class RandomCosts(Costs):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_plan_is_sound_whatever_the_costs(path, seed):
+@pytest.mark.parametrize(("seed", "numerics"), [(1, "bitwise"), (2, "strict")])
+def test_a_plan_is_sound_whatever_the_costs(path, seed, numerics):
     # verify_plan: each op once, in an order that the graph allows, and no two living storages on one byte.
-    plan = Planner(RandomCosts(seed), verify=True).plan(graph_of(path))
+    plan = Planner(RandomCosts(seed), verify=True, numerics=numerics).plan(graph_of(path))
     assert sum(len(launch.ops) for launch in plan.launches) >= 1
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])
 def test_the_same_graph_gets_the_same_plan(path):
-    texts = [str(Planner(Costs(RATES["sm_90"]), verify=True).plan(graph_of(path))) for _ in range(2)]
+    texts = [str(Planner(Costs(RATES["sm_90"]), verify=True, numerics="strict").plan(graph_of(path))) for _ in range(2)]
     assert texts[0] == texts[1]
 
 
@@ -101,3 +129,12 @@ def test_a_step_needs_these_launches(path):
     fused = [launch for launch in plan.launches if launch.kernels]
     programs = {(text_key(launch.kernels[0]), len(launch.kernels) > 1) for launch in fused}
     assert LAUNCHES[path.name.partition(".")[0]] == (plan.n_unplanned, plan.n_launches, len(fused), len(programs))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])
+def test_with_reductions_in_kernels_a_step_needs_these(path):
+    plan = Planner(Costs(RATES["sm_90"]), verify=True, numerics="strict").plan(graph_of(path))
+    fused = [launch for launch in plan.launches if launch.kernels]
+    programs = {(text_key(launch.kernels[0]), len(launch.kernels) > 1) for launch in fused}
+    found = (plan.n_launches, len(fused), len(programs), round(plan.nbytes / 1e6))
+    assert STRICT[path.name.partition(".")[0]] == found

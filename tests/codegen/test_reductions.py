@@ -1,0 +1,159 @@
+"""Kernels with reductions: in the interpreter against float64, as machine code without a device, and when they share a text."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kitsune
+from kitsune.codegen import Compiler, render, text_key, tile_of, why_not_batched
+from kitsune.codegen.compiler import OnDevice
+from kitsune.codegen.lowering import lower_rules
+from kitsune.ir import Kernel
+from kitsune.ir.plan import Program, Tile
+from tests.codegen.reductions import CASES, RULES, draw
+from tests.plan.recorded import plan_of
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    kitsune.reset()
+    yield
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Compiler:
+    return Compiler(tmp_path_factory.mktemp("kernels"))
+
+
+def kernels_of(program: Callable[..., Any], inputs: list[torch.Tensor]) -> list[Kernel]:
+    plan = plan_of(lambda: program(*inputs), numerics="strict")
+    return [kernel for launch in plan.launches for kernel in launch.kernels if kernel.reduced]
+
+
+def only(program: Callable[..., Any], *inputs: torch.Tensor) -> Kernel:
+    (kernel,) = kernels_of(program, list(inputs))
+    return kernel
+
+
+@pytest.mark.parametrize("what", ["sizes", "layouts", "special", "batched"])
+def test_results_are_as_near_to_float64_as_eagers(what: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.codegen.interpret_reductions", str(tmp_path), what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *differences, n_kernels = done.stdout.splitlines()
+    assert not differences, differences[:20]
+    assert int(n_kernels) >= {"sizes": 300, "layouts": 60, "special": 20, "batched": 6}[what]
+
+
+def test_the_table_has_every_rule_of_reductions() -> None:
+    assert set(lower_rules) >= RULES
+
+
+def machine_code(kernel: Kernel, compiler: Compiler, arch: int) -> str:
+    compiled = compiler.compile(render(kernel), arch, True, False)
+    assert isinstance(compiled, OnDevice)
+    return compiled.kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("arch", "dtype", "n"), [(80, torch.float32, 512), (90, torch.bfloat16, 8192)], ids=str)
+def test_it_compiles_and_loads_128_bits(case: Any, arch: int, dtype: torch.dtype, n: int, compiler: Compiler) -> None:
+    pytest.importorskip("triton")
+    inputs = [torch.zeros(shape, dtype=dtype) for shape in case.shapes(n)]
+    found = kernels_of(case.program, inputs)
+    assert found
+    for kernel in found:
+        ptx = machine_code(kernel, compiler, arch)
+        assert "div.full" not in ptx, "division is rounded correctly"
+        wide = [a for a in kernel.loads if 0 not in a.strides[-kernel.reduced :]]
+        if wide and tile_of(kernel).rows == 1 and kernel.n_columns >= 512:
+            assert re.search(r"ld\.global\S*\.v4\.b32", ptx), "neighbours in a row are loaded together"
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight).relu()
+
+
+def layer(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Kernel:
+    return only(norm, torch.zeros(rows, columns, dtype=dtype), torch.zeros(columns, dtype=dtype))
+
+
+def test_another_size_has_the_same_text_and_another_tile() -> None:
+    first, second = layer(100, 256), layer(4096, 768)
+    assert render(first).text == render(second).text and text_key(first) == text_key(second)
+    assert tile_of(first) == Tile(1, 256, 1) and tile_of(second) == Tile(1, 1024, 4)
+
+
+def test_a_long_row_has_another_text_with_a_loop_for_each_phase() -> None:
+    short, long = layer(64, 768), layer(64, 50000)
+    assert text_key(short) != text_key(long)
+    assert "for start" not in render(short).text
+    assert render(long).text.count("for start in range(0, columns, RBLOCK):") == 2
+
+
+def test_maximum_and_sum_of_a_softmax_take_one_loop() -> None:
+    kernel = only(lambda x: x.softmax(1), torch.zeros(256, 50000))
+    assert render(kernel).text.count("for start") == 2, "one for both, and one that writes the result"
+    chain = only(lambda x: x.log_softmax(1).exp().sum(1), torch.zeros(256, 50000))
+    assert render(chain).text.count("for start") == 2, "nobody reads what is between"
+
+
+def test_a_text_is_told_from_others_by_its_key() -> None:
+    keys: dict[Any, str] = {}
+    texts: dict[str, Any] = {}
+    for case in CASES:
+        for n in (64, 5000):
+            for kernel in kernels_of(case.program, draw(case.shapes(n), torch.float32)):
+                text = render(kernel).text.replace(render(kernel).name, "kernel")
+                assert keys.setdefault(text_key(kernel), text) == text
+                assert texts.setdefault(text, text_key(kernel)) == text_key(kernel)
+
+
+def test_parameters_of_another_kernel_are_those_of_its_own_text() -> None:
+    kernel = layer(100, 256)
+    assert render(kernel).parameters == Compiler("unused").parameters_of(kernel)
+
+
+def test_what_is_said_once_for_a_row_is_loaded_and_stored_once() -> None:
+    kernel = only(lambda x: (x - x.mean(1, keepdim=True), x.amax(1)), torch.zeros(64, 512))
+    text = render(kernel).text
+    assert len(re.findall(r"tl\.store\(.*mask=in_rows\)", text)) == 1
+    assert len(re.findall(r"tl\.store\(.*mask=inside\)", text)) == 1
+
+
+def test_stores_into_memory_that_a_later_loop_reads_come_last() -> None:
+    x = torch.zeros(256, 50000)
+
+    def program() -> torch.Tensor:
+        x.mul_(2)
+        return x.sub(x.sum(1, keepdim=True)).amax(1)
+
+    plan = plan_of(program, numerics="strict")
+    (kernel,) = [kernel for launch in plan.launches for kernel in launch.kernels if kernel.reduced]
+    text = render(kernel).text
+    loops = text.split("for start")
+    assert len(loops) == 3 and "tl.store" not in loops[1] and "tl.store" in loops[2]
+
+
+def test_kernels_with_reductions_share_a_launch() -> None:
+    kernel = only(lambda x: x.sum(0), torch.zeros(40, 96))
+    assert why_not_batched(kernel) is None
+    program = render(kernel, batched=True)
+    assert isinstance(program, Program) and program.batched and program.tile == tile_of(kernel)
+    assert "rows = tl.load(entry" in program.text and "columns = tl.load(entry" in program.text
+
+
+def test_a_kernel_across_memory_reads_neighbours_of_several_rows() -> None:
+    kernel = only(lambda x: x.sum(0), torch.zeros(2000, 96 * 132))
+    tile = tile_of(kernel)
+    assert tile.rows >= 32 and tile.columns >= 16
+    assert 'MULTIPLES = ("in0", "out0", "rows",' in render(kernel).text
