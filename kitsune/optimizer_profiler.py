@@ -50,6 +50,11 @@ class OptimizerProfiler:
         """The time of each step by what was done with it."""
         return self._meter.seconds()
 
+    @property
+    def left_to_eager(self) -> bool:
+        """Was the last step eager's own?"""
+        return self._meter.left_to_eager
+
     def samples_per_step(self) -> float | None:
         """The mean of the last batches; None if none was seen."""
         seen = [n for n in self._samples if n]
@@ -60,7 +65,7 @@ def metrics_of(optimizer: Any) -> dict[str, Any]:
     """What is known of an optimizer's steps. Counts of plans and graphs are those of the process since `kitsune.reset()`."""
     profiler = optimizer.profiler
     seconds = {} if profiler is None else profiler.seconds()
-    found = speed(seconds)
+    found = speed(seconds, profiler is not None and profiler.left_to_eager)
     per_second = 1e3 / found["step_ms"] if found["step_ms"] else None
     samples = None if profiler is None else profiler.samples_per_step()
     every = [one for kind in seconds.values() for one in kind]

@@ -43,6 +43,11 @@ class StepMeter:
         event.record()
         return event
 
+    @property
+    def left_to_eager(self) -> bool:
+        """Was the last step eager's own?"""
+        return bool(self._marks) and self._marks[-1][0] == "eager"
+
     def seconds(self) -> dict[str, list[float]]:
         """The times of the steps, by kind, the oldest first. The first step has none: nothing says when it began."""
         found: dict[str, list[float]] = {}
@@ -65,11 +70,11 @@ def statistics_of(seconds: list[float]) -> dict[str, float]:
     return {"mean": fmean(ms), "std": pstdev(ms), "min": min(ms), "median": median(ms), "max": max(ms), "n": len(ms)}
 
 
-def speed(seconds: dict[str, list[float]]) -> dict[str, Any]:
+def speed(seconds: dict[str, list[float]], left_to_eager: bool = False) -> dict[str, Any]:
     """Step time now against the baseline that was measured in the same run: eager steps or, without those, observed ones."""
     now = next((kind for kind in reversed(KINDS) if kind not in BASELINES and seconds.get(kind)), None)
     base = next((kind for kind in BASELINES if seconds.get(kind)), None)
-    if now is None and base == "eager":
+    if base == "eager" and (now is None or left_to_eager):
         now = base
     ours, theirs = (None if kind is None else median(seconds[kind]) for kind in (now, base))
     return {

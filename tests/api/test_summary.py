@@ -88,6 +88,8 @@ def test_speed_is_by_medians_and_none_where_one_side_is_missing() -> None:
     assert (both["kind"], both["step_ms"], both["baseline_ms"], both["speedup"]) == ("replayed", 2000.0, 4000.0, 2.0)
     assert speed({"eager": [1.0], "observed": [2.0], "recorded": [1.0]})["baseline"] == "eager"
     assert speed({"recorded": [1.0]})["speedup"] is None
+    left = speed({"eager": [1.0], "recorded": [2.0]}, left_to_eager=True)
+    assert (left["kind"], left["step_ms"], left["speedup"]) == ("eager", 1000.0, None)
     assert speed({"observed": [1.0]})["speedup"] is None
     assert speed({})["step_ms"] is None
 

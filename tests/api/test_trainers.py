@@ -25,8 +25,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
+    """On the device that is here, with the same sums each time."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(DEVICE == "cuda", warn_only=True)
+    with kitsune.config.patch(device=DEVICE):
+        yield
+    torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
 
 
