@@ -35,7 +35,7 @@ def demo_step(model: str, form: str | None, device: torch.device) -> Step:
     torch.manual_seed(0)
     task = build(model, 10_000, device)
     if form == "optimizer":
-        task.optimizer = kitsune.KitsuneOptimizer(task.optimizer, device=device)
+        task.optimizer = kitsune.KitsuneOptimizer(task.optimizer, device=device, enable_fusion=True)
     train_step = make_train_step(task)
     if form == "decorator":
         train_step = kitsune.accelerate(device=device)(train_step)
@@ -50,7 +50,7 @@ def changing_step(form: str | None, device: torch.device) -> Step:
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 10)).to(device)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     if form == "optimizer":
-        optimizer = kitsune.KitsuneOptimizer(optimizer, device=device)
+        optimizer = kitsune.KitsuneOptimizer(optimizer, device=device, enable_fusion=True)
     x, y = torch.randn(SIZES, 256, device=device), torch.randint(10, (SIZES,), device=device)
     draw = random.Random(0)
 

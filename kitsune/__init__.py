@@ -5,8 +5,10 @@ with kitsune.accelerate():
         train_step(x, y)
 """
 
+import kitsune.fusing  # noqa: F401 - gives kitsune.fusion.FusionEngine its stages
 from kitsune.config import KitsuneWarning, config
 from kitsune.optimizer import KitsuneOptimizer
+from kitsune.scheduler import StreamConfig
 from kitsune.session import accelerate, counters, disable, explain, flush, last_plan, reset, wait_for_kernels
 from kitsune.stance import set_stance
 
@@ -15,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KitsuneOptimizer",
     "KitsuneWarning",
+    "StreamConfig",
     "accelerate",
     "config",
     "counters",

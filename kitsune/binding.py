@@ -1,11 +1,14 @@
-"""When the recording of an optimizer begins: at the first forward of a module that owns one of its parameters."""
+"""When the recording of an optimizer begins: at the first forward of a module that owns one of its parameters.
+
+Mixed precision has another extent: each outermost forward of such a module, and no more than that.
+"""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,20 +17,25 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from kitsune.amp import HalfForward
 from kitsune.config import config
 from kitsune.dispatch import foreign_modes
+from kitsune.engine_options import DEFAULT, EngineOptions
 
 # A module that owns none of the parameters is asked again every so often, because modules can be put into it later.
 ASK_AGAIN = 64
 
 
 class Verdict:
-    """Whether a module owns a parameter of the optimizer and, if so, where the first one was found."""
+    """Whether a module owns a parameter of the optimizer and, if so, where the first one was found.
 
-    __slots__ = ("left", "module", "name", "owner")
+    What is `compiled` stays with torch.compile, which refuses to compile under a dispatch mode: it is not recorded.
+    """
 
-    def __init__(self, module: weakref.ref[nn.Module], owner: nn.Module | None, name: str) -> None:
-        self.module = module
+    __slots__ = ("compiled", "left", "module", "name", "owner")
+
+    def __init__(self, module: weakref.ref[nn.Module], owner: nn.Module | None, name: str, compiled: bool) -> None:
+        self.module, self.compiled = module, compiled
         self.owner = None if owner is None else weakref.ref(owner)
         self.name = name
         self.left = ASK_AGAIN
@@ -39,13 +47,23 @@ class Binding:
     It holds the optimizer weakly: the list of all bindings must keep no optimizer alive.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup: int | None, device: str | None) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: int | None = None,
+        device: str | None = None,
+        engine: EngineOptions = DEFAULT,
+        amp: HalfForward | None = None,
+        note: str = "",
+    ) -> None:
         self.optimizer = weakref.ref(optimizer)
-        self.warmup = warmup
-        self.device = device
+        self.warmup, self.device = warmup, device
+        self.engine, self.amp, self.note = engine, amp, note
         self.roots: list[weakref.ref[nn.Module]] = []
         self.local = threading.local()
         self.n_open = 0
+        # Hears of the batches that the module is given which began the recording, if anybody wants to.
+        self.batch: Callable[[Any], None] | None = None
         self._ids: set[int] = set()
         # By id, not by a WeakKeyDictionary: a module that defines __eq__ may have no hash.
         self._verdicts: dict[int, Verdict] = {}
@@ -56,16 +74,34 @@ class Binding:
         """Whether this thread has an open recording."""
         return hasattr(self.local, "recording")
 
-    def open(self) -> None:
-        from kitsune.session import accelerate  # the session imports far more than a plain optimizer needs
+    @property
+    def waits(self) -> bool:
+        """Would a forward somewhere begin something? Asked of all threads."""
+        return self.n_open == 0 or self.batch is not None or (self.amp is not None and not self.amp.inside)
 
-        recording: AbstractContextManager[Any] = accelerate(warmup=self.warmup, device=self.device)
+    def open(self) -> None:
+        # The session imports far more than a plain optimizer needs.
+        from kitsune.session import Accelerate, note
+
+        recording: AbstractContextManager[Any] = nullcontext()
+        if not self._is_open_by_hand():
+            recording = Accelerate(self.warmup, self.device, options=self.engine)
+        note(self.note)
         recording.__enter__()
         self.local.recording = recording
         self._count(1)
 
+    def _is_open_by_hand(self) -> bool:
+        """Has the program opened a context here itself? Then that one takes the step, with its own options."""
+        from kitsune.contexts import here
+
+        kinds = {pipeline.device.type for pipeline in here.depth if pipeline.runner.options == DEFAULT}
+        return bool(kinds) and (self.device is None or torch.device(self.device).type in kinds)
+
     def close(self) -> None:
         """Ends what this thread has open; a recording of another thread can only be ended there."""
+        if self.amp is not None:
+            self.amp.close()
         recording = self.local.__dict__.pop("recording", None)
         if recording is not None:
             self._count(-1)
@@ -84,14 +120,14 @@ class Binding:
         self._verdicts.clear()
         self.compiled = False
 
-    def starts_at(self, module: nn.Module) -> bool:
-        """Whether a forward of this module begins the recording."""
-        if self.roots:
-            return any(root() is module for root in self.roots)
+    def starts_at(self, module: nn.Module) -> Verdict | None:
+        """Does a forward of this module begin something? The parameter that it was found by is in the verdict."""
+        if self.roots and not any(root() is module for root in self.roots):
+            return None
         verdict = self._verdicts.get(id(module))
         if verdict is None or verdict.module() is not module or not self._holds(verdict):
             verdict = self._look(module)
-        return verdict.owner is not None
+        return verdict if verdict.owner is not None else None
 
     def owns(self, module: nn.Module) -> bool:
         """Whether the module holds a parameter of the optimizer now."""
@@ -108,11 +144,10 @@ class Binding:
         optimizer = self.optimizer()
         groups = [] if optimizer is None else optimizer.param_groups
         self._ids = {id(parameter) for group in groups for parameter in group["params"]}
-        # torch.compile refuses to compile under a dispatch mode: what the user has compiled stays with torch.compile.
         self.compiled = self.compiled or any(map(_is_compiled, _walk(module)))
-        owner, name = (None, "") if self.compiled else self._first_owned(module)
+        owner, name = self._first_owned(module)
         key, verdicts = id(module), self._verdicts
-        verdict = Verdict(weakref.ref(module, lambda _: verdicts.pop(key, None)), owner, name)
+        verdict = Verdict(weakref.ref(module, lambda _: verdicts.pop(key, None)), owner, name, self.compiled)
         verdicts[key] = verdict
         return verdict
 
@@ -163,7 +198,7 @@ def unwatch(binding: Binding) -> None:
 def _place_hook() -> None:
     # A process-wide hook costs each module call 2 us, so it is there only while some optimizer waits for a forward.
     global _hook
-    waiting = any(binding.n_open == 0 for binding in _bindings)
+    waiting = any(binding.waits for binding in _bindings)
     if waiting and _hook is None:
         _hook = register_module_forward_pre_hook(_before_forward)
     elif not waiting and _hook is not None:
@@ -176,16 +211,35 @@ def _before_forward(module: nn.Module, args: Any) -> None:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not config.enabled:
         return
     for binding in tuple(_bindings):
-        if not binding.recording and binding.starts_at(module) and may_open():
-            binding.open()
+        amp = binding.amp
+        casts = amp is not None and not amp.inside
+        if (casts or not binding.recording) and (verdict := binding.starts_at(module)) is not None and may_begin():
+            if not binding.recording and not verdict.compiled and not foreign_modes():
+                binding.open()
+                binding.local.root = weakref.ref(module)
+            if casts and amp is not None:
+                _begin_amp(amp, module, verdict)
+        if binding.batch is not None and binding.recording and binding.local.root() is module:
+            binding.batch(args)
 
 
-def may_open() -> bool:
-    """Whether a recording may begin at this place of the program, where forwards also happen for other reasons."""
+def _begin_amp(amp: HalfForward, module: nn.Module, verdict: Verdict) -> None:
+    owner = verdict.owner() if verdict.owner is not None else None
+    assert owner is not None
+    amp.begin(module, getattr(owner, verdict.name).device, _place_hook_again)
+    with _lock:
+        _place_hook()
+
+
+def _place_hook_again() -> None:
+    with _lock:
+        _place_hook()
+
+
+def may_begin() -> bool:
+    """Is this a training forward? Forwards also happen for other reasons."""
     # A checkpoint recomputes its forward inside backward, on CUDA in a thread of the autograd engine, which
     # would keep the recording for good.
     if torch._C._current_graph_task_id() != -1 or torch._C._get_tracing_state() is not None:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return not foreign_modes()
+    return torch._C._functorch.peek_interpreter_stack() is None

@@ -19,6 +19,13 @@ class EngineOptions:
     rules: Rules = ANYTHING
     # As the knob has it; None: what the knob says.
     numerics: str | None = None
+    # Streams that the launches of a CUDA graph may be spread over; None: as many as the knob says.
+    n_streams: int | None = None
+
+    @property
+    def knobs(self) -> tuple[object, ...]:
+        """What plans depend on beside these options."""
+        return self.fuses, config.fuel, config.layouts, self.grade
 
     @property
     def grade(self) -> str:

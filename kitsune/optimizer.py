@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from kitsune.accepts import nearest
+from kitsune.amp import HalfForward
 from kitsune.binding import Binding, unwatch, watch
-from kitsune.config import checked
+from kitsune.dataflow import DataflowScheduler, streams_note
+from kitsune.optimizer_options import OptimizerOptions, described, take_apart
+from kitsune.optimizer_profiler import OptimizerProfiler, metrics_of
+from kitsune.optimizer_state import checked_state, own_state
+from kitsune.profiler import summary_text, write_metrics
+from kitsune.scaled_backward import scale_backwards_of
+from kitsune.scaled_step import check_place, scaled_step
 
 __all__ = ["KitsuneOptimizer"]
-
-OWN_KEYWORDS = ("model", "warmup", "device")
 
 
 def _through(name: str) -> Any:
@@ -38,12 +42,25 @@ def _through(name: str) -> Any:
 class KitsuneOptimizer(Optimizer):
     """Wraps any torch optimizer and makes the training step around it faster, with the results of plain PyTorch.
 
-        opt = KitsuneOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3))
-        opt = KitsuneOptimizer(torch.optim.AdamW, model.parameters(), lr=1e-3)
+        opt = KitsuneOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), enable_fusion=True)
+        opt = KitsuneOptimizer(torch.optim.AdamW, model.parameters(), lr=1e-3, enable_fusion=True)
 
     Recording begins with the first forward, gradients enabled, of a module that owns one of the parameters, and ends
-    with `step()`. `model` (or `attach`) names the module instead of looking for it; `warmup` and `device` are those
-    of `kitsune.accelerate`. Hooks live on the wrapped optimizer: they run once and are given that one.
+    with `step()`. Hooks live on the wrapped optimizer: they run once and are given that one. In a context that the program
+    has opened itself (`with kitsune.accelerate():`) that context's options hold, and fusion, graphs and pool are its own.
+
+    - `enable_amp`: forwards run under autocast, and what they return is float32. `amp_config` says in which precision; without
+      one it is bfloat16 where the device has it. Gradients of float16 forwards are computed times a scale, and divided by it
+      when `loss.backward()` is done, so that clipping sees true ones; hooks inside of the backward see the scaled ones. A step
+      whose gradients are not finite is skipped. With `fused=True` in the optimizer nothing of this waits for the device.
+      Forwards without gradients, and those that the program runs under its own autocast, are left as they are.
+    - `enable_fusion`: fused kernels, as `fusion_config` allows. Without it every operator is a kernel of the library.
+    - `num_streams`, `stream_config`: streams that the launches of a CUDA graph are spread over, where that is worth it. The
+      roles of streams in a `StreamConfig` are not used yet.
+    - `memory_pool_size`: bytes, or a text such as "2GB", that are kept of arenas which nobody uses at the moment.
+    - `capture_graph`: repeating steps are replayed as CUDA graphs.
+    - `profile`: the time of every step is taken, for `profiler`, `print_summary()` and `save_profile()`.
+    - `model` (or `attach`) names the module instead of looking for it; `warmup` and `device` are those of `kitsune.accelerate`.
     """
 
     # Optimizer.__init__ is not called: it would make a second set of everything that the wrapped one has. These all
@@ -64,24 +81,28 @@ class KitsuneOptimizer(Optimizer):
 
     _base: Optimizer
     _binding: Binding
+    _options: OptimizerOptions
+    _amp: HalfForward | None
+    _n_steps: int
+    _profiler: OptimizerProfiler | None
 
-    def __init__(
-        self,
-        optimizer: Optimizer | type[Optimizer],
-        *args: Any,
-        model: nn.Module | None = None,
-        warmup: int | None = None,
-        device: str | torch.device | None = None,
-        **optimizer_kwargs: Any,
-    ) -> None:
-        base = _build(optimizer, args, optimizer_kwargs)
-        self._bind(base, None if warmup is None else checked("warmup", warmup), checked("device", device))
+    def __init__(self, optimizer: Optimizer | type[Optimizer], *args: Any, **kwargs: Any) -> None:
+        base, own = take_apart(optimizer, args, kwargs)
+        model = own.pop("model", None)
+        self._bind(base, OptimizerOptions(**own))
         if model is not None:
             self.attach(model)
 
-    def _bind(self, base: Optimizer, warmup: int | None, device: str | None) -> None:
-        self.__dict__["_base"] = base
-        self.__dict__["_binding"] = binding = Binding(base, warmup, device)
+    def _bind(self, base: Optimizer, options: OptimizerOptions) -> None:
+        amp = HalfForward(options.amp_config) if options.uses_amp else None
+        note = streams_note(options.streams)
+        binding = Binding(base, options.warmup, options.device, options.engine(), amp, note)
+        self.__dict__.update(_base=base, _binding=binding, _options=options, _amp=amp, _n_steps=0, _profiler=None)
+        if amp is not None:
+            scale_backwards_of(amp.scale, base)
+        if options.profile:
+            self.__dict__["_profiler"] = profiler = OptimizerProfiler(self)
+            binding.batch = profiler.forward_begins
         watch(binding)
         weakref.finalize(self, unwatch, binding).atexit = False
 
@@ -90,22 +111,39 @@ class KitsuneOptimizer(Optimizer):
         """The wrapped optimizer."""
         return self._base
 
+    @property
+    def profiler(self) -> OptimizerProfiler | None:
+        """What has measured the steps so far; None without `profile=True`."""
+        return self._profiler
+
+    @property
+    def scheduler(self) -> DataflowScheduler:
+        """What plans regions, with the number of streams that it may use."""
+        return DataflowScheduler(stream_config=self._options.streams, rules=self._options.engine().rules)
+
     def attach(self, model: nn.Module) -> None:
         """Begin recording at the forward of `model` and of no module that is not attached; may be called again."""
         if not isinstance(model, nn.Module):
-            raise TypeError(f"attach takes the torch.nn.Module to record, but got {_described(model)}.")
+            raise TypeError(f"attach takes the torch.nn.Module to record, but got {described(model)}.")
         if not self._binding.owns(model):
             raise ValueError(f"{type(model).__name__} owns none of the parameters of this optimizer.")
         self._binding.attach(model)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """The wrapped optimizer's step, inside the recording, which ends here."""
+        """The wrapped optimizer's step, inside the recording, which ends here. Returns what the closure does, if there is one."""
+        if self._amp is not None:
+            check_place(self._amp.scale)
         try:
+            if self._amp is not None and self._amp.may_scale:
+                return scaled_step(self._base, self._amp.scale, closure, kwargs)
             # Through the attribute: a scheduler that was made for the wrapped optimizer has replaced it there.
             step: Callable[..., Any] = self._base.step
             return step(**kwargs) if closure is None else step(closure, **kwargs)
         finally:
             self._binding.close()
+            self.__dict__["_n_steps"] += 1
+            if self._profiler is not None:
+                self._profiler.step_ended()
 
     # Optimizer would wrap step() to run the hooks and a profiler range; the wrapped step() does both already.
     step.hooked = True  # type: ignore[attr-defined]
@@ -124,12 +162,24 @@ class KitsuneOptimizer(Optimizer):
         self._binding.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state: it loads without Kitsune too."""
-        return self._base.state_dict()
+        """The wrapped optimizer's state, which loads without Kitsune too, and under "kitsune" our own."""
+        return {**self._base.state_dict(), "kitsune": own_state(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state that this or a plain torch optimizer of the same kind has saved."""
-        self._base.load_state_dict(state_dict)
+        state, own = checked_state(self._base, state_dict)
+        self._base.load_state_dict(state)
+        self.__dict__["_n_steps"] = own.get("steps", self._n_steps)
+        if self._amp is not None and "scale" in own:
+            self._amp.scale.load_state_dict(own)
+
+    def print_summary(self) -> None:
+        """Prints speed, streams, fusion, memory and precision: what was measured or counted, and "n/a" for the rest."""
+        print(summary_text(metrics_of(self)))
+
+    def save_profile(self, filepath: str | os.PathLike[str] = "profile.json") -> None:
+        """Writes what `profiler.get_metrics()` returns as JSON. Without `profile=True` no times are in it."""
+        write_metrics(metrics_of(self), filepath)
 
     def __repr__(self) -> str:
         return f"KitsuneOptimizer({self._base!r})"
@@ -150,26 +200,10 @@ class KitsuneOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Neither a scheduler's step nor an open recording goes along, and not the model: a copy finds its own.
-        return {"base": self._base, "warmup": self._binding.warmup, "device": self._binding.device}
+        return {"base": self._base, "options": self._options, "own": own_state(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._bind(**state)
-
-
-def _build(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optimizer:
-    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
-        return optimizer(*args, **kwargs)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"KitsuneOptimizer takes a torch.optim.Optimizer, or a class of one, but got {_described(optimizer)}.")
-    if args or kwargs:
-        found = ", ".join([*(f"a positional {_described(arg)}" for arg in args), *map(repr, kwargs)])
-        hints = "".join(nearest(name, OWN_KEYWORDS) for name in kwargs)
-        raise TypeError(
-            f"KitsuneOptimizer was given an optimizer that exists already, so it takes only the keywords "
-            f"{', '.join(OWN_KEYWORDS)}; unexpected: {found}.{hints}"
-        )
-    return optimizer
-
-
-def _described(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} object"
+        self._bind(state["base"], state["options"])
+        self.__dict__["_n_steps"] = state["own"]["steps"]
+        if self._amp is not None and "scale" in state["own"]:
+            self._amp.scale.load_state_dict(state["own"])

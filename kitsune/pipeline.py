@@ -11,6 +11,7 @@ from kitsune.background import n_awaited, wait
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
 from kitsune.engine_options import DEFAULT, EngineOptions
+from kitsune.fusion import ANYTHING, Rules
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
 from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, open_graph_doors
@@ -180,6 +181,11 @@ def last_plan(arch: str | None = None) -> Plan | None:
     planner = planner_for(arch or _arch_here(), numerics=latest.get("numerics"))
     graph = latest.get("graph")
     return None if graph is None else planner.plan(graph)
+
+
+def planned_for(graph: Graph, arch: str | None = None, rules: Rules = ANYTHING, n_streams: int | None = None) -> Plan:
+    """The plan of a region, under a context's rules."""
+    return planner_for(arch or _arch_here(), rules, n_streams=n_streams).plan(graph)
 
 
 def wait_for_kernels(timeout: float | None = None) -> bool:

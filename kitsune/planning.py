@@ -90,14 +90,6 @@ class Planner:
         """The pass that gives each tensor of a list call an op of its own, of which some may be needed by nobody."""
         return dead_code(unlist(graph, self.why_not_fused))
 
-    def reductions_taken_apart(self, graph: Graph) -> Graph:
-        """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
-        if self.numerics == "bitwise":
-            return graph
-        graph = cross_entropies(graph, self.why_not_fused)
-        graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
-        return dead_code(split_reductions(graph, parts, self.why_not_fused))
-
     def convolutions_laid_out(self, graph: Graph) -> Graph:
         """The pass that has convolutions, and what is between them, in channels-last."""
         return in_channels_last(graph, self.costs)
@@ -105,6 +97,14 @@ class Planner:
     def products_padded(self, graph: Graph) -> Graph:
         """The pass that makes matrix products with odd dimensions larger."""
         return padded_products(graph, self.costs, self.why_not_fused)
+
+    def reductions_taken_apart(self, graph: Graph) -> Graph:
+        """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
+        if self.numerics == "bitwise":
+            return graph
+        graph = cross_entropies(graph, self.why_not_fused)
+        graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
+        return dead_code(split_reductions(graph, parts, self.why_not_fused))
 
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
@@ -158,19 +158,21 @@ def plan_for(graph: Graph, arch: str = "sm_90", show: Show | None = None) -> Pla
     return planner_for(arch).plan(graph, show)
 
 
-def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None) -> Planner:
+def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None, n_streams: int | None = None) -> Planner:
     """The planner with today's knobs, and a context's rules. Raises ValueError for an architecture of unknown rates."""
     if arch not in RATES:
         raise ValueError(f"Kitsune can plan for {' and '.join(RATES)}, not for {arch!r}.")
     toolkit = not torch.cuda.is_available() or toolkit_libdevice() is not None
-    knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts)
     grade = numerics or config.numerics
-    return Planner(Costs(RATES[arch]), *knobs, n_streams=config.streams, rules=rules, numerics=grade)
+    knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts and grade != "bitwise")
+    # A context may ask for more or fewer than usual; with the knob at 1 there are none beside the first.
+    n = config.streams if n_streams is None or config.streams == 1 else n_streams
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules, numerics=grade)
 
 
-def slot_planner_for(arch: str) -> SlotPlanner:
+def slot_planner_for(arch: str, n_streams: int | None = None) -> SlotPlanner:
     """What plans CUDA graphs of regions that are run op by op."""
-    planner = planner_for(arch)
+    planner = planner_for(arch, n_streams=n_streams)
     knobs = (None, planner.verify, planner.toolkit, True, False, (), planner.n_streams)
     return SlotPlanner(planner.costs, *knobs, numerics="bitwise")
 

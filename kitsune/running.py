@@ -1,5 +1,7 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
+import contextlib
+import math
 import warnings
 import weakref
 from concurrent.futures import Future
@@ -10,9 +12,11 @@ import torch
 
 from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, workers
 from kitsune.background import later
+from kitsune.benefits import measure
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.engine_options import DEFAULT, EngineOptions
+from kitsune.fusion import MEASURED
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
@@ -78,6 +82,7 @@ class Runner:
         # What went wrong and was mended in the run that is going on; said when it has ended.
         self.sentences: list[str] = []
         self.executor: PlanExecutor | None = None
+        self.pool: MemoryPool | None = None
         self.steady: SteadyState | None = None
         runners.add(self)
         backend, recorder = backend_of(device), recorder_of(device)
@@ -88,24 +93,22 @@ class Runner:
             self.steady = SteadyState(device, recorder, self._limits, self._relieve, self.sentences.append, tally)
         if isinstance(backend, Backend):
             self.arch = backend.arch
-            self.executor = PlanExecutor(
-                backend.prepare_launch, MemoryPool(options.pool_bytes or self._budget), self.sentences.append
-            )
+            self.pool = MemoryPool(options.pool_bytes or self._budget)
+            self.executor = PlanExecutor(backend.prepare_launch, self.pool, self.sentences.append)
             self.arenas = Arenas(self.executor.pool)
         elif device.type == "cuda":
             self.sentences.append(backend)
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        knobs = (self.options.fuses, config.fuel, config.layouts, self.options.grade)
-        key = (graph, *knobs, numeric_settings() if self.steady is not None else None)
+        key = (graph, *self.options.knobs, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
                 self.forget()
             ready = self.ready[key] = self._prepare(graph)
         elif ready.coming is not None and ready.coming.done():
-            ready = self.ready[key] = self._arrived(ready, ready.coming)
+            ready = self.ready[key] = self._arrived(graph, ready, ready.coming)
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
@@ -130,7 +133,7 @@ class Runner:
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
-            if knobs == [self.options.fuses, config.fuel, config.layouts, self.options.grade]:
+            if tuple(knobs) == self.options.knobs:
                 self._ask(graph, ready)
 
     def forget(self) -> None:
@@ -150,7 +153,7 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._planned(graph, self._planner(self.arch))
+                    return self._worthwhile(graph, self._planned(graph, self._planner()))
                 if shows().wanted:
                     show_plan(graph, self._planner(SHOWN_ARCH))
             except Exception as error:
@@ -159,8 +162,8 @@ class Runner:
                 self._unplanned(graph, error)
         return self._unfused(graph)
 
-    def _planner(self, arch: str) -> Planner:
-        return planner_for(arch, self.options.rules, self.options.grade)
+    def _planner(self, arch: str | None = None) -> Planner:
+        return planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
 
     def _in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
@@ -176,6 +179,16 @@ class Runner:
         n_dead = len(graph.ops) - len(dead_code(graph).ops)
         return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views_of_inputs(plan.graph))
 
+    def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
+        """The plan without the kernels that are measured to gain too little, where a context asks for that."""
+        planner, found = self._planner(), {}
+        if planner.rules.min_benefit and made.plan is not None:
+            assert self.executor is not None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                found = measure(made.plan.plan, planner, self.executor)
+        MEASURED.update(found)
+        return self._planned(graph, planner) if min(found.values(), default=math.inf) < planner.rules.min_benefit else made
+
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
         executor, fuse = self.executor, self.options.fuses
@@ -183,7 +196,7 @@ class Runner:
             return
         assert executor is not None
         # With the knobs of now.
-        planner = self._planner(self.arch) if fuse else slot_planner_for(self.arch)
+        planner = self._planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
@@ -203,14 +216,14 @@ class Runner:
         starts = [i for i in prepared.instructions if isinstance(i, Start) and i.prepared is not None]
         return [future for start in starts for future in self.backend.warm(start.launch, start.prepared)]
 
-    def _arrived(self, ready: Ready, coming: Future[Ready]) -> Ready:
+    def _arrived(self, graph: Graph, ready: Ready, coming: Future[Ready]) -> Ready:
         """A region's plan and kernels are there, or will not be."""
         ready.coming, ready.waits, new = None, False, ready
         try:
             made = coming.result()
             if failed := [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]:
                 raise failed[0]
-            new, new.asked = made, []
+            new, made.asked = self._worthwhile(graph, made), []
         except WorkerFailed as error:
             self.sentences.append(
                 f"A region of {ready.n_ops} operators stays unfused, because its kernels could not be compiled. {error} "
@@ -259,7 +272,8 @@ class Runner:
 
     def _slot_plan(self, graph: Graph) -> Prepared | None:
         assert self.executor is not None
-        return self.executor.prepare(slot_planner_for(self.arch).plan(graph)) if any(map(reads_slots, graph.ops)) else None
+        planner = slot_planner_for(self.arch, self.options.n_streams)
+        return self.executor.prepare(planner.plan(graph)) if any(map(reads_slots, graph.ops)) else None
 
     def _limits(self) -> tuple[int, int]:
         return config.max_graphs, config.graph_memory or 2 * self._budget

@@ -229,6 +229,12 @@ def explain() -> Report:
     return report(tally)
 
 
+def note(sentence: str) -> None:
+    """Something that `explain()` is to say until the next `reset()`."""
+    if sentence:
+        tally.notes[sentence] = None
+
+
 def reset() -> None:
     """Forget every region and set the counters to zero; what is pending is run first."""
     for pipeline in list(everyone):

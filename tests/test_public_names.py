@@ -16,6 +16,7 @@ def test_the_public_names_are_these() -> None:
     assert sorted(kitsune.__all__) == [
         "KitsuneOptimizer",
         "KitsuneWarning",
+        "StreamConfig",
         "accelerate",
         "config",
         "counters",
@@ -35,7 +36,7 @@ def test_a_public_name_has_a_docstring(name: str) -> None:
 
 
 def test_everything_that_a_module_exports_exists() -> None:
-    for name in ("ir", "dispatch", "lazy", "runtime", "profiler", "session"):
+    for name in ("amp", "fusion", "ir", "dispatch", "lazy", "runtime", "profiler", "scheduler", "session"):
         module = importlib.import_module(f"kitsune.{name}")
         assert [n for n in module.__all__ if not hasattr(module, n)] == []
 

@@ -106,7 +106,7 @@ def run(
     """The training itself. Only the three `if form` lines tell it from a loop that never heard of Kitsune."""
     context: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if form == "optimizer":
-        task.optimizer = kitsune.KitsuneOptimizer(task.optimizer, warmup=warmup, device=device)
+        task.optimizer = kitsune.KitsuneOptimizer(task.optimizer, warmup=warmup, device=device, enable_fusion=True)
     train_step = make_train_step(task)
     if form == "decorator":
         train_step = kitsune.accelerate(warmup=warmup, device=device)(train_step)

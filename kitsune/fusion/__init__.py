@@ -2,16 +2,20 @@
 
 from kitsune.fusion.batches import batch
 from kitsune.fusion.config import FusionConfig
+from kitsune.fusion.engine import FusedGroup, FusionEngine
 from kitsune.fusion.group import Group, why_not
 from kitsune.fusion.grouping import Node, Partition, partition
 from kitsune.fusion.kernels import as_kernel, kernels_of
 from kitsune.fusion.patterns import FusionDetector, FusionPattern, FusionType, Match
-from kitsune.fusion.rules import ANYTHING, Rules, benefit_key
+from kitsune.fusion.rules import ANYTHING, MEASURED, Rules, benefit_key
 
 __all__ = [
     "ANYTHING",
+    "MEASURED",
+    "FusedGroup",
     "FusionConfig",
     "FusionDetector",
+    "FusionEngine",
     "FusionPattern",
     "FusionType",
     "Group",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kitsune.fusion.config import FusionConfig
 from kitsune.fusion.group import MAX_OPS
@@ -11,6 +11,8 @@ from kitsune.fusion.patterns import FusionDetector, FusionPattern
 from kitsune.ir import Graph, Kernel, Op
 
 Law = Callable[[Op], str | None]
+# By kernel, as `benefit_key` names it: how many times as fast as its ops it was measured to be, once in a process.
+MEASURED: dict[Hashable, float] = {}
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,6 @@ class Rules:
 
     config: FusionConfig | None = None
     patterns: tuple[FusionPattern, ...] = ()
-    # By kernel, as `benefit_key` names it: how many times as fast as its ops it was measured to be. Filled in as kernels come.
-    measured: dict[Hashable, float] = field(default_factory=dict, compare=False)
 
     @property
     def max_ops(self) -> int:
@@ -47,7 +47,9 @@ class Rules:
 
     def pays(self, kernel: Kernel) -> bool:
         """False for a kernel that was measured, and is not fast enough."""
-        measured = self.measured.get(benefit_key(kernel))
+        if not self.min_benefit:
+            return True
+        measured = MEASURED.get(benefit_key(kernel))
         return measured is None or measured >= self.min_benefit
 
 
@@ -56,7 +58,7 @@ ANYTHING = Rules()
 
 
 def benefit_key(kernel: Kernel) -> Hashable:
-    """Equal for kernels that do the same to tensors of the same shapes and layouts."""
+    """Equal for kernels that do the same to tensors of the same shapes and layouts, on the same device."""
     accesses = (*kernel.loads, *(store.access for store in kernel.stores))
-    walked = tuple((access.value.type.dtype, access.strides) for access in accesses)
+    walked = tuple((access.value.type.dtype, access.value.type.device, access.strides) for access in accesses)
     return kernel.domain, kernel.reduced, walked, tuple(step.op.target for step in kernel.steps)

@@ -80,6 +80,8 @@ class Recording:
         self.arrivals = self.known.tensors
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
+        # A tensor came in whose graph was built outside, from leaves that were not seen.
+        self.outer_graph = False
         self.forget()
         EVERY.add(self)
 
@@ -185,6 +187,7 @@ class Recording:
         """The leaves that came in since the last call and are still alive."""
         leaves = [leaf for known in self.leaves.values() if (leaf := known()) is not None]
         self.leaves.clear()
+        self.outer_graph = False
         return leaves
 
     def replace_data(self, tensor: LazyTensor, value: torch.Tensor) -> None:

@@ -107,8 +107,11 @@ class Region:
         type_ = type_of(tensor)
         key, number, storage = self._number(tensor, type_, lambda: self.plain.pop(id(tensor), None))
         self.plain[id(tensor)] = Cell(self, number, type_, storage, tensor, number)
-        if tensor.requires_grad and tensor.is_leaf:
-            self.recorder.note_leaf(tensor)
+        if tensor.requires_grad:
+            if tensor.is_leaf:
+                self.recorder.note_leaf(tensor)
+            else:
+                self.recorder.outer_graph = True
         return key
 
     def rollback(self) -> None:

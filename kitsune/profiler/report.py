@@ -68,6 +68,8 @@ class Report:
     plans: tuple[PlanLine, ...] = ()
     # Failures that were worked around.
     mended: tuple[str, ...] = ()
+    # What else there is to know.
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, ready for JSON."""
@@ -86,6 +88,7 @@ class Report:
             lines.append(f"{c['unfused']} runs unfused while kernels were compiled, {c['compiling']} kernels still in work")
         lines += _graph_lines(c)
         lines += [f"mended: {sentence}" for sentence in self.mended]
+        lines += [f"note: {sentence}" for sentence in self.notes]
         lines += _gate_lines(c)
         lines += _static_lines(c)
         lines.append("flushes:" if self.flushes else "no flush")
@@ -102,7 +105,9 @@ def report(tally: Tally) -> Report:
     passed = [PassLine(reason.name, reason.value, op, n) for (reason, op), n in tally.passed_through.most_common()]
     regions.sort(key=lambda r: (-r.times_seen, -r.n_ops))
     plans = [plan_line(p) for p in sorted(tally.plans, key=lambda p: -p.times_run)]
-    return Report(tally.counters(), tuple(regions), tuple(flushes), tuple(passed), tuple(plans), tuple(tally.mended))
+    return Report(
+        tally.counters(), tuple(regions), tuple(flushes), tuple(passed), tuple(plans), tuple(tally.mended), tuple(tally.notes)
+    )
 
 
 def plan_line(run: PlanTally) -> PlanLine:

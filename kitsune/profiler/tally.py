@@ -62,6 +62,8 @@ class Tally:
         self.plans: list[PlanTally] = []
         # Failures that were worked around, as sentences.
         self.mended: list[str] = []
+        # What else users are to know, as sentences, in order.
+        self.notes: dict[str, None] = {}
         # CUDA graphs: regions captured, runs that were replays, results moved because they were still held, runs that a graph
         # did not fit, and regions without one, by reason.
         self.n_captured = 0

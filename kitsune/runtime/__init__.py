@@ -11,6 +11,7 @@ from kitsune.runtime.replay import Schedule, prepare, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.steady import Steady, SteadyState
 from kitsune.runtime.thread_plans import ThreadPlans
+from kitsune.runtime.timing import device_seconds
 
 __all__ = [
     "Arenas",
@@ -28,6 +29,7 @@ __all__ = [
     "Work",
     "adopt_views",
     "current_stream",
+    "device_seconds",
     "numeric_settings",
     "out_form",
     "plan_work",

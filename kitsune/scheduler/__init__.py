@@ -9,6 +9,7 @@ from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
 from kitsune.scheduler.split import split_reductions
+from kitsune.scheduler.stream_config import StreamConfig
 from kitsune.scheduler.streams import assign_streams
 from kitsune.scheduler.subexpressions import common_subexpressions
 from kitsune.scheduler.unlist import unlist
@@ -18,6 +19,7 @@ __all__ = [
     "Costs",
     "Load",
     "Rates",
+    "StreamConfig",
     "Work",
     "assign_streams",
     "batch_norms",

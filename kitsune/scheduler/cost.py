@@ -125,9 +125,8 @@ class Costs:
         With one op only it moves the same bytes, and must be compiled. But the plan can give it memory, which a cast, for one,
         takes from nobody; walks that jump through memory are left to kernels of the library that are made for them.
         """
-        if len(kernel.steps) > 1 or kernel.reduced:
-            return True
-        return not has_out_form and (len(kernel.domain) <= 1 or _in_long_rows(kernel))
+        in_rows = len(kernel.domain) <= 1 or _in_long_rows(kernel)
+        return len(kernel.steps) > 1 or kernel.reduced > 0 or (not has_out_form and in_rows)
 
     def worth_padding(self, op: Op) -> bool:
         """Could padding a matrix product pay at all?"""

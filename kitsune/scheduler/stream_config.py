@@ -16,8 +16,9 @@ ROLES = ("priority_streams", "compute_streams", "memory_streams")
 class StreamConfig:
     """Streams 0 to `num_streams - 1` (1 to 32, of which 4 to 8 are usual), and lists of those with a role.
 
-    A stream is for work that computes or for work that moves memory, not for both; either may have priority. It is an upper
-    bound: how many streams a plan uses is the planner's decision, which today is one (see `DataflowScheduler`).
+    It is an upper bound: a plan uses as many as the cost model finds work for, in the CUDA graph of a step. The roles are
+    checked (a stream is for work that computes or for work that moves memory, not for both; either may have priority) and kept,
+    but the planner does not use them, which `kitsune.explain()` says too: it balances a wave's launches by their cost.
     """
 
     num_streams: int = 4
