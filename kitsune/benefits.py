@@ -1,6 +1,7 @@
 """How many times as fast as its operators a kernel is: measured once per shape, where `min_fusion_benefit` asks for it."""
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,19 @@ from kitsune.planning import Planner
 from kitsune.runtime import PlanExecutor, device_seconds, prepare, replay
 
 Seconds = Callable[[Callable[[], None], torch.device], float]
+
+
+def gains_enough(plan: Plan, planner: Planner, executor: PlanExecutor) -> bool:
+    """False if a kernel of the plan was found to gain too little: planned again, it is left out."""
+    least = planner.rules.min_benefit
+    if not least:
+        return True
+    try:
+        found = measure(plan, planner, executor)
+    except torch.OutOfMemoryError:
+        return True
+    MEASURED.update(found)
+    return all(benefit >= least for benefit in found.values())
 
 
 def measure(plan: Plan, planner: Planner, executor: PlanExecutor, seconds: Seconds = device_seconds) -> dict[Hashable, float]:
@@ -33,7 +47,8 @@ def measure(plan: Plan, planner: Planner, executor: PlanExecutor, seconds: Secon
 
 def _benefit(graph: Graph, kernel: Kernel, planner: Planner, executor: PlanExecutor, seconds: Seconds) -> float | None:
     part = part_of(graph, kernel)
-    plan = planner.plan(part)
+    # Its layouts are decided.
+    plan = replace(planner, layouts=False).plan(part)
     if plan.n_launches != 1 or not any(launch.kernels for launch in plan.launches):
         # By itself it would be something else.
         return None

@@ -15,7 +15,7 @@ from kitsune.binding import Binding, unwatch, watch
 from kitsune.dataflow import DataflowScheduler, streams_note
 from kitsune.optimizer_options import OptimizerOptions, described, take_apart
 from kitsune.optimizer_profiler import OptimizerProfiler, metrics_of
-from kitsune.optimizer_state import checked_state, own_state
+from kitsune.optimizer_state import checked_state, mended, own_state
 from kitsune.profiler import summary_text, write_metrics
 from kitsune.scaled_backward import scale_backwards_of
 from kitsune.scaled_step import check_place, scaled_step
@@ -203,7 +203,7 @@ class KitsuneOptimizer(Optimizer):
         return {"base": self._base, "options": self._options, "own": own_state(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._bind(state["base"], state["options"])
+        self._bind(mended(state["base"]), state["options"])
         self.__dict__["_n_steps"] = state["own"]["steps"]
         if self._amp is not None and "scale" in state["own"]:
             self._amp.scale.load_state_dict(state["own"])

@@ -42,6 +42,14 @@ def checked_state(optimizer: Optimizer, state_dict: Any) -> tuple[dict[str, Any]
     return {key: value for key, value in state_dict.items() if key != "kitsune"}, own
 
 
+def mended(optimizer: Optimizer) -> Optimizer:
+    """A copy of an optimizer that torch makes incomplete: LBFGS lacks the list of its parameters, and fails in its first step."""
+    if isinstance(optimizer, torch.optim.LBFGS) and not hasattr(optimizer, "_params"):
+        optimizer._params = optimizer.param_groups[0]["params"]
+        optimizer._numel_cache = None
+    return optimizer
+
+
 def _strange_options(optimizer: Optimizer, groups: list[dict[str, Any]]) -> list[str]:
     """Options in saved groups that belong to other optimizers of torch. Schedulers and programs add names of their own."""
     ours = {name for group in optimizer.param_groups for name in group}

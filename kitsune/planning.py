@@ -22,6 +22,7 @@ from kitsune.scheduler import (
     dead_code,
     in_channels_last,
     in_order,
+    joined_in_place,
     kernel_micros,
     layer_norm_backwards,
     op_micros,
@@ -59,7 +60,7 @@ class Planner:
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        layouts = (self.convolutions_laid_out, self.products_padded) if self.layouts else ()
+        layouts = (self.convolutions_laid_out, self.joined_in_place, self.products_padded) if self.layouts else ()
         passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
@@ -93,6 +94,10 @@ class Planner:
     def convolutions_laid_out(self, graph: Graph) -> Graph:
         """The pass that has convolutions, and what is between them, in channels-last."""
         return in_channels_last(graph, self.costs)
+
+    def joined_in_place(self, graph: Graph) -> Graph:
+        """The pass that writes the parts of joined tensors where they end up."""
+        return joined_in_place(graph, self.costs, self.why_not_fused)
 
     def products_padded(self, graph: Graph) -> Graph:
         """The pass that makes matrix products with odd dimensions larger."""

@@ -1,7 +1,5 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
-import contextlib
-import math
 import warnings
 import weakref
 from concurrent.futures import Future
@@ -12,11 +10,10 @@ import torch
 
 from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, workers
 from kitsune.background import later
-from kitsune.benefits import measure
+from kitsune.benefits import gains_enough
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.engine_options import DEFAULT, EngineOptions
-from kitsune.fusion import MEASURED
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
@@ -181,13 +178,11 @@ class Runner:
 
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
-        planner, found = self._planner(), {}
-        if planner.rules.min_benefit and made.plan is not None:
-            assert self.executor is not None
-            with contextlib.suppress(torch.OutOfMemoryError):
-                found = measure(made.plan.plan, planner, self.executor)
-        MEASURED.update(found)
-        return self._planned(graph, planner) if min(found.values(), default=math.inf) < planner.rules.min_benefit else made
+        assert self.executor is not None
+        planner = self._planner(self.arch)
+        if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
+            return made
+        return self._planned(graph, planner)
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""

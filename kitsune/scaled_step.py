@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from kitsune.amp import LossScale
 
@@ -23,12 +23,16 @@ def scaled_step(optimizer: Optimizer, scale: LossScale, closure: Callable[[], An
     assert found is not None
     # Before the step, which ends the recording: one region, and one graph, for all of it.
     scale.update()
-    # A fused SGD would make momentum buffers in a first step, and leave them as they come if that one is skipped.
-    if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.state:
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not _would_make_buffers(optimizer):
         _step_on_the_device(optimizer, found, kwargs)
     elif not found.item():
         optimizer.step(**kwargs)
     return loss
+
+
+def _would_make_buffers(optimizer: Optimizer) -> bool:
+    """A fused SGD makes momentum buffers in its first step, and leaves them as they come if that one is skipped."""
+    return isinstance(optimizer, SGD) and not optimizer.state and any(group["momentum"] for group in optimizer.param_groups)
 
 
 def check_place(scale: LossScale) -> None:

@@ -32,7 +32,12 @@ if hypothesis is not None:
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "benchmark" not in config.getoption("markexpr"):
+        unasked = pytest.mark.skip(reason="measures time: pytest tests/benchmarks -m benchmark")
+        for item in items:
+            if "benchmark" in item.keywords:
+                item.add_marker(unasked)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")

@@ -34,9 +34,11 @@ class LossScale:
         """The scale, as a tensor on this device."""
         if self._scale is None:
             scale, clean = self._initial
-            self._scale = torch.full((), scale, dtype=torch.float32, device=device)
-            self._tracker = torch.full((), clean, dtype=torch.int32, device=device)
-            self._skipped = torch.zeros((), dtype=torch.float32, device=device)
+            # Made at once, as plain tensors at one address for good, like parameters: a CUDA graph writes to them where they are.
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                self._scale = torch.full((), scale, dtype=torch.float32, device=device)
+                self._tracker = torch.full((), clean, dtype=torch.int32, device=device)
+                self._skipped = torch.zeros((), dtype=torch.float32, device=device)
         return self._scale.to(device, non_blocking=True)
 
     @property

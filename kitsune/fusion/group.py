@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from kitsune.fusion.factors import Factors, Layout
-from kitsune.ir import Local, Op, Reduction, Value, left_of, reduction_of
+from kitsune.ir import OVERWRITES, Local, Op, Reduction, Value, left_of, reduction_of
 
 # The bound on a kernel's registers and parameters; 64 is where compilers of the field stop too.
 MAX_OPS = 64
 MAX_LOADS = 24
-# The first operand is overwritten, or asked for its shape only, and not read.
-OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "ones_like", "zeros_like", "full_like"}
 # Declares that it writes the gradients (argument 1), but does so only where they are to be unscaled.
 KEEPS_GRADIENTS = {"_fused_adam_", "_fused_adamw_", "_fused_sgd_"}
 

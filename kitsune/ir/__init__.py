@@ -3,6 +3,7 @@
 from kitsune.ir.barrier import Barrier, Site
 from kitsune.ir.edges import bits, happens_before, predecessors, roots
 from kitsune.ir.graph import (
+    OVERWRITES,
     Effects,
     Graph,
     Kind,
@@ -52,6 +53,7 @@ from kitsune.ir.verify_plan import storages_of, verify_plan
 from kitsune.ir.versions import versions_kept
 
 __all__ = [
+    "OVERWRITES",
     "Access",
     "Barrier",
     "Effects",

@@ -87,6 +87,10 @@ class Effects:
 PURE = Effects()
 
 
+# The first operand is overwritten, or asked for its shape only, and not read.
+OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "ones_like", "zeros_like", "full_like"}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Op:
     """One call of an aten overload.
@@ -128,7 +132,8 @@ class Op:
         """Bytes that it must move by itself: each operand once, each result once; none for a view."""
         if self.starts_nothing:
             return 0
-        return sum(v.type.nbytes for v in self.inputs) + sum(v.type.nbytes for v in self.outputs)
+        read = self.inputs[1:] if self.target._opname in OVERWRITES else self.inputs
+        return sum(v.type.nbytes for v in read) + sum(v.type.nbytes for v in self.outputs)
 
 
 def reads_slots(op: Op) -> bool:

@@ -48,7 +48,8 @@ def _check_arena(plan: Plan, before: Sequence[int], sizes: dict[int, int]) -> No
     for k, launch in enumerate(plan.launches):
         for storage in storages_of(launch):
             if storage in plan.offsets:
-                first.setdefault(storage, k)
+                if not launch.host_only:
+                    first.setdefault(storage, k)
                 uses[storage] = uses.get(storage, 0) | 1 << k
     placed = sorted((plan.offsets[s], plan.offsets[s] + sizes[s], s) for s in first)
     for i, (start, end, a) in enumerate(placed):

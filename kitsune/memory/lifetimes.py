@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kitsune.ir import Graph, Kind, Launch, Op, TensorType, storages_of
+from kitsune.ir import Graph, Launch, Op, TensorType, storages_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,11 @@ def lifetimes(graph: Graph, launches: Sequence[Launch], writes_into: Callable[[O
     alive = {v.storage for v in graph.outputs} | {v.storage for v in graph.inputs}
     made: dict[int, tuple[int, int, bool]] = {}
     uses: dict[int, int] = {}
+    # Memory for others is in use from the first of them on: what asks for it starts nothing, and is on no stream.
+    empty = {v.storage: v.type for op in graph.ops if op.allocates for v in op.results}
     for k, launch in enumerate(launches):
+        for storage in () if launch.host_only else storages_of(launch) & empty.keys():
+            made.setdefault(storage, (k, extent_bytes(empty[storage]), storage not in alive))
         for storage, type_ in _made_by(launch):
             ours = bool(launch.kernels) or (launch.op is not None and writes_into(launch.op))
             made.setdefault(storage, (k, extent_bytes(type_), ours and storage not in alive))
@@ -45,7 +49,7 @@ def extent_bytes(type_: TensorType) -> int:
 
 def _made_by(launch: Launch) -> list[tuple[int, TensorType]]:
     if launch.op is not None:
-        return [] if launch.op.kind is Kind.VIEW else [(v.storage, v.type) for v in launch.op.results]
+        return [] if launch.op.starts_nothing else [(v.storage, v.type) for v in launch.op.results]
     fresh = {v.storage: v.type for kernel in launch.kernels for step in kernel.steps for v in step.op.results}
     stored = {store.access.value.storage for kernel in launch.kernels for store in kernel.stores}
     return [(storage, type_) for storage, type_ in fresh.items() if storage in stored]

@@ -4,6 +4,7 @@ from kitsune.scheduler.batch_norms import batch_norms
 from kitsune.scheduler.channels_last import in_channels_last
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros, parts
 from kitsune.scheduler.cross_entropy import cross_entropies
+from kitsune.scheduler.joining import joined_in_place
 from kitsune.scheduler.norms import layer_norm_backwards
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
@@ -29,6 +30,7 @@ __all__ = [
     "graph_micros",
     "in_channels_last",
     "in_order",
+    "joined_in_place",
     "kernel_micros",
     "layer_norm_backwards",
     "needed_ops",

@@ -46,10 +46,7 @@ def kernel_micros(kernel: Kernel, rates: Rates) -> float:
 
 def op_micros(op: Op, rates: Rates) -> float:
     """Modelled time of a library call: a matrix product by its operations, everything else by its bytes."""
-    if op.starts_nothing:
-        return 0.0
-    nbytes = sum(v.type.nbytes for v in op.inputs) + sum(v.type.nbytes for v in op.outputs)
-    return max(nbytes / rates.bytes_per_us, product_micros(op, rates))
+    return max(op.nbytes / rates.bytes_per_us, product_micros(op, rates))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +122,9 @@ class Costs:
         With one op only it moves the same bytes, and must be compiled. But the plan can give it memory, which a cast, for one,
         takes from nobody; walks that jump through memory are left to kernels of the library that are made for them.
         """
-        in_rows = len(kernel.domain) <= 1 or _in_long_rows(kernel)
-        return len(kernel.steps) > 1 or kernel.reduced > 0 or (not has_out_form and in_rows)
+        if len(kernel.steps) > 1 or kernel.reduced:
+            return True
+        return not has_out_form and (len(kernel.domain) <= 1 or _in_long_rows(kernel))
 
     def worth_padding(self, op: Op) -> bool:
         """Could padding a matrix product pay at all?"""

@@ -77,9 +77,14 @@ def with_strides(type_: TensorType, stride: tuple[int, ...]) -> TensorType:
     return tensor_type(type_.dtype, type_.shape, stride, 0, type_.device)
 
 
+def with_shape(type_: TensorType, shape: torch.Size) -> TensorType:
+    """A contiguous type with the dtype and the device of another one."""
+    return tensor_type(type_.dtype, shape, _filled(shape, range(len(shape) - 1, -1, -1)), 0, type_.device)
+
+
 def contiguous(type_: TensorType) -> TensorType:
     """The type in torch's default format."""
-    return with_strides(type_, _filled(type_.shape, range(len(type_.shape) - 1, -1, -1)))
+    return with_shape(type_, type_.shape)
 
 
 def channels_last(type_: TensorType) -> TensorType:

@@ -5,14 +5,14 @@ memory that has room for more rows or columns, which are zero, by the kernel tha
 larger size, and its result is the part of it that was asked for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from kitsune.ir import Graph, Kind, Op, TensorType, Value, tensor_type
+from kitsune.ir import Graph, Kind, Op, Value
 from kitsune.scheduler.cost import Costs
-from kitsune.scheduler.formats import contiguous
+from kitsune.scheduler.formats import with_shape
 from kitsune.scheduler.products import VECTOR, Product, Products, Wide
 from kitsune.scheduler.rewriting import Rewriting, Stuck
 
@@ -73,7 +73,7 @@ class _Padding(Rewriting):
         grown += [(len(shape) - 1, shape[-1])] if wanted.columns else []
         for dim, n in grown:
             shape[dim] = padded(n)
-        memory = part = self.wide[value.id] = self.memory(_sized(value.type, shape))
+        memory = part = self.wide[value.id] = self.memory(with_shape(value.type, torch.Size(shape)))
         for dim, n in grown:
             part = self.view(aten.slice.Tensor, part, dim, 0, n)
         source = self.stands(value)
@@ -115,7 +115,7 @@ class _Padding(Rewriting):
         if shape == tuple(value.type.shape):
             self.ops.append(op)
             return
-        whole = self.value(_sized(value.type, shape), None if kept else value.storage)
+        whole = self.value(with_shape(value.type, torch.Size(shape)), None if kept else value.storage)
         self.ops.append(replace(op, results=(whole,)))
         part = whole
         for dim in (0, 1):
@@ -127,9 +127,3 @@ class _Padding(Rewriting):
         named = replace(value, type=part.type)
         self.ops[-1] = replace(self.ops[-1], results=(named,))
         self.now[value.id] = named
-
-
-def _sized(like: TensorType, shape: Sequence[int]) -> TensorType:
-    """Contiguous, with the dtype and the device of another type."""
-    size = torch.Size(shape)
-    return contiguous(tensor_type(like.dtype, size, (0,) * len(size), 0, like.device))

@@ -46,7 +46,7 @@ class Rewriting:
         ends = [v.storage for v in (*graph.inputs, *(v for op in graph.ops for v in op.outputs))]
         self._number, self._storage = n_values(graph), 1 + max(ends, default=-1)
         self._views = {v.id: op for op in graph.ops if op.kind is Kind.VIEW for v in op.results}
-        # What others can see, and what is written: a copy would be out of date.
+        # What others can see, and what is written.
         self.seen = {v.storage for v in (*graph.inputs, *graph.outputs)}
         self.written = {storage for op in graph.ops for storage in op.effects.writes}
 
@@ -106,12 +106,12 @@ class Rewriting:
         view = self._views.get(value.id)
         if view is not None and view.inputs[0].storage == value.storage:
             base = self.recorded(view.inputs[0])
-            fresh = self.value(value.type, base.storage, base.version)
-            self.ops.append(reading(view, lambda v: base if v is view.inputs[0] else self.recorded(v), (fresh,)))
+            made = tuple(self.value(v.type, base.storage, base.version) for v in view.results)
+            self.ops.append(reading(view, self.recorded, made))
+            self.plain.update((v.id, new) for v, new in zip(view.results, made, strict=True))
         else:
-            fresh = self.copy(self.now[value.id], self.value(value.type))
-        self.plain[value.id] = fresh
-        return fresh
+            self.plain[value.id] = self.copy(self.now[value.id], self.value(value.type))
+        return self.plain[value.id]
 
     def copy(self, source: Value, target: Value) -> Value:
         """Add a copy in the layout of the target. Raises Stuck."""
@@ -184,8 +184,10 @@ class Rewriting:
         return replace(now, results=tuple(replace(v, type=t, storage=base.storage, version=base.version) for v, t in pairs))
 
     def _views_of_copies(self, op: Op) -> None:
-        """A view that had to be made of a copy lies in the copy's memory."""
+        """A view that had to be made of a copy lies in the copy's memory. Raises Stuck if somebody writes it."""
         if op.kind is Kind.VIEW and op.results and op.results[0].storage == op.inputs[0].storage:
+            if op.results[0].storage in self.written:
+                raise Stuck(f"{op.target} is a view of what is written, and cannot be one in the new layout")
             base = self.recorded(op.inputs[0])
             made = tuple(replace(v, storage=base.storage, version=base.version) for v in op.results)
             self.ops[-1] = replace(self.ops[-1], results=made)

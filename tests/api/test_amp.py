@@ -90,6 +90,25 @@ def test_float16_is_autocast_and_grad_scaler(name: str, config: AMPConfig, clip:
     assert kitsune.counters()["recorded"] > 0
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("config", [HALF, None], ids=["float16", "bfloat16"])
+def test_a_step_is_one_region_with_its_backward_followed_and_no_value_read(config: AMPConfig | None, kind: Any) -> None:
+    model = small_model()
+    base = kind(model.parameters(), lr=0.01, fused=True)
+    optimizer = KitsuneOptimizer(base, enable_amp=True, amp_config=config, device="cpu")
+    for x, y in batches(24):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    counters = kitsune.counters()
+    assert counters["flushed"]["STEP"] == 24 and "ITEM" not in counters["flushed"], counters["flushed"]
+    assert counters["backwards_followed"] >= 20 and counters["updates_followed"] >= 20, counters
+    if config is HALF:
+        assert type(optimizer._amp.scale.on(torch.device("cpu"))) is torch.Tensor
+
+
 def test_a_first_step_that_overflows_leaves_no_momentum() -> None:
     model = small_model()
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
@@ -366,3 +385,29 @@ def test_a_double_backward_is_not_scaled() -> None:
     for p in (x, *model.parameters()):
         p.grad = None
     optimizer.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [HALF, None], ids=["float16", "bfloat16"])
+def test_on_cuda_the_whole_step_is_one_graph_without_a_wait(config: AMPConfig | None) -> None:
+    model = small_model().cuda()
+    base = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = KitsuneOptimizer(base, enable_amp=True, amp_config=config, enable_fusion=True)
+    data = [(x.cuda(), y.cuda()) for x, y in batches(40)]
+
+    def steps(some: list[tuple[Tensor, Tensor]]) -> None:
+        for x, y in some:
+            plain_step(model, optimizer, x, y)
+
+    steps(data[:30])
+    kitsune.wait_for_kernels()
+    steps(data[30:36])
+    before = kitsune.counters()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps(data[36:])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    after = kitsune.counters()
+    assert after["replayed"] - before["replayed"] == 4, after["graph_missed"]
+    assert after["flushed"]["STEP"] - before["flushed"]["STEP"] == 4

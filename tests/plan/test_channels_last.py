@@ -95,7 +95,7 @@ def test_everything_between_convolutions_is_in_channels_last() -> None:
 
 def test_no_copy_is_left_between_calls_of_the_library() -> None:
     graph, costs = recorded_again(step(Block(), 4, 3, 8, 8)), ImagesOnly(RATES["sm_90"])
-    plan, plain = (Planner(costs, verify=True, layouts=layouts).plan(graph) for layouts in (True, False))
+    plan, plain = (Planner(costs, verify=True, numerics="bitwise", layouts=layouts).plan(graph) for layouts in (True, False))
     assert len(copies(plan.graph)) > 6 and "clone" not in launched(plan)
     assert plan.nbytes == plain.nbytes
 

@@ -37,7 +37,8 @@ LAUNCHES = {
     "resnet50-full-amp-cuda": (523, 367, 111, 17),
     "resnet50-small-amp-cpu": (158, 113, 15, 10),
     "resnet50-small-fp32-cpu": (120, 112, 14, 9),
-    "vit-full-amp-cuda": (658, 436, 81, 11),
+    # 12 more than without joining in place: three copies stand for a stack and a copy of it.
+    "vit-full-amp-cuda": (658, 448, 81, 11),
     "vit-small-amp-cpu": (139, 97, 22, 11),
     "vit-small-amp-cuda": (138, 96, 21, 11),
     "vit-small-fp32-cpu": (83, 83, 6, 6),
@@ -64,7 +65,7 @@ STRICT = {
     "resnet50-full-amp-cuda": (460, 349, 42, 23451),
     "resnet50-small-amp-cpu": (75, 34, 16, 436),
     "resnet50-small-fp32-cpu": (76, 35, 17, 465),
-    "vit-full-amp-cuda": (340, 140, 25, 34063),
+    "vit-full-amp-cuda": (364, 140, 24, 33365),
     "vit-small-amp-cpu": (68, 28, 22, 10),
     "vit-small-amp-cuda": (67, 27, 21, 10),
     "vit-small-fp32-cpu": (64, 25, 16, 12),

@@ -81,7 +81,7 @@ def test_no_product_of_a_vocabulary_keeps_an_odd_dimension() -> None:
 
 
 def test_the_kernels_that_make_the_operands_write_them_into_the_larger_memory() -> None:
-    plan = Planner(COSTS, verify=True).plan(recorded_again(vocabulary))
+    plan = Planner(COSTS, verify=True, numerics="bitwise").plan(recorded_again(vocabulary))
     names = launched(plan)
     assert names == ["to_copy_copy", "zero_", "mm", "_to_copy", "_softmax", "sub_to_copy_copy", "zero_", "mm", "to_copy", "mm"]
     graph = plan.graph
@@ -90,6 +90,11 @@ def test_the_kernels_that_make_the_operands_write_them_into_the_larger_memory() 
     assert len(memory) == 2 and memory <= lives
     # The copies themselves are in no memory of their own.
     assert sum(launch.nbytes for launch in plan.launches if launch.name == "to_copy_copy") == ODD * HIDDEN * (4 + 2)
+
+
+def test_a_reduction_reads_padded_rows_and_writes_them() -> None:
+    names = launched(Planner(COSTS, verify=True, numerics="strict").plan(recorded_again(vocabulary)))
+    assert "to_copy_softmax_sub_copy" in names and names.count("mm") == 3
 
 
 def test_what_is_asked_for_is_the_part_that_was_asked_for() -> None:

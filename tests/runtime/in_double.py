@@ -42,7 +42,8 @@ def in_double(graph: Graph, values: Values, scalars: list[float]) -> dict[int, t
         result = op.target(*map(bound, op.args), **{name: bound(a) for name, a in op.kwargs})
         for where, tensor in zip(_leaves(op.structure), _leaves(result), strict=True):
             if isinstance(where, Result):
-                there[op.results[where.index].id] = tensor
+                # A new tensor of ones is float32 without being told so.
+                there[op.results[where.index].id] = tensor.double() if tensor.is_floating_point() else tensor
         there.update((after.id, there[before.id]) for before, after in op.rewritten)
     return {v.id: there[v.id] for v in graph.outputs}
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +15,10 @@ from hypothesis import given, settings, strategies as st
 
 from kitsune.ir import Graph
 from kitsune.planning import Planner
-from kitsune.scheduler import dead_code, in_channels_last, padded_products
+from kitsune.scheduler import dead_code, in_channels_last, joined_in_place, padded_products
 from kitsune.scheduler.formats import is_channels_last
 from tests.plan.test_channels_last import Block, Sides, step
+from tests.plan.test_joining import COSTS as ONLY_BYTES, X, Y, gradients, kernels
 from tests.plan.test_padding import COSTS, vocabulary
 from tests.property.test_programs import SLOW
 from tests.runtime.checked import record
@@ -26,12 +30,15 @@ Program = Callable[[], Any]
 
 
 def assert_as_eager(program: Program, rewrite: Callable[[Graph], Graph]) -> Graph:
-    """Op by op, by kernels, and with kernels that fail; returns the graph that was run."""
+    """Op by op, by kernels, and with kernels that fail; returns the graph that was run.
+
+    Reductions are left to the library, since kernels only walk here: those with reductions are interpreted elsewhere.
+    """
     graph, values, scalars = record(program, warmup=1)
     exact, eager = in_double(graph, values, scalars), replayed(graph, values, scalars)
     other = rewrite(dead_code(graph))
     assert_as_good(graph, exact, eager, replayed(other, values, scalars))
-    plan = Planner(COSTS, verify=True).plan(graph)
+    plan = Planner(COSTS, verify=True, numerics="bitwise").plan(graph)
     for start in (Walk, Broken):
         assert_as_good(graph, exact, eager, run_by_plan(plan, values, scalars, start))
     return other
@@ -111,9 +118,60 @@ def written_between() -> Any:
     return first.float(), second.float() + 1, before, second.cumsum(1)
 
 
+def views_of_parts() -> Any:
+    """Several views come from one call, and the library wants them as they were."""
+    image = F.conv2d(IMAGE.to(torch.bfloat16), KERNEL.to(torch.bfloat16))
+    first, second = image.split(4, 1)
+    return second.cumsum(1), first.flip(1).float(), image.flatten(1).cumsum(1)
+
+
+def test_several_views_are_made_again_of_a_copy() -> None:
+    other = assert_as_eager(views_of_parts, images)
+    assert is_channels_last(next(op for op in other.ops if op.target._opname == "convolution").results[0].type)
+
+
+def written_through_a_view() -> Any:
+    image = F.conv2d(IMAGE.to(torch.bfloat16), KERNEL.to(torch.bfloat16))
+    image.flatten(1)[:, ::3].mul_(2)
+    return image.float() + 1
+
+
+def test_an_image_that_is_written_through_a_view_of_the_recorded_layout_keeps_it() -> None:
+    other = assert_as_eager(written_through_a_view, images)
+    assert other.ops and not any(op.target._opname == "clone" for op in other.ops)
+
+
 def test_a_copy_is_not_read_once_it_is_out_of_date() -> None:
     other = assert_as_eager(written_between, images)
     assert sum(op.target._opname == "clone" for op in other.ops) >= 5
+
+
+def joining(graph: Graph) -> Graph:
+    return joined_in_place(graph, ONLY_BYTES, lambda op: None)
+
+
+def twice() -> Any:
+    """One part is joined twice, along the last dimension; another one has no place in between that is left empty."""
+    y = X[:, 0] * 3
+    return torch.cat([y, y, Y.cumsum(2)[:, 1], X[:, 1] + 1], -1).cumsum(1) + 1
+
+
+@pytest.mark.parametrize("program", [gradients, kernels, twice], ids=lambda p: p.__name__)
+def test_joined_tensors_have_the_bits_of_eager(program: Program) -> None:
+    graph, values, scalars = record(program, warmup=1)
+    other = joining(dead_code(graph))
+    assert any(op.allocates for op in other.ops)
+    eager, plan = replayed(graph, values, scalars), Planner(ONLY_BYTES, verify=True, numerics="bitwise").plan(graph)
+    for found in (replayed(other, values, scalars), *(run_by_plan(plan, values, scalars, start) for start in (Walk, Broken))):
+        assert all(torch.equal(found[v.id], eager[v.id]) for v in graph.outputs)
+
+
+def test_kernels_with_reductions_walk_over_other_layouts(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.codegen.interpret_layouts", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 20, done.stdout
 
 
 @pytest.mark.parametrize("program", [vocabulary])

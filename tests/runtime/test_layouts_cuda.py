@@ -81,7 +81,7 @@ def laid_out(make: Any, shape: tuple[int, ...], classes: int) -> Plan:
     """Train with and without Kitsune, compare, and return the plan of a step."""
     exact = train(contextlib.nullcontext(), make, shape, classes, amp=False)
     eager = train(contextlib.nullcontext(), make, shape, classes)
-    with kitsune.config.patch(gate=False, compile_workers=0):
+    with kitsune.config.patch(gate=False, compile_workers=0, numerics="strict"):
         found = train(kitsune.accelerate(), make, shape, classes)
         plan = kitsune.last_plan()
     assert plan is not None
