@@ -23,6 +23,11 @@ class EngineOptions:
     n_streams: int | None = None
 
     @property
+    def knobs(self) -> tuple[object, ...]:
+        """What plans depend on beside these options."""
+        return self.fuses, config.fuel, config.layouts, self.grade
+
+    @property
     def grade(self) -> str:
         """The numerics asked for now; the stricter one of two that were."""
         return "bitwise" if config.numerics == "bitwise" else self.numerics or config.numerics

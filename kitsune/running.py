@@ -98,8 +98,7 @@ class Runner:
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        knobs = (self.options.fuses, config.fuel, config.layouts, self.options.grade)
-        key = (graph, *knobs, numeric_settings() if self.steady is not None else None)
+        key = (graph, *self.options.knobs, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
@@ -131,7 +130,7 @@ class Runner:
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
-            if knobs == [self.options.fuses, config.fuel, config.layouts, self.options.grade]:
+            if tuple(knobs) == self.options.knobs:
                 self._ask(graph, ready)
 
     def forget(self) -> None:

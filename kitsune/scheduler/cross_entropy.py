@@ -72,8 +72,10 @@ def cross_entropies(graph: Graph, why_not: Callable[[Op], str | None]) -> Graph:
 def _losses(graph: Graph) -> list[Loss]:
     found: dict[int, Loss] = {}
     spoiled: set[int] = {v.storage for v in (*graph.inputs, *graph.outputs)}
+    # What the softmax read is read again for the gradient, and must be then what it was.
+    written = {storage for op in graph.ops for storage in op.effects.writes}
     for op in graph.ops:
-        if op.target is LOG_SOFTMAX and _is_plain(op):
+        if op.target is LOG_SOFTMAX and _is_plain(op) and op.inputs[0].storage not in written:
             found[op.results[0].storage] = loss = Loss(op, storages={op.results[0].storage})
             continue
         for loss in {id(known): known for v in op.inputs if (known := found.get(v.storage)) is not None}.values():

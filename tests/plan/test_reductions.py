@@ -1,0 +1,168 @@
+"""Reductions in kernels: what joins them, what is taken apart for it, and what is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import kitsune
+from kitsune.ir import Plan
+from tests.plan.recorded import launched, plan_of, reasons
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    kitsune.reset()
+    yield
+
+
+def strict(program) -> Plan:
+    return plan_of(program, numerics="strict")
+
+
+def kernels(plan: Plan):
+    return [kernel for launch in plan.launches for kernel in launch.kernels]
+
+
+def test_what_is_before_and_after_a_reduction_joins_it():
+    x, w = torch.zeros(4, 6), torch.zeros(6)
+    plan = strict(lambda: (F.layer_norm((x + 1).relu(), (6,), w) * 2).to(HALF))
+    assert launched(plan) == ["add_relu_native_layer_norm_mul_to_copy"]
+    (kernel,) = kernels(plan)
+    assert (kernel.domain, kernel.reduced, len(kernel.loads), len(kernel.stores)) == ((4, 6), 1, 2, 1)
+
+
+def test_bitwise_leaves_reductions_to_the_library():
+    x = torch.zeros(4, 6)
+    plan = plan_of(lambda: (x + 1).mul(2).softmax(1))
+    assert launched(plan) == ["add_mul", "_softmax"]
+    assert any("numerics='bitwise'" in reason for reason in reasons(plan))
+
+
+def test_a_row_level_chain_is_one_kernel():
+    x = torch.zeros(4, 6)
+    plan = strict(lambda: (x - x.amax(1, keepdim=True)).exp().sum(1).log())
+    assert launched(plan) == ["amax_sub_exp_sum_log"]
+    assert kernels(plan)[0].stores[0].access.strides == (1, 0)
+
+
+def test_reductions_of_other_dimensions_are_kept_apart():
+    x = torch.zeros(4, 6)
+    plan = strict(lambda: ((x + 1).sum(0), (x + 1).sum(1)))
+    assert sum(kernel.reduced > 0 for kernel in kernels(plan)) == 2
+    assert {"it reduces other dimensions"} & reasons(plan)
+
+
+def test_a_reduction_of_a_reduction_is_another_kernel():
+    x = torch.zeros(4, 6)
+    plan = strict(lambda: x.exp().sum(1).sum())
+    assert launched(plan) == ["exp_sum", "sum"]
+    assert "it reduces what is reduced already" in reasons(plan)
+
+
+def test_one_view_of_a_row_in_two_dimensions_is_refused():
+    x = torch.zeros(4, 4)
+    plan = strict(lambda: (s := x.sum(1)) * s[:, None])
+    assert any("different orders" in reason for reason in reasons(plan))
+
+
+def test_a_bias_gradient_is_summed_in_parts_with_what_makes_its_terms():
+    grad, x = torch.zeros(4096, 64, dtype=HALF), torch.zeros(4096, 64, dtype=HALF)
+    plan = strict(lambda: (g := torch.ops.aten.gelu_backward(grad, x), g.sum(0).float()))
+    assert launched(plan) == ["gelu_backward_sum", "sum_to_copy"]
+    first, second = kernels(plan)
+    assert first.domain == (128, 64, 32) and [s.access.value.type.dtype for s in first.stores] == [HALF, torch.float32]
+    assert second.n_columns == 128 and second.stores[0].access.value.type.dtype is torch.float32
+
+
+def test_a_number_of_rows_without_divisors_is_summed_at_once():
+    x = torch.zeros(8191, 64)
+    assert launched(strict(lambda: x.sum(0))) == ["sum"]
+
+
+def test_statistics_of_channels_are_made_in_parts():
+    x = torch.zeros(32, 16, 32, 32)
+    plan = strict(lambda: torch.var_mean(x, (0, 2, 3), correction=0))
+    assert launched(plan) == ["var_mean", "var_mean_mean_add"]
+    assert kernels(plan)[0].domain == (512, 1024)
+
+
+def norm_backward(rows: int, dtype: torch.dtype):
+    grad, x = torch.zeros(rows, 64, dtype=HALF), torch.zeros(rows, 64)
+    mean, rstd, w = torch.zeros(rows, 1), torch.ones(rows, 1), torch.ones(64)
+    aten = torch.ops.aten
+    return lambda: aten.native_layer_norm_backward(grad.to(dtype), x, [64], mean, rstd, w, w, [True, True, True])
+
+
+def test_the_gradients_of_a_layer_norm_are_a_kernel_along_rows_and_one_across():
+    plan = strict(norm_backward(4096, torch.float32))
+    assert launched(plan) == ["sub_mul_sum", "sum x 2", "to_copy_native_layer_norm_backward"]
+    across, *_, along = kernels(plan)
+    # Nobody needs the gradient in float32: each of the two widens it.
+    assert all(HALF in [access.value.type.dtype for access in kernel.loads] for kernel in (across, along))
+    assert len(along.stores) == 1
+
+
+def cross_entropy(keep: bool):
+    x = torch.zeros(512, 100, dtype=HALF)
+    target = torch.zeros(512, dtype=torch.int64)
+
+    def program():
+        log = torch.ops.aten._log_softmax(x.float(), 1, False)
+        loss, weight = torch.ops.aten.nll_loss_forward(log, target, None, 1, -100)
+        grad = torch.ops.aten.nll_loss_backward(torch.ones_like(loss), log, target, None, 1, -100, weight)
+        grad = torch.ops.aten._log_softmax_backward_data(grad, log, 1, torch.float32).to(HALF)
+        return (loss, grad, log) if keep else (loss, grad)
+
+    return program
+
+
+def test_cross_entropy_reads_logits_once_forward_and_once_backward():
+    plan = strict(cross_entropy(False))
+    wide = [a for k in kernels(plan) for a in (*k.loads, *(s.access for s in k.stores)) if a.value.type.shape.numel() == 51200]
+    assert [access.value.type.dtype for access in wide] == [HALF, HALF, HALF]
+    assert not any(launch.op for launch in plan.launches if not launch.host_only)
+
+
+def test_logarithms_that_somebody_sees_are_written():
+    plan = strict(cross_entropy(True))
+    assert any(torch.float32 in [s.access.value.type.dtype for s in k.stores] and k.n_elements == 51200 for k in kernels(plan))
+    assert "nll_loss_forward" in launched(plan)
+
+
+def test_logits_that_are_overwritten_are_not_read_again():
+    y = torch.zeros(512, 100)
+    target = torch.zeros(512, dtype=torch.int64)
+
+    def program():
+        log = torch.ops.aten._log_softmax(y, 1, False)
+        loss, weight = torch.ops.aten.nll_loss_forward(log, target, None, 1, -100)
+        y.mul_(0)
+        grad = torch.ops.aten.nll_loss_backward(torch.ones_like(loss), log, target, None, 1, -100, weight)
+        return loss, torch.ops.aten._log_softmax_backward_data(grad, log, 1, torch.float32)
+
+    assert "nll_loss_forward" in launched(strict(program))
+
+
+@pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_batch_norm_takes_its_rectifier_in_and_keeps_no_wide_copy(format_):
+    x = torch.zeros(32, 16, 32, 32, dtype=HALF).to(memory_format=format_)
+    w, mean, var = torch.ones(16), torch.zeros(16), torch.ones(16)
+    plan = strict(lambda: torch.ops.aten.native_batch_norm(x, w, w, mean, var, True, 0.1, 1e-5)[0].relu())
+    assert len(kernels(plan)) == 3 and not any(launch.op for launch in plan.launches if not launch.host_only)
+    stored = [s.access.value.type for k in kernels(plan) for s in k.stores]
+    assert sum(type_.shape.numel() >= x.numel() for type_ in stored) == 1
+    last = kernels(plan)[-1]
+    assert last.reduced == 0 and last.stores[0].access.value.type.stride == x.stride()
+
+
+def test_batch_norm_of_an_evaluation_is_the_librarys():
+    x = torch.zeros(32, 16, 8, 8)
+    w, mean, var = torch.ones(16), torch.zeros(16), torch.ones(16)
+    plan = strict(lambda: torch.ops.aten.native_batch_norm(x, w, w, mean, var, False, 0.1, 1e-5)[0].relu())
+    assert launched(plan)[0] == "native_batch_norm"
