@@ -314,7 +314,7 @@ def test_a_measured_gate_takes_turns_and_looks_again(monkeypatch: pytest.MonkeyP
         (pipeline,) = kitsune.contexts.here.depth
     now = [0.0]
     monkeypatch.setattr(
-        pipeline, "gate", gate.Gate(True, pipeline.progress, lambda: now[0], lambda: True, kitsune.pipeline.tally)
+        pipeline, "gate", gate.Gate(True, pipeline.progress, lambda: now[0], lambda: True, lambda: 0, kitsune.pipeline.tally)
     )
     eager, ours = small(), small()
     torch.manual_seed(1)
