@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,7 +67,26 @@ def types_of(module: ModuleType, wide: bool) -> dict[str, str]:
 
 
 def machine_code(job: Job) -> Any:
-    """Triton's CompiledKernel, from its cache where it has it. Raises what Triton raises."""
+    """Triton's CompiledKernel, from its cache where it has it. Raises what Triton raises.
+
+    Where the aligned variant cannot be compiled, the one for any addresses takes its place: Triton 3.6 breaks off at some
+    kernels with reductions whose operands it knows to be aligned ("operand #1 does not dominate this use").
+    """
+    refused = Path(f"{job.path}.unaligned")
+    if job.aligned and refused.exists():
+        job = replace(job, aligned=False)
+    try:
+        return _machine_code(job)
+    except RuntimeError:
+        if not job.aligned:
+            raise
+        made = _machine_code(replace(job, aligned=False))
+        with contextlib.suppress(OSError):
+            refused.touch()
+        return made
+
+
+def _machine_code(job: Job) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
