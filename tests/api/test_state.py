@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.testing._internal.common_optimizers import optim_db
 
 from kitsune import KitsuneOptimizer
 from kitsune.amp import AMPConfig
 from tests.api.training import batches, differences, small_model, train
+
+with warnings.catch_warnings():
+    # Of the libraries that torch's own test helpers import.
+    warnings.simplefilter("ignore")
+    from torch.testing._internal.common_optimizers import optim_db
 
 INFOS = {info.optim_cls.__name__: info for info in optim_db}
 HALF = AMPConfig(dtype=torch.float16, init_scale=2.0**12, growth_interval=2)
