@@ -43,8 +43,8 @@ def at_once(s: Reduced) -> list[str]:
 def begin(s: Reduced) -> list[str]:
     """Before the loop: what each place of the tile gathers."""
     if s.kind == "moments":
-        names = (f"{s.targets[0]}_first", *(f"{name}_each" for name in s.targets))
-        return [_full(name, "0.0", s.dtype) for name in names]
+        first = f"{s.targets[0]}_first = tl.full([XBLOCK, 1], 0.0, {LANGUAGE[s.dtype]})"
+        return [first, *(_full(f"{name}_each", "0.0", s.dtype) for name in s.targets)]
     if s.kind == "softmax":
         top, total = s.targets
         return [_full(f"{top}_each", "float('-inf')", s.dtype), _full(f"{total}_each", "0.0", s.dtype)]
@@ -56,14 +56,16 @@ def turn(s: Reduced) -> list[str]:
     x = s.text
     each = [f"{name}_each" for name in s.targets]
     if s.kind == "moments":
-        # Distances from the first element that a place sees, which is about as far from the mean as any: their sum and the sum
-        # of their squares lose no more than the additions round. The running mean takes a division more, and was limited by
-        # its arithmetic (ResNet-50's largest images on an H200: 142 us, of which the bytes take 24).
+        # The sum, and that of the squares of distances from the mean of the row's first elements, which is near that of all: they
+        # lose little more than the additions round. A running mean takes a division more, and was limited by its arithmetic
+        # (ResNet-50's largest images on an H200: 142 us, of which the bytes take 24).
         first, apart = f"{s.targets[0]}_first", f"{s.targets[0]}_apart"
+        share = _reciprocal(f"tl.minimum(columns, RBLOCK).to({LANGUAGE[s.dtype]})", s.dtype)
         return [
-            f"{first} = tl.where(start == 0, {x}, {first})",
+            "if start == 0:",
+            f"    {first} = {_over('sum', f'tl.where(in_columns, {x}, 0.0)')} * {share}",
             f"{apart} = tl.where(in_columns, {x} - {first}, 0.0)",
-            f"{each[0]} = {each[0]} + {apart}",
+            f"{each[0]} = tl.where(in_columns, {each[0]} + {x}, {each[0]})",
             f"{each[1]} = libdevice.fma({apart}, {apart}, {each[1]})",
         ]
     if s.kind == "softmax":
@@ -91,10 +93,9 @@ def end(s: Reduced) -> list[str]:
         apart = f"({own} - {mean})"
         return [
             f"{n} = tl.where({place} < columns, (columns - 1 - {place}) // RBLOCK + 1, 0).to({LANGUAGE[s.dtype]})",
-            f"{each[0]} = {each[0]} * {_reciprocal(f'tl.where({n} > 0, {n}, 1.0)', s.dtype)}",
-            f"{own} = tl.where({n} > 0, {mean}_first + {each[0]}, 0.0)",
-            f"{each[1]} = {each[1]} - {n} * {each[0]} * {each[0]}",
-            f"{mean} = {_per_column(_over('sum', f'{own} * {n}'), s.dtype)}",
+            f"{own} = {each[0]} * {_reciprocal(f'tl.where({n} > 0, {n}, 1.0)', s.dtype)}",
+            f"{each[1]} = {each[1]} - {n} * ({own} - {mean}_first) * ({own} - {mean}_first)",
+            f"{mean} = {_per_column(_over('sum', each[0]), s.dtype)}",
             f"{squares} = {_over('sum', f'{each[1]} + {n} * {apart} * {apart}')}",
         ]
     if s.kind == "softmax":
