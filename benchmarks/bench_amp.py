@@ -10,7 +10,6 @@ disturbed block's, and the ratio that of the two. `eager` is the first loop with
 import argparse
 import contextlib
 import gc
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 import kitsune
 from benchmarks.environment import keep
 from benchmarks.models import MODELS, Workload, make
+from benchmarks.timing import millis
 from kitsune.amp import AMPConfig
 
 Step = Callable[[], Any]
@@ -52,16 +52,6 @@ def unmodified(workload: Workload, optimizer: torch.optim.Optimizer) -> Step:
         optimizer.step()
 
     return step
-
-
-def millis(step: Step, steps: int, device: torch.device) -> float:
-    """Milliseconds of a step, over a block of them."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / steps * 1e3
 
 
 def loops(name: str, dtype: torch.dtype, options: Any) -> dict[str, Step]:

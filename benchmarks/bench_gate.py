@@ -12,7 +12,6 @@ import contextlib
 import gc
 import random
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 
 import kitsune
 from benchmarks.environment import keep
+from benchmarks.timing import millis
 from kitsune.demo.train import build, make_train_step
 
 Step = Callable[[], Any]
@@ -63,16 +63,11 @@ def changing_step(form: str | None, device: torch.device) -> Step:
     return kitsune.accelerate(device=device)(step) if form == "decorator" else step
 
 
-def millis(step: Step, steps: int, device: torch.device, inside: Any) -> float:
+def millis_in(step: Step, steps: int, device: torch.device, inside: Any) -> float:
     """Milliseconds per step of some steps, in a context."""
     gc.collect()
     with inside:
-        start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / steps * 1e3
+        return millis(step, steps, device)
 
 
 def measure(name: str, form: str, make: Callable[[str | None], Step], options: Any, device: torch.device) -> dict[str, Any]:
@@ -82,13 +77,13 @@ def measure(name: str, form: str, make: Callable[[str | None], Step], options: A
     context = kitsune.accelerate(device=device) if form == "context" else contextlib.nullcontext()
     decided_after = 0
     while not kitsune.counters()["gate_left"] and decided_after < UNTIL_DECIDED:
-        millis(ours, 1, device, context)
+        millis_in(ours, 1, device, context)
         decided_after += 1
-    millis(eager, options.steps, device, contextlib.nullcontext())
+    millis_in(eager, options.steps, device, contextlib.nullcontext())
     ratios, eagers, mine = [], [], []
     for _ in range(options.rounds):
-        eagers.append(millis(eager, options.steps, device, contextlib.nullcontext()))
-        mine.append(millis(ours, options.steps, device, context))
+        eagers.append(millis_in(eager, options.steps, device, contextlib.nullcontext()))
+        mine.append(millis_in(ours, options.steps, device, context))
         ratios.append(mine[-1] / eagers[-1])
     return {
         "program": name,

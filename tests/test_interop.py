@@ -175,7 +175,7 @@ def test_a_compiled_function() -> None:
 # ---- foreign operators and layouts ----
 
 
-@torch.library.custom_op("ks_interop::scaled", mutates_args=())
+@torch.library.custom_op("interop_tests::scaled", mutates_args=())
 def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
     return torch.from_numpy(x.detach().numpy() * factor)
 
@@ -185,7 +185,7 @@ def _(x: torch.Tensor, factor: float) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("ks_interop::bump", mutates_args={"x"})
+@torch.library.custom_op("interop_tests::bump", mutates_args={"x"})
 def bump(x: torch.Tensor) -> None:
     x.detach().numpy()[...] += 1
 
