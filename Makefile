@@ -1,5 +1,8 @@
 # make demo    train two small models, eager and under Kitsune, and compare
 # make test    lint and types where the tools are there, then the tests
+# make test-full  every sample of torch's databases of operators, modules and optimizers: about 40 min of one core's time in all;
+#                 SHARD=2/4 runs the second of four shards, and
+#                 `python -m tests.parity.sweep --merge sweep-*.jsonl` adds up what they wrote
 # make lint    ruff and mypy alone
 # make setup   .venv with all that the above need (each of them does it first)
 #
@@ -27,7 +30,7 @@ endif
 # $(call has,module): is it importable by the python that runs?
 has = $(RUN) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-full lint setup clean
 
 demo: $(READY)
 	@$(RUN) -m kitsune demo
@@ -37,6 +40,10 @@ test: lint
 	if $(call has,xdist); then flags="$$flags -n auto"; fi; \
 	if $(call has,pytest_timeout); then flags="$$flags --timeout 300"; fi; \
 	$(RUN) -m pytest tests -q $$flags $(ARGS)
+
+SHARD ?= 1/1
+test-full: $(READY)
+	@OMP_NUM_THREADS=1 $(RUN) -m tests.parity.sweep --shard $(SHARD) --out sweep-$(subst /,-of-,$(SHARD)).jsonl $(ARGS)
 
 lint: $(READY)
 	@if $(call has,ruff); then $(RUN) -m ruff check .; else echo "ruff is not installed: skipped"; fi

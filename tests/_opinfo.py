@@ -1,6 +1,6 @@
-"""One deterministic sample per entry of torch's operator database: the only place that imports it.
+"""Deterministic samples of the entries of torch's databases of operators: the only place that imports them.
 
-The database needs ``expecttest`` and ``numpy``. Importing it freezes the global ``torch.backends`` flags and wraps the
+The databases need ``expecttest`` and ``numpy``. Importing them freezes the global ``torch.backends`` flags and wraps the
 calls of scripted functions; both are undone here, so that a test in the same process sees torch as a user does.
 """
 
@@ -10,7 +10,7 @@ import contextlib
 import functools
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 SEED = 2731
 MAX_SAMPLES = 1000  # how far into an entry's samples a representative one is looked for
@@ -31,16 +31,21 @@ def _database() -> dict[str, Any]:
     calls = torch._C.ScriptFunction.__call__, torch._C.ScriptMethod.__call__
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from torch.testing._internal.autograd_function_db import autograd_function_db
         from torch.testing._internal.common_methods_invocations import op_db
+        from torch.testing._internal.custom_op_db import custom_op_db
     if not frozen:
         torch.backends.__allow_nonbracketed_mutation_flag = True
     torch._C.ScriptFunction.__call__, torch._C.ScriptMethod.__call__ = calls
-    return {f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name: op for op in op_db}
+    found = {f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name: op for op in op_db}
+    return found | {
+        f"{kind}/{op.name}": op for kind, db in (("function", autograd_function_db), ("custom", custom_op_db)) for op in db
+    }
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A call of one entry: ``call(inputs)`` runs it; ``inputs`` is (input, args, kwargs)."""
+    """A call of one entry; ``inputs`` is (input, args, kwargs)."""
 
     name: str
     dtype: torch.dtype
@@ -49,20 +54,31 @@ class Sample:
     loss_of: Callable[[Any], Any]
     differentiable: bool
 
-    def call(self, inputs: tuple[Any, ...]) -> Any:
-        return self.op(inputs[0], *inputs[1], **inputs[2])
+    def call(self) -> Any:
+        return self.op(self.inputs[0], *self.inputs[1], **self.inputs[2])
 
-    def fresh(self) -> Sample:
-        """The same sample over its own memory, geometry kept."""
-        return replace(self, inputs=tree_map(_clone, self.inputs))
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in tree_leaves(self.inputs) if isinstance(t, torch.Tensor)]
+
+    def fresh(self, moved: bool = False) -> Sample:
+        return replace(self, inputs=copies(self.inputs, moved))
 
 
-def names() -> list[str]:
-    return sorted(_database())
+def copies(tree: Any, moved: bool = False) -> Any:
+    """Each tensor over its own memory, geometry kept; ``moved`` has the elements of floating ones in other places."""
+    return tree_map(_moved if moved else _clone, tree)
+
+
+def names(databases: Sequence[str] = ("",)) -> list[str]:
+    """The entries of ``op_db``, or of others: "function" is ``autograd_function_db``, "custom" is ``custom_op_db``."""
+    return sorted(name for name in _database() if name.rpartition("/")[0] in databases)
 
 
 def reseed(seed: int = SEED) -> None:
-    torch.manual_seed(seed)
+    # Without a GPU, torch.manual_seed keeps the stack of each call for the GPU that may come: a third of a sweep's time.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     numpy.random.seed(seed)
     random.seed(seed)
 
@@ -75,13 +91,57 @@ def sample(name: str, device: str, dtype: torch.dtype | None = None) -> Sample |
         dtype = _dtype(op, device)
     if dtype is None or not op.supports_dtype(dtype, device):
         return None
-    grad = op.supports_autograd and op.supports_dtype(dtype, device) and dtype in op.supported_backward_dtypes(device)
-    reseed()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = _representative(op, op.sample_inputs(torch.device(device), dtype, requires_grad=grad))
+        return _sample(name, dtype, _differentiable(op, dtype, device), _representative(op, _inputs(op, device, dtype)))
+
+
+def samples(name: str, device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    """Every sample of an entry; none where it does not support the dtype."""
+    op = _database()[name]
+    if op.supports_dtype(dtype, device):
+        grad = _differentiable(op, dtype, device)
+        yield from (_sample(name, dtype, grad, found) for found in _inputs(op, device, dtype))
+
+
+def error_samples(name: str, device: str) -> Iterator[Sample]:
+    """The calls of an entry that are to raise."""
+    op = _database()[name]
+    reseed()
+    for found in op.error_inputs(torch.device(device)) if op.error_inputs_func else ():
+        yield _sample(name, torch.float32, False, found.sample_input)
+
+
+def supports_second_gradients(name: str) -> bool:
+    return bool(_database()[name].supports_gradgrad)
+
+
+def checked_function(sample: Sample) -> tuple[Callable[..., Any], list[torch.Tensor], float]:
+    """What ``gradcheck`` takes: a function of the tensors that want a gradient, those, and how far two runs may be apart."""
+    op = _database()[sample.name]
+    leaves, spec = tree_flatten(sample.inputs)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+
+    def function(*tensors: torch.Tensor) -> Any:
+        given = dict(zip(places, tensors, strict=True))
+        first, args, kwargs = tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
+        return sample.loss_of(op.gradcheck_wrapper(op.op, first, *args, **kwargs))
+
+    return function, [leaves[i] for i in places], op.gradcheck_nondet_tol
+
+
+def _inputs(op: Any, device: str, dtype: torch.dtype) -> Iterator[Any]:
+    reseed()
+    return iter(op.sample_inputs(torch.device(device), dtype, requires_grad=_differentiable(op, dtype, device)))
+
+
+def _sample(name: str, dtype: torch.dtype, grad: bool, found: Any) -> Sample:
     inputs = (found.input, tuple(found.args), dict(found.kwargs))
-    return Sample(name, dtype, inputs, op, found.output_process_fn_grad, grad)
+    return Sample(name, dtype, inputs, _database()[name], found.output_process_fn_grad, grad)
+
+
+def _differentiable(op: Any, dtype: torch.dtype, device: str) -> bool:
+    return bool(op.supports_autograd and dtype in op.supported_backward_dtypes(device))
 
 
 def _dtype(op: Any, device: str) -> torch.dtype | None:
@@ -117,6 +177,15 @@ def _calls_aten(op: Any, found: Any) -> bool:
     with _Counter() as counter, contextlib.suppress(Exception):
         op(inputs[0], *inputs[1], **inputs[2])
     return counter.calls > 0
+
+
+def _moved(leaf: Any) -> Any:
+    copy = _clone(leaf)
+    floating = isinstance(copy, torch.Tensor) and (copy.is_floating_point() or copy.is_complex())
+    if floating and copy.layout is torch.strided:
+        everything = torch.empty(0, dtype=copy.dtype, device=copy.device).set_(copy.untyped_storage())
+        everything.copy_(everything.roll(1))
+    return copy
 
 
 def _clone(leaf: Any) -> Any:

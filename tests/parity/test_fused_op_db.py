@@ -13,16 +13,8 @@ import torch
 
 import kitsune
 from kitsune.scheduler import Costs
-from tests.parity.test_op_db import (
-    NAMES,
-    OTHER_FORMULA,
-    PASSES_THROUGH,
-    PASSES_THROUGH_ON_CUDA,
-    UNORDERED_ON_CUDA,
-    differences,
-    eager,
-    run,
-)
+from tests.parity.outcomes import OTHER_FORMULA, differences, run
+from tests.parity.test_op_db import NAMES, PASSES_THROUGH, PASSES_THROUGH_ON_CUDA, UNORDERED_ON_CUDA, eager, sample
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +46,7 @@ def test_kernels_give_eagers_bits(name: str, dtype: torch.dtype) -> None:
     if unstable or expected.error:
         pytest.skip(f"eager itself: {(unstable or [expected.error])[0]}"[:200])
     for _ in range(2):
-        got = run(name, "cuda", kitsune.accelerate(warmup=1, device="cuda"), dtype=dtype)
+        got = run(sample(name, "cuda", dtype), kitsune.accelerate(warmup=1, device="cuda"))
         assert not list(differences(name, expected, got))
     report = kitsune.explain()
     assert not report.mended, "no kernel may fail to compile or start"

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 import kitsune
-from tests import _compare, _opinfo
+from tests import _opinfo
+from tests.parity.outcomes import Outcome, differences, run
 
 pytest.importorskip("expecttest", reason="torch's operator database needs expecttest")
 
@@ -64,118 +62,20 @@ MAY_PASS_THROUGH: dict[str, str] = {
 # Backward kernels that add in the order in which threads arrive, on CUDA: two eager runs may agree and a third differ.
 UNORDERED_ON_CUDA = {"grid_sampler_2d", "grid_sampler_3d", "nn.functional.grid_sample", "nn.functional.adaptive_avg_pool3d"}
 
-# Results that hold whatever was in memory before: compared in everything but their values.
-UNINITIALISED: dict[str, str] = {
-    "empty": "allocates without writing",
-    "empty_like": "allocates without writing",
-    "empty_permuted": "allocates without writing",
-    "empty_strided": "allocates without writing",
-    "new_empty": "allocates without writing",
-    "new_empty_strided": "allocates without writing",
-}
-
-# Entries whose gradients torch computes by another formula while any dispatch mode is on: compared to within a few roundings.
-OTHER_FORMULA: dict[str, str] = {
-    "cumprod": "cumprod_backward divides by the input only for plain tensors",
-    "masked.cumprod": "cumprod_backward divides by the input only for plain tensors",
-    "prod": "prod_backward divides the result by the input only for plain tensors",
-    "masked.prod": "prod_backward divides the result by the input only for plain tensors",
-}
-
-# Entries whose gradients torch computes in another layout for any wrapper subclass: compared in all but strides.
-OTHER_STRIDES: dict[str, str] = {
-    "ormqr": "the backward of householder_product works in place for plain tensors only",
-}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one run leaves behind: outputs, gradients, and the inputs as they are afterwards."""
-
-    outputs: list[Any]
-    grads: list[Any]
-    inputs: list[torch.Tensor]
-    error: str = ""
-
-    @property
-    def aliases(self) -> list[int]:
-        return _compare.alias_sets([*self.inputs, *(t for t in self.outputs if isinstance(t, torch.Tensor))])
-
-
-def run(
-    name: str, device: str, context: AbstractContextManager[Any], backward: bool = True, dtype: torch.dtype | None = None
-) -> Outcome:
-    sample = _sample(name, device, dtype).fresh()
-    inputs = _tensors(sample.inputs)
-    _opinfo.reseed()
-    outputs: Any = ()
-    grads: list[Any] = []
-    error = ""
-    with context:
-        try:
-            outputs = sample.call(sample.inputs)
-            if backward:
-                grads = _gradients(tree_leaves(sample.loss_of(outputs)), inputs)
-        except Exception as caught:  # the same exception is the same behaviour
-            error = f"{type(caught).__name__}: {caught}"
-    return Outcome(tree_leaves(outputs), grads, inputs, error)
-
-
-def _gradients(outputs: list[Any], inputs: list[torch.Tensor]) -> list[Any]:
-    heads = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
-    heads = [t if t.layout is torch.strided else t.to_dense() for t in heads]
-    leaves = [t for t in inputs if t.requires_grad]
-    if not heads or not leaves:
-        return []
-    # Made by the eager run, outside of any context, and remembered for the others.
-    cotangents = [_random(t.shape, t.dtype, t.device) for t in heads]
-    return list(torch.autograd.grad(heads, leaves, cotangents, allow_unused=True))
-
-
-@lru_cache(maxsize=256)
-def _random(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(_opinfo.SEED)
-    return torch.randn(shape, generator=generator, dtype=dtype).to(device)
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
-def _sample(name: str, device: str, dtype: torch.dtype | None = None) -> _opinfo.Sample:
-    sample = _opinfo.sample(name, device, dtype)
-    if sample is None:
-        pytest.skip(f"{name} does not support {dtype or 'any dtype'} on {device}")
-    return sample
-
 
 @lru_cache(maxsize=2)
 def eager(name: str, device: str, dtype: torch.dtype | None = None) -> tuple[Outcome, list[str]]:
     """The outcome in eager, and in what a second eager run differs from it."""
-    first, second = (run(name, device, nullcontext(), dtype=dtype) for _ in range(2))
+    first, second = (run(sample(name, device, dtype), nullcontext()) for _ in range(2))
     return first, list(differences(name, first, second))
 
 
-def _value_comparison(name: str, field: str) -> _compare.Comparison | None:
-    if field == "outputs" and name in UNINITIALISED:
-        return None
-    return _compare.rounding_difference if field == "grads" and name in OTHER_FORMULA else _compare.value_difference
-
-
-def differences(name: str, expected: Outcome, got: Outcome) -> Iterator[str]:
-    if expected.error != got.error:
-        yield f"raised {got.error!r} instead of {expected.error!r}"
-    for field in ("outputs", "grads", "inputs"):
-        here, there = getattr(got, field), getattr(expected, field)
-        if len(here) != len(there):
-            yield f"{len(here)} {field} instead of {len(there)}"
-        skip = ("stride",) if field == "grads" and name in OTHER_STRIDES else ()
-        compare = _value_comparison(name, field)
-        for i, (a, b) in enumerate(zip(there, here, strict=False)):
-            if difference := _compare.difference(a, b, values=compare, skip=skip):
-                yield f"{field}[{i}]: {difference}"
-    if got.aliases != expected.aliases:
-        yield f"alias sets of inputs and outputs: {got.aliases} instead of {expected.aliases}"
+def sample(name: str, device: str, dtype: torch.dtype | None = None) -> _opinfo.Sample:
+    """The entry's representative sample, over its own memory."""
+    found = _opinfo.sample(name, device, dtype)
+    if found is None:
+        pytest.skip(f"{name} does not support {dtype or 'any dtype'} on {device}")
+    return found.fresh()
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +89,7 @@ def quiet() -> Iterator[None]:
 def lazily(name: str, device: str, warmup: int) -> tuple[Outcome, str]:
     """One run under Kitsune; the second part says in which way the run was not lazy, if it was not."""
     before = kitsune.counters()
-    got = run(name, device, kitsune.accelerate(warmup=warmup, device=device))
+    got = run(sample(name, device), kitsune.accelerate(warmup=warmup, device=device))
     after = kitsune.counters()  # before anything is compared: reads count as well
     if after["passed_through"] != before["passed_through"]:
         return got, f"passed through: {after['passed_through']}"

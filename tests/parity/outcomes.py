@@ -1,0 +1,111 @@
+"""What a call of a sample leaves behind, in eager and under Kitsune, and in what two such outcomes differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from tests import _compare, _opinfo
+
+# Results that hold whatever was in memory before: compared in everything but their values.
+UNINITIALISED: dict[str, str] = {
+    "empty": "allocates without writing",
+    "empty_like": "allocates without writing",
+    "empty_permuted": "allocates without writing",
+    "empty_strided": "allocates without writing",
+    "new_empty": "allocates without writing",
+    "new_empty_strided": "allocates without writing",
+}
+
+# Entries whose gradients torch computes by another formula while any dispatch mode is on: compared to within a few roundings.
+OTHER_FORMULA: dict[str, str] = {
+    "cumprod": "cumprod_backward divides by the input only for plain tensors",
+    "masked.cumprod": "cumprod_backward divides by the input only for plain tensors",
+    "prod": "prod_backward divides the result by the input only for plain tensors",
+    "masked.prod": "prod_backward divides the result by the input only for plain tensors",
+}
+
+# Entries whose gradients torch computes in another layout for any wrapper subclass: compared in all but strides.
+OTHER_STRIDES: dict[str, str] = {
+    "ormqr": "the backward of householder_product works in place for plain tensors only",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run leaves behind: outputs, gradients, the inputs as they are afterwards, and the state of the generator."""
+
+    outputs: list[Any]
+    grads: list[Any]
+    inputs: list[torch.Tensor]
+    aliases: list[int]
+    generator: bytes
+    error: str = ""
+
+
+def run(sample: Any, context: AbstractContextManager[Any], backward: bool = True) -> Outcome:
+    """Call a sample of its own memory, and have its gradients."""
+    inputs = sample.tensors()
+    _opinfo.reseed()
+    outputs: Any = ()
+    grads: list[Any] = []
+    error = ""
+    try:
+        with context:
+            outputs = sample.call()
+            if backward:
+                grads = _gradients(tree_leaves(sample.loss_of(outputs)), inputs)
+    except Exception as caught:  # the same exception is the same behaviour
+        error = f"{type(caught).__name__}: {caught}"
+    leaves = tree_leaves(outputs)
+    tensors = [t for t in (*inputs, *leaves, *grads) if isinstance(t, torch.Tensor)]
+    return Outcome(leaves, grads, inputs, _compare.alias_sets(tensors), torch.get_rng_state().numpy().tobytes(), error)
+
+
+def _gradients(outputs: list[Any], inputs: list[torch.Tensor]) -> list[Any]:
+    heads = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    heads = [t if t.layout is torch.strided else t.to_dense() for t in heads]
+    leaves = [t for t in inputs if t.requires_grad and t.is_leaf]
+    if not heads or not leaves:
+        return []
+    # Made by the eager run, outside of any context, and remembered for the others.
+    torch.autograd.backward(heads, [_random(t.shape, t.dtype, t.device) for t in heads])
+    return [t.grad for t in leaves]
+
+
+@lru_cache(maxsize=256)
+def _random(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(_opinfo.SEED)
+    return torch.randn(shape, generator=generator, dtype=dtype).to(device)
+
+
+def _value_comparison(name: str, field: str) -> _compare.Comparison | None:
+    if field == "outputs" and name in UNINITIALISED:
+        return None
+    return _compare.rounding_difference if field == "grads" and name in OTHER_FORMULA else _compare.value_difference
+
+
+def differences(name: str, expected: Outcome, got: Outcome) -> Iterator[str]:
+    if expected.error != got.error:
+        yield f"raised {got.error!r} instead of {expected.error!r}"
+    for field in ("outputs", "grads", "inputs"):
+        here, there = getattr(got, field), getattr(expected, field)
+        if len(here) != len(there):
+            yield f"{len(here)} {field} instead of {len(there)}"
+        known = ("stride",) if field == "grads" and name in OTHER_STRIDES else ()
+        compare = _value_comparison(name, field)
+        for i, (a, b) in enumerate(zip(there, here, strict=False)):
+            # A backward that was followed leaves a node that says so, and no graph of named ones.
+            skip = (*known, "history") if isinstance(b, torch.Tensor) and _compare.history(b) == "GoneBackward" else known
+            if difference := _compare.difference(a, b, values=compare, skip=skip):
+                yield f"{field}[{i}]: {difference}"
+    if got.aliases != expected.aliases:
+        yield f"alias sets of inputs, outputs and gradients: {got.aliases} instead of {expected.aliases}"
+    if got.generator != expected.generator:
+        yield "the generator's state"
