@@ -62,7 +62,8 @@ def run(sample: Any, context: AbstractContextManager[Any], backward: bool = True
             if backward:
                 grads = _gradients(tree_leaves(sample.loss_of(outputs)), inputs)
     except Exception as caught:  # the same exception is the same behaviour
-        error = f"{type(caught).__name__}: {caught}"
+        # An error that depends on values may come after the call has returned, when what it left has no values.
+        outputs, grads, error = (), [], f"{type(caught).__name__}: {caught}"
     leaves = tree_leaves(outputs)
     tensors = [t for t in (*inputs, *leaves, *grads) if isinstance(t, torch.Tensor)]
     return Outcome(leaves, grads, inputs, _compare.alias_sets(tensors), torch.get_rng_state().numpy().tobytes(), error)
