@@ -71,7 +71,7 @@ def alias_sets(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 def _storage(t: torch.Tensor, index: int) -> int:
     own = -1 - index
-    if t.layout is not torch.strided or t.device.type == "meta":
+    if t.layout is not torch.strided or t.device.type == "meta" or t._is_zerotensor():
         return own
     return t.untyped_storage().data_ptr() or own
 

@@ -32,7 +32,7 @@ class RecordMode(TorchDispatchMode):
         hidden = self not in _get_current_dispatch_mode_stack()
         include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
         # Autocast stays as it is: it is off where its key is excluded.
-        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD):
+        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD - _BITS):
             if hidden:
                 self.enter()
             try:
@@ -77,11 +77,15 @@ for _name in ("PythonTLSSnapshot", "ADInplaceOrView", "AutogradOther", "Autograd
 _AUTOGRAD = _ABOVE
 for _name in ("AutocastCPU", "AutocastCUDA"):
     _ABOVE = _ABOVE | DispatchKeySet(getattr(DispatchKey, _name))
+# Torch excludes these while a mode handles an op, and a kernel that makes conjugate views of its own, as that of linalg.pinv
+# does, then computes with the conjugates of what it means.
+_BITS = DispatchKeySet(DispatchKey.Conjugate) | DispatchKeySet(DispatchKey.Negative) | DispatchKeySet(DispatchKey.ZeroTensor)
 
 
 def below_autograd() -> Any:
-    """A context in which aten calls on plain tensors go straight to their kernels."""
-    guard = torch._C._ExcludeDispatchKeyGuard(_ABOVE)
+    """A context in which aten calls on plain tensors go straight to their kernels, as they do in eager."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    guard = torch._C._ForceDispatchKeyGuard(include, (exclude | _ABOVE) - _BITS)
     return _outside_inference(guard) if torch.is_inference_mode_enabled() else guard
 
 
