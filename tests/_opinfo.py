@@ -104,6 +104,20 @@ def samples(name: str, device: str, dtype: torch.dtype) -> Iterator[Sample]:
         yield from (_sample(name, dtype, grad, found) for found in _inputs(op, device, dtype))
 
 
+def pending_samples(name: str, device: str, in_place: bool = False) -> Iterator[Sample]:
+    """The samples of an entry's first dtype, or of its in-place variant: the call copies its operands, which are pending then."""
+    op = _database()[name]
+    dtype, made = _dtype(op, device), op.inplace_variant if in_place else op
+    if dtype is None or made is None:
+        return
+
+    def of_copies(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+        return made(*args, **kwargs)
+
+    yield from (replace(found, op=of_copies) for found in samples(name, device, dtype))
+
+
 def error_samples(name: str, device: str) -> Iterator[Sample]:
     """The calls of an entry that are to raise."""
     op = _database()[name]

@@ -23,9 +23,11 @@ from kitsune.lazy.door_makers import (
     flush_door,
     generator_door,
     kernel_door,
+    lengths_door,
     make_subclass_door,
     memory_door,
     parameter_door,
+    places_door,
     plain_items,
     property_door,
     random_door,
@@ -114,6 +116,9 @@ def _doors() -> Iterator[Door]:
     yield torch.Tensor, "data", data_door
     yield torch.Tensor, "__cuda_array_interface__", property_door
     yield torch.jit, "trace", kernel_door
+    yield torch, "ctc_loss", lengths_door
+    yield torch, "tensor_split", places_door
+    yield torch.Tensor, "tensor_split", places_door
     yield python_dispatch, "_disable_current_modes", flush_door(Barrier.MODES_OFF)
     yield torch.nn.Parameter, "__new__", parameter_door
     yield torch.Tensor, "_make_subclass", make_subclass_door

@@ -28,7 +28,14 @@ OTHER_FORMULA: dict[str, str] = {
     "cumprod": "cumprod_backward divides by the input only for plain tensors",
     "masked.cumprod": "cumprod_backward divides by the input only for plain tensors",
     "prod": "prod_backward divides the result by the input only for plain tensors",
+    "masked_fill": "masked_fill_backward sums the chosen elements alone only for plain tensors",
     "masked.prod": "prod_backward divides the result by the input only for plain tensors",
+}
+
+# Entries that differ from themselves in eager, by what was in memory before: compared to within a few roundings.
+UNREPEATABLE: dict[str, str] = {
+    "linalg.lstsq": "LAPACK's gelsy reads pivots that torch does not set: 5 results in 300 calls in eager",
+    "linalg.lstsq.grad_oriented": "as linalg.lstsq",
 }
 
 # Entries whose gradients torch computes in another layout for any wrapper subclass: compared in all but strides.
@@ -89,7 +96,8 @@ def _random(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torc
 def _value_comparison(name: str, field: str) -> _compare.Comparison | None:
     if field == "outputs" and name in UNINITIALISED:
         return None
-    return _compare.rounding_difference if field == "grads" and name in OTHER_FORMULA else _compare.value_difference
+    roughly = name in UNREPEATABLE or (field == "grads" and name in OTHER_FORMULA)
+    return _compare.rounding_difference if roughly else _compare.value_difference
 
 
 def differences(name: str, expected: Outcome, got: Outcome) -> Iterator[str]:
