@@ -87,7 +87,7 @@ def recorder_of(device: torch.device) -> GraphRecorder | None:
 
 def program_of(launch: Launch, slots_in_memory: bool = False) -> Program:
     """The program of a launch of kernels."""
-    return render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
+    return render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory, launch.tile)
 
 
 def nearest_arch(major: int, minor: int) -> str:

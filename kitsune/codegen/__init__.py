@@ -9,7 +9,7 @@ from kitsune.codegen.libdevice import toolkit_libdevice
 from kitsune.codegen.lower import why_not_lowered
 from kitsune.codegen.lowering import NotLowered
 from kitsune.codegen.render import parameters_of, render
-from kitsune.codegen.tiles import tile_of
+from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, tile_of
 
 __all__ = [
     "BackgroundCompiler",
@@ -17,9 +17,12 @@ __all__ = [
     "Compiler",
     "NotLowered",
     "WorkerFailed",
+    "candidates",
     "compile_pool",
     "default_workers",
     "distance",
+    "is_looped",
+    "keeps_bits",
     "parameters_of",
     "render",
     "text_key",

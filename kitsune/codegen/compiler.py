@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from kitsune.codegen.cache import KernelFiles
 from kitsune.codegen.libdevice import toolkit_libdevice
-from kitsune.codegen.machine_code import BLOCK, OPTIONS, Job, constants_of, load_module, machine_code, types_of
+from kitsune.codegen.machine_code import OPTIONS, Job, constants_of, load_module, machine_code, types_of
 from kitsune.codegen.render import HEADER, parameters_of
 from kitsune.ir.plan import Kernel, Parameter, Program
 
@@ -109,15 +110,12 @@ class Compiler:
         if isinstance(target, torch.device):
             major, minor = torch.cuda.get_device_capability(target)
             target = major * 10 + minor
-        path, tile = str(self.path_of(program)), program.tile
-        sizes = None if tile is None else (tile.rows, tile.columns, tile.warps)
-        return Job(path, program.name, program.batched, aligned, wide, target, self.libdevice, sizes)
+        path, tile = str(self.path_of(program)), astuple(program.tile)
+        return Job(path, program.name, program.batched, aligned, wide, target, self.libdevice, tile)
 
     def _compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
-        tile = program.tile
-        sizes = None if tile is None else (tile.rows, tile.columns, tile.warps)
-        values = tuple(constants_of(program.batched, aligned, wide, sizes).values())
-        block = BLOCK if tile is None else tile.rows
+        values = tuple(constants_of(program.batched, aligned, wide, astuple(program.tile)).values())
+        block = program.tile.rows
         if self.interpret:
             path = self.path_of(program)
             module = load_module(path)

@@ -16,11 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# 8 elements a thread: one 128-bit access of a 16-bit type, two of float32.
-BLOCK = 1024
-WARPS = 4
 # The roundings of eager's kernels are written out; nothing else is to be contracted or flushed to zero.
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False, "enable_reflect_ftz": False}
+OPTIONS = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+# Elements of a block, no columns, and warps: 8 elements a thread, one 128-bit access of a 16-bit type, two of float32.
+ELEMENTS = (1024, 0, 4)
 # The type of sizes and strides in a signature: i32, or i64 where an index could pass 2**31.
 INDEX = "index"
 
@@ -29,7 +28,7 @@ INDEX = "index"
 class Job:
     """A variant of the kernel `name` in the file `path`, for a compute capability (80, 90).
 
-    `tile` is that of a kernel with reductions: its rows, columns and warps.
+    `tile` are a block's rows, columns and warps; its elements, 0 and warps where nothing is reduced.
     """
 
     path: str
@@ -39,7 +38,7 @@ class Job:
     wide: bool
     target: int
     libdevice: str | None
-    tile: tuple[int, int, int] | None = None
+    tile: tuple[int, int, int] = ELEMENTS
 
 
 def load_module(path: Path) -> ModuleType:
@@ -54,9 +53,9 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def constants_of(batched: bool, aligned: bool, wide: bool, tile: tuple[int, int, int] | None) -> dict[str, int]:
+def constants_of(batched: bool, aligned: bool, wide: bool, tile: tuple[int, int, int]) -> dict[str, int]:
     """A variant's compile-time arguments, in the order in which a start passes them."""
-    blocks = {"BLOCK": BLOCK} if tile is None else {"XBLOCK": tile[0], "RBLOCK": tile[1]}
+    blocks = {"XBLOCK": tile[0], "RBLOCK": tile[1]} if tile[1] else {"BLOCK": tile[0]}
     return ({"ALIGNED": aligned} if batched else {}) | {"WIDE": wide} | blocks
 
 
@@ -98,9 +97,7 @@ def _machine_code(job: Job) -> Any:
     # Arguments are numbered as in the function.
     multiples = module.MULTIPLES if job.aligned else ()
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in multiples}
-    options: dict[str, Any] = dict(OPTIONS)
-    if job.tile is not None:
-        options["num_warps"] = job.tile[2]
+    options: dict[str, Any] = {**OPTIONS, "num_warps": job.tile[2]}
     if job.libdevice:
         options["extern_libs"] = {"libdevice": job.libdevice}
     constants = constants_of(job.batched, job.aligned, job.wide, job.tile)

@@ -1,8 +1,15 @@
-"""How a kernel with reductions goes through memory: by rows or by columns, with a whole row at once or in a loop."""
+"""How a kernel goes through memory: by elements, by rows or by columns, with a whole row at once or in a loop.
+
+The first choice of a tile is made from sizes alone, and is the same wherever and whenever it is made. `candidates` are those
+that a measurement may find to be faster.
+"""
 
 import math
+from collections.abc import Iterable, Iterator
 
+from kitsune.codegen.machine_code import ELEMENTS
 from kitsune.codegen.walks import accesses, counted
+from kitsune.ir import Kind, Op
 from kitsune.ir.plan import Kernel, Tile, touched_bytes
 
 # Elements of a row that a block holds in registers; longer rows are read once for each reduction that depends on another.
@@ -16,8 +23,13 @@ NEIGHBOURS = 64
 OUTER = 4096
 # Blocks that fill the largest device known, twice over. With fewer, smaller ones are taken.
 ENOUGH = 264
-# Elements that a thread holds of each operand.
-PER_THREAD = 8
+# Elements that a thread holds of each operand: about, where a kernel reduces, and at most, which is half of its registers.
+PER_THREAD, MOST_PER_THREAD = 8, 128
+MOST_WARPS = 16
+# Tiles that are tried, the first choice among them.
+TRIED = 6
+# Reductions of which no bit depends on the order in which they are made.
+IN_ANY_ORDER = frozenset("amax amin max min argmax argmin".split())
 
 
 def inner(kernel: Kernel) -> bool:
@@ -36,10 +48,10 @@ def is_looped(kernel: Kernel) -> bool:
     return kernel.n_columns > (PERSISTENT if inner(kernel) else PERSISTENT_OUTER)
 
 
-def tile_of(kernel: Kernel) -> Tile | None:
-    """The tile of a kernel with reductions, by its sizes; no text depends on it."""
+def tile_of(kernel: Kernel) -> Tile:
+    """The first choice for a kernel, by its sizes; no text depends on it."""
     if not kernel.reduced:
-        return None
+        return Tile(*ELEMENTS)
     rows, columns = max(kernel.n_rows, 1), max(kernel.n_columns, 1)
     if inner(kernel):
         width = min(_power(columns), LONG) if is_looped(kernel) else _power(columns)
@@ -52,6 +64,51 @@ def tile_of(kernel: Kernel) -> Tile | None:
         width = min(_power(columns), PERSISTENT_OUTER)
         height = _fitting(rows, min(NEIGHBOURS, OUTER // width), 16)
     return Tile(height, width, _warps(height, width))
+
+
+def keeps_bits(kernel: Kernel) -> bool:
+    """Are a kernel's results the same to the last bit with any tile? A sum depends on the order in which it is made, that on
+    which thread holds which elements, and that on the tile."""
+    return all(_in_any_order(step.op) for step in kernel.steps if step.op.kind is Kind.REDUCTION)
+
+
+def _in_any_order(op: Op) -> bool:
+    return op.target._opname in IN_ANY_ORDER or not any(v.type.dtype.is_floating_point for v in (*op.inputs, *op.results))
+
+
+def candidates(kernel: Kernel) -> tuple[Tile, ...]:
+    """Tiles that may be faster than the first, which is the first choice: the nearest ones, with more or fewer warps for the same
+    elements, or more or fewer elements."""
+    first = tile_of(kernel)
+    found = {first: None}
+    for tile in _others(kernel, first):
+        if _is_possible(kernel, tile):
+            found[tile] = None
+    return tuple(found)[:TRIED]
+
+
+def _others(kernel: Kernel, first: Tile) -> Iterable[Tile]:
+    rows, columns, warps = first.rows, first.columns, first.warps
+    if not kernel.reduced:
+        return (Tile(n, 0, w) for n, w in ((512, 4), (1024, 8), (2048, 8), (2048, 4), (512, 2)))
+    if not is_looped(kernel):
+        shapes = ((rows, 2 * warps), (rows, warps // 2), (rows // 2, warps), (2 * rows, 2 * warps), (rows // 2, warps // 2))
+        return (Tile(height, columns, n) for height, n in shapes)
+    if inner(kernel):
+        return (Tile(rows, width, n) for width, n in ((1024, 4), (LONG, 4), (4096, 8), (4096, 16), (1024, 8)))
+    return _looped_outers(kernel)
+
+
+def _looped_outers(kernel: Kernel) -> Iterator[Tile]:
+    for rows, columns, warps in ((64, 16, 4), (64, 32, 4), (64, 64, 8), (128, 32, 4), (128, 64, 8), (128, 16, 4)):
+        yield Tile(min(rows, _power(kernel.n_rows)), columns, warps)
+
+
+def _is_possible(kernel: Kernel, tile: Tile) -> bool:
+    """Has every thread something to do, and room for it?"""
+    per_thread = tile.rows * max(tile.columns, 1) / (32 * max(tile.warps, 1))
+    fits = tile.rows >= 1 and 1 <= tile.warps <= MOST_WARPS and 1 <= per_thread <= MOST_PER_THREAD
+    return fits and tile.rows <= _power(kernel.n_rows) and tile.columns <= _power(kernel.n_columns)
 
 
 def _looped_outer(kernel: Kernel) -> tuple[int, int, int]:

@@ -102,7 +102,8 @@ class Launch:
     """Kernels that are started together, or a call of the library: exactly one of `kernels` and `op` is there.
 
     Several kernels in one launch have the same source, contiguous operands and no order between them: a horizontal fusion.
-    `waits` are numbers of launches on other streams that must have ended before. `host_only` starts nothing.
+    `waits` are numbers of launches on other streams that must have ended before. `host_only` starts nothing. `tile` is what a
+    block of its kernels works on, where that is another than the first choice.
     """
 
     kernels: tuple[Kernel, ...] = ()
@@ -110,6 +111,7 @@ class Launch:
     stream: int = 0
     waits: tuple[int, ...] = ()
     micros: float = 0.0
+    tile: "Tile | None" = None
 
     @property
     def host_only(self) -> bool:
@@ -240,11 +242,15 @@ Parameter = Pointer | Size | Extent | Stride | Scalar | SlotAddress
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a block of a kernel with reductions works on at a time: so many rows and columns, by so many warps."""
+    """What a block works on at a time: so many rows and columns, by so many warps; elements and 0 where nothing is reduced."""
 
     rows: int
     columns: int
     warps: int
+
+    def __str__(self) -> str:
+        size = f"{self.rows} x {self.columns}" if self.columns else f"{self.rows}"
+        return f"{size} by {self.warps} warp{'s' * (self.warps > 1)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +264,9 @@ class Program:
     text: str
     parameters: tuple[Parameter, ...]
     # One launch for many kernels: the parameters of each are a row of a table.
-    batched: bool = False
-    # Of a kernel with reductions; one text is compiled for several.
-    tile: Tile | None = None
+    batched: bool
+    # One text is compiled for several.
+    tile: Tile
 
 
 class Pending(Exception):
