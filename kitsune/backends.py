@@ -5,16 +5,17 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kitsune.background import thread
-from kitsune.codegen import BackgroundCompiler, CompilePool, Compiler, compile_pool, default_workers, render
+from kitsune.codegen import BackgroundCompiler, Choices, CompilePool, Compiler, compile_pool, default_workers, render
 from kitsune.config import config
 from kitsune.ir import Launch, Program, reads_slots
-from kitsune.runtime import CudaGraphs, GraphRecorder, SlotTable
+from kitsune.runtime import CudaGraphs, GraphRecorder, SlotTable, Timer, in_turn
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from kitsune.scheduler import RATES
 
@@ -25,13 +26,16 @@ class Backend:
 
     `prepare_in_graph` does so for a capture, given what it made for ordinary runs and the table with the moving numbers.
     `warm` asks for the programs that what was made will need, and returns futures that are done once they are there, or known
-    not to come: without it, or without workers, a program is compiled at its first start.
+    not to come: without it, or without workers, a program is compiled at its first start. `choices` are the tiles that were found
+    to be the fastest, by `timer`: without them, each launch has the first choice.
     """
 
     arch: str
     prepare_launch: Callable[[Launch], Any]
     prepare_in_graph: Callable[[Launch, Any, SlotTable], Any] | None = None
     warm: Callable[[Launch, Any], list[Future[Any]]] | None = None
+    choices: Choices | None = None
+    timer: Timer = in_turn
 
 
 def backend_of(device: torch.device) -> Backend | str:
@@ -45,10 +49,17 @@ def backend_of(device: torch.device) -> Backend | str:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {major}.{minor} and kernels need 8.0 or later, so regions run op by op."
     compiler = BackgroundCompiler(Compiler(cache_folder()), workers, thread.submit)
-    return on_device(nearest_arch(major, minor), compiler, device)
+    choices = choices_in(cache_folder(), torch.cuda.get_device_name(device))
+    return on_device(nearest_arch(major, minor), compiler, device, choices)
 
 
-def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device) -> Backend:
+@cache
+def choices_in(folder: Path, device_name: str) -> Choices:
+    """The choices of this process for devices of a name: what one thread has found out serves them all."""
+    return Choices(folder, device_name)
+
+
+def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device, choices: Choices | None = None) -> Backend:
     """Kernels of a compiler on a device."""
 
     def for_graph(launch: Launch) -> PreparedLaunch:
@@ -67,7 +78,7 @@ def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device) -> 
         made = [usable] if usable.in_graph is None else [usable, usable.in_graph]
         return [compiler.ask(one.program, device, *one.likely) for one in made if one.likely is not None]
 
-    return Backend(arch, lambda launch: PreparedLaunch(launch, program_of(launch), compiler, device), in_graph, warm)
+    return Backend(arch, lambda launch: PreparedLaunch(launch, program_of(launch), compiler, device), in_graph, warm, choices)
 
 
 def _differs_in_graph(launch: Launch) -> bool:

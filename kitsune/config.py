@@ -61,6 +61,12 @@ class Options:
         None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
     )
     cache_dir: str | None = knob(None, "KITSUNE_CACHE_DIR", folder, "kernels are kept here; None: in XDG_CACHE_HOME or ~/.cache")
+    tuning: str = knob(
+        "on",
+        "KITSUNE_TUNING",
+        one_of("on", "off"),
+        "on: the tiles of large kernels are timed beside the steps, and the fastest remembered; off: they have the first choice",
+    )
     compile_workers: int | None = knob(
         None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 4, by cores"
     )
@@ -131,6 +137,7 @@ class Config:
     max_graphs: int
     graph_memory: int | None
     cache_dir: str | None
+    tuning: str
     compile_workers: int | None
     debug: int
     dump: str | None

@@ -1,14 +1,14 @@
 """From a region's Graph to its Plan, stage by stage: passes -> kernels -> batches -> order -> streams -> arena."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kitsune.codegen import text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
-from kitsune.ir import Graph, Kernel, Kind, Op, Plan, happens_before, reads_slots, verify_plan
+from kitsune.ir import Graph, Kernel, Kind, Launch, Op, Plan, Tile, happens_before, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
 from kitsune.runtime import out_form, takes_memory
 from kitsune.scheduler import (
@@ -55,6 +55,8 @@ class Planner:
     n_streams: int = 1
     # What the context allows beyond what the planner can do.
     rules: Rules = ANYTHING
+    # Which tile a launch of kernels has, where it is not the first choice.
+    tiles: Callable[[Launch], Tile | None] = lambda launch: None
     # As the knob has it. In "strict" a reduction may be a kernel, whose order of summation is its own.
     numerics: str = "bitwise"
 
@@ -71,6 +73,7 @@ class Planner:
         in_turn = in_order(planned, works, self._micros(planned))
         lives = lifetimes(planned, in_turn, takes_memory)
         launches = assign_streams(in_turn, planned, self.costs.load, self.n_streams, peak_bytes(lives, len(in_turn)))
+        launches = tuple(replace(one, tile=tile) if (tile := self.tiles(one)) else one for one in launches)
         before = happens_before(launches)
         offsets, arena = assign_offsets(lives, before)
         plan = Plan(

@@ -3,7 +3,7 @@
 import warnings
 import weakref
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
-from kitsune.profiler import PlanTally, Tally, plan_tally
+from kitsune.profiler import Tally, plan_tally
+from kitsune.ready import Ready
 from kitsune.runtime import (
     Arenas,
     PlanExecutor,
     Prepared,
     Schedule,
     SlotTable,
-    Steady,
     SteadyState,
     Work,
     adopt_views,
@@ -39,6 +39,7 @@ from kitsune.runtime import (
 from kitsune.runtime.instructions import Start
 from kitsune.scheduler import dead_code, run_passes
 from kitsune.shown import show_plan, shows
+from kitsune.tuning import Subject, Tuner
 
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
@@ -47,27 +48,6 @@ SHOWN_ARCH = "sm_90"
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 3
-
-
-@dataclass(slots=True)
-class Ready:
-    """A region, ready to run: by plan, or op by op. `graph` has what is run of it."""
-
-    work: Prepared | Schedule
-    plan: PlanTally | None
-    n_ops: int
-    n_dead: int
-    graph: Graph
-    # Outputs that lie in an input's memory.
-    views: tuple[int, ...] = ()
-    steady: Steady | None = None
-    # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
-    in_graph: Prepared | None = None
-    # Is another way to run it to be made in the background? What takes its place, once it is there, and what that waited for.
-    waits: bool = False
-    coming: "Future[Ready] | None" = None
-    asked: list[Future[Any]] = field(default_factory=list)
-    n_runs: int = 0
 
 
 class Runner:
@@ -81,6 +61,7 @@ class Runner:
         self.executor: PlanExecutor | None = None
         self.pool: MemoryPool | None = None
         self.steady: SteadyState | None = None
+        self.tuner: Tuner | None = None
         runners.add(self)
         backend, recorder = backend_of(device), recorder_of(device)
         self.backend = backend
@@ -93,6 +74,8 @@ class Runner:
             self.pool = MemoryPool(options.pool_bytes or self._budget)
             self.executor = PlanExecutor(backend.prepare_launch, self.pool, self.sentences.append)
             self.arenas = Arenas(self.executor.pool)
+            if backend.choices is not None:
+                self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally)
         elif device.type == "cuda":
             self.sentences.append(backend)
 
@@ -109,7 +92,8 @@ class Runner:
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
-                pass
+                if self.tuner is not None and ready.plan is not None:
+                    self._tune(ready, self.tuner)
             elif isinstance(ready.work, Schedule):
                 replay(ready.work, values, scalars)
             else:
@@ -160,7 +144,8 @@ class Runner:
         return self._unfused(graph)
 
     def _planner(self, arch: str | None = None) -> Planner:
-        return planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
+        planner = planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
+        return planner if self.tuner is None or config.tuning == "off" else replace(planner, tiles=self.tuner.tiles())
 
     def _in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
@@ -214,6 +199,9 @@ class Runner:
     def _arrived(self, graph: Graph, ready: Ready, coming: Future[Ready]) -> Ready:
         """A region's plan and kernels are there, or will not be."""
         ready.coming, ready.waits, new = None, False, ready
+        if ready.plan is not None and (coming.exception() or any(one.exception() for one in coming.result().asked)):
+            # It has a plan, with other tiles.
+            return ready
         try:
             made = coming.result()
             if failed := [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]:
@@ -233,6 +221,23 @@ class Runner:
         if config.debug and new.plan is not None:
             shows().fused(new.n_ops, new.plan.n_kernels)
         return new
+
+    def _tune(self, ready: Ready, tuner: Tuner) -> None:
+        """After a replay: go on with trying other tiles, and have those made that are better, once all are tried."""
+        assert ready.plan is not None and isinstance(ready.work, Prepared)
+        if config.tuning == "off" or ready.coming is not None or not self._in_background():
+            return
+        ready.subject = ready.subject or Subject(ready.plan.plan)
+        if tuner.turn(ready.subject, current_stream(ready.work.device)):
+            ready.coming = later(lambda: self._changed(ready, tuner))
+
+    def _changed(self, ready: Ready, tuner: Tuner) -> tuple[Ready, list[Future[Any]]]:
+        """A region with the tiles that were found to be better."""
+        assert ready.plan is not None and self.executor is not None
+        ready.plan.plan = tuner.changed(ready.plan.plan)
+        prepared = self.executor.prepare(ready.plan.plan)
+        made = replace(ready, work=prepared, coming=None, steady=None, asked=self._warm(prepared))
+        return made, made.asked
 
     def _unplanned(self, graph: Graph, error: Exception) -> None:
         self.sentences.append(

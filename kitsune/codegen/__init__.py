@@ -1,6 +1,7 @@
 """Kernels of the plan as Triton source, and that source compiled. Importing this imports no Triton."""
 
 from kitsune.codegen.background import BackgroundCompiler
+from kitsune.codegen.choices import Choice, Choices, why_not_tried
 from kitsune.codegen.compile_pool import CompilePool, WorkerFailed, compile_pool, default_workers
 from kitsune.codegen.compiler import Compiler
 from kitsune.codegen.exactness import distance, why_not_exact
@@ -13,6 +14,8 @@ from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, tile_of
 
 __all__ = [
     "BackgroundCompiler",
+    "Choice",
+    "Choices",
     "CompilePool",
     "Compiler",
     "NotLowered",
@@ -31,4 +34,5 @@ __all__ = [
     "why_not_batched",
     "why_not_exact",
     "why_not_lowered",
+    "why_not_tried",
 ]

@@ -33,12 +33,12 @@ class KernelFiles:
         content = sealed(text)
         directory = self.directory
         try:
-            return _ensure(directory / f"{name[:80]}_{digest}.py", content)
+            return ensure(directory / f"{name[:80]}_{digest}.py", content)
         except OSError as error:
             with self._lock:
                 if self.directory == directory:  # else another thread has found out
                     self._fall_back(error)
-            return _ensure(self.directory / f"{name[:80]}_{digest}.py", content)
+            return ensure(self.directory / f"{name[:80]}_{digest}.py", content)
 
     def _fall_back(self, error: OSError) -> None:
         if self._private is not None:
@@ -55,7 +55,8 @@ class KernelFiles:
         )
 
 
-def _ensure(path: Path, content: str) -> Path:
+def ensure(path: Path, content: str) -> Path:
+    """The file with a sealed text, written if it is not there. Raises OSError."""
     if not is_intact(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
@@ -77,12 +78,17 @@ def sealed(text: str) -> str:
 
 def is_intact(path: Path) -> bool:
     """Does the file exist with the checksum of what it holds?"""
+    return unsealed(path) is not None
+
+
+def unsealed(path: Path) -> str | None:
+    """The text of a sealed file; None where there is none, or a damaged one."""
     try:
         content = path.read_text()
     except (OSError, UnicodeDecodeError):
-        return False
+        return None
     text, seal, _ = content.rpartition(_SEAL)
-    return bool(seal) and content == sealed(text)
+    return text if seal and content == sealed(text) else None
 
 
 @cache

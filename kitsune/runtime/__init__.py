@@ -11,7 +11,8 @@ from kitsune.runtime.replay import Schedule, prepare, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.steady import Steady, SteadyState
 from kitsune.runtime.thread_plans import ThreadPlans
-from kitsune.runtime.timing import device_seconds
+from kitsune.runtime.timing import device_seconds, in_turn
+from kitsune.runtime.trials import Timer, Trial
 
 __all__ = [
     "Arenas",
@@ -26,10 +27,13 @@ __all__ = [
     "Steady",
     "SteadyState",
     "ThreadPlans",
+    "Timer",
+    "Trial",
     "Work",
     "adopt_views",
     "current_stream",
     "device_seconds",
+    "in_turn",
     "numeric_settings",
     "out_form",
     "plan_work",

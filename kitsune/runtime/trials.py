@@ -58,6 +58,11 @@ class Trial:
         return len(self._programs) < 2 or self.first not in self._programs or len(self._seconds[self.first]) >= ROUNDS
 
     @property
+    def n_programs(self) -> int:
+        """How many are started in a round."""
+        return len(self._programs)
+
+    @property
     def micros(self) -> dict[Tile, float]:
         """Microseconds of each tile that could be started."""
         return {tile: statistics.median(self._seconds[tile]) * 1e6 for tile in self._programs if self._seconds[tile]}

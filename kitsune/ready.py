@@ -1,0 +1,33 @@
+"""A region that has been looked at, and how it is run from then on."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from kitsune.ir import Graph
+from kitsune.profiler import PlanTally
+from kitsune.runtime import Prepared, Schedule, Steady
+from kitsune.tuning import Subject
+
+
+@dataclass(slots=True)
+class Ready:
+    """A region, ready to run: by plan, or op by op. `graph` has what is run of it."""
+
+    work: Prepared | Schedule
+    plan: PlanTally | None
+    n_ops: int
+    n_dead: int
+    graph: Graph
+    # Outputs that lie in an input's memory.
+    views: tuple[int, ...] = ()
+    steady: Steady | None = None
+    # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
+    in_graph: Prepared | None = None
+    # Is another way to run it to be made in the background? What takes its place, once it is there, and what that waited for.
+    waits: bool = False
+    coming: "Future[Ready] | None" = None
+    asked: list[Future[Any]] = field(default_factory=list)
+    n_runs: int = 0
+    # Of one that is run by plan: its kernels, once other tiles are tried for them.
+    subject: Subject | None = None
