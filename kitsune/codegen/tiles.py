@@ -26,6 +26,9 @@ ENOUGH = 264
 # Elements that a thread holds of each operand: about, where a kernel reduces, and at most, which is half of its registers.
 PER_THREAD, MOST_PER_THREAD = 8, 128
 MOST_WARPS = 16
+# Elements of a row that one place of a tile adds up, one after the other: more in no tile but the first choice, for a sum loses
+# half an epsilon with each.
+MOST_TERMS = 128
 # Tiles that are tried, the first choice among them.
 TRIED = 6
 # Reductions of which no bit depends on the order in which they are made.
@@ -82,7 +85,7 @@ def candidates(kernel: Kernel) -> tuple[Tile, ...]:
     first = tile_of(kernel)
     found = {first: None}
     for tile in _others(kernel, first):
-        if _is_possible(kernel, tile):
+        if _is_possible(kernel, tile) and _is_as_exact(kernel, tile, first):
             found[tile] = None
     return tuple(found)[:TRIED]
 
@@ -109,6 +112,10 @@ def _is_possible(kernel: Kernel, tile: Tile) -> bool:
     per_thread = tile.rows * max(tile.columns, 1) / (32 * max(tile.warps, 1))
     fits = tile.rows >= 1 and 1 <= tile.warps <= MOST_WARPS and 1 <= per_thread <= MOST_PER_THREAD
     return fits and tile.rows <= _power(kernel.n_rows) and tile.columns <= _power(kernel.n_columns)
+
+
+def _is_as_exact(kernel: Kernel, tile: Tile, first: Tile) -> bool:
+    return tile.columns >= first.columns or kernel.n_columns <= MOST_TERMS * tile.columns
 
 
 def _looped_outer(kernel: Kernel) -> tuple[int, int, int]:

@@ -125,7 +125,8 @@ def report(tally: Tally) -> Report:
     plans = [plan_line(p) for p in sorted(tally.plans, key=lambda p: -p.times_run)]
     chosen = sorted(tally.chosen.items(), key=lambda item: (-item[1].gain, item[0]))
     tiles = [
-        TileLine(*kernel, str(c.tile), {str(tile): round(us, 1) for tile, us in c.micros.items()}, c.known) for kernel, c in chosen
+        TileLine(*kernel, str(c.tile), {str(tile): round(us, 1) for tile, us in c.micros.items()}, c.known)
+        for kernel, c in chosen
     ]
     return Report(
         counters=tally.counters(),

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import kitsune
-from kitsune.background import thread
 from kitsune.backends import Backend
+from kitsune.background import thread
 from kitsune.codegen import Choices
 from kitsune.config import config
 from kitsune.ir import Launch, Tile
@@ -87,7 +87,7 @@ def bench(device: Device, folder: Path) -> Backend:
 
 @contextlib.contextmanager
 def tuned(folder: Path, takes: Takes = second_is_fastest, after: int = 2, **knobs: Any) -> Iterator[Device]:
-    """New pipelines on the CPU time their tiles, small kernels as well, and after so many replays; pauses are no longer than 0."""
+    """New pipelines on the CPU time their tiles, of small kernels as well, after so many replays and without pauses."""
     device = Device(takes)
     with pytest.MonkeyPatch.context() as patch, config.patch(**{"compile_workers": 1, "tuning": "on", **knobs}):
         patch.setattr("kitsune.running.backend_of", lambda _: bench(device, folder))
@@ -112,11 +112,13 @@ WEIGHTS = [torch.linspace(-1, 1, 256).view(16, 16) * (k + 1) for k in range(8)]
 
 
 def products() -> torch.Tensor:
-    """Two kernels, and enough memory between them for either to be tried there."""
-    hidden = [X @ weight for weight in WEIGHTS]
-    joined = (hidden[0].relu() * hidden[1] - hidden[2]) * 0.5
-    again = [joined @ weight for weight in WEIGHTS]
-    return (again[0] + again[1]).relu() * again[2] + again[3] + sum(hidden[3:])
+    """Two kernels, and enough memory alive beside them for either to be tried there."""
+    a, b, c, d, e, *rest = (X @ weight for weight in WEIGHTS)
+    joined = (a.relu() * b - c) * 0.5
+    found = (joined @ WEIGHTS[0] + d).relu() * e
+    for other in rest:
+        found = found @ other[:16]
+    return found
 
 
 def steps(n: int, program: Callable[[], torch.Tensor] = products) -> list[torch.Tensor]:
