@@ -5,7 +5,7 @@ that a measurement may find to be faster.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from kitsune.codegen.machine_code import ELEMENTS
 from kitsune.codegen.walks import accesses, counted
@@ -97,16 +97,15 @@ def _others(kernel: Kernel, first: Tile) -> Iterable[Tile]:
     if not kernel.reduced:
         return (Tile(n, 0, w) for n, w in ((512, 4), (1024, 8), (2048, 8), (2048, 4), (512, 2)))
     if not is_looped(kernel):
-        shapes = ((rows, 2 * warps), (rows, warps // 2), (rows // 2, warps), (2 * rows, 2 * warps), (rows // 2, warps // 2))
-        return (Tile(height, columns, n) for height, n in shapes)
+        heights = ((rows, 2 * warps), (rows, warps // 2), (rows // 2, warps), (2 * rows, 2 * warps), (rows // 2, warps // 2))
+        return (Tile(height, columns, n) for height, n in heights)
     if inner(kernel):
         return (Tile(rows, width, n) for width, n in ((1024, 4), (LONG, 4), (4096, 8), (4096, 16), (1024, 8)))
-    return _looped_outers(kernel)
-
-
-def _looped_outers(kernel: Kernel) -> Iterator[Tile]:
-    for rows, columns, warps in ((64, 16, 4), (64, 32, 4), (64, 64, 8), (128, 32, 4), (128, 64, 8), (128, 16, 4)):
-        yield Tile(min(rows, _power(kernel.n_rows)), columns, warps)
+    shapes = [(64, 16, 4), (64, 32, 4), (64, 64, 8), (128, 32, 4), (128, 64, 8), (128, 16, 4)]
+    if rows < NEIGHBOURS:
+        half = columns // 2
+        shapes = [(rows, half, 4), (rows, columns, 4), (rows, columns, 8), (2 * rows, half, 4), (2 * rows, half, 8)]
+    return (Tile(*shape) for shape in shapes)
 
 
 def _is_possible(kernel: Kernel, tile: Tile) -> bool:
