@@ -1,7 +1,9 @@
 """The stages, put together: dispatch -> lazy -> planning -> runtime -> profiler."""
 
 import contextlib
+import math
 import os
+import threading
 import time
 from typing import Any
 
@@ -195,14 +197,22 @@ def planned_for(graph: Graph, arch: str | None = None, rules: Rules = ANYTHING, 
     return planner_for(arch or _arch_here(), rules, n_streams=n_streams).plan(graph)
 
 
-def wait_for_kernels(timeout: float | None = None) -> bool:
+def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
     """Wait until what is planned and compiled in the background is there; False if `timeout` seconds are not enough.
 
-    The next run of each region known by now is by its plan then. A program needs it for measurements only.
+    The next run of each region known by now is by its plan then. With `tuned`, the tiles of kernels that this thread replays
+    are timed as well, which otherwise happens beside its steps. A program needs it for measurements only.
     """
+    until = math.inf if timeout is None else time.perf_counter() + timeout
     for runner in list(runners):
         runner.ask_all()
-    return wait(timeout)
+    there = wait(timeout)
+    if not tuned or not there:
+        return there
+    for runner in list(runners):
+        if runner.thread == threading.get_ident():
+            runner.tune_all(until)
+    return time.perf_counter() < until and wait(None if timeout is None else max(until - time.perf_counter(), 0.0))
 
 
 def _arch_here() -> str:

@@ -31,3 +31,19 @@ class Ready:
     n_runs: int = 0
     # Of one that is run by plan: its kernels, once other tiles are tried for them.
     subject: Subject | None = None
+
+
+def stays_unfused(ready: Ready, error: Exception) -> str:
+    """What a user is told where the compilers fail."""
+    return (
+        f"A region of {ready.n_ops} operators stays unfused, because its kernels could not be compiled. {error} "
+        "With KITSUNE_COMPILE_WORKERS=0 kernels are compiled in the program's own process."
+    )
+
+
+def runs_by_ops(graph: Graph, error: Exception) -> str:
+    """What a user is told where planning fails."""
+    return (
+        f"A region of {len(graph.ops)} operators could not be planned and is run op by op ({type(error).__name__}: {error}). "
+        "This is a bug in Kitsune: please report it."
+    )

@@ -1,5 +1,6 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
+import threading
 import warnings
 import weakref
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import Tally, plan_tally
-from kitsune.ready import Ready
+from kitsune.ready import Ready, runs_by_ops, stays_unfused
 from kitsune.runtime import (
     Arenas,
     PlanExecutor,
@@ -54,7 +55,7 @@ class Runner:
     """Runs the regions of one thread on one device: by plan where there is a backend, op by op elsewhere."""
 
     def __init__(self, device: torch.device, tally: Tally, options: EngineOptions = DEFAULT) -> None:
-        self.tally, self.options = tally, options
+        self.tally, self.options, self.thread = tally, options, threading.get_ident()
         self.ready: dict[Any, Ready] = {}
         # What went wrong and was mended in the run that is going on; said when it has ended.
         self.sentences: list[str] = []
@@ -92,8 +93,7 @@ class Runner:
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
-                if self.tuner is not None and ready.plan is not None:
-                    self._tune(ready, self.tuner)
+                self._tune(ready)
             elif isinstance(ready.work, Schedule):
                 replay(ready.work, values, scalars)
             else:
@@ -116,6 +116,12 @@ class Runner:
         for (graph, *knobs, _), ready in list(self.ready.items()):
             if tuple(knobs) == self.options.knobs:
                 self._ask(graph, ready)
+
+    def tune_all(self, until: float) -> None:
+        """Try the tiles of every region that is replayed now, and not beside its replays, until the clock says so."""
+        for ready in list(self.ready.values()):
+            if ready.steady is not None and ready.steady.captured is not None:
+                self._tune(ready, until)
 
     def forget(self) -> None:
         """Drop every plan and every graph, and the memory kept for them."""
@@ -140,7 +146,7 @@ class Runner:
             except Exception as error:
                 if config.verify:
                     raise
-                self._unplanned(graph, error)
+                self.sentences.append(runs_by_ops(graph, error))
         return self._unfused(graph)
 
     def _planner(self, arch: str | None = None) -> Planner:
@@ -208,28 +214,26 @@ class Runner:
                 raise failed[0]
             new, made.asked = self._worthwhile(graph, made), []
         except WorkerFailed as error:
-            self.sentences.append(
-                f"A region of {ready.n_ops} operators stays unfused, because its kernels could not be compiled. {error} "
-                "With KITSUNE_COMPILE_WORKERS=0 kernels are compiled in the program's own process."
-            )
+            self.sentences.append(stays_unfused(ready, error))
         except Exception as error:
             if config.verify:
                 raise
-            self._unplanned(ready.graph, error)
+            self.sentences.append(runs_by_ops(ready.graph, error))
         if ready.steady is not None and self.steady is not None:
             new.steady = self.steady.region(new.graph, lambda *of: self._work(new, *of), before=ready.steady)
         if config.debug and new.plan is not None:
             shows().fused(new.n_ops, new.plan.n_kernels)
         return new
 
-    def _tune(self, ready: Ready, tuner: Tuner) -> None:
-        """After a replay: go on with trying other tiles, and have those made that are better, once all are tried."""
-        assert ready.plan is not None and isinstance(ready.work, Prepared)
-        if config.tuning == "off" or ready.coming is not None or not self._in_background():
+    def _tune(self, ready: Ready, until: float | None = None) -> None:
+        """After a replay: go on with trying other tiles, or try them all by `until`, and have those made that are better."""
+        tuner, plan, work = self.tuner, ready.plan, ready.work
+        if tuner is None or plan is None or not isinstance(work, Prepared) or config.tuning == "off":
             return
-        ready.subject = ready.subject or Subject(ready.plan.plan)
-        if tuner.turn(ready.subject, current_stream(ready.work.device)):
-            ready.coming = later(lambda: self._changed(ready, tuner))
+        if ready.coming is None and self._in_background():
+            subject = ready.subject = ready.subject or Subject(plan.plan)
+            if tuner.turn(subject, current_stream(work.device), until):
+                ready.coming = later(lambda: self._changed(ready, tuner))
 
     def _changed(self, ready: Ready, tuner: Tuner) -> tuple[Ready, list[Future[Any]]]:
         """A region with the tiles that were found to be better."""
@@ -238,12 +242,6 @@ class Runner:
         prepared = self.executor.prepare(ready.plan.plan)
         made = replace(ready, work=prepared, coming=None, steady=None, asked=self._warm(prepared))
         return made, made.asked
-
-    def _unplanned(self, graph: Graph, error: Exception) -> None:
-        self.sentences.append(
-            f"A region of {len(graph.ops)} operators could not be planned and is run op by op ({type(error).__name__}: {error}). "
-            "This is a bug in Kitsune: please report it."
-        )
 
     def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> bool:
         """Was the region run as a CUDA graph?"""

@@ -32,6 +32,8 @@ SHARE = 0.03
 MOST = 100
 # Kernels whose tiles are compiled while others are timed.
 AHEAD = 2
+# Seconds between two looks of who waits for trials.
+PAUSE = 2e-4
 # Bytes that a kernel is taken to move in a second until it is timed, and the seconds of a start.
 RATE, START = 2e12, 25e-6
 
@@ -45,7 +47,7 @@ class Subject:
 
     plan: Plan
     n_replays: int = 0
-    left: deque[Launch] = field(default_factory=deque)
+    left: deque[Launch] | None = None
     coming: deque[Future[Trial | None]] = field(default_factory=deque)
     trial: Trial | None = None
     is_over: bool = False
@@ -93,14 +95,26 @@ class Tuner:
         self._tally.n_untried += len(left)
         return left
 
-    def turn(self, subject: Subject, stream: int) -> bool:
-        """After a replay: a round of a trial, if it is time for one. True if all are over, and launches are to be changed."""
+    def turn(self, subject: Subject, stream: int, until: float | None = None) -> bool:
+        """After a replay: a round of a trial, if it is time for one; with `until` all trials, now, as long as the clock allows.
+        True if all are over, and launches are to be changed."""
+        if until is not None:
+            return self._finish(subject, stream, until)
         if subject.is_over or self._clock() < self._not_before:
             return False
         subject.n_replays += 1
-        if subject.n_replays < AFTER:
-            return False
-        if subject.n_replays == AFTER:
+        return subject.n_replays >= AFTER and self._advance(subject, stream)
+
+    def _finish(self, subject: Subject, stream: int, until: float) -> bool:
+        while not subject.is_over and self._clock() < until:
+            if self._advance(subject, stream):
+                return True
+            # For the workers, and for the device.
+            time.sleep(PAUSE)
+        return False
+
+    def _advance(self, subject: Subject, stream: int) -> bool:
+        if subject.left is None:
             subject.left = self._untried(subject.plan)
         self._ask_ahead(subject)
         if subject.trial is None and subject.coming and subject.coming[0].done():

@@ -228,3 +228,19 @@ def test_pauses_between_rounds_keep_to_their_share(tmp_path: Path, monkeypatch: 
     starts = sorted(set(times))
     # Six starts of 25 us each, and nearly no bytes.
     assert len(starts) >= 2 and min(b - a for a, b in itertools.pairwise(starts)) == pytest.approx(15e-3, rel=0.1)
+
+
+def test_a_measurement_can_have_everything_tried_at_once(tmp_path: Path, expected: torch.Tensor) -> None:
+    with tuned(tmp_path, after=1000):
+        assert same(steps(5), expected) and counts("captured") == [1]
+        assert kitsune.wait_for_kernels(60.0, tuned=True)
+        assert counts(*NAMES) == [2, 2, 0]
+        assert same(steps(3), expected) and counts("captured") == [2]
+
+
+def test_waiting_for_trials_ends_in_time(tmp_path: Path) -> None:
+    with tuned(tmp_path, after=1000) as device:
+        steps(5)
+        device.is_through = False
+        assert not kitsune.wait_for_kernels(0.2, tuned=True)
+        assert counts("tiles_untried") == [2]
