@@ -76,7 +76,7 @@ class Runner:
             self.executor = PlanExecutor(backend.prepare_launch, self.pool, self.sentences.append)
             self.arenas = Arenas(self.executor.pool)
             if backend.choices is not None:
-                self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally)
+                self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
         elif device.type == "cuda":
             self.sentences.append(backend)
 

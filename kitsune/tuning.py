@@ -8,6 +8,7 @@ Another tile adds up in another order. Where deterministic algorithms are asked 
 so that only kernels that have the same bits with any tile are tried, and only those have a tile from an earlier process.
 """
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -32,6 +33,8 @@ SHARE = 0.03
 MOST = 100
 # Kernels whose tiles are compiled while others are timed.
 AHEAD = 2
+# Memory that a trial may take where no arena has room, which is given back at once.
+OWN_BYTES = 64 << 20
 # Seconds between two looks of who waits for trials.
 PAUSE = 2e-4
 # Bytes that a kernel is taken to move in a second until it is timed, and the seconds of a start.
@@ -61,12 +64,13 @@ class Tuner:
         backend: Backend,
         scratch: Scratch,
         tally: Tally,
+        device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         assert backend.choices is not None
         self.choices: Choices = backend.choices
         self._backend, self._scratch, self._tally, self._clock = backend, scratch, tally, clock
-        self._not_before = 0.0
+        self._device, self._not_before = device, 0.0
 
     def tiles(self) -> Callable[[Launch], Tile | None]:
         """What a plan is to take for the tiles of its launches, with the settings of now."""
@@ -103,17 +107,17 @@ class Tuner:
         if subject.is_over or self._clock() < self._not_before:
             return False
         subject.n_replays += 1
-        return subject.n_replays >= AFTER and self._advance(subject, stream)
+        return subject.n_replays >= AFTER and self._advance(subject, stream, OWN_BYTES)
 
     def _finish(self, subject: Subject, stream: int, until: float) -> bool:
         while not subject.is_over and self._clock() < until:
-            if self._advance(subject, stream):
+            if self._advance(subject, stream, math.inf):
                 return True
             # For the workers, and for the device.
             time.sleep(PAUSE)
         return False
 
-    def _advance(self, subject: Subject, stream: int) -> bool:
+    def _advance(self, subject: Subject, stream: int, most_bytes: float) -> bool:
         if subject.left is None:
             subject.left = self._untried(subject.plan)
         self._ask_ahead(subject)
@@ -122,7 +126,7 @@ class Tuner:
             if subject.trial is None:
                 self._tally.n_untried -= 1
         if subject.trial is not None:
-            self._go_on(subject, subject.trial, stream)
+            self._go_on(subject, subject.trial, stream, most_bytes)
         subject.is_over = subject.trial is None and not subject.coming and not subject.left
         return subject.is_over and self.changed(subject.plan) is not subject.plan
 
@@ -135,7 +139,7 @@ class Tuner:
         same = all(a is b for a, b in zip(launches, plan.launches, strict=True))
         return plan if same else replace(plan, launches=launches)
 
-    def _go_on(self, subject: Subject, trial: Trial, stream: int) -> None:
+    def _go_on(self, subject: Subject, trial: Trial, stream: int, most_bytes: float) -> None:
         if trial.is_open:
             return
         kernel = trial.launch.kernels[0]
@@ -145,10 +149,12 @@ class Tuner:
         if trial.is_done or self.choices.of(kernel) is not None:
             return self._end(subject, trial)
         memory = self._scratch(trial.nbytes)
-        if memory is None:
+        if memory is None and trial.nbytes > most_bytes:
             return self._end(subject, trial, f"its operands need {trial.nbytes / 2**20:.0f} MiB, more than an arena has")
         start = self._clock()
         try:
+            if memory is None:
+                memory = torch.empty(trial.nbytes, dtype=torch.uint8, device=self._device)
             trial.round(memory, self._backend.timer, stream)
         except Exception as error:
             return self._end(subject, trial, f"{type(error).__name__}: {error}")

@@ -161,9 +161,18 @@ def test_a_timer_that_fails_ends_a_trial_with_a_sentence(tmp_path: Path, expecte
 
 def test_where_no_arena_has_room_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kitsune.runtime.graph_work.Arenas.scratch", lambda *_: None)
+    monkeypatch.setattr("kitsune.tuning.OWN_BYTES", 1 << 10)
     with tuned(tmp_path) as device:
         steps(ENOUGH)
         assert not device.started and "more than an arena has" in str(kitsune.explain())
+        assert kitsune.wait_for_kernels(60.0, tuned=True)
+
+
+def test_a_little_memory_is_taken_where_no_arena_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kitsune.runtime.graph_work.Arenas.scratch", lambda *_: None)
+    with tuned(tmp_path):
+        steps(ENOUGH)
+        assert counts(*NAMES) == [2, 2, 0]
 
 
 def test_trials_take_no_memory_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
