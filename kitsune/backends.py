@@ -4,8 +4,8 @@ import importlib.util
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from kitsune.background import thread
 from kitsune.codegen import BackgroundCompiler, Choices, CompilePool, Compiler, compile_pool, default_workers, render
 from kitsune.config import config
-from kitsune.ir import Launch, Program, reads_slots
+from kitsune.ir import Kernel, Launch, Program, reads_slots
 from kitsune.runtime import CudaGraphs, GraphRecorder, SlotTable, Timer, in_turn
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from kitsune.scheduler import RATES
@@ -98,7 +98,14 @@ def recorder_of(device: torch.device) -> GraphRecorder | None:
 
 def program_of(launch: Launch, slots_in_memory: bool = False) -> Program:
     """The program of a launch of kernels."""
-    return render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory, launch.tile)
+    program = _rendered(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
+    return program if launch.tile is None else replace(program, tile=launch.tile)
+
+
+# One after the other, a launch is asked for with several tiles, and a text takes 2 ms.
+@lru_cache(maxsize=4)
+def _rendered(kernel: Kernel, batched: bool, slots_in_memory: bool) -> Program:
+    return render(kernel, batched, slots_in_memory)
 
 
 def nearest_arch(major: int, minor: int) -> str:

@@ -209,9 +209,10 @@ def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
     there = wait(timeout)
     if not tuned or not there:
         return there
-    for runner in list(runners):
-        if runner.thread == threading.get_ident():
-            runner.tune_all(until)
+    with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        for runner in list(runners):
+            if runner.thread == threading.get_ident():
+                runner.tune_all(until)
     return time.perf_counter() < until and wait(None if timeout is None else max(until - time.perf_counter(), 0.0))
 
 

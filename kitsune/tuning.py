@@ -31,6 +31,8 @@ AFTER = 64
 SHARE = 0.03
 # Kernels of one region that are tried, those that move the most in a step first; ResNet-50 has 66.
 MOST = 100
+# Of the bytes of a step: what moves less in all of its launches is left as it is.
+LEAST_SHARE = 0.002
 # Kernels whose tiles are compiled while others are timed.
 AHEAD = 2
 # Memory that a trial may take where no arena has room, which is given back at once.
@@ -95,7 +97,8 @@ class Tuner:
             key = self.choices.key(launch.kernels[0])
             nbytes[key] += launch.nbytes
             alike.setdefault(key, launch)
-        left = deque(alike[key] for key, _ in nbytes.most_common(MOST) if self.choices.of(alike[key].kernels[0]) is None)
+        worth = [key for key, n in nbytes.most_common(MOST) if n >= LEAST_SHARE * plan.nbytes]
+        left = deque(alike[key] for key in worth if self.choices.of(alike[key].kernels[0]) is None)
         self._tally.n_untried += len(left)
         return left
 

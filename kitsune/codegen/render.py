@@ -10,7 +10,7 @@ from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.rows import Rows
 from kitsune.codegen.tiles import tile_of
 from kitsune.codegen.walks import LINEAR, ONE, Walk, accesses, coordinates, counted, walk
-from kitsune.ir.plan import Access, Kernel, Parameter, Program, Size, Stride, Tile
+from kitsune.ir.plan import Access, Kernel, Parameter, Program, Size, Stride
 
 HEADER = """import triton
 import triton.language as tl
@@ -18,13 +18,13 @@ from triton.language.extra.cuda import libdevice
 """
 
 
-def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False, tile: Tile | None = None) -> Program:
+def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False) -> Program:
     """The kernel's text and parameters. Raises NotLowered for an op that `why_not_lowered` warned of.
 
     A batched program takes a table with a row per kernel instead: the values of `parameters` in order, then the number of
     its first block; and for each block the number of its row. With `slots_in_memory` the program takes the address of each
-    moving number instead of the number, so that a CUDA graph that has captured the launch can be given other numbers. The text
-    is the same for each `tile`; left out, the program has the first choice.
+    moving number instead of the number, so that a CUDA graph that has captured the launch can be given other numbers. The tile
+    is the first choice; the text is the same for any.
     """
     if batched and (reason := why_not_batched(kernel)):
         raise ValueError(f"{kernel.name} cannot be batched: {reason}.")
@@ -43,7 +43,7 @@ def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False,
         *("\n" + text for text in helper_texts(body.used)),
         "\n" + function,
     ]
-    return Program(name, "\n".join(parts), tuple(p.meaning for p in body.parameters), batched, tile or tile_of(kernel))
+    return Program(name, "\n".join(parts), tuple(p.meaning for p in body.parameters), batched, tile_of(kernel))
 
 
 def body_of(kernel: Kernel, slots_in_memory: bool) -> "_Pointwise | Rows":
