@@ -123,9 +123,11 @@ def places_of(kernel: Kernel) -> tuple[dict[int, int], int]:
 
 
 def _bounds(access: Access, kernel: Kernel) -> tuple[int, int]:
-    size = access.value.type.dtype.itemsize
-    reach = sum((n - 1) * stride for n, stride in zip(kernel.domain, access.strides, strict=True))
-    return _offset(access), _offset(access) + (reach + 1) * size
+    """First byte and end of what is reached, and of the whole tensor: some kernels read neighbours of what they walk over."""
+    type_ = access.value.type
+    walked = sum((n - 1) * stride for n, stride in zip(kernel.domain, access.strides, strict=True))
+    whole = sum((n - 1) * stride for n, stride in zip(type_.shape, type_.stride, strict=True))
+    return _offset(access), _offset(access) + (max(walked, whole) + 1) * type_.dtype.itemsize
 
 
 def _offset(access: Access) -> int:
