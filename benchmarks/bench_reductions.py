@@ -56,7 +56,7 @@ def residual_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Sequenc
 def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
     """All three gradients, with the statistics made first."""
     _, mean, rstd = aten.native_layer_norm(x, [x.shape[-1]], weight, bias, 1e-5)
-    return aten.native_layer_norm_backward(grad.float(), x, [x.shape[-1]], mean, rstd, weight, bias, [True, True, True])
+    return aten.native_layer_norm_backward(grad.to(x.dtype), x, [x.shape[-1]], mean, rstd, weight, bias, [True, True, True])
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
@@ -227,7 +227,11 @@ def main() -> None:
     print("program, bytes that it must move, GB/s of a copy | column, launches, time, GB/s, share of the copy's rate")
     for program in PROGRAMS:
         if program.name.startswith(chosen):
-            found = measure(program, options, device)
+            try:
+                found = measure(program, options, device)
+            except Exception as error:
+                print(f"{program.name:36s} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+                continue
             print(line(found), flush=True)
             rows += found
     print(keep("reductions", rows, device, options.json))

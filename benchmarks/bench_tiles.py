@@ -188,9 +188,12 @@ def main() -> None:
         if time.perf_counter() - start > options.seconds:
             print(f"{len(chosen) - len(rows)} kernels were not measured for want of time")
             break
-        row = measure(compiling, device, memory)
+        launch = compiling[0].launch
+        row, first = measure(compiling, device, memory), str(tile_of(launch.kernels[0]))
+        if first not in row["us"]:
+            print(f"{launch.name}: its first choice, {first}, cannot be started", flush=True)
+            continue
         rows.append(row)
-        first = str(tile_of(compiling[0].launch.kernels[0]))
         before += row["count"] * row["us"][first]
         after += row["count"] * min(row["us"].values())
         print(line(row, first, rate, options.shown), flush=True)

@@ -14,6 +14,9 @@ from kitsune.ir.plan import Kernel, Tile, touched_bytes
 
 # Elements of a row that a block holds in registers; longer rows are read once for each reduction that depends on another.
 PERSISTENT = 4096
+# A loop reads a row once more for what is written along it. Rows up to WRITTEN are held by MOST_WARPS instead, if all operands
+# together have HELD elements or fewer: a layer norm of 16384 takes 98 registers of a thread, one of 32768 would spill.
+WRITTEN, HELD = 16384, 49152
 # The same where neighbours in memory belong to different rows: a block holds some dozens of them at a time.
 PERSISTENT_OUTER = 128
 # Elements of a block where rows are short, and of a turn of the loop where they are long.
@@ -48,7 +51,17 @@ def inner(kernel: Kernel) -> bool:
 
 def is_looped(kernel: Kernel) -> bool:
     """Is a row too long to be held in registers?"""
-    return kernel.n_columns > (PERSISTENT if inner(kernel) else PERSISTENT_OUTER)
+    if not inner(kernel):
+        return kernel.n_columns > PERSISTENT_OUTER
+    return kernel.n_columns > PERSISTENT and not _is_held(kernel)
+
+
+def _is_held(kernel: Kernel) -> bool:
+    first = len(kernel.domain) - kernel.reduced
+    along = [a for a in accesses(kernel) if any(a.strides[first:])]
+    written = any(store.access in along for store in kernel.stores)
+    words = sum(max(a.value.type.dtype.itemsize // 4, 1) for a in along if a in kernel.loads)
+    return written and kernel.n_columns <= WRITTEN and _power(kernel.n_columns) * words <= HELD
 
 
 def tile_of(kernel: Kernel) -> Tile:
@@ -68,7 +81,7 @@ def tile_of(kernel: Kernel) -> Tile:
     else:
         width = min(_power(columns), PERSISTENT_OUTER)
         height = _fitting(rows, min(NEIGHBOURS, OUTER // width), 16)
-    return Tile(height, width, _warps(height, width))
+    return Tile(height, width, MOST_WARPS if inner(kernel) and width > PERSISTENT else _warps(height, width))
 
 
 def keeps_bits(kernel: Kernel) -> bool:

@@ -86,13 +86,19 @@ def test_no_register_is_spilled(compiler: Compiler, tmp_path: Path) -> None:
         render(build(sample.call, draw(sample, torch.bfloat16, (64,)), "adam", sample.moving).kernel), 90, True, False
     )
     assert isinstance(compiled, OnDevice)
-    (tmp_path / "k.cubin").write_bytes(compiled.kernel.asm["cubin"])
+    registers, stack = resources(compiled, tmp_path)
+    assert stack == 0 and registers <= 128
+
+
+def resources(compiled: OnDevice, folder: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, which are spilled registers."""
+    (folder / "k.cubin").write_bytes(compiled.kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton brings no cuobjdump")
-    said = subprocess.run([tool, "-res-usage", tmp_path / "k.cubin"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([tool, "-res-usage", folder / "k.cubin"], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(pattern, said)[1]) for pattern in (r"REG:(\d+)", r"STACK:(\d+)"))  # type: ignore[index]
-    assert stack == 0 and registers <= 128
+    return registers, stack
 
 
 def test_another_batch_size_is_not_compiled_again(compiler: Compiler) -> None:

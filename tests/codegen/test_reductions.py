@@ -19,6 +19,7 @@ from kitsune.codegen.lowering import lower_rules
 from kitsune.ir import Kernel
 from kitsune.ir.plan import Program, Tile
 from tests.codegen.reductions import CASES, RULES, draw
+from tests.codegen.test_compiled import resources
 from tests.plan.recorded import plan_of
 
 
@@ -98,6 +99,33 @@ def test_a_long_row_has_another_text_with_a_loop_for_each_phase() -> None:
     assert text_key(short) != text_key(long)
     assert "for start" not in render(short).text
     assert render(long).text.count("for start in range(0, columns, RBLOCK):") == 2
+
+
+LONG_ROWS: list[tuple[Callable[..., Any], int, int]] = [
+    (lambda x: x.softmax(1), 1, 16384),
+    (lambda x, y: torch.ops.aten._softmax_backward_data(x, y, 1, x.dtype), 2, 16384),
+    (lambda x, y: torch.nn.functional.layer_norm(x, x.shape[1:], y[0], y[1]), 2, 16384),
+]
+
+
+@pytest.mark.parametrize(("program", "n_inputs", "n"), LONG_ROWS, ids=["softmax", "its backward", "layer norm"])
+def test_a_row_that_is_written_is_held_in_registers_while_it_fits(
+    program: Any, n_inputs: int, n: int, compiler: Compiler, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    kernel = only(program, *(torch.zeros(256, n, dtype=torch.bfloat16) for _ in range(n_inputs)))
+    assert tile_of(kernel) == Tile(1, n, 16) and "for start" not in render(kernel).text
+    compiled = compiler.compile(render(kernel), 90, True, False)
+    assert isinstance(compiled, OnDevice)
+    registers, stack = resources(compiled, tmp_path)
+    assert stack == 0 and registers <= 128
+    kitsune.reset()
+    longer = only(program, *(torch.zeros(64, 2 * n) for _ in range(n_inputs)))
+    assert "for start" in render(longer).text
+
+
+def test_a_long_row_of_which_only_a_sum_is_written_is_read_in_a_loop() -> None:
+    assert "for start" in render(only(lambda x: x.sum(1), torch.zeros(512, 8192))).text
 
 
 def test_maximum_and_sum_of_a_softmax_take_one_loop() -> None:

@@ -125,6 +125,20 @@ def test_no_step_waits_for_programs_or_for_the_device(tmp_path: Path, expected: 
         assert same(steps(ENOUGH), expected) and counts(*NAMES) == [2, 2, 0]
 
 
+def test_what_another_thread_has_found_out_is_not_timed_again(tmp_path: Path, expected: torch.Tensor) -> None:
+    with tuned(tmp_path) as device:
+        device.is_through = False
+        steps(8)
+        name, n_started = device.started[0][0], len(device.started)
+        tuner = runner().tuner
+        (subject,) = (ready.subject for ready in runner().ready.values())
+        tuner.choices.keep(subject.trial.launch.kernels[0], {FIRST: 1e-5, Tile(2048, 0, 8): 1e-6})
+        device.is_through = True
+        assert same(steps(ENOUGH), expected) and counts(*NAMES) == [2, 2, 0]
+        later = [tile for kernel, tile in device.started[n_started:] if kernel == name]
+        assert later and set(later) == {Tile(2048, 0, 8)}
+
+
 def test_programs_that_do_not_come_keep_nothing_else_back(tmp_path: Path, expected: torch.Tensor) -> None:
     with tuned(tmp_path, after=6) as device:
         assert same(steps(5), expected)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import kitsune
-from kitsune.backends import program_of
+from kitsune.backends import choices_in, program_of
 from kitsune.codegen import Compiler, candidates, keeps_bits
 from kitsune.config import config
 from kitsune.ir import Launch
@@ -37,6 +37,7 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("kitsune.tuning.AFTER", 4)
     monkeypatch.setattr("kitsune.tuning.SHARE", 1e9)
     forget()
+    choices_in.cache_clear()
     with config.patch(cache_dir=str(tmp_path), compile_workers=4, tuning="on", numerics="strict"):
         yield
     kitsune.wait_for_kernels(SECONDS)
@@ -48,11 +49,13 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(256, 512), nn.LayerNorm(512), nn.Linear(512, 64)
+        self.first, self.norm, self.middle = nn.Linear(256, 512), nn.LayerNorm(512), nn.Linear(512, 512, bias=False)
+        self.last = nn.Linear(512, 64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.norm(torch.nn.functional.gelu(self.first(x)))
-        out: torch.Tensor = self.last(hidden * hidden.sigmoid())
+        # Forward and backward, a kernel over elements between two products.
+        out: torch.Tensor = self.last((self.middle(hidden) * 1.5).tanh())
         return out
 
 
@@ -92,6 +95,7 @@ def test_kernels_are_tried_beside_a_training_and_named_in_explain() -> None:
     assert any(len(line.micros) > 2 for line in report.tiles)
     # The next process begins with them.
     forget()
+    choices_in.cache_clear()
     train(kitsune.accelerate(), 4)
     kitsune.wait_for_kernels(SECONDS)
     train(kitsune.accelerate(), 20)
