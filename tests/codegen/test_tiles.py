@@ -16,6 +16,7 @@ import torch
 
 import kitsune
 from kitsune.codegen import Choices, candidates, keeps_bits, render, tile_of, why_not_tried
+from kitsune.codegen.cache import sealed
 from kitsune.codegen.choices import FASTER
 from kitsune.codegen.tiles import MOST_PER_THREAD, MOST_TERMS, MOST_WARPS, TRIED, is_looped
 from kitsune.ir import Launch, Tile
@@ -135,7 +136,9 @@ def test_a_choice_is_remembered_for_its_kernel_sizes_and_device(tmp_path: Path) 
     again = Choices(tmp_path, "a device")
     found = again.of(wide_sum().kernels[0])
     assert found is not None and found.known and found.tile == second and dict(found.micros) == {first: 2.0, second: 1.0}
-    assert again.of(other) is None and Choices(tmp_path, "another device").of(one) is None
+    # Of the same strides, and other sizes.
+    shorter = launch_of(lambda x: (x * 2).sum(0), torch.zeros(90, 64 * 1024)).kernels[0]
+    assert again.of(other) is None and again.of(shorter) is None and Choices(tmp_path, "another device").of(one) is None
 
 
 def test_what_would_not_be_tried_now_is_not_taken_from_a_file(tmp_path: Path) -> None:
@@ -147,6 +150,15 @@ def test_what_would_not_be_tried_now_is_not_taken_from_a_file(tmp_path: Path) ->
         assert Choices(tmp_path, "a device").of(kernel) is None
         for path in (tmp_path / "tiles").glob("*"):
             path.unlink()
+
+
+@pytest.mark.parametrize("text", ["[[", "7", "{}", '["a"]', "[[1]]", '[["a", "b", "c", "d"]]', "[[1024, 0, 4, null]]"])
+def test_a_file_of_another_form_counts_as_none(text: str, tmp_path: Path) -> None:
+    kernel = wide_sum().kernels[0]
+    choices = Choices(tmp_path, "a device")
+    (tmp_path / "tiles").mkdir()
+    (tmp_path / "tiles" / f"{choices.key(kernel)}.json").write_text(sealed(text + "\n"))
+    assert choices.of(kernel) is None
 
 
 SCRIPT = """
