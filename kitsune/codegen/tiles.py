@@ -23,6 +23,8 @@ PERSISTENT_OUTER = 128
 SHORT, LONG = 1024, 2048
 # Rows of which a block reads neighbouring elements: 128 bytes of a 16-bit type.
 NEIGHBOURS = 64
+# Bytes of each of them that a turn of a loop takes.
+TURN = 64
 OUTER = 4096
 # Blocks that fill the largest device known, twice over. With fewer, smaller ones are taken.
 ENOUGH = 264
@@ -73,11 +75,10 @@ def tile_of(kernel: Kernel) -> Tile:
         width = min(_power(columns), LONG) if is_looped(kernel) else _power(columns)
         height = _fitting(rows, SHORT // width, 1)
     elif is_looped(kernel):
-        most, width, warps = _looped_outer(kernel)
-        height = _fitting(rows, most, 16)
+        height = _fitting(rows, NEIGHBOURS, 16)
         # With fewer neighbours a turn takes more of each row: less turns, and shorter sums in every place of the tile.
-        width = min(_power(columns), width * most // height)
-        return Tile(height, width, min(warps, _warps(height, width)))
+        width = min(_power(columns), _turn(kernel) * NEIGHBOURS // height)
+        return Tile(height, width, min(4, _warps(height, width)))
     else:
         width = min(_power(columns), PERSISTENT_OUTER)
         height = _fitting(rows, min(NEIGHBOURS, OUTER // width), 16)
@@ -132,21 +133,16 @@ def _is_as_exact(kernel: Kernel, tile: Tile, first: Tile) -> bool:
     return tile.columns >= first.columns or kernel.n_columns <= MOST_TERMS * tile.columns
 
 
-def _looped_outer(kernel: Kernel) -> tuple[int, int, int]:
-    """Rows, columns and warps where neighbours belong to different rows and a row is long, by what moves with both.
+def _turn(kernel: Kernel) -> int:
+    """Columns of a turn where neighbours belong to different rows and a row is long: 64 bytes of each row's widest operand.
 
-    Times on an H200 against 64, 64, 8, in us: batch norm's statistics (one operand) 31 to 27, its backward behind a threshold
-    (four) 272 to 157, the same with an addition (six) 257 to 241, layer norm's parameters (32 bits) 47 to 39.
+    Times on an H200 of 64 rows, 32 columns, 4 warps for 16 bits against tiles fitted to the number of operands, in us: batch
+    norm's backward in ResNet-50, behind an addition 257 against 272, 261 against 368, 216 against 266, behind a threshold 116
+    against 217; gelu's backward with a sum in ViT 103 against 106, over rows twice as long 141 against 104.
     """
     first = len(kernel.domain) - kernel.reduced
     moving = [a for a in accesses(kernel) if any(a.strides[:first]) and any(a.strides[first:])]
-    if any(a.value.type.dtype.itemsize > 2 for a in moving):
-        return NEIGHBOURS, 16, 4
-    if len(moving) > 4:
-        return 2 * NEIGHBOURS, 64, 8
-    if len(moving) == 4:
-        return 2 * NEIGHBOURS, 32, 4
-    return (NEIGHBOURS, 32, 4) if len(moving) == 1 else (NEIGHBOURS, 64, 8)
+    return TURN // max((a.value.type.dtype.itemsize for a in moving), default=2)
 
 
 def _warps(height: int, width: int) -> int:
