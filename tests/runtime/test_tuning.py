@@ -106,7 +106,17 @@ def test_with_the_knob_off_nothing_that_is_remembered_is_taken(tmp_path: Path) -
         assert not device.started
         with config.patch(tuning="on"):
             steps(4)
-        assert device.started, "another value of the knob is another plan"
+        assert {tile for _, tile in device.started} == {SECOND}
+
+
+def test_switched_off_in_the_middle_the_first_choices_are_back(tmp_path: Path, expected: torch.Tensor) -> None:
+    with tuned(tmp_path) as device:
+        steps(ENOUGH)
+        assert counts("captured") == [2]
+        n_started = len(device.started)
+        with config.patch(tuning="off"):
+            assert same(steps(6), expected)
+        assert counts("captured") == [3] and len(device.started) == n_started, "another value of the knob is another plan"
 
 
 def test_a_region_is_not_timed_before_it_has_been_replayed_long_enough(tmp_path: Path) -> None:
