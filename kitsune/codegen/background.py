@@ -16,7 +16,7 @@ from kitsune.ir.plan import Kernel, Parameter, Pending, Program
 class BackgroundCompiler:
     """Compiles as `compiler` does, but in the workers of `pool()`; where that is None, here and at once.
 
-    `later(work)` calls `work()` on another thread, soon: what a worker has compiled is loaded there, 5 ms each.
+    `later(work)` calls `work()` on another thread, soon: what a worker has compiled is loaded there.
     """
 
     def __init__(
@@ -71,31 +71,33 @@ class BackgroundCompiler:
             if (known := self._asked.get(key)) is not None:
                 return known
             future = self._asked[key] = Future()
-        try:
-            made = pool.submit(self.compiler.job_of(program, target, *variant))
-        except Exception as error:
-            future.set_exception(error)
-            return future
-        made.add_done_callback(lambda made: self._compiled(made, future, lambda: self._load(program, target, *variant)))
-        return future
-
-    def _compiled(self, made: "Future[None]", future: "Future[Compiled]", load: Callable[[], Compiled]) -> None:
-        error = made.exception()
-        if error is not None:
-            return future.set_exception(error)
 
         def settle() -> None:
             try:
-                compiled = load()
+                compiled = self._load(program, target, *variant)
             except Exception as error:
                 future.set_exception(error)
             else:
                 future.set_result(compiled)
 
-        self._later(settle)
+        def compiled(made: "Future[None]") -> None:
+            error = made.exception()
+            if error is not None:
+                future.set_exception(error)
+            else:
+                self._later(settle)
+
+        try:
+            if self.compiler.is_known(program, target, *variant):
+                self._later(settle)
+            else:
+                pool.submit(self.compiler.job_of(program, target, *variant)).add_done_callback(compiled)
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
     def _load(self, program: Program, target: torch.device | int, *variant: bool) -> Compiled:
-        # Nobody else may have it before it is loaded: two threads that load the same confuse Triton.
+        # Nobody else may have it before it is loaded: a start would load it.
         compiled = self.compiler.compile(program, target, *variant)
         if isinstance(target, torch.device) and target.type == "cuda":
             with torch.cuda.device(target):
