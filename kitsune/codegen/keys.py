@@ -19,7 +19,7 @@ MAX_COLUMNS = 64
 
 
 def text_key(kernel: Kernel) -> tuple[Any, ...]:
-    """Equal for two kernels exactly if `render` gives them the same text but for the name."""
+    """Equal for two kernels exactly if `render` gives them the same text but for the name, moving numbers in memory or not."""
     if kernel.reduced:
         return _rows_key(kernel)
     domain = kernel.domain
@@ -68,7 +68,7 @@ def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: fro
     if cls is Value:
         return (operands.get(value.id), value.type.dtype, not value.type.shape)
     if cls is Slot:
-        return float
+        return Slot
     if cls in (int, bool):
         return (cls, value) if name in STRUCTURAL or name in literals else float if is_float else cls
     if cls is str or value is None:

@@ -73,7 +73,7 @@ def everything() -> list[tuple[Any, str]]:
                     kernel = build(sample.call, draw(sample, dtype, shape), "k", sample.moving).kernel
                 except (RuntimeError, NotImplementedError):
                     continue
-                found.append((text_key(kernel), render(kernel).text))
+                found.append((text_key(kernel), render(kernel).text + render(kernel, slots_in_memory=True).text))
     return found
 
 
@@ -84,6 +84,12 @@ def test_keys_are_equal_exactly_if_texts_are() -> None:
     keys: dict[str, Any] = {}
     for key, text in texts.items():
         assert keys.setdefault(text, key) == key
+
+
+def test_a_number_that_moves_is_in_no_batch_with_one_that_does_not() -> None:
+    # A row of the batch has the address of the one, and the other itself.
+    moving, constant = (build(lambda x: x * 0.5, [torch.randn(64)], "k", moving).kernel for moving in ((0.5,), ()))
+    assert text_key(moving) != text_key(constant)
 
 
 def test_two_thousand_ops_are_keyed_in_time() -> None:
