@@ -62,7 +62,7 @@ class Options:
     )
     cache_dir: str | None = knob(None, "KITSUNE_CACHE_DIR", folder, "kernels are kept here; None: in XDG_CACHE_HOME or ~/.cache")
     compile_workers: int | None = knob(
-        None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 4, by cores"
+        None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 8, by cores"
     )
     debug: int = knob(
         0,

@@ -105,7 +105,7 @@ def test_a_closed_pool_leaves_no_process_and_refuses_jobs(pools: Any) -> None:
 
 
 def test_default_workers_are_few() -> None:
-    assert 1 <= default_workers() <= 4
+    assert 1 <= default_workers() <= 8
 
 
 class Held:
