@@ -84,31 +84,41 @@ class Binary:
     code: bytes
 
     def write(self, path: Path) -> None:
-        """Keep it, with a checksum."""
+        """Keep it."""
         fields = (self.name, self.parameters, self.added, self.warps, self.shared)
-        content = json.dumps(fields).encode() + b"\n" + self.code
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(temporary, path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_sealed(path, json.dumps(fields).encode() + b"\n" + self.code)
 
 
 def read_binary(path: Path) -> Binary | None:
     """What a file holds; None if there is none, or it is damaged."""
+    content = read_sealed(path)
+    if content is None:
+        return None
+    fields, _, code = content.partition(b"\n")
+    name, parameters, added, warps, shared = json.loads(fields)
+    return Binary(name, parameters, added, warps, shared, code)
+
+
+def write_sealed(path: Path, content: bytes) -> None:
+    """Write a file with a checksum, whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(content).digest() + content)
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_sealed(path: Path) -> bytes | None:
+    """What `write_sealed` wrote; None if there is no such file, or it is damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
     seal, content = content[:32], content[32:]
-    if hashlib.sha256(content).digest() != seal:
-        return None
-    fields, _, code = content.partition(b"\n")
-    name, parameters, added, warps, shared = json.loads(fields)
-    return Binary(name, parameters, added, warps, shared, code)
+    return content if hashlib.sha256(content).digest() == seal else None
 
 
 def binary_path(job: Job) -> Path:
