@@ -163,7 +163,8 @@ class PreparedLaunch:
         self._wide = any(bound.wide for bound in self._bound)
         self._variants: dict[bool, Compiled] = {}
         self._tables = Tables(self._device)
-        self._reads_table = any(bound.addresses for bound in self._bound)
+        self._n_numbers = 1 + max((index for bound in self._bound for _, index in bound.addresses), default=-1)
+        self._reads_table = self._n_numbers > 0
         # Of ordinary starts, by stream: a table on another stream might not be written yet.
         self._numbers: dict[int, tuple[SlotTable, list[_Bound]]] = {}
 
@@ -221,7 +222,7 @@ class PreparedLaunch:
         """The parameters for a table with these numbers, on the current stream."""
         found = self._numbers.get(stream)
         if found is None:
-            table = SlotTable(len(scalars), self._device)
+            table = SlotTable(self._n_numbers, self._device)
             found = self._numbers[stream] = (table, [bound.reading(table.address) for bound in self._bound])
         found[0].set(scalars)
         return found[1]

@@ -14,6 +14,7 @@ from kitsune.codegen import parameters_of, render
 from kitsune.ir import Kernel, Launch, Program
 from kitsune.ir.plan import SlotAddress
 from kitsune.runtime.kernel_launch import PreparedLaunch
+from kitsune.runtime.slots import SlotTable
 from tests.codegen.build import build
 
 
@@ -67,6 +68,20 @@ def test_an_ordinary_start_reads_the_numbers_of_its_run(n: int) -> None:
     for numbers in ([2.0, 3.0], [2.0, 3.0], [5.0, -0.0]):
         launch.start(anywhere, numbers, 0)
     assert compiler.read == [numbers * n for numbers in ([2.0, 3.0], [2.0, 3.0], [5.0, -0.0])]
+
+
+def test_a_run_may_have_more_numbers_than_the_kernel_reads() -> None:
+    launch, compiler = launches(1)
+    for numbers in ([2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0]):
+        launch.start(anywhere, numbers, 0)
+    assert compiler.read == [[2.0, 3.0], [4.0, 5.0], [7.0, 8.0]]
+
+
+def test_a_table_takes_the_numbers_that_it_has_room_for() -> None:
+    table = SlotTable(2, torch.device("cpu"))
+    for numbers, expected in (([1.0, 2.0, 3.0], [1.0, 2.0]), ([4.0, 5.0], [4.0, 5.0]), ([6.0], [6.0, 5.0])):
+        table.set(numbers)
+        assert table.memory.tolist() == expected
 
 
 def test_streams_have_tables_of_their_own() -> None:
