@@ -4,7 +4,9 @@ import copyreg
 import hashlib
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,18 +61,17 @@ class _Writer(pickle.Pickler):
 
         def of_op(op: Op) -> Any:
             place = places.get(id(op))
-            return op.__reduce_ex__(4) if place is None else (_op, (place,))
+            return _called(op) if place is None else (_op, (place,))
 
         def of_site(site: Site) -> Any:
             # An op of the planner's has the line of the one that it stands for.
             return _site, (sites[site],)
 
-        self.dispatch_table = copyreg.dispatch_table | {
-            Op: of_op,
-            Site: of_site,
-            OpOverload: lambda target: (overload, (str(target.name()),)),
-            TensorType: lambda t: (tensor_type, (t.dtype, t.shape, t.stride, t.offset, t.device, t.conj, t.neg)),
-        }
+        table: dict[Any, Callable[[Any], Any]] = {cls: _called for cls in _READABLE if is_dataclass(cls)}
+        table[Op], table[Site] = of_op, of_site
+        table[OpOverload] = lambda target: (overload, (str(target.name()),))
+        table[TensorType] = lambda t: (tensor_type, (t.dtype, t.shape, t.stride, t.offset, t.device, t.conj, t.neg))
+        self.dispatch_table = {**copyreg.dispatch_table, **table}
 
 
 class _Reader(pickle.Unpickler):
@@ -90,6 +91,16 @@ class _Reader(pickle.Unpickler):
         if not isinstance(found, _CONSTANTS) and found not in _READABLE:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a plan")
         return found
+
+
+def _called(noun: Any) -> Any:
+    """Made again by its class: dataclasses' own way takes three times as long to read."""
+    return type(noun), tuple(getattr(noun, name) for name in _names(noun.__class__))
+
+
+@cache
+def _names(cls: Hashable) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls) if field.init)  # type: ignore[arg-type]
 
 
 def _op(place: int) -> Op:
