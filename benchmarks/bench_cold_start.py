@@ -95,6 +95,7 @@ def watched() -> Times:
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """One model, in this process."""
     import kitsune
+    from kitsune.background import wait as nothing_open
 
     times, device = watched(), torch.device(options.device)
     workload = make(options.models[0], device, "amp", "full")
@@ -112,8 +113,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     there = 0.0
     with kitsune.accelerate(device=device):
         steps(8)
-        # A look costs nothing; to wait would leave the background thread alone with the processor.
-        while not kitsune.wait_for_kernels(0) and ends[-1] < LONGEST_S:
+        # To wait would leave the background thread alone with the processor, and `wait_for_kernels` has regions planned that
+        # do not come back.
+        while not nothing_open(0) and ends[-1] < LONGEST_S:
             steps(1)
         there, before = ends[-1], kitsune.counters()
         steady = None

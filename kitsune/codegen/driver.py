@@ -60,19 +60,24 @@ def _within(value: Any, kind: str) -> Any:
     return ctypes.c_float(value).value if kind == "f" else value
 
 
+# What may take long lets go of Python's lock, which a busy program gives back only after 5 ms; the others keep it.
+_LONG = ("cuModuleLoadData", "cuLaunchKernel")
+
+
 @cache
-def _driver() -> Any:
-    driver = ctypes.CDLL("libcuda.so.1")
-    count, address = ctypes.c_uint, ctypes.c_void_p
-    driver.cuLaunchKernel.argtypes = [address, *[count] * 7, address, address, address]
-    return driver
+def _function(name: str) -> Any:
+    function = getattr((ctypes.CDLL if name in _LONG else ctypes.PyDLL)("libcuda.so.1"), name)
+    if name == "cuLaunchKernel":
+        count, address = ctypes.c_uint, ctypes.c_void_p
+        function.argtypes = [address, *[count] * 7, address, address, address]
+    return function
 
 
 def _call(name: str, *args: Any) -> None:
-    code = getattr(_driver(), name)(*args)
+    code = _function(name)(*args)
     if code:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
+        _function("cuGetErrorString")(code, ctypes.byref(text))
         said = text.value.decode() if text.value else f"error {code}"
         raise RuntimeError(f"{name}: {said}")
 

@@ -57,7 +57,7 @@ class Driver:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
     found = Driver()
-    monkeypatch.setattr(driver, "_driver", lambda: found)
+    monkeypatch.setattr(driver, "_function", lambda name: getattr(found, name))
     driver._primary_context.cache_clear()
     return found
 
@@ -124,3 +124,20 @@ def test_a_thread_without_a_context_gets_that_of_the_device(fake: Driver) -> Non
     assert fake.context == 9 and fake.named("cuDeviceGet")[0][1] == 3
     LoadedKernel(binary(), 3)
     assert len(fake.named("cuCtxSetCurrent")) == 1
+
+
+def test_only_what_may_take_long_lets_go_of_pythons_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+
+        def __getattr__(self, name: str) -> Any:
+            return type("Function", (), {"library": self.kind})()
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library("lets go"))
+    monkeypatch.setattr(ctypes, "PyDLL", lambda name: Library("keeps"))
+    driver._function.cache_clear()
+    names = ("cuLaunchKernel", "cuModuleLoadData", "cuFuncGetAttribute", "cuCtxGetCurrent")
+    assert [driver._function(name).library for name in names] == ["lets go", "lets go", "keeps", "keeps"]
+    assert len(driver._function("cuLaunchKernel").argtypes) == 11
+    driver._function.cache_clear()
