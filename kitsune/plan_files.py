@@ -19,6 +19,7 @@ from kitsune.scheduler import Costs
 
 # Fewer operators are planned in less than 0.05 s.
 WORTH = 100
+FOLDER = "plans"
 # Files that are kept, of up to 1 MB; the ones read longest ago go first.
 MAX_FILES = 128
 
@@ -26,15 +27,21 @@ MAX_FILES = 128
 def planned(graph: Graph, planner: Planner) -> Plan:
     """The planner's plan of a graph: from disk if the same version of everything has made it for an equal graph before."""
     path = _path(graph, planner)
-    if path is None:
-        return planner.plan(graph)
-    if (found := _read(path, graph)) is not None:
+    found = None if path is None else _read(path, graph)
+    if found is not None:
         return found
     plan = planner.plan(graph)
-    # A plan that cannot be kept is as good as any.
-    with suppress(OSError, KeyError):
-        _write(path, dump_plan(plan, graph))
+    if path is not None:
+        # A plan that cannot be kept is as good as any.
+        with suppress(OSError, KeyError):
+            _write(path, dump_plan(plan, graph))
     return plan
+
+
+def kept_plan(graph: Graph, planner: Planner) -> Plan | None:
+    """The same, if it need not be made."""
+    path = _path(graph, planner) if any((cache_folder() / FOLDER).glob("*.plan")) else None
+    return None if path is None else _read(path, graph)
 
 
 def _path(graph: Graph, planner: Planner) -> Path | None:
@@ -49,7 +56,7 @@ def _path(graph: Graph, planner: Planner) -> Path | None:
     said = {field.name: getattr(planner, field.name) for field in fields(planner)}
     said["shared"] = [one.__qualname__ for one in planner.shared]
     made_by = "\n".join((_code(), versions(), platform.python_version(), str(torch.get_default_dtype()), repr(said)))
-    return cache_folder() / "plans" / f"{hashlib.sha256(digest + made_by.encode()).hexdigest()[:32]}.plan"
+    return cache_folder() / FOLDER / f"{hashlib.sha256(digest + made_by.encode()).hexdigest()[:32]}.plan"
 
 
 def _read(path: Path, graph: Graph) -> Plan | None:
