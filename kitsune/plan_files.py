@@ -32,8 +32,8 @@ def planned(graph: Graph, planner: Planner) -> Plan:
         return found
     plan = planner.plan(graph)
     if path is not None:
-        # A plan that cannot be kept is as good as any.
-        with suppress(OSError, KeyError):
+        # A plan that cannot be kept, for want of room or because nobody can spell it, is as good as any.
+        with suppress(Exception):
             _write(path, dump_plan(plan, graph))
     return plan
 

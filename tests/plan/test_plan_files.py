@@ -179,6 +179,14 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_plan(tmp_path: Pa
     assert len(asked) == 2
 
 
+def test_a_plan_that_nobody_can_spell_is_as_good(asked: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> bytes:
+        raise pickle.PicklingError
+
+    monkeypatch.setattr(plan_files, "dump_plan", refuse)
+    assert planned(recorded_again(program), H200).n_launches and not files(folder)
+
+
 def test_the_files_read_longest_ago_go_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_files, "MAX_FILES", 3)
     paths = []
