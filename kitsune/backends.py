@@ -25,13 +25,15 @@ class Backend:
 
     `prepare_in_graph` does so for a capture, given what it made for ordinary runs and the table with the moving numbers.
     `warm` asks for the programs that what was made will need, and returns futures that are done once they are there, or known
-    not to come: without it, or without workers, a program is compiled at its first start.
+    not to come: without it, or without workers, a program is compiled at its first start. `expect` hears that a region is being
+    planned for the first time, so that there will be programs to compile.
     """
 
     arch: str
     prepare_launch: Callable[[Launch], Any]
     prepare_in_graph: Callable[[Launch, Any, SlotTable], Any] | None = None
     warm: Callable[[Launch, Any], list[Future[Any]]] | None = None
+    expect: Callable[[], None] | None = None
 
 
 def backend_of(device: torch.device) -> Backend | str:
@@ -66,7 +68,7 @@ def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device) -> 
     def warm(launch: Launch, usable: PreparedLaunch) -> list[Future[Any]]:
         return [] if usable.likely is None else [compiler.ask(usable.program, device, *usable.likely)]
 
-    return Backend(arch, prepare, in_graph, warm)
+    return Backend(arch, prepare, in_graph, warm, compiler.expect)
 
 
 def _differs_in_graph(launch: Launch) -> bool:

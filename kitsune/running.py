@@ -172,15 +172,17 @@ class Runner:
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
-        executor, fuse = self.executor, self.options.fuses
+        executor, backend, fuse = self.executor, self.backend, self.options.fuses
         if not now.waits or now.coming is not None:
             return
-        assert executor is not None
+        assert executor is not None and isinstance(backend, Backend)
         # With the knobs of now.
         planner = self._planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
+                if backend.expect is not None and kept_plan(graph, planner) is None:
+                    backend.expect()
                 made = self._planned(graph, planner)
                 prepared = made.work
             else:

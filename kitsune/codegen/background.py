@@ -49,6 +49,11 @@ class BackgroundCompiler:
         done.set_result(self.compiler.compile(program, target, aligned, wide))
         return done
 
+    def expect(self) -> None:
+        """There will be programs to compile: have the workers come."""
+        if (pool := self._pool()) is not None:
+            pool.start()
+
     def parameters_of(self, kernel: Kernel, slots_in_memory: bool = False) -> tuple[Parameter, ...]:
         """What to pass to the program of another kernel with the same `text_key`."""
         return self.compiler.parameters_of(kernel, slots_in_memory)
@@ -91,7 +96,8 @@ class BackgroundCompiler:
             if self.compiler.is_known(program, target, *variant):
                 self._later(settle)
             else:
-                pool.submit(self.compiler.job_of(program, target, *variant)).add_done_callback(compiled)
+                job = self.compiler.job_of(program, target, *variant)
+                pool.submit(job, len(program.text)).add_done_callback(compiled)
         except Exception as error:
             future.set_exception(error)
         return future

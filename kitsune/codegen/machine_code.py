@@ -196,6 +196,10 @@ def work(parent: int) -> None:
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     # What compilers print is nobody's answer.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # The first job need not wait for it, if there is none yet.
+    with contextlib.suppress(Exception):
+        import triton.backends.compiler
+        import triton.compiler  # noqa: F401
     for line in sys.stdin.buffer:
         answer = {}
         try:

@@ -89,6 +89,49 @@ def test_there_are_no_more_workers_than_jobs_and_none_before_the_first(pools: An
     assert 1 <= len(pool._workers) <= 2
 
 
+def test_workers_that_are_expected_to_work_are_there_before_the_first_job(pools: Any) -> None:
+    pool = pools(OBEYS, n=3)
+    for _ in range(2):
+        pool.start()
+    until = time.monotonic() + 60
+    while len(pool._workers) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    workers = set(pool._workers)
+    assert len(workers) == 3
+    for future in [pool.submit(JOB) for _ in range(6)]:
+        future.result(60)
+    assert pool._workers == workers
+
+
+def test_a_worker_that_cannot_be_started_early_fails_the_first_job() -> None:
+    pool = CompilePool(1, command=["/nowhere/python"])
+    pool.start()
+    with pytest.raises(WorkerFailed, match="could not be started"):
+        pool.submit(JOB).result(60)
+
+
+def test_the_largest_are_compiled_first(pools: Any, tmp_path: Path) -> None:
+    # The first keeps the only worker until all others are there.
+    told, go = tmp_path / "told", tmp_path / "go"
+    script = (
+        "import json, os, sys, time\nfor line in sys.stdin:\n"
+        f"    open({str(told)!r}, 'a').write(json.loads(line)['name'] + ' ')\n"
+        f"    while not os.path.exists({str(go)!r}): time.sleep(0.01)\n    print('{{}}', flush=True)"
+    )
+    pool = pools(script)
+    first = pool.submit(JOB)
+    until = time.monotonic() + 60
+    while not told.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    futures = [
+        pool.submit(dataclasses.replace(JOB, name=f"{name}"), size) for name, size in zip("abcd", (2, 9, 5, 9), strict=True)
+    ]
+    go.touch()
+    for future in [first, *futures]:
+        future.result(60)
+    assert told.read_text().split() == ["kernel", "b", "d", "c", "a"]
+
+
 def test_a_closed_pool_leaves_no_process_and_refuses_jobs(pools: Any) -> None:
     pool = pools(HANGS)
     open_job = pool.submit(JOB)
@@ -114,7 +157,7 @@ class Held:
     def __init__(self) -> None:
         self.jobs: list[tuple[Job, Future[None]]] = []
 
-    def submit(self, job: Job) -> Future[None]:
+    def submit(self, job: Job, size: int = 0) -> Future[None]:
         self.jobs.append((job, Future()))
         return self.jobs[-1][1]
 

@@ -36,6 +36,7 @@ class Workers:
         self.asked: dict[str, Future[None]] = {}
         self.lock = threading.Lock()
         self.hold = True
+        self.n_expected = 0
         # What comes of programs instead of code.
         self.error: Exception | None = None
 
@@ -45,6 +46,9 @@ class Workers:
             if not self.hold and not future.done():
                 self._settle(future)
             return future
+
+    def expect(self) -> None:
+        self.n_expected += 1
 
     def release(self) -> None:
         with self.lock:
@@ -86,7 +90,8 @@ def cold(graphs: bool = False) -> Iterator[tuple[Workers, Repeater]]:
             raise Pending(launch.name)
         return WalkInGraph(launch, table)
 
-    found = Backend("sm_90", lambda launch: Compiling(launch, workers), in_graph, lambda launch, made: [workers.ask(made.name)])
+    warm = lambda launch, made: [workers.ask(made.name)]  # noqa: E731
+    found = Backend("sm_90", lambda launch: Compiling(launch, workers), in_graph, warm, workers.expect)
     with pytest.MonkeyPatch.context() as patch, config.patch(compile_workers=1):
         patch.setattr("kitsune.running.backend_of", lambda device: found)
         if graphs:
@@ -281,6 +286,7 @@ def test_a_plan_on_disk_waits_for_its_kernels_as_any_other(tmp_path: Path) -> No
             assert counts("kernels") == [0]
             workers.release()
             assert torch.equal(step(), chain()) and counts("kernels") == [1]
+            assert workers.n_expected == (not known), "workers come for a plan that is made, and not for one from disk"
 
 
 def test_a_program_that_keeps_changing_is_not_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,12 +297,16 @@ def test_a_program_that_keeps_changing_is_not_looked_up_for_ever(monkeypatch: py
             with lazily():
                 torch.arange(n + 2.0) * 2
             assert idle()
-    assert len(looked) == running.MAX_MISSED
+        assert len(looked) == running.MAX_MISSED
 
 
 def test_a_look_up_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise ZeroDivisionError
+    looked: list[Any] = []
+
+    def fail(graph: Any, planner: Any) -> None:
+        looked.append(graph)
+        if len(looked) == 1:
+            raise ZeroDivisionError
 
     monkeypatch.setattr(running, "kept_plan", fail)
     with cold() as (workers, _):
