@@ -47,7 +47,7 @@ SHOWN_ARCH = "sm_90"
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 3
-# Regions that are looked up on disk in vain, 0.06 s each: a program that keeps changing has no end of them.
+# Regions that are looked up on disk in vain, 0.03 s each for one like BERT's: a program that keeps changing has no end of them.
 MAX_MISSED = 8
 
 
