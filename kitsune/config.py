@@ -60,7 +60,9 @@ class Options:
     graph_memory: int | None = knob(
         None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
     )
-    cache_dir: str | None = knob(None, "KITSUNE_CACHE_DIR", folder, "kernels are kept here; None: in XDG_CACHE_HOME or ~/.cache")
+    cache_dir: str | None = knob(
+        None, "KITSUNE_CACHE_DIR", folder, "kernels and plans are kept here; None: in XDG_CACHE_HOME or ~/.cache"
+    )
     tuning: str = knob(
         "on",
         "KITSUNE_TUNING",
@@ -68,7 +70,7 @@ class Options:
         "on: the tiles of large kernels are timed beside the steps, and the fastest remembered; off: they have the first choice",
     )
     compile_workers: int | None = knob(
-        None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 4, by cores"
+        None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 8, by cores"
     )
     debug: int = knob(
         0,

@@ -1,7 +1,7 @@
 """From a region's Graph to its Plan, stage by stage: passes -> kernels -> batches -> order -> streams -> arena."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -36,6 +36,10 @@ from kitsune.scheduler import (
 Show = Callable[[str, Graph, float], None]
 
 
+def no_tile(launch: Launch) -> None:
+    """The first choice for each launch."""
+
+
 @dataclass(frozen=True)
 class Planner:
     """How graphs are planned: for which device, at which costs, with how many fusions."""
@@ -56,7 +60,7 @@ class Planner:
     # What the context allows beyond what the planner can do.
     rules: Rules = ANYTHING
     # Which tile a launch of kernels has, where it is not the first choice.
-    tiles: Callable[[Launch], Tile | None] = lambda launch: None
+    tiles: Callable[[Launch], Tile | None] = no_tile
     # As the knob has it. In "strict" a reduction may be a kernel, whose order of summation is its own.
     numerics: str = "bitwise"
 
@@ -73,7 +77,6 @@ class Planner:
         in_turn = in_order(planned, works, self._micros(planned))
         lives = lifetimes(planned, in_turn, takes_memory)
         launches = assign_streams(in_turn, planned, self.costs.load, self.n_streams, peak_bytes(lives, len(in_turn)))
-        launches = tuple(replace(one, tile=tile) if (tile := self.tiles(one)) else one for one in launches)
         before = happens_before(launches)
         offsets, arena = assign_offsets(lives, before)
         plan = Plan(
@@ -88,7 +91,7 @@ class Planner:
         )
         if self.verify:
             verify_plan(plan, before, {life.storage: life.nbytes for life in lives})
-        return plan
+        return plan.with_tiles(self.tiles)
 
     def lists_taken_apart(self, graph: Graph) -> Graph:
         """The pass that gives each tensor of a list call an op of its own, of which some may be needed by nobody."""

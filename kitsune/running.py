@@ -17,9 +17,10 @@ from kitsune.config import KitsuneWarning, config
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
+from kitsune.plan_files import kept_plan
 from kitsune.planning import Planner, planner_for, slot_planner_for
-from kitsune.profiler import Tally, plan_tally
-from kitsune.ready import Ready, runs_by_ops, stays_unfused
+from kitsune.profiler import Tally
+from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, try_tiles, unfused
 from kitsune.runtime import (
     Arenas,
     PlanExecutor,
@@ -32,15 +33,12 @@ from kitsune.runtime import (
     current_stream,
     numeric_settings,
     plan_work,
-    prepare,
     replay,
     schedule_work,
-    views_of_inputs,
 )
 from kitsune.runtime.instructions import Start
-from kitsune.scheduler import dead_code, run_passes
 from kitsune.shown import show_plan, shows
-from kitsune.tuning import Subject, Tuner
+from kitsune.tuning import Tuner
 
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
@@ -49,6 +47,8 @@ SHOWN_ARCH = "sm_90"
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 3
+# Regions that are looked up on disk in vain, 0.03 s each for one like BERT's: a program that keeps changing has no end of them.
+MAX_MISSED = 8
 
 
 class Runner:
@@ -63,6 +63,7 @@ class Runner:
         self.pool: MemoryPool | None = None
         self.steady: SteadyState | None = None
         self.tuner: Tuner | None = None
+        self._n_missed = 0
         runners.add(self)
         backend, recorder = backend_of(device), recorder_of(device)
         self.backend = backend
@@ -88,8 +89,8 @@ class Runner:
             if len(self.ready) >= MAX_READY:
                 self.forget()
             ready = self.ready[key] = self._prepare(graph)
-        elif ready.coming is not None and ready.coming.done():
-            ready = self.ready[key] = self._arrived(graph, ready, ready.coming)
+        elif (coming := ready.arrived()) is not None:
+            ready = self.ready[key] = self._arrived(graph, ready, coming)
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
@@ -109,6 +110,8 @@ class Runner:
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
             self._ask(graph, ready)
+        elif ready.n_runs == 1:
+            self._look_up(graph, ready)
         self._say()
 
     def ask_all(self) -> None:
@@ -133,7 +136,7 @@ class Runner:
 
     def _prepare(self, graph: Graph) -> Ready:
         if self._in_background():
-            ready = self._unfused(graph)
+            ready = unfused(graph, config.verify)
             slots = self.steady is not None and self.options.captures and any(map(reads_slots, ready.graph.ops))
             ready.waits = self.options.fuses or slots
             return ready
@@ -147,7 +150,7 @@ class Runner:
                 if config.verify:
                     raise
                 self.sentences.append(runs_by_ops(graph, error))
-        return self._unfused(graph)
+        return unfused(graph, config.verify)
 
     def _planner(self, arch: str | None = None) -> Planner:
         planner = planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
@@ -156,16 +159,8 @@ class Runner:
     def _in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
 
-    def _unfused(self, graph: Graph) -> Ready:
-        alive = run_passes(graph, (dead_code,), config.verify)
-        return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive, views_of_inputs(alive))
-
     def _planned(self, graph: Graph, planner: Planner) -> Ready:
-        assert self.executor is not None
-        plan = show_plan(graph, planner)
-        n_ops = sum(len(launch.ops) for launch in plan.launches)
-        n_dead = len(graph.ops) - len(dead_code(graph).ops)
-        return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views_of_inputs(plan.graph))
+        return by_plan(show_plan(graph, planner), graph, self.executor)
 
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
@@ -177,15 +172,17 @@ class Runner:
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
-        executor, fuse = self.executor, self.options.fuses
+        executor, backend, fuse = self.executor, self.backend, self.options.fuses
         if not now.waits or now.coming is not None:
             return
-        assert executor is not None
+        assert executor is not None and isinstance(backend, Backend)
         # With the knobs of now.
         planner = self._planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
+                if backend.expect is not None and kept_plan(graph, planner) is None:
+                    backend.expect()
                 made = self._planned(graph, planner)
                 prepared = made.work
             else:
@@ -196,6 +193,24 @@ class Runner:
             return made, made.asked
 
         now.coming = later(make)
+
+    def _look_up(self, graph: Graph, now: Ready) -> None:
+        """A plan that lies on disk is had before the region comes back: nothing is lost if it does not."""
+        if not now.waits or not self.options.fuses or self._n_missed >= MAX_MISSED or shows().wanted:
+            return
+        planner = self._planner()
+
+        def make() -> tuple[Ready | None, list[Future[Any]]]:
+            plan = kept_plan(graph, planner)
+            if plan is None:
+                self._n_missed += 1
+                return None, []
+            made = by_plan(plan, graph, self.executor)
+            assert isinstance(made.work, Prepared)
+            made.asked = self._warm(made.work)
+            return made, made.asked
+
+        now.kept = later(make)
 
     def _warm(self, prepared: Prepared) -> list[Future[Any]]:
         assert isinstance(self.backend, Backend) and self.backend.warm is not None
@@ -227,21 +242,8 @@ class Runner:
 
     def _tune(self, ready: Ready, until: float | None = None) -> None:
         """After a replay: go on with trying other tiles, or try them all by `until`, and have those made that are better."""
-        tuner, plan, work = self.tuner, ready.plan, ready.work
-        if tuner is None or plan is None or not isinstance(work, Prepared) or config.tuning == "off":
-            return
-        if ready.coming is None and self._in_background():
-            subject = ready.subject = ready.subject or Subject(plan.plan)
-            if tuner.turn(subject, current_stream(work.device), until):
-                ready.coming = later(lambda: self._changed(ready, tuner))
-
-    def _changed(self, ready: Ready, tuner: Tuner) -> tuple[Ready, list[Future[Any]]]:
-        """A region with the tiles that were found to be better."""
-        assert ready.plan is not None and self.executor is not None
-        ready.plan.plan = tuner.changed(ready.plan.plan)
-        prepared = self.executor.prepare(ready.plan.plan)
-        made = replace(ready, work=prepared, coming=None, steady=None, asked=self._warm(prepared))
-        return made, made.asked
+        if self.tuner is not None and self.executor is not None and config.tuning == "on" and self._in_background():
+            try_tiles(ready, self.tuner, self.executor, self._warm, until)
 
     def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> bool:
         """Was the region run as a CUDA graph?"""

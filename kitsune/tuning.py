@@ -135,12 +135,7 @@ class Tuner:
 
     def changed(self, plan: Plan) -> Plan:
         """The plan with the tiles that are known by now; the same plan where it has them."""
-        tile_for = self.tiles()
-        launches = tuple(
-            one if not one.kernels or (tile := tile_for(one)) == one.tile else replace(one, tile=tile) for one in plan.launches
-        )
-        same = all(a is b for a, b in zip(launches, plan.launches, strict=True))
-        return plan if same else replace(plan, launches=launches)
+        return plan.with_tiles(self.tiles())
 
     def _go_on(self, subject: Subject, trial: Trial, stream: int, most_bytes: float) -> None:
         if trial.is_open:

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import torch
 
+from kitsune.codegen import machine_code
+
 _SEAL = "# sha256 "
+# How the variables begin that change what Triton, LLVM and ptxas make of a source.
+SETTINGS = ("TRITON_", "PTXAS_", "NVPTX_", "MLIR_", "LLVM_", "DISABLE_LLVM_", "DISABLE_PTXAS_")
 
 
 class KernelFiles:
@@ -29,16 +33,16 @@ class KernelFiles:
 
     def path_of(self, name: str, text: str, flags: str = "") -> Path:
         """The file with this source, written if it is not there. `flags` tells apart what is compiled differently."""
-        digest = hashlib.sha256("\n".join((text, flags, versions())).encode()).hexdigest()[:20]
+        digest = hashlib.sha256("\n".join((text, flags, versions(), settings())).encode()).hexdigest()[:20]
         content = sealed(text)
         directory = self.directory
         try:
-            return ensure(directory / f"{name[:80]}_{digest}.py", content)
+            return _ensure(directory / f"{name[:80]}_{digest}.py", content)
         except OSError as error:
             with self._lock:
                 if self.directory == directory:  # else another thread has found out
                     self._fall_back(error)
-            return ensure(self.directory / f"{name[:80]}_{digest}.py", content)
+            return _ensure(self.directory / f"{name[:80]}_{digest}.py", content)
 
     def _fall_back(self, error: OSError) -> None:
         if self._private is not None:
@@ -55,8 +59,7 @@ class KernelFiles:
         )
 
 
-def ensure(path: Path, content: str) -> Path:
-    """The file with a sealed text, written if it is not there. Raises OSError."""
+def _ensure(path: Path, content: str) -> Path:
     if not is_intact(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
@@ -78,23 +81,33 @@ def sealed(text: str) -> str:
 
 def is_intact(path: Path) -> bool:
     """Does the file exist with the checksum of what it holds?"""
-    return unsealed(path) is not None
-
-
-def unsealed(path: Path) -> str | None:
-    """The text of a sealed file; None where there is none, or a damaged one."""
     try:
         content = path.read_text()
     except (OSError, UnicodeDecodeError):
-        return None
+        return False
     text, seal, _ = content.rpartition(_SEAL)
-    return text if seal and content == sealed(text) else None
+    return bool(seal) and content == sealed(text)
+
+
+def file_stamp(path: str | os.PathLike[str]) -> str:
+    """A file's path, and what changes with its content."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return f"{path} missing"
+    return f"{path} {found.st_size} {found.st_mtime_ns}"
+
+
+def settings() -> str:
+    """The environment variables that Triton and its tools look at, as they are now, but for those that name folders."""
+    named = (name for name in os.environ if name.startswith(SETTINGS) and not name.endswith(("_DIR", "_HOME")))
+    return " ".join(f"{name}={os.environ[name]}" for name in sorted(named))
 
 
 @cache
 def versions() -> str:
-    """Of everything that has a part in what a source compiles to."""
-    found = [str(torch.__version__)]
+    """Of everything that has a part in what a source compiles to, this package's own way to compile it included."""
+    found = [str(torch.__version__), hashlib.sha256(Path(machine_code.__file__).read_bytes()).hexdigest()]
     for package in ("kitsune-torch", "triton"):
         try:
             found.append(metadata.version(package))

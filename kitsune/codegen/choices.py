@@ -10,8 +10,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from kitsune.codegen.cache import ensure, sealed, unsealed, versions
+from kitsune.codegen.cache import versions
 from kitsune.codegen.keys import text_key
+from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.codegen.tiles import candidates, keeps_bits, tile_of
 from kitsune.codegen.walks import accesses
 from kitsune.ir import Launch
@@ -72,7 +73,8 @@ class Choices:
         with self._lock:
             self._chosen[key] = choice
         with suppress(OSError):
-            ensure(self._path(key), sealed(json.dumps([[*astuple(t), us] for t, us in micros.items()]) + "\n"))
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_sealed(self._path(key), json.dumps([[*astuple(t), us] for t, us in micros.items()]).encode())
         return choice
 
     def key(self, kernel: Kernel) -> str:
@@ -98,7 +100,7 @@ def why_not_tried(launch: Launch, reproducible: bool) -> str | None:
 
 
 def _read(path: Path, kernel: Kernel) -> Choice | None:
-    text = unsealed(path)
+    text = read_sealed(path)
     if text is None:
         return None
     with suppress(ValueError, TypeError):

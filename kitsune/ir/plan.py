@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from kitsune.ir.graph import Graph, Op, Slot, Value
 
@@ -166,6 +166,13 @@ class Plan:
         from kitsune.ir.plan_text import plan_text
 
         return plan_text(self)
+
+    def with_tiles(self, tile_for: "Callable[[Launch], Tile | None]") -> "Plan":
+        """The plan with other tiles for its launches of kernels; itself where it has them."""
+        tiles = [tile_for(launch) if launch.kernels else None for launch in self.launches]
+        if all(launch.tile == tile for launch, tile in zip(self.launches, tiles, strict=True)):
+            return self
+        return replace(self, launches=tuple(replace(one, tile=tile) for one, tile in zip(self.launches, tiles, strict=True)))
 
     @property
     def n_launches(self) -> int:

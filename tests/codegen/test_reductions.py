@@ -14,10 +14,10 @@ import torch
 
 import kitsune
 from kitsune.codegen import Compiler, render, text_key, tile_of, why_not_batched
-from kitsune.codegen.compiler import OnDevice
 from kitsune.codegen.lowering import lower_rules
 from kitsune.ir import Kernel
 from kitsune.ir.plan import Program, Tile
+from tests.codegen.build import compiled_kernel
 from tests.codegen.reductions import CASES, RULES, draw
 from tests.codegen.test_compiled import resources
 from tests.plan.recorded import plan_of
@@ -59,12 +59,6 @@ def test_the_table_has_every_rule_of_reductions() -> None:
     assert set(lower_rules) >= RULES
 
 
-def machine_code(kernel: Kernel, compiler: Compiler, arch: int) -> str:
-    compiled = compiler.compile(render(kernel), arch, True, False)
-    assert isinstance(compiled, OnDevice)
-    return compiled.kernel.asm["ptx"]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(("arch", "dtype", "n"), [(80, torch.float32, 512), (90, torch.bfloat16, 8192)], ids=str)
 def test_it_compiles_and_loads_128_bits(case: Any, arch: int, dtype: torch.dtype, n: int, compiler: Compiler) -> None:
@@ -73,7 +67,7 @@ def test_it_compiles_and_loads_128_bits(case: Any, arch: int, dtype: torch.dtype
     found = kernels_of(case.program, inputs)
     assert found
     for kernel in found:
-        ptx = machine_code(kernel, compiler, arch)
+        ptx = compiled_kernel(compiler, render(kernel), arch).asm["ptx"]
         assert "div.full" not in ptx, "division is rounded correctly"
         wide = [a for a in kernel.loads if 0 not in a.strides[-kernel.reduced :]]
         if wide and tile_of(kernel).rows == 1 and kernel.n_columns >= 512:
@@ -115,9 +109,7 @@ def test_a_row_that_is_written_is_held_in_registers_while_it_fits(
     pytest.importorskip("triton")
     kernel = only(program, *(torch.zeros(256, n, dtype=torch.bfloat16) for _ in range(n_inputs)))
     assert tile_of(kernel) == Tile(1, n, 16) and "for start" not in render(kernel).text
-    compiled = compiler.compile(render(kernel), 90, True, False)
-    assert isinstance(compiled, OnDevice)
-    registers, stack = resources(compiled, tmp_path)
+    registers, stack = resources(compiled_kernel(compiler, render(kernel), 90), tmp_path)
     assert stack == 0 and registers <= 128
     kitsune.reset()
     longer = only(program, *(torch.zeros(64, 2 * n) for _ in range(n_inputs)))

@@ -16,8 +16,8 @@ import torch
 
 import kitsune
 from kitsune.codegen import Choices, candidates, keeps_bits, render, tile_of, why_not_tried
-from kitsune.codegen.cache import sealed
 from kitsune.codegen.choices import FASTER
+from kitsune.codegen.machine_code import write_sealed
 from kitsune.codegen.tiles import MOST_PER_THREAD, MOST_TERMS, MOST_WARPS, TRIED, is_looped
 from kitsune.ir import Launch, Tile
 from kitsune.planning import planner_for
@@ -157,7 +157,7 @@ def test_a_file_of_another_form_counts_as_none(text: str, tmp_path: Path) -> Non
     kernel = wide_sum().kernels[0]
     choices = Choices(tmp_path, "a device")
     (tmp_path / "tiles").mkdir()
-    (tmp_path / "tiles" / f"{choices.key(kernel)}.json").write_text(sealed(text + "\n"))
+    write_sealed(tmp_path / "tiles" / f"{choices.key(kernel)}.json", text.encode())
     assert choices.of(kernel) is None
 
 

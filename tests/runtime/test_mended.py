@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_costs_the_kernels_alone(tmp_path: Path, monkeypatch
     def full(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kitsune.codegen.cache.ensure", full)
+    monkeypatch.setattr("kitsune.codegen.cache._ensure", full)
     with backend(compiled_in(tmp_path)), pytest.warns() as said, lazily():
         got = chain()
         kitsune.flush()

@@ -82,7 +82,8 @@ def bench(device: Device, folder: Path) -> Backend:
     def in_graph(launch: Launch, usable: Tiled, table: Any) -> WalkInGraph:
         return WalkInGraph(launch, table)
 
-    return Backend("sm_90", lambda launch: Tiled(launch, device), in_graph, warm, Choices(folder, "a device"), device.timer)
+    choices = Choices(folder, "a device")
+    return Backend("sm_90", lambda launch: Tiled(launch, device), in_graph, warm, choices=choices, timer=device.timer)
 
 
 @contextlib.contextmanager
