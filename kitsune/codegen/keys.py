@@ -78,8 +78,6 @@ def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: fro
 
 def why_not_batched(kernel: Kernel) -> str | None:
     """A sentence saying why a kernel cannot share a launch with others of the same text; None if it can."""
-    if not kernel.reduced and any(type(form.kind) is tuple for form in walks(kernel)):
-        return "an operand is neither contiguous nor a single element"
     if len(kernel.loads) + len(kernel.stores) > MAX_COLUMNS:
         return f"it has more than {MAX_COLUMNS} operands"
     if not kernel.reduced and all(form.kind == ONE for form in walks(kernel)):

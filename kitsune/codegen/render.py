@@ -116,7 +116,7 @@ class _Pointwise(Body):
             if stride == 1:
                 terms.append(f"i{position}")
             else:
-                terms.append(f"i{position} * {self.size(f'{name}_stride{position}', Stride(index, d))}")
+                terms.append(f"i{position} * {self.size(f'{name}_stride{position}', Stride(index, d, form.kind[-1] == 1))}")
         return " + ".join(terms)
 
     def _write_coordinates(self) -> None:
@@ -126,7 +126,12 @@ class _Pointwise(Body):
             return
         dims = counted(self.kernel.domain)
         needed = {p for kind in strided for p, stride in enumerate(kind) if stride != 0}
-        self.lines += coordinates("index", "i", "r", needed, len(dims), lambda p: self.size(f"size{p}", Size(dims[p])))
+
+        def size(position: int) -> str:
+            # Where neighbours in memory are to be one access: only the innermost size says where a row of them ends.
+            return self.size(f"size{position}", Size(dims[position], position == len(dims) - 1))
+
+        self.lines += coordinates("index", "i", "r", needed, len(dims), size)
 
 
 def _function(name: str, body: Body) -> str:

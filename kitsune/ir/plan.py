@@ -101,7 +101,7 @@ def touched_bytes(access: Access, domain: tuple[int, ...]) -> int:
 class Launch:
     """Kernels that are started together, or a call of the library: exactly one of `kernels` and `op` is there.
 
-    Several kernels in one launch have the same source, contiguous operands and no order between them: a horizontal fusion.
+    Several kernels in one launch have the same source and no order between them: a horizontal fusion.
     `waits` are numbers of launches on other streams that must have ended before. `host_only` starts nothing.
     """
 
