@@ -76,8 +76,26 @@ def test_a_bias_gradient_is_summed_in_parts_with_what_makes_its_terms():
     plan = strict(lambda: (g := torch.ops.aten.gelu_backward(grad, x), g.sum(0).float()))
     assert launched(plan) == ["gelu_backward_sum", "sum_to_copy"]
     first, second = kernels(plan)
-    assert first.domain == (128, 64, 32) and [s.access.value.type.dtype for s in first.stores] == [HALF, torch.float32]
+    # The parts take rows in turn: blocks at work together read what lies together.
+    assert first.domain == (8192, 32) and first.loads[0].strides == (1, 8192)
+    assert [s.access.value.type.dtype for s in first.stores] == [HALF, torch.float32]
     assert second.n_columns == 128 and second.stores[0].access.value.type.dtype is torch.float32
+
+
+def test_parts_are_chosen_so_that_what_makes_the_terms_joins_them():
+    """Wanted are 128 parts in turn, which would cut neither dimension of the gradient evenly; 197 do."""
+    grad, x = torch.zeros(64, 197, 256, dtype=HALF), torch.zeros(64, 197, 256, dtype=HALF)
+    plan = strict(lambda: (g := torch.ops.aten.gelu_backward(grad, x), g.view(-1, 256).sum(0).float()))
+    assert launched(plan) == ["gelu_backward_sum", "sum_to_copy"]
+    assert kernels(plan)[0].domain == (197 * 256, 64)
+
+
+def test_statistics_of_images_in_channels_last_are_made_of_pixels_in_turn():
+    x = torch.zeros(32, 64, 32, 32, dtype=HALF).to(memory_format=torch.channels_last)
+    plan = strict(lambda: torch.var_mean(x.float(), (0, 2, 3), correction=0))
+    first = kernels(plan)[0]
+    n_parts = first.n_rows // 64
+    assert first.loads[0].strides[-1] == n_parts * 64 and first.n_columns * n_parts == 32 * 32 * 32
 
 
 def test_a_number_of_rows_without_divisors_is_summed_at_once():
