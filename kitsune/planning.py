@@ -17,6 +17,7 @@ from kitsune.scheduler import (
     Work,
     assign_streams,
     batch_norms,
+    bias_gradients,
     common_subexpressions,
     cross_entropies,
     dead_code,
@@ -28,6 +29,7 @@ from kitsune.scheduler import (
     op_micros,
     padded_products,
     parts,
+    patches_as_rows,
     run_passes,
     split_reductions,
     unlist,
@@ -60,7 +62,11 @@ class Planner:
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        layouts = (self.convolutions_laid_out, self.joined_in_place, self.products_padded) if self.layouts else ()
+        layouts = (
+            (self.patches_taken_apart, self.convolutions_laid_out, self.joined_in_place, self.products_padded)
+            if self.layouts
+            else ()
+        )
         passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
@@ -91,6 +97,10 @@ class Planner:
         """The pass that gives each tensor of a list call an op of its own, of which some may be needed by nobody."""
         return dead_code(unlist(graph, self.why_not_fused))
 
+    def patches_taken_apart(self, graph: Graph) -> Graph:
+        """The pass that makes convolutions over patches matrix products."""
+        return patches_as_rows(graph, self.costs)
+
     def convolutions_laid_out(self, graph: Graph) -> Graph:
         """The pass that has convolutions, and what is between them, in channels-last."""
         return in_channels_last(graph, self.costs)
@@ -107,7 +117,7 @@ class Planner:
         """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
         if self.numerics == "bitwise":
             return graph
-        graph = cross_entropies(graph, self.why_not_fused)
+        graph = bias_gradients(cross_entropies(graph, self.why_not_fused), self.why_not_fused)
         graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
 

@@ -21,6 +21,7 @@ from kitsune.runtime.kernel_launch import PreparedLaunch
 from tests.plan.test_channels_last import Block, step
 from tests.plan.test_joining import gradients, kernels
 from tests.plan.test_padding import COSTS, vocabulary
+from tests.plan.test_patches import stem
 from tests.runtime.checked import record
 from tests.runtime.in_double import assert_as_good, in_double, replayed, run_by_plan
 
@@ -29,6 +30,7 @@ PROGRAMS = {
     "block": step(Block(), 4, 3, 8, 8),
     "gradients": gradients,
     "kernels": kernels,
+    "patches": stem(),
 }
 
 

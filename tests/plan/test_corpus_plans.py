@@ -38,7 +38,7 @@ LAUNCHES = {
     "resnet50-small-amp-cpu": (158, 113, 15, 10),
     "resnet50-small-fp32-cpu": (120, 112, 14, 9),
     # 12 more than without joining in place: three copies stand for a stack and a copy of it.
-    "vit-full-amp-cuda": (658, 448, 119, 13),
+    "vit-full-amp-cuda": (658, 450, 120, 14),
     "vit-small-amp-cpu": (139, 97, 23, 12),
     "vit-small-amp-cuda": (138, 96, 22, 11),
     "vit-small-fp32-cpu": (83, 83, 6, 6),
@@ -50,13 +50,13 @@ STRICT = {
     "bert-small-amp-cuda": (89, 29, 23, 11),
     "bert-small-fp32-cpu": (130, 45, 29, 14),
     "demo-gpt-cpu": (170, 52, 25, 272),
-    "demo-lenet-cpu": (34, 12, 9, 31),
+    "demo-lenet-cpu": (36, 16, 12, 31),
     "gpt2-full-amp-cuda": (363, 149, 22, 38437),
     "gpt2-small-amp-cpu": (113, 42, 30, 17),
     "gpt2-small-amp-cuda": (67, 25, 19, 13),
     "gpt2-small-fp32-cpu": (116, 40, 30, 23),
-    "lenet-small-amp-cpu": (32, 13, 9, 3),
-    "lenet-small-fp32-cpu": (33, 14, 10, 4),
+    "lenet-small-amp-cpu": (32, 15, 10, 3),
+    "lenet-small-fp32-cpu": (33, 16, 11, 4),
     "mlp-small-amp-cpu": (19, 11, 9, 2),
     "mlp-small-fp32-cpu": (20, 12, 10, 2),
     "resnet18-small-amp-cpu": (57, 26, 18, 211),
@@ -66,10 +66,10 @@ STRICT = {
     "resnet50-small-amp-cpu": (75, 34, 16, 436),
     "resnet50-small-fp32-cpu": (76, 35, 17, 465),
     # 24 launches more than without joining in place, and 698 MB less.
-    "vit-full-amp-cuda": (362, 175, 24, 33536),
+    "vit-full-amp-cuda": (364, 177, 27, 33536),
     "vit-small-amp-cpu": (68, 29, 23, 10),
-    "vit-small-amp-cuda": (67, 28, 21, 10),
-    "vit-small-fp32-cpu": (64, 25, 16, 12),
+    "vit-small-amp-cuda": (67, 28, 22, 10),
+    "vit-small-fp32-cpu": (65, 26, 17, 12),
 }
 CORPUS = Path(__file__).parent.parent / "corpus"
 FILES = sorted(CORPUS.glob("*.jsonl.gz"))
@@ -99,6 +99,9 @@ class RandomCosts(Costs):
 
     def alone(self, kernel: Kernel, has_out_form: bool) -> bool:
         return self.die.random() < 0.5
+
+    def as_product(self, flops: float, copied_bytes: float) -> bool:
+        return self.die.random() < 0.7
 
     def channels_last(self, image_bytes: int, copied_bytes: int) -> bool:
         return self.die.random() < 0.7

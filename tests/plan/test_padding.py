@@ -35,6 +35,9 @@ class Generous(Costs):
     def padding(self, op: Op, copied_bytes: float, n_operands: int) -> bool:
         return True
 
+    def as_product(self, flops: float, copied_bytes: float) -> bool:
+        return True
+
     def channels_last(self, image_bytes: int, copied_bytes: int) -> bool:
         return True
 
