@@ -30,6 +30,7 @@ from kitsune.scheduler import (
     padded_products,
     parts,
     patches_as_rows,
+    pools,
     run_passes,
     split_reductions,
     unlist,
@@ -117,6 +118,7 @@ class Planner:
         """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
         if self.numerics == "bitwise":
             return graph
+        graph = pools(graph, self.costs.windows, self.why_not_fused)
         graph = bias_gradients(cross_entropies(graph, self.why_not_fused), self.why_not_fused)
         graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))

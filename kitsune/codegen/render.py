@@ -10,6 +10,7 @@ from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.rows import Rows
 from kitsune.codegen.tiles import tile_of
 from kitsune.codegen.walks import LINEAR, ONE, Walk, accesses, coordinates, counted, walk
+from kitsune.codegen.windows import Windows, is_window
 from kitsune.ir.plan import Access, Kernel, Parameter, Program, Size, Stride
 
 HEADER = """import triton
@@ -45,9 +46,10 @@ def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False)
     return Program(name, "\n".join(parts), tuple(p.meaning for p in body.parameters), batched, tile_of(kernel))
 
 
-def body_of(kernel: Kernel, slots_in_memory: bool) -> "_Pointwise | Rows":
+def body_of(kernel: Kernel, slots_in_memory: bool) -> Body:
     """A kernel's statements and parameters."""
-    body = Rows(kernel, slots_in_memory) if kernel.reduced else _Pointwise(kernel, slots_in_memory)
+    kind = Windows if is_window(kernel) else Rows if kernel.reduced else _Pointwise
+    body = kind(kernel, slots_in_memory)
     body.write()
     return body
 

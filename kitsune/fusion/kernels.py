@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from kitsune.fusion.group import Group, Use, base_name
 from kitsune.fusion.grouping import Partition
-from kitsune.ir import Access, Kernel, Load, Local, Step, Store
+from kitsune.ir import Access, Kernel, Kind, Load, Local, Step, Store, window_order
 
 MAX_NAME = 48
 
@@ -16,6 +16,8 @@ def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
     loads: list[Use] = []
     steps = [Step(m.op, tuple(_operand(o, loads) for o in m.operands)) for m in group.members]
     uses = loads + [use for _, use in results]
+    if group.members[0].op.kind is Kind.WINDOW:
+        return _over_windows(group, uses, results, steps)
     strides = [group.strides(use) for use in uses]
     rows, columns = _order(group, strides[len(loads) :] + strides[: len(loads)])
     domain, walks = _coalesced(group, rows, strides)
@@ -24,6 +26,17 @@ def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
     accesses = [Access(use.value, walk) for use, walk in zip(uses, walks, strict=True)]
     stores = [Store(local, access) for (local, _), access in zip(results, accesses[len(loads) :], strict=True)]
     return Kernel(_name(group), domain + reduced, tuple(accesses[: len(loads)]), tuple(steps), tuple(stores), len(reduced))
+
+
+def _over_windows(group: Group, uses: list[Use], results: list[tuple[Local, Use]], steps: list[Step]) -> Kernel:
+    """All dimensions of the result, since neighbours are looked for along each: operands come with their own strides."""
+    type_ = group.members[0].op.outputs[0].type
+    order = window_order(type_)
+    walks = [Access(use.value, tuple(use.value.type.stride[d] for d in order)) for use in uses]
+    n_loads = len(uses) - len(results)
+    stores = [Store(local, access) for (local, _), access in zip(results, walks[n_loads:], strict=True)]
+    domain = tuple(type_.shape[d] for d in order)
+    return Kernel(_name(group), domain, tuple(walks[:n_loads]), tuple(steps), tuple(stores))
 
 
 def kernels_of(p: Partition) -> dict[int, Kernel]:

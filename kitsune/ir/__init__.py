@@ -42,6 +42,7 @@ from kitsune.ir.plan import (
     Stride,
     Tile,
     touched_bytes,
+    window_order,
 )
 from kitsune.ir.plan_text import plan_text
 from kitsune.ir.reductions import Reduction, argument_names, left_of, named, reduction_of
@@ -118,4 +119,5 @@ __all__ = [
     "verify",
     "verify_plan",
     "versions_kept",
+    "window_order",
 ]

@@ -17,6 +17,8 @@ class Kind(enum.Enum):
     POINTWISE = enum.auto()
     REDUCTION = enum.auto()
     VIEW = enum.auto()
+    # Reads neighbours of each element. Recorded as EXTERN; a planner says so of those that a kernel is written for.
+    WINDOW = enum.auto()
     GEMM = enum.auto()
     EXTERN = enum.auto()
 

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kitsune.ir.graph import Graph, Op, Slot, Value
+from kitsune.ir.graph import Graph, Kind, Op, Slot, Value
+from kitsune.ir.tensor_type import TensorType
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,12 @@ class Kernel:
     @property
     def nbytes(self) -> int:
         """Bytes that it must move: each input read once, each output written once; a broadcast input counts once."""
-        return sum(touched_bytes(access, self.domain) for access in (*self.loads, *(s.access for s in self.stores)))
+        return sum(self.touched(access) for access in (*self.loads, *(s.access for s in self.stores)))
+
+    def touched(self, access: Access) -> int:
+        """Bytes of the distinct elements that an access reaches: of an operand whose neighbours are read, all."""
+        over_windows = self.steps[0].op.kind is Kind.WINDOW
+        return access.value.type.nbytes if over_windows else touched_bytes(access, self.domain)
 
 
 def touched_bytes(access: Access, domain: tuple[int, ...]) -> int:
@@ -95,6 +101,11 @@ def touched_bytes(access: Access, domain: tuple[int, ...]) -> int:
         if stride:
             n *= size
     return n if all(domain) else 0
+
+
+def window_order(type_: TensorType) -> tuple[int, ...]:
+    """The dimensions of a kernel over windows: those of its result, as it lies in memory."""
+    return tuple(sorted(range(len(type_.shape)), key=lambda d: (-type_.stride[d], d)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,6 +11,7 @@ from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
 from kitsune.scheduler.patches import patches_as_rows
+from kitsune.scheduler.pools import pools
 from kitsune.scheduler.split import split_reductions
 from kitsune.scheduler.stream_config import StreamConfig
 from kitsune.scheduler.streams import assign_streams
@@ -41,6 +42,7 @@ __all__ = [
     "padded_products",
     "parts",
     "patches_as_rows",
+    "pools",
     "run_passes",
     "split_reductions",
     "unlist",

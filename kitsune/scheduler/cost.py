@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from kitsune.ir import Graph, Kernel, Kind, Launch, Op, touched_bytes
+from kitsune.ir import Graph, Kernel, Kind, Launch, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def kernel_micros(kernel: Kernel, rates: Rates) -> float:
     moved = 0.0
     for access in accesses:
         itemsize = access.value.type.dtype.itemsize
-        n = touched_bytes(access, kernel.domain)
+        n = kernel.touched(access)
         step = min((s for s in access.strides if s), default=1) if kernel.reduced else access.strides[-1] if kernel.domain else 1
         moved += n * (min(SECTOR, step * itemsize) / itemsize if step > 1 else 1)
     return moved / rates.bytes_per_us
@@ -85,6 +85,9 @@ PADDED_FROM_US = 20.0
 # 584 us forward and 353 backward instead of 25 and 29 for ViT-B/16's patches of three channels on an H200.
 ODD_CHANNELS = 10.0
 
+# What pooling must move for a kernel of ours to be worth its compilation.
+WINDOW_BYTES = 16 << 20
+
 # What another layout must gain, so that small images keep the library's own choice.
 LAYOUT_FROM_US = 20.0
 # Elements in a row from which on the jump to the next one does not count: 128 bytes of a 16-bit type.
@@ -129,11 +132,15 @@ class Costs:
         takes from nobody. Rows with gaps between them the library takes element by element (a copy of 39 MB in rows of 768 takes
         it 25 us on an H200, of which the bytes are 10); walks that jump for each element are left to its kernels made for them.
         """
-        if len(kernel.steps) > 1 or kernel.reduced:
+        if len(kernel.steps) > 1 or kernel.reduced or kernel.steps[0].op.kind is Kind.WINDOW:
             return True
         if has_out_form:
             return len(kernel.domain) > 1 and _in_long_rows(kernel) and kernel.nbytes >= STRIDED_BYTES
         return len(kernel.domain) <= 1 or _in_long_rows(kernel)
+
+    def windows(self, op: Op) -> bool:
+        """Does it pay to have a pooling op in a kernel of ours?"""
+        return op.nbytes >= WINDOW_BYTES
 
     def worth_padding(self, op: Op) -> bool:
         """Could padding a matrix product pay at all?"""

@@ -62,7 +62,7 @@ STRICT = {
     "resnet18-small-amp-cpu": (57, 26, 18, 211),
     "resnet18-small-amp-cuda": (58, 27, 19, 211),
     "resnet18-small-fp32-cpu": (58, 27, 19, 225),
-    "resnet50-full-amp-cuda": (425, 314, 40, 23478),
+    "resnet50-full-amp-cuda": (425, 316, 42, 23375),
     "resnet50-small-amp-cpu": (75, 34, 16, 436),
     "resnet50-small-fp32-cpu": (76, 35, 17, 465),
     # 24 launches more than without joining in place, and 698 MB less.
@@ -99,6 +99,9 @@ class RandomCosts(Costs):
 
     def alone(self, kernel: Kernel, has_out_form: bool) -> bool:
         return self.die.random() < 0.5
+
+    def windows(self, op: Op) -> bool:
+        return self.die.random() < 0.7
 
     def as_product(self, flops: float, copied_bytes: float) -> bool:
         return self.die.random() < 0.7
