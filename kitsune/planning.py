@@ -7,7 +7,7 @@ import torch
 
 from kitsune.codegen import text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
-from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
+from kitsune.fusion import ANYTHING, Partition, Rules, batch, in_rows, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Op, Plan, happens_before, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
 from kitsune.runtime import out_form, takes_memory
@@ -72,7 +72,7 @@ class Planner:
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
-        kernels = kernels_of(parts)
+        kernels = {n: self._walking(kernel) for n, kernel in kernels_of(parts).items()}
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
         in_turn = in_order(planned, works, self._micros(planned))
@@ -128,6 +128,11 @@ class Planner:
         if op.kind is Kind.REDUCTION and self.numerics == "bitwise":
             return f"{op.target} is a reduction, and numerics='bitwise' keeps eager's order of summation"
         return why_not_lowered(op) or why_not_exact(op, self.toolkit)
+
+    def _walking(self, kernel: Kernel) -> Kernel:
+        """A kernel in the order in which it is best walked."""
+        rows = in_rows(kernel) if len(kernel.steps) > 1 else None
+        return kernel if rows is None or not self.costs.in_rows(kernel) else rows
 
     def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
         """What a node becomes: a launch, or calls of the library."""

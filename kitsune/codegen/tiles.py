@@ -3,6 +3,7 @@
 import math
 
 from kitsune.codegen.walks import accesses, counted
+from kitsune.ir.graph import Kind
 from kitsune.ir.plan import Kernel, Tile, touched_bytes
 
 # Elements of a row that a block holds in registers; longer rows are read once for each reduction that depends on another.
@@ -41,6 +42,8 @@ def tile_of(kernel: Kernel) -> Tile | None:
     if not kernel.reduced:
         return None
     rows, columns = max(kernel.n_rows, 1), max(kernel.n_columns, 1)
+    if not any(step.op.kind is Kind.REDUCTION for step in kernel.steps):
+        return Tile(_fitting(rows, 2 * NEIGHBOURS, 16), _power(columns), 4)
     if inner(kernel):
         width = min(_power(columns), LONG) if is_looped(kernel) else _power(columns)
         height = _fitting(rows, SHORT // width, 1)

@@ -57,8 +57,8 @@ class Kernel:
     """A group of ops that is run as one kernel, over a domain whose sizes are listed outermost first.
 
     Every load happens before any store, element by element. `domain` is () for a single element; a size may be 0. The last
-    `reduced` dimensions are those that its reductions reduce: the elements of a row. An access that does not move along
-    them is made once for each row.
+    `reduced` dimensions are the elements of a row, which its reductions reduce, where it has any. An access that does not move
+    along them is made once for each row.
     """
 
     name: str

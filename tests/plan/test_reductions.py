@@ -179,6 +179,25 @@ def test_batch_norm_takes_its_rectifier_in_and_keeps_no_wide_copy(format_):
     assert last.reduced == 0 and last.stores[0].access.value.type.stride == x.stride()
 
 
+def test_what_is_broadcast_along_large_images_is_loaded_once_for_a_row():
+    def last(n: int, dims: str):
+        x = torch.zeros(n, 64, 32, 32, dtype=HALF).to(memory_format=getattr(torch, dims))
+        w, mean, var = torch.ones(64), torch.zeros(64), torch.ones(64)
+        return kernels(strict(lambda: torch.ops.aten.native_batch_norm(x, w, w, mean, var, True, 0.1, 1e-5)[0].relu()))[-1]
+
+    kernel = last(32, "channels_last")
+    assert (kernel.domain, kernel.reduced) == ((2048, 64, 16), 1)
+    assert [access.strides for access in kernel.loads] == [(1024, 1, 64)] + 3 * [(0, 1, 0)]
+    # A small one is not worth another text, and planes have their channel's numbers in one place.
+    assert last(4, "channels_last").reduced == 0 and last(32, "contiguous_format").reduced == 0
+
+
+def test_a_bias_alone_is_broadcast_for_each_element():
+    x, b = torch.zeros(1 << 16, 64, dtype=HALF), torch.zeros(64)
+    (kernel,) = kernels(strict(lambda: ((x + b) * 2).to(HALF)))
+    assert kernel.reduced == 0
+
+
 def test_batch_norm_of_an_evaluation_is_the_librarys():
     x = torch.zeros(32, 16, 8, 8)
     w, mean, var = torch.ones(16), torch.zeros(16), torch.ones(16)
