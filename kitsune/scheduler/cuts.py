@@ -10,7 +10,7 @@ from kitsune.ir import Op, Reduction, TensorType
 
 HALF = (torch.bfloat16, torch.float16)
 # The parts must be equal: up to this factor more or fewer of them than wanted are taken.
-NEAR = 4
+MORE, FEWER = 4, 16
 # Elements of a row that a part must have where any number of parts above the wanted one would do: fewer are much to write.
 LEAST = 32
 
@@ -64,7 +64,7 @@ def _in_turn(type_: TensorType, reduction: Reduction, wanted: int, columns: int,
             break
         n = shape[d]
         if n > left:
-            fitting = [k for k in _divisors(n) if k >= left / NEAR and columns // k >= LEAST and _fits(k * stride[d], made)]
+            fitting = [k for k in _divisors(n) if k >= left / FEWER and columns // k >= LEAST and _fits(k * stride[d], made)]
             n = min(fitting, key=lambda k: (abs(math.log(k / left)), k), default=1)
         if n == 1 < shape[d]:
             return None
@@ -90,7 +90,7 @@ def _in_stretches(type_: TensorType, reduction: Reduction, wanted: int) -> Cut |
             whole.add(d)
             left = -(-left // n)
             continue
-        near = [k for k in _divisors(n) if left / NEAR <= k <= left * NEAR]
+        near = [k for k in _divisors(n) if left / FEWER <= k <= left * MORE]
         k = min(near, key=lambda k: (abs(math.log(k / left)), k), default=1)
         return Cut(d, k, frozenset(whole)) if k > 1 else _whole_cut(whole, reduction)
     return _whole_cut(whole, reduction)
