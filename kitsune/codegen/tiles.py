@@ -62,18 +62,13 @@ def tile_of(kernel: Kernel) -> Tile | None:
 def _looped_outer(kernel: Kernel) -> tuple[int, int, int]:
     """Rows, columns and warps where neighbours belong to different rows and a row is long, by what moves with both.
 
-    Times on an H200 against 64, 64, 8, in us: batch norm's statistics (one operand) 31 to 27, its backward behind a threshold
-    (four) 272 to 157, the same with an addition (six) 257 to 241, layer norm's parameters (32 bits) 47 to 39.
+    Times on an H200 of ResNet-50's largest images in 1024 parts or more, in us: statistics (one operand) 38 with 64, 16, 4 and
+    43 with 64, 32, 4; the backward behind a threshold (four) 103 and 116; the same with an addition (six) 249 with 128, 64, 8
+    and 214 with 64, 32, 4; of two norms at once (seven) 368 and 261, for such large tiles leave room for one block at a time.
     """
     first = len(kernel.domain) - kernel.reduced
     moving = [a for a in accesses(kernel) if any(a.strides[:first]) and any(a.strides[first:])]
-    if any(a.value.type.dtype.itemsize > 2 for a in moving):
-        return NEIGHBOURS, 16, 4
-    if len(moving) > 4:
-        return 2 * NEIGHBOURS, 64, 8
-    if len(moving) == 4:
-        return 2 * NEIGHBOURS, 32, 4
-    return (NEIGHBOURS, 32, 4) if len(moving) == 1 else (NEIGHBOURS, 64, 8)
+    return (NEIGHBOURS, 32, 4) if len(moving) > 4 else (NEIGHBOURS, 16, 4)
 
 
 def _warps(height: int, width: int) -> int:

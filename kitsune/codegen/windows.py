@@ -101,7 +101,10 @@ class Windows(Body):
             self.say("y", _shifted(f"(i{self.at[2]} + {padding[0]}) // {stride[0]}", -down))
             for across in range(-(-size[1] // stride[1]) - 1, -1, -1):
                 self.say("x", _shifted(f"(i{self.at[3]} + {padding[1]}) // {stride[1]}", -across))
-                self.say("there", inside)
+                # Windows before the last that begins here may end before.
+                over = f" & (i{self.at[2]} + {padding[0]} - y * {stride[0]} < {size[0]})" if down else ""
+                over += f" & (i{self.at[3]} + {padding[1]} - x * {stride[1]} < {size[1]})" if across else ""
+                self.say("there", inside + over)
                 self._load("found", 0, "0.0")
                 self._load("place", 1, "-1")
                 self.say("total", "total + tl.where(place == here, found, 0.0)")
