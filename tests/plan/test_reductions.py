@@ -119,8 +119,10 @@ def test_a_deviation_of_long_rows_is_made_in_parts_too():
     assert launched(strict(lambda: torch.var(x, 0, correction=4096))) == ["var"], "rows as long as the correction have none"
 
 
-def test_parts_may_be_far_fewer_than_wanted_where_the_rows_have_few_divisors():
-    assert kernels(strict(lambda: torch.zeros(37 * 8191, 64).sum(0)))[0].domain == (37, 64, 8191)
+def test_parts_may_be_far_more_or_fewer_than_wanted_where_the_rows_have_few_divisors():
+    """1024 are wanted of 64 columns, 128 of 512: there are 8191 and 79, which leave 37 and 79 rows for each."""
+    assert kernels(strict(lambda: torch.zeros(37 * 8191, 64).sum(0)))[0].domain == (8191 * 64, 37)
+    assert kernels(strict(lambda: torch.zeros(79 * 79, 512).sum(0)))[0].domain == (79 * 512, 79)
 
 
 def norm_backward(rows: int, dtype: torch.dtype):
