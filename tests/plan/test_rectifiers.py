@@ -35,7 +35,7 @@ def block(between: Callable[..., Any] = lambda **_: None, level: float = 0, bias
         y, *saved = aten.native_batch_norm(image, w, b, mean, var, True, 0.1, 1e-5)
         y = y.relu_() if in_place else y.relu()
         through = aten.threshold_backward(into, y.detach(), level)
-        kept = between(image=image, weight=w, through=through, saved=saved)
+        kept = between(image=image, weight=w, bias=b, through=through, saved=saved)
         return [y, kept, *aten.native_batch_norm_backward(through, image, w, mean, var, *saved, True, 1e-5, [True, True, True])]
 
     return program
@@ -76,12 +76,13 @@ def test_what_passed_is_worked_out_for_the_sums_and_for_the_gradient(in_place: b
         block(lambda through, **_: through * 2),
         block(lambda through, **_: through),
         block(lambda weight, **_: weight.mul_(2) * 1),
+        block(lambda bias, **_: bias.mul_(2) * 1),
         block(lambda image, **_: image.mul_(2) * 1),
         block(lambda saved, **_: saved[1].mul_(2) * 1),
         block(level=0.5),
         block(bias=False),
     ],
-    ids=["read too", "seen", "weight written", "image written", "statistic written", "another level", "no bias"],
+    ids=["read too", "seen", "weight written", "bias written", "image written", "statistic written", "another level", "no bias"],
 )
 def test_otherwise_the_gradient_is_written(program: Any) -> None:
     assert len(thresholds(taken_apart(program))) == 1

@@ -83,11 +83,11 @@ def test_a_bias_gradient_is_summed_in_parts_with_what_makes_its_terms():
 
 
 def test_parts_are_chosen_so_that_what_makes_the_terms_joins_them():
-    """Wanted are 128 parts in turn, which would cut neither dimension of the gradient evenly; 197 do."""
-    grad, x = torch.zeros(64, 197, 256, dtype=HALF), torch.zeros(64, 197, 256, dtype=HALF)
-    plan = strict(lambda: (g := torch.ops.aten.gelu_backward(grad, x), g.view(-1, 256).sum(0).float()))
+    """Wanted are 86 parts in turn, and 64 of them would cut neither dimension of the gradient evenly; 197 do."""
+    grad, x = torch.zeros(64, 197, 768, dtype=HALF), torch.zeros(64, 197, 768, dtype=HALF)
+    plan = strict(lambda: (g := torch.ops.aten.gelu_backward(grad, x), g.view(-1, 768).sum(0).float()))
     assert launched(plan) == ["gelu_backward_sum", "sum_to_copy"]
-    assert kernels(plan)[0].domain == (197 * 256, 64)
+    assert kernels(plan)[0].domain == (197 * 768, 64)
 
 
 def test_statistics_of_images_in_channels_last_are_made_of_pixels_in_turn():
