@@ -60,6 +60,8 @@ class Planner:
     rules: Rules = ANYTHING
     # As the knob has it. In "strict" a reduction may be a kernel, whose order of summation is its own.
     numerics: str = "bitwise"
+    # Only deterministic algorithms are allowed: what eager refuses then is left to eager.
+    deterministic: bool = False
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
@@ -118,7 +120,8 @@ class Planner:
         """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
         if self.numerics == "bitwise":
             return graph
-        graph = pools(graph, self.costs.windows, self.why_not_fused)
+        if not self.deterministic:
+            graph = pools(graph, self.costs.windows, self.why_not_fused)
         graph = bias_gradients(cross_entropies(graph, self.why_not_fused), self.why_not_fused)
         graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
@@ -189,7 +192,8 @@ def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None,
     knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts and grade != "bitwise")
     # A context may ask for more or fewer than usual; with the knob at 1 there are none beside the first.
     n = config.streams if n_streams is None or config.streams == 1 else n_streams
-    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules, numerics=grade)
+    strictly = torch.are_deterministic_algorithms_enabled()
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules, numerics=grade, deterministic=strictly)
 
 
 def slot_planner_for(arch: str, n_streams: int | None = None) -> SlotPlanner:

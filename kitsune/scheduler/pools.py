@@ -18,9 +18,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def pools(graph: Graph, worth: Callable[[Op], bool], why_not: Callable[[Op], str | None]) -> Graph:
     """The graph with those pooling ops for kernels that may be in one, and for which it pays."""
-    # Eager's backward says then that it is not deterministic, which is for eager to say.
-    if torch.are_deterministic_algorithms_enabled():
-        return graph
     ops = tuple(_for_a_kernel(op, why_not) if op.target in (FORWARD, BACKWARD) and worth(op) else op for op in graph.ops)
     return Graph(graph.inputs, ops, graph.outputs)
 

@@ -9,7 +9,7 @@ import pytest
 
 from kitsune.backends import program_of
 from kitsune.codegen import Compiler
-from kitsune.codegen.machine_code import _machine_code
+from kitsune.codegen.machine_code import machine_code
 from kitsune.ir import load_graph
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs
@@ -31,7 +31,7 @@ def test_with_reductions_all_kernels_of_a_step_compile(name: str, tmp_path: Path
     programs = {(p.text, p.tile): p for p in (program_of(launch, True) for launch in plan.launches if launch.kernels)}
     for program in programs.values():
         try:
-            _machine_code(compiler.job_of(program, 90, True, False))
+            machine_code(compiler.job_of(program, 90, True, False))
         except Exception as error:
             failed.append((program.name, program.tile, f"{type(error).__name__}: {str(error)[:200]}"))
     assert programs and not failed

@@ -12,12 +12,14 @@ import torch
 
 import kitsune
 import kitsune.scheduler.cost as cost
-from kitsune.codegen import Compiler, render, text_key, why_not_batched
+from kitsune.codegen import Compiler, parameters_of, render, text_key, why_not_batched
 from kitsune.config import config
 from kitsune.ir import Kernel, Kind, Plan
+from kitsune.planning import planner_for
+from tests.codegen.build import compiled_kernel
 from tests.codegen.test_compiled import vectorised
 from tests.codegen.windows import cases, differs, pooled
-from tests.plan.recorded import launched, plan_of
+from tests.plan.recorded import launched, plan_of, recorded_again
 
 pytest.importorskip("triton")
 RESNET = ((3, 3), (2, 2), (1, 1), False)
@@ -77,8 +79,7 @@ def test_other_sizes_have_the_same_text_and_other_windows_another() -> None:
 
 def test_images_in_channels_last_are_read_in_vectors(tmp_path: Path) -> None:
     for kernel in kernels(plan_for((2, 16, 8, 10))):
-        compiled = Compiler(tmp_path).compile(render(kernel), 90, True, False)
-        assert vectorised(compiled.kernel.asm["ptx"])
+        assert vectorised(compiled_kernel(Compiler(tmp_path), render(kernel), 90).asm["ptx"])
         assert why_not_batched(kernel) == "it is over windows"
 
 
@@ -97,11 +98,26 @@ def test_an_image_is_counted_as_a_whole() -> None:
 
 
 def test_where_only_deterministic_algorithms_are_allowed_eager_has_its_say() -> None:
+    """Its backward raises then."""
     torch.use_deterministic_algorithms(True)
     try:
-        assert not kernels(plan_for((2, 16, 8, 10)))
+        planner = planner_for("sm_90", numerics="strict")
     finally:
         torch.use_deterministic_algorithms(False)
+    graph = recorded_again(lambda: pooled(RESNET, True)(torch.zeros(2, 16, 8, 10), torch.zeros(9999)))
+    assert not kernels(planner.plan(graph)) and kernels(planner_for("sm_90", numerics="strict").plan(graph))
+
+
+def test_images_of_two_sizes_with_as_many_windows_are_started_with_their_own() -> None:
+    """Of 9 rows in memory, 8 or 7 are the image: four windows each, at the same strides."""
+
+    def forward(rows: int) -> Kernel:
+        x = torch.zeros(1, 16, 9, 10)[:, :, :rows]
+        return kernels(plan_of(lambda: torch.ops.aten.max_pool2d_with_indices(x, (3, 3), (2, 2), (1, 1)), numerics="strict"))[0]
+
+    first, second = forward(8), forward(7)
+    assert (first.domain, [a.strides for a in first.loads]) == (second.domain, [a.strides for a in second.loads])
+    assert parameters_of(first) != parameters_of(second) and text_key(first) == text_key(second)
 
 
 def test_small_images_and_gaps_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
