@@ -354,7 +354,7 @@ def test_contexts_that_close_out_of_order_leave_no_mode_behind() -> None:
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
-def test_a_backward_is_followed_in_the_third_step_whatever_gave_back_its_operand() -> None:
+def test_a_backward_is_followed_in_the_second_step_whatever_gave_back_its_operand() -> None:
     model, x = nn.Linear(6, 6), torch.randn(4, 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     followed = []
@@ -366,7 +366,21 @@ def test_a_backward_is_followed_in_the_third_step_whatever_gave_back_its_operand
             optimizer.step()
             optimizer.zero_grad()
             followed.append(kitsune.counters()["backwards_followed"])
-    assert followed == [0, 0, 1] and not kitsune.counters()["realized"]
+    assert followed == [0, 1, 2] and not kitsune.counters()["realized"]
+
+
+def test_nothing_is_followed_before_it_was_observed_as_often_as_the_warm_up_asks() -> None:
+    model, x = nn.Linear(6, 6), torch.randn(4, 6)
+    names, found = ("observed", "recorded", "followed"), []
+    with kitsune.accelerate(device="cpu", warmup=3):
+        for _ in range(5):
+            before = kitsune.counters()
+            model(x).sum().backward()
+            model.zero_grad()
+            kitsune.flush()
+            found.append([kitsune.counters()[name] - before[name] for name in names])
+    n = found[0][0]
+    assert n and found == [[n, 0, 0]] * 3 + [[0, n, 2]] * 2
 
 
 def test_a_flush_in_another_thread_is_no_call_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:

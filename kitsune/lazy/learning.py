@@ -58,8 +58,8 @@ class Learner:
         self.proven.clear()
         self.failures.clear()
 
-    def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
-        """Note what a call did that was made for real; returns what is known of it by now."""
+    def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight, follows: bool) -> Edge | None:
+        """Note what a call did that was made for real, which `follows` says may be followed now; returns what is known of it."""
         call, start = sight.call, sight.start
         edge = self._edge(func, kwargs, sight)
         if call.floats:
@@ -70,7 +70,7 @@ class Learner:
             known = start.calls.get(key)
             if edge is not None and known is not None and known.moves and known.floats != edge.floats and known.same(edge):
                 self.proven.add(name)
-        return self.remember(start, key, edge)
+        return self.remember(start, key, edge, follows)
 
     def spoils(self, written: list[Any]) -> bool:
         """Has a call that autograd does not know yet read memory of these tensors? Its backward is to say that they changed."""
@@ -82,7 +82,7 @@ class Learner:
         read = {cell.storage for t in operands if (cell := cell_in(t, region)) is not None}
         return any(_storage_in(t, region) in read for t in written)
 
-    def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:
+    def remember(self, start: Any, key: Any, edge: Edge | None, follows: bool = True) -> Edge | None:
         """Note what a call did; returns what is known of it by now."""
         known: Edge | None = start.calls.get(key)
         if edge is None or (known is not None and not known.same(edge)):
@@ -95,7 +95,7 @@ class Learner:
         if known is None:
             start.calls[key] = known = edge
         known.floats = edge.floats
-        known.sights += 1
+        known.follows = known.follows or (follows and (edge.node.known or edge.node is start))
         return known
 
     def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> None:

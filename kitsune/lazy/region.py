@@ -169,7 +169,9 @@ class Region:
 
     def n_storages(self) -> int:
         """How many storages are numbered, those of the op at hand included."""
-        return max([self.node.n_storages, *[storage + 1 for _, _, storage, _ in self.admitted]])
+        n: int = self.node.n_storages
+        # They are numbered in order, so that the last new one tells: to look at all of them for each of 600 costs 15 ms.
+        return next((storage + 1 for _, _, storage, _ in reversed(self.admitted) if storage >= n), n)
 
     def oddness(self, tensor: torch.Tensor) -> Barrier | None:
         if not is_strided(tensor):

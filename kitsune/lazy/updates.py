@@ -34,7 +34,7 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
         before = call.floats if counts is None else call.floats + counts.numbers
         key = None if key is None else (key, None if counts is None else counts.pattern)
         edge = None if key is None or recorder.region.slow else recorder.region.node.calls.get(key)
-        numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(before)
+        numbers = None if edge is None else edge.sources.numbers(before)
         if edge is not None and numbers is not None:
             if counts is not None:
                 counts.advance()
