@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "benefits": {"fusion", "ir", "planning", "runtime"},
     "running": {"background", "backends", "benefits", "config", "engine_options", "ir", "planning", "shown", *STAGES},
     "gate": set(),
-    "pipeline": {"background", "backends", "config", "engine_options", "fusion", "gate", "ir", "planning", "running", *STAGES},
+    "pipeline": {"background", "backends", "config", "engine_options", "garbage", "gate", "ir", "planning", "running", *STAGES},
     "contexts": {"config", "garbage", "pipeline", "ir", "dispatch", "lazy"},
     "stance": {"accepts", "config", "contexts"},
     "static": {"config", "contexts", "pipeline", "ir", "lazy"},
