@@ -35,6 +35,8 @@ class CallLane(Learner):
         self.spent: list[weakref.ref[LazyTensor]] = []
         # Calls of torch's API that torch is making now.
         self.inside = 0
+        # An optimizer's update is being learned: of the calls that it makes nothing has to be known.
+        self.part_of_update = False
         self.thread = threading.get_ident()
         self.known_modes: dict[Any, Any] = {}
         self.read_modes()
@@ -211,7 +213,7 @@ class CallLane(Learner):
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars = region.node, region.node.n_values, len(region.scalars)
-        learns = key is not None and not graph and not wrong
+        learns = key is not None and not graph and not wrong and not self.part_of_update
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         result = self.made(lambda: func(*args, **kwargs))

@@ -100,11 +100,16 @@ class Region:
 
     def admit(self, tensor: torch.Tensor) -> Any:
         """A plain tensor comes in; returns its key, or refuses the op."""
-        odd = self.oddness(tensor)
-        if odd is not None:
+        # The key of an update has asked all this of its 600 tensors a moment ago, which takes 6 us each.
+        lane = self.recorder.lane
+        seen = self.recorder.arrivals.get(id(tensor)) if lane is not None and lane.part_of_update else None
+        if seen is not None and not tensor.storage_offset():
+            type_ = seen[2][0]
+        elif (odd := self.oddness(tensor)) is not None:
             self.refuse(odd)
             return None
-        type_ = type_of(tensor)
+        else:
+            type_ = type_of(tensor)
         key, number, storage = self._number(tensor, type_, lambda: self.plain.pop(id(tensor), None))
         self.plain[id(tensor)] = Cell(self, number, type_, storage, tensor, number)
         if tensor.requires_grad:
