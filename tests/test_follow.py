@@ -369,6 +369,38 @@ def test_a_backward_is_followed_in_the_second_step_whatever_gave_back_its_operan
     assert followed == [0, 1, 2] and not kitsune.counters()["realized"]
 
 
+class Residual(nn.Module):
+    """Writes in place what it has just made, as ResNet does, and counts its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.relu = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.norm(self.linear(x))
+        out += x
+        return self.relu(out)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_what_is_written_in_place_is_followed_in_the_second_step(read: bool) -> None:
+    model, xs = nn.Sequential(Residual(), Residual()), torch.randn(4, 5, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names, found = ("followed", "backwards_followed", "realized"), []
+    with kitsune.accelerate(device="cpu"):
+        for x in xs:
+            before = kitsune.counters()
+            loss = model(x).sum()
+            if read:
+                loss.item()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append([kitsune.counters()[name] - before[name] for name in names])
+    # A layer is four calls, its counter on the CPU aside, and then there is the sum. A value that is read has its graph made.
+    assert found == [[0, 0, 0]] + [[9, 0, 1] if read else [9, 1, 0]] * 3
+
+
 def test_nothing_is_followed_before_it_was_observed_as_often_as_the_warm_up_asks() -> None:
     model, x = nn.Linear(6, 6), torch.randn(4, 6)
     names, found = ("observed", "recorded", "followed"), []

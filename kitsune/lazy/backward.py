@@ -119,7 +119,12 @@ def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: di
     before = {number: (leaf, leaf.grad) for number, leaf in leaves.items()}
     mark = Mark(recorder, key, call, region.scalars)
     region.real = True
-    result = lane.made(run)
+    try:
+        result = lane.made(run)
+    except BaseException:
+        lane.backward_went(region, False)
+        raise
+    lane.backward_went(region, True)
     if recorder.region is not region:
         return result
     edge = None

@@ -225,11 +225,15 @@ class CallLane(Learner):
             return result
         edge = None
         if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.past is None):
-            # Where autograd knew of every call so far, nobody has looked whether this one spoils what a followed one has read.
+            # Does it spoil what a followed call has read? Where autograd knows of every call, its backward is to tell.
             looked = not (writes and region.real)
             edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result), looked)
-            if edge is not None and edge.follows:
-                self.know_by_heart(edge, key, args, kwargs)
+            if edge is not None:
+                matcher = self.know_by_heart(edge, key, args, kwargs)
+                if not looked and not edge.follows:
+                    region.unproven.append((edge, matcher))
+                elif edge.follows and matcher is not None:
+                    self.take_by(matcher, edge)
         if graded and (edge is None or edge.graded):
             # As when it is followed: one that gave back what it was given has made no node.
             region.extend_past(edge)

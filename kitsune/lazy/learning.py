@@ -98,19 +98,31 @@ class Learner:
         known.follows = known.follows or (follows and (edge.node.known or edge.node is start))
         return known
 
-    def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> None:
-        """Make the matcher of an edge that may be followed, which any floats may come with if they were proven to move."""
-        start, func = edge.start, edge.func
-        name = (func, *kwargs)
+    def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> Any:
+        """A new matcher of an edge, which any floats may come with if they were proven to move; None if there is no new one."""
+        name = (edge.func, *kwargs)
         free = edge.moves and name in self.proven
         if edge.free_matcher is free:
-            return
+            return None
         edge.free_matcher = free
-        matcher = matcher_for(edge, key, args, kwargs, self.moves if free else None)
-        if matcher is not None:
-            known = start.matchers.get(func)
-            # Two calls at one place: a GAN's real and false batch. More are left to their keys.
-            start.matchers[func] = matcher if known is None else either(matcher, known)
+        return matcher_for(edge, key, args, kwargs, self.moves if free else None)
+
+    def take_by(self, matcher: Any, edge: Edge) -> None:
+        """From now on a matcher takes the calls of an edge."""
+        known = edge.start.matchers.get(edge.func)
+        # Two calls at one place: a GAN's real and false batch. More are left to their keys.
+        edge.start.matchers[edge.func] = matcher if known is None else either(matcher, known)
+
+    def backward_went(self, region: Any, well: bool) -> None:
+        """Autograd ran a backward: it fails where it needs what was written since, and else such writes may be followed."""
+        for edge, matcher in region.unproven:
+            if not well:
+                edge.follows = False
+                edge.start.matchers.clear()
+            elif not edge.follows and edge.node.known:
+                edge.follows = True
+                if matcher is not None:
+                    self.take_by(matcher, edge)
 
     def _edge(self, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         region, call, flat = self.recorder.region, sight.call, sight.call.flat

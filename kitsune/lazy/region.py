@@ -12,6 +12,9 @@ from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 
+# Writes that wait for a backward; a program that never calls one has no end of them.
+MAX_UNPROVEN = 1024
+
 
 class Region:
     """What was recorded since the last barrier."""
@@ -35,6 +38,7 @@ class Region:
         "scalars",
         "slow",
         "storages",
+        "unproven",
     )
 
     def __init__(self, root: Node, recorder: Any) -> None:
@@ -63,6 +67,8 @@ class Region:
         self.calls: list[Any] = []
         self.past: list[Any] | None = []
         self.real = False
+        # Writes that autograd knew of (edge and matcher): to be followed once a backward has found nothing spoilt by them.
+        self.unproven: list[Any] = []
         # An update that was followed (its edge and what it brought), of which the region's tensors do not know yet.
         self.deferred: Any = None
         # What went wrong when the region was run: its values were never computed.
@@ -145,6 +151,11 @@ class Region:
         else:
             self.past.append(edge)
 
+    def hand_on(self, after: "Region", cause: Barrier) -> None:
+        """What has to outlive the region: writes whose backward is still to come, where somebody reads the loss before it."""
+        if cause is not Barrier.STEP and len(self.unproven) < MAX_UNPROVEN:
+            after.unproven += self.unproven
+
     def release(self) -> None:
         """The region has ended. Its inputs hold it and it holds them: without this only the garbage collector frees a batch."""
         self.plain.clear()
@@ -152,6 +163,7 @@ class Region:
         self.produced.clear()
         self.admitted.clear()
         self.calls.clear()
+        self.unproven.clear()
         self.deferred = None
 
     def is_target(self, device: torch.device) -> bool:
