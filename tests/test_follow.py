@@ -399,7 +399,7 @@ def test_what_is_written_in_place_is_followed_in_the_second_step(read: bool) -> 
             optimizer.step()
             optimizer.zero_grad()
             found.append([kitsune.counters()[name] - before[name] for name in names])
-    # A layer is five calls, the host's count of batches aside, and then there is the sum. A value that is read has its graph made.
+    # A layer is five calls, the host's count of batches aside; then there is the sum. A value that is read has its graph made.
     assert found == [[0, 0, 0]] + [[11, 0, 1] if read else [11, 1, 0]] * 3
 
 
