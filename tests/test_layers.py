@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         *STAGES,
     },
     "gate": set(),
-    "pipeline": {"background", "backends", "config", "engine_options", "fusion", "gate", "ir", "planning", "running", *STAGES},
+    "pipeline": {"background", "backends", "config", "engine_options", "garbage", "gate", "ir", "planning", "running", *STAGES},
     "contexts": {"config", "garbage", "pipeline", "ir", "dispatch", "lazy"},
     "stance": {"accepts", "config", "contexts"},
     "static": {"config", "contexts", "pipeline", "ir", "lazy"},

@@ -122,7 +122,7 @@ class Op:
     @property
     def outputs(self) -> tuple[Value, ...]:
         """Every Value that this op defines."""
-        return self.results + tuple(after for _, after in self.rewritten)
+        return self.results + tuple([after for _, after in self.rewritten]) if self.rewritten else self.results
 
     @property
     def starts_nothing(self) -> bool:
