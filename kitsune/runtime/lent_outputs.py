@@ -16,6 +16,12 @@ _count = torch._C._storage_Use_Count  # type: ignore[attr-defined]
 _use_count = torch._C.TensorBase._use_count  # type: ignore[attr-defined]
 _NO_COUNT = DispatchKeySet(DispatchKey.ADInplaceOrView)
 SERIAL = "_kitsune_serial"
+# A result of so few bytes, such as a loss, is handed out as a copy once it was held at as many replays as this: moving what is
+# held takes 60 us of Python, a copy 3 (`python -m benchmarks.bench_static`).
+FEW_BYTES = 16
+TIMES_HELD = 2
+# Copies in a row that nobody held any more at the next replay, after which the memory itself is lent again.
+IN_VAIN = 16
 
 
 class OutputMemory:
@@ -39,7 +45,31 @@ class OutputMemory:
         self._lend()
         # How many tensors are on the storage that nobody holds: counted when it is first lent; until then the capture has some.
         self.own_count = -1
+        self._may_copy = self._storage.nbytes() <= FEW_BYTES and _are_one([*self._outputs.values()])
+        self._n_held = self._n_in_vain = 0
+        self._copies: list[weakref.ref[torch.Tensor]] = []
         mark_lent(self._storage, self)
+
+    @property
+    def copies(self) -> bool:
+        """Is a copy handed out? Of a small result that is held again and again; a loss and the same detached are one result."""
+        return self._may_copy and self._n_held >= TIMES_HELD
+
+    def copy(self, values: list[Any]) -> None:
+        """Put a copy of the outputs into `values`; it is nobody's to move."""
+        copy, found = None, []
+        for number, tensor in self._outputs.items():
+            values[number] = copy = tensor.clone() if copy is None else _alias(copy)
+            found.append(weakref.ref(copy))
+        self._copies = found
+        self._moved(1)
+
+    def still_copies(self) -> bool:
+        """Was the last copy of use? Asked before the next replay; once it was not for long, `copies` is False again."""
+        self._n_in_vain = 0 if any(copy() is not None for copy in self._copies) else self._n_in_vain + 1
+        if self._n_in_vain >= IN_VAIN:
+            self._n_held = self._n_in_vain = 0
+        return self.copies
 
     def _lend(self) -> None:
         self._lent.update({number: _alias(tensor) for number, tensor in self._outputs.items()})
@@ -60,6 +90,7 @@ class OutputMemory:
             return False
         alive = adopted + held([self._lent[number] for number in self._outputs])
         if alive:
+            self._n_held += 1
             self._move(alive)
             self._lend()
         else:
@@ -92,6 +123,12 @@ class OutputMemory:
 
 def _on(tensor: torch.Tensor, storage: Any, offset: Any, shape: Any, stride: Any) -> torch.Tensor:
     return torch.ops.aten.set_.source_Storage_storage_offset(tensor, storage, offset, shape, stride)
+
+
+def _are_one(tensors: list[torch.Tensor]) -> bool:
+    """Do these tensors of one storage show the same numbers in the same way?"""
+    shown = {(t.dtype, t.shape, t.stride(), torch._C.TensorBase.storage_offset(t)) for t in tensors}
+    return len(shown) == 1 and not any(t.is_conj() or t.is_neg() for t in tensors)
 
 
 def views_of_inputs(graph: Graph) -> tuple[int, ...]:
@@ -137,11 +174,15 @@ class Lent:
         self._keys = [memory.key for memory in self.memories]
         self._counts: list[int] = []
         self._nobody = [_NOBODY] * len(self._tensors)
+        # Those of which copies are handed out.
+        self._copying: list[OutputMemory] = []
 
     def release(self) -> bool:
         """Move what is still held of the replay before. False if somebody holds what cannot be moved."""
         if not self._counts:
             return True
+        if self._copying:
+            self._copying = [memory for memory in self._copying if memory.still_copies()]
         holds, counts = _holds([*self._tensors.values()]), list(map(_count, self._keys))
         if holds == self._nobody and counts == self._counts:
             for memory in self.memories:
@@ -155,6 +196,8 @@ class Lent:
                 memory.attributes.pop(SERIAL, None)
             elif not memory.release():
                 return False
+            elif memory.copies and memory not in self._copying:
+                self._copying.append(memory)
         return True
 
     def hand_out(self, values: list[Any]) -> None:
@@ -165,3 +208,5 @@ class Lent:
                 memory.own_count = count
         for number, tensor in self._tensors.items():
             values[number] = tensor
+        for memory in self._copying:
+            memory.copy(values)
