@@ -47,7 +47,9 @@ class OutputMemory:
         self.own_count = -1
         self._may_copy = self._storage.nbytes() <= FEW_BYTES and _are_one([*self._outputs.values()])
         self._n_held = self._n_in_vain = 0
+        # The copies that were handed out last, and those that will be next.
         self._copies: list[weakref.ref[torch.Tensor]] = []
+        self._next: dict[int, torch.Tensor] = {}
         mark_lent(self._storage, self)
 
     @property
@@ -55,13 +57,19 @@ class OutputMemory:
         """Is a copy handed out? Of a small result that is held again and again; a loss and the same detached are one result."""
         return self._may_copy and self._n_held >= TIMES_HELD
 
+    def prepare(self) -> None:
+        """Take memory for the next copy, since there may be none: after the replay it would be too late to say so."""
+        copy = torch.empty_like(next(iter(self._outputs.values())))
+        self._next = {number: copy if k == 0 else _alias(copy) for k, number in enumerate(self._outputs)}
+
     def copy(self, values: list[Any]) -> None:
         """Put a copy of the outputs into `values`; it is nobody's to move."""
-        copy, found = None, []
-        for number, tensor in self._outputs.items():
-            values[number] = copy = tensor.clone() if copy is None else _alias(copy)
-            found.append(weakref.ref(copy))
-        self._copies = found
+        copies, self._next = self._next, {}
+        number, tensor = next(iter(self._outputs.items()))
+        copies[number].copy_(tensor)
+        self._copies = list(map(weakref.ref, copies.values()))
+        for number, copy in copies.items():
+            values[number] = copy
         self._moved(1)
 
     def still_copies(self) -> bool:
@@ -183,6 +191,8 @@ class Lent:
             return True
         if self._copying:
             self._copying = [memory for memory in self._copying if memory.still_copies()]
+            for memory in self._copying:
+                memory.prepare()
         holds, counts = _holds([*self._tensors.values()]), list(map(_count, self._keys))
         if holds == self._nobody and counts == self._counts:
             for memory in self.memories:
@@ -197,6 +207,7 @@ class Lent:
             elif not memory.release():
                 return False
             elif memory.copies and memory not in self._copying:
+                memory.prepare()
                 self._copying.append(memory)
         return True
 

@@ -77,3 +77,20 @@ def test_what_is_large_or_seen_in_two_ways_is_moved(moves: list[Any], x: torch.T
         kitsune.flush()
     assert len(moves) > 20
     assert [t.sum().item() for t in held] == [f * k for k in range(1, 21) for f in (12.0, 6.0, 3.0)]
+
+
+def test_no_memory_for_a_copy_is_said_before_the_replay(
+    moves: list[Any], x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it, the region would be run a second time."""
+    held = [number(x) for _ in range(12)]
+    empty_like = torch.empty_like
+
+    def fails(like: Any, **options: Any) -> Any:
+        monkeypatch.setattr(torch, "empty_like", empty_like)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "empty_like", fails)
+    held += [number(x) for _ in range(12)]
+    assert torch.empty_like is empty_like
+    assert [t.item() for t in held] == [12.0 * k for k in range(1, 25)]
