@@ -110,7 +110,7 @@ class Guards:
         )
 
     def _same_options(self, roots: Sequence[Any]) -> bool:
-        numbers, constants = self._surroundings.hyperparameters()
+        numbers, constants = self._surroundings.options
         # SGD asks whether its weight decay is zero; other values are only passed on.
         if numbers is not self.numbers:
             if [number != 0 for number in numbers] != self._signs or not alike(constants, self._surroundings.constants):
