@@ -25,9 +25,14 @@ _GLOBAL_HOOKS: list[dict[int, Any]] = [
 _GLOBAL_HOOKS += [optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks]
 
 
+def has_global_hooks() -> bool:
+    """Are there hooks on all modules or all optimizers?"""
+    return any(_GLOBAL_HOOKS)
+
+
 def foreign_hooks() -> bool:
-    """Are there hooks on all modules or all optimizers that are not Kitsune's own?"""
-    return any(_GLOBAL_HOOKS) and any(
+    """Are there any that are not Kitsune's own?"""
+    return has_global_hooks() and any(
         not str(getattr(hook, "__module__", "")).startswith("kitsune.") for hooks in _GLOBAL_HOOKS for hook in hooks.values()
     )
 
