@@ -49,7 +49,7 @@ class OutputMemory:
         self._n_held = self._n_in_vain = 0
         # The copies that were handed out last, and those that will be next.
         self._copies: list[weakref.ref[torch.Tensor]] = []
-        self._next: dict[int, torch.Tensor] = {}
+        self._next: list[tuple[int, torch.Tensor]] = []
         mark_lent(self._storage, self)
 
     @property
@@ -59,17 +59,19 @@ class OutputMemory:
 
     def prepare(self) -> None:
         """Take memory for the next copy, since there may be none: after the replay it would be too late to say so."""
-        copy = torch.empty_like(next(iter(self._outputs.values())))
-        self._next = {number: copy if k == 0 else _alias(copy) for k, number in enumerate(self._outputs)}
+        first, *others = self._outputs
+        copy = torch.empty_like(self._outputs[first])
+        self._next = [(first, copy), *[(number, _alias(copy)) for number in others]]
 
     def copy(self, values: list[Any]) -> None:
         """Put a copy of the outputs into `values`; it is nobody's to move."""
-        copies, self._next = self._next, {}
-        number, tensor = next(iter(self._outputs.items()))
-        copies[number].copy_(tensor)
-        self._copies = list(map(weakref.ref, copies.values()))
-        for number, copy in copies.items():
+        copies, self._next = self._next, []
+        first, copy = copies[0]
+        copy.copy_(self._outputs[first])
+        self._copies = []
+        for number, copy in copies:
             values[number] = copy
+            self._copies.append(weakref.ref(copy))
         self._moved(1)
 
     def still_copies(self) -> bool:
@@ -161,6 +163,8 @@ def _holds(tensors: list[Any]) -> list[tuple[int, int]]:
 _somewhere = {0: torch.empty(0)}
 # Of a tensor that is in a dict and in the list that is asked about, and nowhere else.
 _NOBODY = _holds([*_somewhere.values()])[0]
+# The places in Python of one that is only in a dict.
+_ALONE = next(map(getrefcount, _somewhere.values()))
 
 
 def held(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -177,11 +181,13 @@ class Lent:
             by_storage.setdefault(storage_of(tensor)._cdata, {})[number] = tensor
         self._tensors: dict[int, torch.Tensor] = {}
         self.memories = [OutputMemory(together, self._tensors, moved) for together in by_storage.values()]
+        # What a program may have written on their storages.
+        self._attributes = [memory.attributes for memory in self.memories]
         # Which memory each tensor lies in.
         self._owners = [k for k, together in enumerate(by_storage.values()) for _ in together]
         self._keys = [memory.key for memory in self.memories]
         self._counts: list[int] = []
-        self._nobody = [_NOBODY] * len(self._tensors)
+        self._nobody = [_ALONE] * len(self._tensors), [_NOBODY[1]] * len(self._tensors)
         # Those of which copies are handed out.
         self._copying: list[OutputMemory] = []
 
@@ -193,12 +199,13 @@ class Lent:
             self._copying = [memory for memory in self._copying if memory.still_copies()]
             for memory in self._copying:
                 memory.prepare()
-        holds, counts = _holds([*self._tensors.values()]), list(map(_count, self._keys))
-        if holds == self._nobody and counts == self._counts:
-            for memory in self.memories:
-                memory.attributes.pop(SERIAL, None)
+        tensors, counts = self._tensors.values(), list(map(_count, self._keys))
+        if (list(map(getrefcount, tensors)), list(map(_use_count, tensors))) == self._nobody and counts == self._counts:
+            for attributes in self._attributes:
+                attributes.pop(SERIAL, None)
             return True
         # Mostly one of hundreds: the loss of the step before.
+        holds = _holds([*tensors])
         held = {self._owners[k] for k, known in enumerate(holds) if known != _NOBODY}
         held |= {k for k, (count, own) in enumerate(zip(counts, self._counts, strict=True)) if count != own}
         for k, memory in enumerate(self.memories):

@@ -82,7 +82,8 @@ def _part(a: Any, tensors: list[Any], others: list[Any]) -> Any:
     cls = type(a)
     if isinstance(a, torch.Tensor):
         tensors.append(a)
-        return cls
+        # One that is computed is what it holds.
+        return torch.Tensor if cls is LazyTensor else cls
     if cls in _CONSTANTS:
         return cls, a
     if cls is float:

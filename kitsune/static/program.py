@@ -110,7 +110,8 @@ class Program:
                     standing[k] = None
                 pipeline.run(graph, values, list(numbers[k]))
             # Of what is not kept, a second replay of the same graph moves nothing out of its way.
-            skipped.results.append({number: values[number] for number in self._kept[k]})
+            last = k == len(self._steps) - 1
+            skipped.results.append(values if last else {number: values[number] for number in self._kept[k]})
         self.n_skipped += 1
         return skipped.end(pipeline.recorder)
 
@@ -145,12 +146,16 @@ class Program:
             for leaf in given
             if isinstance(leaf.leaf, Outside) and isinstance(leaf.now, Made) and self.uses[leaf.now] == 1 and not leaf.version
         ]
-        values = [{v.id: v.type for v in run.graph.outputs} for run in record.runs]
         seen: dict[Wrapped, Returned] = {}
 
         def returned(tree: Any) -> Any:
-            made = isinstance(tree.origin, Made)
-            return seen.setdefault(tree, Returned(tree, values[tree.origin.run][tree.origin.number] if made else None))
+            if not isinstance(tree.origin, Made):
+                return seen.setdefault(tree, Returned(tree, None, False))
+            graph = record.runs[tree.origin.run].graph
+            value = next(v for v in graph.outputs if v.id == tree.origin.number)
+            came = any(v.storage == value.storage for v in graph.inputs)
+            is_new = not (came or tree.version or tree.graded is not None or self.uses[tree.origin] > 1)
+            return seen.setdefault(tree, Returned(tree, value.type, is_new))
 
         self.returned = mapped(record.returned, Wrapped, returned)
         usual = {id(tensor) for tensor, _, _ in self.plain}
@@ -169,7 +174,8 @@ class _Call:
         self._program, self._tensors = program, call.tensors
         self._reals = call.reals
         self._gradients = {g: self._leaf(g.leaf).grad for g in program.gradients} if program.gradients else {}
-        self.results: list[dict[int, Any]] = []
+        # The values of each region, by number.
+        self.results: list[Any] = []
 
     def end(self, recorder: Any) -> Any:
         """What Python would do with the results; returns what the call returns."""
@@ -181,6 +187,9 @@ class _Call:
             with torch.no_grad():
                 for counter in program.record.counters:
                     counter.target(counter.tensor.tensor, *counter.args, **dict(counter.kwargs))
+
+        if type(program.returned) is Returned:
+            return self._wrapped(program.returned, recorder)
 
         def built(leaf: Any) -> Any:
             if isinstance(leaf, Returned):
@@ -224,8 +233,11 @@ class _Call:
         return origin.tensor if type(origin) is Outside else self._tensors[origin.index]
 
     def _wrapped(self, returned: "Returned", recorder: Any) -> torch.Tensor:
-        tree = returned.wrapped
-        wrapper: LazyTensor = recorder.settled(self.tensor(tree.origin), returned.type)
+        tree, real = returned.wrapped, self.tensor(returned.wrapped.origin)
+        if returned.is_new and lent_memory(real) is None and not torch.is_inference_mode_enabled():
+            # Nobody else knows of it, and nobody will write it.
+            return real
+        wrapper: LazyTensor = recorder.settled(real, returned.type)
         if tree.version:
             torch._C._autograd._unsafe_set_version_counter((wrapper,), (tree.version,))  # type: ignore[attr-defined]
         if tree.graded is not None:
@@ -235,10 +247,12 @@ class _Call:
 
 @dataclass(slots=True, eq=False)
 class Returned:
-    """A wrapper among what is returned; one object for each, however often it is. Its type, where that is known."""
+    """A wrapper among what is returned; one object for each, however often it is. Its type, where that is known; and whether it
+    is a new tensor that is returned once, nothing else, and as its region left it."""
 
     wrapped: Wrapped
     type: TensorType | None
+    is_new: bool
 
 
 def _tensors(origins: list[Any]) -> tuple[bool, list[Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from kitsune.ir import storage_of
 from kitsune.pipeline import Pipeline, tally
 from kitsune.static.asked import Asked, Knower
-from kitsune.static.moment import is_plain, moment
+from kitsune.static.moment import Moment
 from kitsune.static.program import Program
 
 # What `call` returns where something is not the same.
@@ -19,21 +19,21 @@ MISSED = object()
 class Shortcut:
     """Of one program, for calls whose arguments are all tensors."""
 
-    def __init__(self, program: Program, call: Asked, check: Any, roots: list[Any], now: tuple[Any, ...], pipeline: Pipeline):
+    def __init__(self, program: Program, call: Asked, check: Any, roots: list[Any], now: Moment, pipeline: Pipeline):
         self.program = program
         self._key, self._check, self._n = call.key, check, len(call.tensors)
         self._roots, self._pipeline = roots, pipeline
-        self._kind, self._moment = pipeline.device.type, now
+        self._moment = now
         self._regions = program.standing(pipeline)
         self._n_waits = 0
 
-    def stands(self, now: tuple[Any, ...], check: Any) -> bool:
+    def stands(self, check: Any) -> bool:
         """Does it still say how calls are made?"""
-        return self._moment == now and self._check == check
+        return self._check == check and self._moment.is_now()
 
     def call(self, args: tuple[Any, ...]) -> Any:
         """Make a call with these arguments, or return MISSED."""
-        if moment(self._kind) != self._moment or len(args) != self._n or not self._check(*args):
+        if not self._moment.is_now() or len(args) != self._n or not self._check(*args):
             return MISSED
         storages = [storage_of(t)._cdata for t in args]
         if len(set(storages)) != len(storages):
@@ -60,13 +60,13 @@ def shortcut_to(
     program: Program, call: Asked, knower: Knower, roots: list[Any], args: Any, kwargs: Any, pipeline: Pipeline
 ) -> Shortcut | None:
     """Of a program that has just been run for this call, where all of that is of the simple kind."""
-    now = moment(pipeline.device.type)
-    if kwargs or call.others or len(call.tensors) != len(args) or not is_plain(now):
+    if kwargs or call.others or len(call.tensors) != len(args):
         return None
     check = knower.check_of(call)
     if check is None:
         return None
     known: Shortcut | None = program.shortcut
-    if known is None or not known.stands(now, check):
-        program.shortcut = known = Shortcut(program, call, check, roots, now, pipeline)
+    if known is None or not known.stands(check):
+        now = Moment(pipeline.device.type)
+        program.shortcut = known = Shortcut(program, call, check, roots, now, pipeline) if now.is_plain else None
     return known
