@@ -14,6 +14,7 @@ from kitsune.runtime.capturable import distinct, reader_of, used_inputs
 from kitsune.runtime.cuda_graph import GraphRecorder, Recorded
 from kitsune.runtime.lent_outputs import Lent
 from kitsune.runtime.places import Places
+from kitsune.runtime.raw_copy import is_solid, raw_copy
 from kitsune.runtime.slots import SlotTable, WatchedNumbers
 from kitsune.runtime.tail import Tail
 
@@ -95,9 +96,10 @@ class Captured:
         self._addresses = [data_ptr(values[n]) for n in self._fixed]
         self._copied = tuple(n for n in used if n in moving)
         self._statics = {n: _like(values[n]) for n in self._copied}
-        # Each element once, so that a copy writes none twice; and whether that is all of the tensor.
-        targets = [distinct(self._statics[n]) for n in self._copied]
-        self._copies = [(n, t, t is self._statics[n]) for n, t in zip(self._copied, targets, strict=True)]
+        # Each element once, so that a copy writes none twice. With address and bytes, where these are all there is to copy.
+        targets = [(n, distinct(self._statics[n])) for n in self._copied]
+        self._copies = [(n, t, data_ptr(t), _n_bytes(t) if t is self._statics[n] and is_solid(t) else 0) for n, t in targets]
+        self._raw_copy = raw_copy(table.memory.device)
         self.n_replays = 0
         self.has_tail = work.tail is not None
         # The numbers that were found to be those that are baked in.
@@ -139,7 +141,7 @@ class Captured:
     @property
     def nbytes(self) -> int:
         """Memory that it keeps."""
-        return self._recorded.nbytes + sum(t.numel() * t.itemsize for _, t, _ in self._copies)
+        return self._recorded.nbytes + sum(_n_bytes(t) for _, t, *_ in self._copies)
 
     def replay(self, values: list[Any], scalars: Sequence[float]) -> None:
         """Run the region: `values` has the inputs by number and receives the outputs. Raises Miss where it does not fit."""
@@ -154,8 +156,9 @@ class Captured:
         if not self._lent.release():
             raise OutputsHeld("somebody holds a view of a result of the replay before")
         self.table.set(scalars)
-        for n, target, is_whole in self._copies:
-            target.copy_(values[n] if is_whole else distinct(values[n]), non_blocking=True)
+        for n, target, address, nbytes in self._copies:
+            if not (nbytes and self._raw_copy(address, data_ptr(values[n]), nbytes)):
+                target.copy_(distinct(values[n]), non_blocking=True)
         # Before the launch: what fails from there on could not be run again.
         for value in self._aliases:
             self._alias(value, values, scalars)
@@ -231,6 +234,10 @@ class Captured:
         op = reader_of(self.graph, slot)
         where = f"{op.target} at {op.site}" if op is not None else "An operator"
         return f"{where} takes a number that changes from run to run, and is no kernel that could read it from memory."
+
+
+def _n_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

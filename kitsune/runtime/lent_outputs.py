@@ -9,9 +9,11 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 
 from kitsune.ir import Graph, lent_memory, mark_lent, storage_of
+from kitsune.runtime.raw_copy import is_solid, raw_copy
 
 # A tensor with a version counter of its own over the same memory; it does not go through the dispatcher.
 _alias = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
+_data_ptr = torch._C.TensorBase.data_ptr
 _count = torch._C._storage_Use_Count  # type: ignore[attr-defined]
 _use_count = torch._C.TensorBase._use_count  # type: ignore[attr-defined]
 _NO_COUNT = DispatchKeySet(DispatchKey.ADInplaceOrView)
@@ -46,6 +48,7 @@ class OutputMemory:
         # How many tensors are on the storage that nobody holds: counted when it is first lent; until then the capture has some.
         self.own_count = -1
         self._may_copy = self._storage.nbytes() <= FEW_BYTES and _are_one([*self._outputs.values()])
+        self._raw_copy, self._address = raw_copy(self._storage.device), _data_ptr(next(iter(self._outputs.values())))
         self._n_held = self._n_in_vain = 0
         # The copies that were handed out last, and those that will be next.
         self._copies: list[weakref.ref[torch.Tensor]] = []
@@ -67,7 +70,8 @@ class OutputMemory:
         """Put a copy of the outputs into `values`; it is nobody's to move."""
         copies, self._next = self._next, []
         first, copy = copies[0]
-        copy.copy_(self._outputs[first])
+        if not self._raw_copy(_data_ptr(copy), self._address, self._storage.nbytes()):
+            copy.copy_(self._outputs[first])
         self._copies = []
         for number, copy in copies:
             values[number] = copy
@@ -136,9 +140,10 @@ def _on(tensor: torch.Tensor, storage: Any, offset: Any, shape: Any, stride: Any
 
 
 def _are_one(tensors: list[torch.Tensor]) -> bool:
-    """Do these tensors of one storage show the same numbers in the same way?"""
+    """Do these tensors of one storage show all of it, in the same way?"""
     shown = {(t.dtype, t.shape, t.stride(), torch._C.TensorBase.storage_offset(t)) for t in tensors}
-    return len(shown) == 1 and not any(t.is_conj() or t.is_neg() for t in tensors)
+    whole = is_solid(tensors[0]) and tensors[0].numel() * tensors[0].itemsize == storage_of(tensors[0]).nbytes()
+    return whole and len(shown) == 1 and not any(t.is_conj() or t.is_neg() for t in tensors)
 
 
 def views_of_inputs(graph: Graph) -> tuple[int, ...]:
