@@ -12,6 +12,7 @@ from kitsune.ir import storage_of, type_of
 from kitsune.lazy import LazyTensor, is_strided
 from kitsune.static.moment import Unknowable, modes
 
+asks_for_gradient: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
 # Kinds of tensors that are remembered for each form of a call.
 MOST = 16
 _PLAIN = (torch.Tensor, Parameter)
@@ -63,12 +64,14 @@ class Knower:
 
     def _types(self, form: Any, tensors: list[Any], lazy: bool, shared: Any) -> Any:
         seen = self._seen.setdefault(form, [])
-        if not lazy and shared is None:
+        # A check takes a leaf that asks for a gradient for a tensor with a graph, and sees neither without grad mode.
+        simple = not lazy and shared is None and not any(map(asks_for_gradient, tensors))
+        if simple:
             for guard, types in seen:
                 if guard.check(*tensors):
                     return types
         types = tuple(map(_of_tensor, tensors)), shared
-        if not lazy and shared is None:
+        if simple:
             sizes: Any = [list(t.shape) for t in tensors]
             strides: Any = [list(t.stride()) for t in tensors]
             seen.append((TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides), types))

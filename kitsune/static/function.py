@@ -12,7 +12,7 @@ from kitsune.static.asked import Asked, Knower
 from kitsune.static.moment import Unknowable, may_skip, where
 from kitsune.static.program import Numbers, Program
 from kitsune.static.record import Record, difference
-from kitsune.static.shortcut import MISSED, Shortcut, shortcut_to
+from kitsune.static.shortcut import MISSED, find_shortcut
 from kitsune.static.surroundings import Surroundings
 from kitsune.static.watch import Watch
 
@@ -48,8 +48,8 @@ class _State:
         self.kinds: OrderedDict[Any, _Kind] = OrderedDict()
         self.knower = Knower(pipeline.device)
         self.n_in_vain = 0
-        # What was called last, if that went without Python.
-        self.latest: Shortcut | None = None
+        # What was run last without Python, if there is a shortcut to it.
+        self.latest: Program | None = None
 
     def kind(self, key: Any) -> _Kind:
         found = self.kinds.pop(key, None) or _Kind()
@@ -82,10 +82,10 @@ class StaticFunction:
         """Call the function."""
         state: _State | None = getattr(self._here, "state", None)
         latest = None if state is None or kwargs or state.n_forgotten != state.pipeline.n_forgotten else state.latest
-        if state is not None and latest is not None and not self._is_audit(latest.program):
+        if state is not None and latest is not None and not self._is_audit(latest):
             # Only a call that ends well is followed by one like it.
             state.latest = None
-            returned = latest.call(args)
+            returned = latest.shortcut.call(latest, args)
             if returned is not MISSED:
                 state.latest = latest
                 return returned
@@ -124,7 +124,8 @@ class StaticFunction:
         if not self._is_audit(program):
             tally.static_skipped += 1
             returned = program.run(call, numbers, state.pipeline)
-            state.latest = shortcut_to(program, call, state.knower, [self._function], args, kwargs, state.pipeline)
+            if find_shortcut(program, call, state.knower, [self._function], args, kwargs, state.pipeline):
+                state.latest = program
             return returned
         tally.static_audits += 1
         kind.last = program.record

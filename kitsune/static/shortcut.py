@@ -6,9 +6,11 @@ way, which finds out what it means. A step of an MLP of six parameters took 110 
 
 from typing import Any
 
+import torch
+
 from kitsune.ir import storage_of
 from kitsune.pipeline import Pipeline, tally
-from kitsune.static.asked import Asked, Knower
+from kitsune.static.asked import Asked, Knower, asks_for_gradient
 from kitsune.static.moment import Moment
 from kitsune.static.program import Program
 
@@ -17,11 +19,13 @@ MISSED = object()
 
 
 class Shortcut:
-    """Of one program, for calls whose arguments are all tensors."""
+    """To one program, for calls whose arguments are all tensors. The program holds it, and not the other way round: its tensors
+    are to die with its model."""
 
-    def __init__(self, program: Program, call: Asked, check: Any, roots: list[Any], now: Moment, pipeline: Pipeline):
-        self.program = program
+    def __init__(self, program: Program, call: Asked, check: Any, roots: list[Any], now: Moment, pipeline: Pipeline) -> None:
         self._key, self._check, self._n = call.key, check, len(call.tensors)
+        # Where no gradients are recorded, the check is blind for who asks for one.
+        self._asking = None if torch.is_grad_enabled() else [False] * self._n
         self._roots, self._pipeline = roots, pipeline
         self._moment = now
         self._regions = program.standing(pipeline)
@@ -31,14 +35,15 @@ class Shortcut:
         """Does it still say how calls are made?"""
         return self._check == check and self._moment.is_now()
 
-    def call(self, args: tuple[Any, ...]) -> Any:
+    def call(self, program: Program, args: tuple[Any, ...]) -> Any:
         """Make a call with these arguments, or return MISSED."""
         if not self._moment.is_now() or len(args) != self._n or not self._check(*args):
+            return MISSED
+        if self._asking is not None and list(map(asks_for_gradient, args)) != self._asking:
             return MISSED
         storages = [storage_of(t)._cdata for t in args]
         if len(set(storages)) != len(storages):
             return MISSED
-        program = self.program
         asked = Asked(self._key, args, args, storages, [])
         if not program.guards.hold(self._roots, asked):
             return MISSED
@@ -56,17 +61,17 @@ class Shortcut:
         return program.run(asked, numbers, self._pipeline, self._regions)
 
 
-def shortcut_to(
+def find_shortcut(
     program: Program, call: Asked, knower: Knower, roots: list[Any], args: Any, kwargs: Any, pipeline: Pipeline
-) -> Shortcut | None:
-    """Of a program that has just been run for this call, where all of that is of the simple kind."""
+) -> bool:
+    """Is there one to a program that has just been run for this call? Then it is in `program.shortcut`."""
     if kwargs or call.others or len(call.tensors) != len(args):
-        return None
+        return False
     check = knower.check_of(call)
     if check is None:
-        return None
+        return False
     known: Shortcut | None = program.shortcut
     if known is None or not known.stands(check):
         now = Moment(pipeline.device.type)
-        program.shortcut = known = Shortcut(program, call, check, roots, now, pipeline) if now.is_plain else None
-    return known
+        program.shortcut = Shortcut(program, call, check, roots, now, pipeline) if now.is_plain else None
+    return program.shortcut is not None

@@ -255,6 +255,35 @@ def test_another_kind_of_batch_is_noticed(other: Callable[[Tensor], Tensor]) -> 
     compare(drive, at_most=2 * WARM)
 
 
+def test_a_batch_with_a_graph_is_no_leaf() -> None:
+    """Its gradient goes on to where it came from."""
+    scale = torch.ones(1, requires_grad=True)
+
+    def drive(t: Training) -> None:
+        scale.grad = None
+        for i in range(40):
+            x = t.xs[i].clone().requires_grad_()
+            t.kept.append(t.step(x * scale if i % 10 == 9 else x, t.ys[i]))
+        assert scale.grad is not None
+        t.kept.append(scale.grad.clone())
+
+    compare(drive, at_most=WARM + 4)
+
+
+def test_who_asks_for_a_gradient_is_noticed_without_grad_mode() -> None:
+    def body(t: Training, x: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            loss = Training.plain(t, x, y)
+        return loss if x.grad is None else x.grad.sum()
+
+    def drive(t: Training) -> None:
+        with torch.no_grad():
+            for i in range(40):
+                t.kept.append(t.step(t.xs[i].clone().requires_grad_(i % 10 == 9), t.ys[i]))
+
+    compare(drive, at_most=3 * WARM, body=body)
+
+
 def test_a_batch_in_another_dtype_is_noticed() -> None:
     def body(t: Training, x: Tensor, y: Tensor) -> Tensor:
         return Training.plain(t, x.float(), y)
