@@ -46,7 +46,9 @@ def tile_of(kernel: Kernel) -> Tile | None:
         height = _fitting(rows, SHORT // width, 1)
     elif is_looped(kernel):
         most, width, warps = _looped_outer(kernel)
-        height, width = _fitting(rows, most, 16), min(_power(columns), width)
+        height = _fitting(rows, most, 16)
+        # With fewer neighbours a turn takes more of each row: less turns, and shorter sums in every place of the tile.
+        width = min(_power(columns), width * most // height)
         return Tile(height, width, min(warps, _warps(height, width)))
     else:
         width = min(_power(columns), PERSISTENT_OUTER)

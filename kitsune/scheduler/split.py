@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from kitsune.ir import Graph, Kind, Op, Reduction, Value, named, reduction_of
-from kitsune.scheduler.build import Builder
+from kitsune.scheduler.build import Builder, Made
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
-# Numbers of parts up to this factor from the one wanted are taken, for the parts must be equal.
-NEAR = 4
+_MOMENTS = (aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction)
+# The parts must be equal: up to this factor more or fewer of them than wanted are taken.
+MORE, FEWER = 4, 16
 
 # The number of parts wanted for a reduction of `rows` rows of so many columns; the last: do neighbours belong to one row?
 Parts = Callable[[int, int, bool], int]
@@ -80,7 +82,7 @@ def _whole_cut(whole: set[int], reduction: Reduction) -> Cut | None:
 
 def _divisor(n: int, wanted: int) -> int:
     """The divisor of n that is nearest to `wanted`, if one is near."""
-    near = [d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k) if wanted / NEAR <= d <= wanted * NEAR]
+    near = [d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k) if wanted / FEWER <= d <= wanted * MORE]
     return min(near, key=lambda d: (abs(math.log(d / wanted)), d), default=1)
 
 
@@ -118,21 +120,44 @@ def _seen(b: Builder, op: Op, partial: Value, left: list[int], shape: list[int])
 
 
 def _is_moments(op: Op) -> bool:
-    return op.target is aten.var_mean.correction and named(op)["correction"] == 0 and op.results[0].type.dtype not in HALF
+    """A variance or a deviation, with the mean or alone, of rows that are longer than its correction."""
+    if op.target not in _MOMENTS:
+        return False
+    reduction = reduction_of(op)
+    return reduction is not None and math.prod(reduction.shape[d] for d in reduction.dims) > _correction(op)
+
+
+def _correction(op: Op) -> float:
+    given = named(op).get("correction")
+    return 1 if given is None else given
 
 
 def _moments(b: Builder, op: Op, reduction: Reduction, cut: Cut) -> None:
     """Variance and mean: of parts, and then the mean of means, and the mean of variances with the variance of means."""
-    variance, mean = op.results
+    spread, mean = op.results[0], op.results[1] if len(op.results) > 1 else None
+    half = spread.type.dtype in HALF
+    dtype, sizes = torch.float32 if half else spread.type.dtype, tuple(spread.type.shape)
     x, inner, left, shape = _first_stage(b, op, reduction, cut)
-    dtype, keep = variance.type.dtype, len(variance.type.shape) == len(shape)
+    made, keep = (dtype, sizes), len(sizes) == len(shape)
     keys = {"correction": 0, "keepdim": False}
-    parts = b.calls(op, op.target, Kind.REDUCTION, (x, inner), [(dtype, left)] * 2, **keys)
+    parts = b.calls(op, aten.var_mean.correction, Kind.REDUCTION, (x, inner), [(dtype, left)] * 2, **keys)
     within, means = (_seen(b, op, part, left, shape) for part in parts)
-    made, keys = (dtype, tuple(variance.type.shape)), {"correction": 0, "keepdim": keep}
-    between, _ = b.calls(op, op.target, Kind.REDUCTION, (means, reduction.dims), (made, mean), **keys)
-    inside = b.call(op, aten.mean.dim, Kind.REDUCTION, (within, reduction.dims, keep), made, dtype=dtype)
-    b.call(op, aten.add.Tensor, Kind.POINTWISE, (inside, between), variance)
+    keys = {"correction": 0, "keepdim": keep}
+    results: tuple[Made, Made] = (made, made if half or mean is None else mean)
+    between, whole = b.calls(op, aten.var_mean.correction, Kind.REDUCTION, (means, reduction.dims), results, **keys)
+    if mean is not None and half:
+        b.call(op, aten._to_copy.default, Kind.POINTWISE, (whole,), mean, dtype=mean.type.dtype)
+    now = b.call(op, aten.mean.dim, Kind.REDUCTION, (within, reduction.dims, keep), made, dtype=dtype)
+    steps: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any]]] = [(aten.add.Tensor, (between,), {})]
+    if correction := _correction(op):
+        n = math.prod(reduction.shape[d] for d in reduction.dims)
+        steps.append((aten.mul.Tensor, (n / (n - correction),), {}))
+    if op.target._opname.startswith("std"):
+        steps.append((aten.sqrt.default, (), {}))
+    if half:
+        steps.append((aten._to_copy.default, (), {"dtype": spread.type.dtype}))
+    for k, (target, operands, keys) in enumerate(steps):
+        now = b.call(op, target, Kind.POINTWISE, (now, *operands), spread if k == len(steps) - 1 else made, **keys)
 
 
 def _seen_cut(b: Builder, op: Op, x: Value, cut: Cut, inner: tuple[int, ...]) -> tuple[Value, tuple[int, ...]]:

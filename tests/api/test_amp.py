@@ -31,8 +31,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 class ByHand:
     """The loop that a user of torch.amp writes: forward under autocast, loss in float32, GradScaler around the step."""
 
-    def __init__(self, dtype: torch.dtype, config: AMPConfig, clip: bool = False, device: str = "cpu") -> None:
-        self.dtype, self.clip, self.device = dtype, clip, device
+    def __init__(
+        self, dtype: torch.dtype, config: AMPConfig, clip: bool = False, device: str = "cpu", unscale: bool = False
+    ) -> None:
+        self.dtype, self.clip, self.device, self.unscale = dtype, clip, device, unscale or clip
         self.scaler = GradScaler(
             device,
             init_scale=config.init_scale,
@@ -50,8 +52,9 @@ class ByHand:
             out = model(x)
         loss = F.cross_entropy(out.float(), y)
         self.scaler.scale(loss).backward()
-        if self.clip:
+        if self.unscale:
             self.scaler.unscale_(optimizer)
+        if self.clip:
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -78,7 +81,9 @@ def unmodified(clip: bool, scales: list[float], device: str = "cpu") -> Any:
 @pytest.mark.parametrize("config", [HALF, HOT], ids=["cool", "hot"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_float16_is_autocast_and_grad_scaler(name: str, config: AMPConfig, clip: bool, device: str) -> None:
-    by_hand, scales = ByHand(torch.float16, config, clip, device), []
+    # On CUDA, torch's fused SGD rounds otherwise where its kernel divides by the scale: gradients are divided after the backward.
+    unscale = name == "fused sgd" and device == "cuda"
+    by_hand, scales = ByHand(torch.float16, config, clip, device, unscale), []
     model = small_model().to(device)
     expected = train(model, OPTIMIZERS[name](model.parameters()), 24, by_hand)
     model = small_model().to(device)

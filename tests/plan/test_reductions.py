@@ -92,6 +92,19 @@ def test_statistics_of_channels_are_made_in_parts():
     assert kernels(plan)[0].domain == (512, 1024)
 
 
+@pytest.mark.filterwarnings("ignore:var.*degrees of freedom is <= 0")
+def test_a_deviation_of_long_rows_is_made_in_parts_too():
+    x = torch.zeros(4096, 64, dtype=HALF)
+    (first, second) = kernels(strict(lambda: torch.std(x, 0)))
+    assert first.n_columns < 4096 and second.n_columns == 4096 // first.n_columns
+    assert second.name == "var_mean_mean_add_mul_sqrt_to_copy"
+    assert launched(strict(lambda: torch.var(x, 0, correction=4096))) == ["var"], "rows as long as the correction have none"
+
+
+def test_parts_may_be_far_fewer_than_wanted_where_the_rows_have_few_divisors():
+    assert kernels(strict(lambda: torch.zeros(37 * 8191, 64).sum(0)))[0].domain == (37, 64, 8191)
+
+
 def norm_backward(rows: int, dtype: torch.dtype):
     grad, x = torch.zeros(rows, 64, dtype=HALF), torch.zeros(rows, 64)
     mean, rstd, w = torch.zeros(rows, 1), torch.ones(rows, 1), torch.ones(64)
