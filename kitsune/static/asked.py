@@ -64,7 +64,7 @@ class Knower:
 
     def _types(self, form: Any, tensors: list[Any], lazy: bool, shared: Any) -> Any:
         seen = self._seen.setdefault(form, [])
-        # A check takes a leaf that asks for a gradient for a tensor with a graph, and sees neither without grad mode.
+        # A check takes a tensor with a graph for a leaf that asks for a gradient.
         simple = not lazy and shared is None and not any(map(asks_for_gradient, tensors))
         if simple:
             for guard, types in seen:

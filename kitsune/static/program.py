@@ -19,6 +19,7 @@ from kitsune.static.surroundings import alike
 Numbers = list[tuple[float, ...]]
 # What is returned as the very tensor that it is.
 _FOUND = (Argument, Outside, Gradient)
+_DETACHES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 # A tensor over the same memory that autograd knows nothing of.
 _alias = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 
@@ -105,7 +106,10 @@ class Program:
             for number, origin in moving:
                 values[number] = skipped.tensor(origin)
             region = standing[k] if standing else None
-            if region is None or not pipeline.again(region, values, numbers[k]):
+            if self._twins[k]:
+                for number, source in self._twins[k]:
+                    values[number] = _twin(values[source])
+            elif region is None or not pipeline.again(region, values, numbers[k]):
                 if standing:
                     standing[k] = None
                 pipeline.run(graph, values, list(numbers[k]))
@@ -133,6 +137,7 @@ class Program:
                 else:
                     moving.append((number, origin))
             self._steps.append((run.graph, template, moving))
+        self._twins = [_twins(run.graph) for run in record.runs]
         counted = {id(counter.tensor.tensor) for counter in record.counters}
         bumps = [(o, n) for o, n in record.bumps if not (isinstance(o, Outside) and id(o.tensor) in counted)]
         self.bumped = _tensors([origin for origin, n in bumps for _ in range(n)])
@@ -259,6 +264,13 @@ def _tensors(origins: list[Any]) -> tuple[bool, list[Any]]:
     """Are they all from outside? Then their tensors, else they as they are."""
     outside = all(isinstance(origin, Outside) for origin in origins)
     return outside, [origin.tensor for origin in origins] if outside else origins
+
+
+def _twins(graph: Graph) -> list[tuple[int, int]]:
+    """Of a region that only detaches, such as a loss after the step has ended its region: what becomes a twin of what."""
+    if any(op.target not in _DETACHES for op in graph.ops):
+        return []
+    return [(op.outputs[0].id, op.inputs[0].id) for op in graph.ops]
 
 
 def _twin(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ class Shortcut:
 
     def __init__(self, program: Program, call: Asked, check: Any, roots: list[Any], now: Moment, pipeline: Pipeline) -> None:
         self._key, self._check, self._n = call.key, check, len(call.tensors)
-        # Where no gradients are recorded, the check is blind for who asks for one.
+        # Where no gradients are recorded, the check of some versions of torch does not see who asks for one.
         self._asking = None if torch.is_grad_enabled() else [False] * self._n
         self._roots, self._pipeline = roots, pipeline
         self._moment = now

@@ -174,6 +174,14 @@ def a_parameter_more(t: Training) -> None:
     t.optimizer.add_param_group({"params": [t.model[0].more]})
 
 
+def hollow() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Sequential(), nn.Linear(8, 3))
+
+
+def a_first_module(t: Training) -> None:
+    t.model[1].append(nn.Tanh())
+
+
 def state_of_one(t: Training) -> None:
     held = t.optimizer.state[t.model[0].weight]
     held["exp_avg"] = held["exp_avg"].clone() * 0.5
@@ -206,6 +214,7 @@ MEDDLING: list[tuple[Callable[[Training], None], dict[str, Any]]] = [
     (a_beta_inside_the_list, {"optimizer": betas_in_a_list}),
     (other_weight_decay, {"optimizer": adamw}),
     (a_parameter_more, {"optimizer": sgd}),
+    (a_first_module, {"model": hollow}),
     (state_of_one, {"optimizer": adamw}),
     (memory_of_state, {"optimizer": adamw}),
     (other_statistics, {"model": normed}),
