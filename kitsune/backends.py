@@ -25,13 +25,15 @@ class Backend:
 
     `prepare_in_graph` does so for a capture, given what it made for ordinary runs and the table with the moving numbers.
     `warm` asks for the programs that what was made will need, and returns futures that are done once they are there, or known
-    not to come: without it, or without workers, a program is compiled at its first start.
+    not to come: without it, or without workers, a program is compiled at its first start. `expect` hears that a region is being
+    planned for the first time, so that there will be programs to compile.
     """
 
     arch: str
     prepare_launch: Callable[[Launch], Any]
     prepare_in_graph: Callable[[Launch, Any, SlotTable], Any] | None = None
     warm: Callable[[Launch, Any], list[Future[Any]]] | None = None
+    expect: Callable[[], None] | None = None
 
 
 def backend_of(device: torch.device) -> Backend | str:
@@ -51,23 +53,22 @@ def backend_of(device: torch.device) -> Backend | str:
 def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device) -> Backend:
     """Kernels of a compiler on a device."""
 
-    def for_graph(launch: Launch) -> PreparedLaunch:
-        return PreparedLaunch(launch, program_of(launch, slots_in_memory=True), compiler, device, slots_in_memory=True)
+    def prepare(launch: Launch) -> PreparedLaunch:
+        # Also for runs that no graph replays: one program to compile, not two. Numbers are copied there when they change.
+        in_memory = config.graphs and any(map(reads_slots, launch.ops))
+        return PreparedLaunch(launch, program_of(launch, in_memory), compiler, device, slots_in_memory=in_memory)
 
     def in_graph(launch: Launch, usable: PreparedLaunch, table: SlotTable) -> PreparedLaunch:
         if not _differs_in_graph(launch):
             return usable
-        made = (usable.in_graph or for_graph(launch)).captured_with(table.address)
+        made = usable.captured_with(table.address)
         made.load(like=usable)
         return made
 
     def warm(launch: Launch, usable: PreparedLaunch) -> list[Future[Any]]:
-        if config.graphs and _differs_in_graph(launch):
-            usable.in_graph = for_graph(launch)
-        made = [usable] if usable.in_graph is None else [usable, usable.in_graph]
-        return [compiler.ask(one.program, device, *one.likely) for one in made if one.likely is not None]
+        return [] if usable.likely is None else [compiler.ask(usable.program, device, *usable.likely)]
 
-    return Backend(arch, lambda launch: PreparedLaunch(launch, program_of(launch), compiler, device), in_graph, warm)
+    return Backend(arch, prepare, in_graph, warm, compiler.expect)
 
 
 def _differs_in_graph(launch: Launch) -> bool:

@@ -60,9 +60,11 @@ class Options:
     graph_memory: int | None = knob(
         None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
     )
-    cache_dir: str | None = knob(None, "KITSUNE_CACHE_DIR", folder, "kernels are kept here; None: in XDG_CACHE_HOME or ~/.cache")
+    cache_dir: str | None = knob(
+        None, "KITSUNE_CACHE_DIR", folder, "kernels and plans are kept here; None: in XDG_CACHE_HOME or ~/.cache"
+    )
     compile_workers: int | None = knob(
-        None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 4, by cores"
+        None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 8, by cores"
     )
     debug: int = knob(
         0,

@@ -3,7 +3,6 @@
 import warnings
 import weakref
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,17 +13,18 @@ from kitsune.benefits import gains_enough
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.engine_options import DEFAULT, EngineOptions
-from kitsune.ir import Graph, reads_slots
+from kitsune.ir import Graph, Plan, reads_slots
 from kitsune.memory import MemoryPool
+from kitsune.plan_files import kept_plan
 from kitsune.planning import Planner, planner_for, slot_planner_for
-from kitsune.profiler import PlanTally, Tally, plan_tally
+from kitsune.profiler import Tally, plan_tally
+from kitsune.ready import Ready, runs_by_ops, stays_unfused
 from kitsune.runtime import (
     Arenas,
     PlanExecutor,
     Prepared,
     Schedule,
     SlotTable,
-    Steady,
     SteadyState,
     Work,
     adopt_views,
@@ -47,27 +47,8 @@ SHOWN_ARCH = "sm_90"
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 3
-
-
-@dataclass(slots=True)
-class Ready:
-    """A region, ready to run: by plan, or op by op. `graph` has what is run of it."""
-
-    work: Prepared | Schedule
-    plan: PlanTally | None
-    n_ops: int
-    n_dead: int
-    graph: Graph
-    # Outputs that lie in an input's memory.
-    views: tuple[int, ...] = ()
-    steady: Steady | None = None
-    # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
-    in_graph: Prepared | None = None
-    # Is another way to run it to be made in the background? What takes its place, once it is there, and what that waited for.
-    waits: bool = False
-    coming: "Future[Ready] | None" = None
-    asked: list[Future[Any]] = field(default_factory=list)
-    n_runs: int = 0
+# Regions that are looked up on disk in vain, 0.03 s each for one like BERT's: a program that keeps changing has no end of them.
+MAX_MISSED = 8
 
 
 class Runner:
@@ -81,6 +62,7 @@ class Runner:
         self.executor: PlanExecutor | None = None
         self.pool: MemoryPool | None = None
         self.steady: SteadyState | None = None
+        self._n_missed = 0
         runners.add(self)
         backend, recorder = backend_of(device), recorder_of(device)
         self.backend = backend
@@ -104,8 +86,8 @@ class Runner:
             if len(self.ready) >= MAX_READY:
                 self.forget()
             ready = self.ready[key] = self._prepare(graph)
-        elif ready.coming is not None and ready.coming.done():
-            ready = self.ready[key] = self._arrived(graph, ready, ready.coming)
+        elif (coming := ready.arrived()) is not None:
+            ready = self.ready[key] = self._arrived(graph, ready, coming)
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
@@ -125,6 +107,8 @@ class Runner:
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
             self._ask(graph, ready)
+        elif ready.n_runs == 1:
+            self._look_up(graph, ready)
         self._say()
 
     def key(self, graph: Graph) -> tuple[Any, ...]:
@@ -160,7 +144,7 @@ class Runner:
             except Exception as error:
                 if config.verify:
                     raise
-                self._unplanned(graph, error)
+                self.sentences.append(runs_by_ops(graph, error))
         return self._unfused(graph)
 
     def _planner(self, arch: str | None = None) -> Planner:
@@ -174,8 +158,10 @@ class Runner:
         return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive, views_of_inputs(alive))
 
     def _planned(self, graph: Graph, planner: Planner) -> Ready:
+        return self._by(show_plan(graph, planner), graph)
+
+    def _by(self, plan: Plan, graph: Graph) -> Ready:
         assert self.executor is not None
-        plan = show_plan(graph, planner)
         n_ops = sum(len(launch.ops) for launch in plan.launches)
         n_dead = len(graph.ops) - len(dead_code(graph).ops)
         return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views_of_inputs(plan.graph))
@@ -190,15 +176,17 @@ class Runner:
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
-        executor, fuse = self.executor, self.options.fuses
+        executor, backend, fuse = self.executor, self.backend, self.options.fuses
         if not now.waits or now.coming is not None:
             return
-        assert executor is not None
+        assert executor is not None and isinstance(backend, Backend)
         # With the knobs of now.
         planner = self._planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
+                if backend.expect is not None and kept_plan(graph, planner) is None:
+                    backend.expect()
                 made = self._planned(graph, planner)
                 prepared = made.work
             else:
@@ -209,6 +197,24 @@ class Runner:
             return made, made.asked
 
         now.coming = later(make)
+
+    def _look_up(self, graph: Graph, now: Ready) -> None:
+        """A plan that lies on disk is had before the region comes back: nothing is lost if it does not."""
+        if not now.waits or not self.options.fuses or self._n_missed >= MAX_MISSED or shows().wanted:
+            return
+        planner = self._planner()
+
+        def make() -> tuple[Ready | None, list[Future[Any]]]:
+            plan = kept_plan(graph, planner)
+            if plan is None:
+                self._n_missed += 1
+                return None, []
+            made = self._by(plan, graph)
+            assert isinstance(made.work, Prepared)
+            made.asked = self._warm(made.work)
+            return made, made.asked
+
+        now.kept = later(make)
 
     def _warm(self, prepared: Prepared) -> list[Future[Any]]:
         assert isinstance(self.backend, Backend) and self.backend.warm is not None
@@ -224,25 +230,16 @@ class Runner:
                 raise failed[0]
             new, made.asked = self._worthwhile(graph, made), []
         except WorkerFailed as error:
-            self.sentences.append(
-                f"A region of {ready.n_ops} operators stays unfused, because its kernels could not be compiled. {error} "
-                "With KITSUNE_COMPILE_WORKERS=0 kernels are compiled in the program's own process."
-            )
+            self.sentences.append(stays_unfused(ready, error))
         except Exception as error:
             if config.verify:
                 raise
-            self._unplanned(ready.graph, error)
+            self.sentences.append(runs_by_ops(ready.graph, error))
         if ready.steady is not None and self.steady is not None:
             new.steady = self.steady.region(new.graph, lambda *of: self._work(new, *of), before=ready.steady)
         if config.debug and new.plan is not None:
             shows().fused(new.n_ops, new.plan.n_kernels)
         return new
-
-    def _unplanned(self, graph: Graph, error: Exception) -> None:
-        self.sentences.append(
-            f"A region of {len(graph.ops)} operators could not be planned and is run op by op ({type(error).__name__}: {error}). "
-            "This is a bug in Kitsune: please report it."
-        )
 
     def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> bool:
         """Was the region run as a CUDA graph?"""

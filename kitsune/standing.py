@@ -7,7 +7,8 @@ import torch
 
 from kitsune.config import config
 from kitsune.ir import Graph
-from kitsune.running import Ready, Runner
+from kitsune.ready import Ready
+from kitsune.running import Runner
 from kitsune.runtime import Captured, Steady
 
 _data_ptr = torch._C.TensorBase.data_ptr
@@ -52,7 +53,9 @@ def standing(runner: Runner, graph: Graph, values: list[Any], sure: Collection[i
     """A region that was replayed at its last run, and has nothing else coming; None for any other. `values` has the inputs
     that are `sure`."""
     ready = runner.ready.get(runner.key(graph))
-    if ready is None or ready.steady is None or ready.waits or ready.coming is not None or ready.views:
+    if ready is None or ready.steady is None or ready.views:
+        return None
+    if ready.waits or ready.coming is not None or ready.kept is not None:
         return None
     captured = ready.steady.captured
     if captured is None or captured.has_tail or not runner.options.captures or not config.pool:

@@ -2,10 +2,12 @@
 
 import keyword
 import re
+from collections.abc import Hashable
+from typing import TypeVar
 
 from kitsune.codegen.body import Body, Named, indented
 from kitsune.codegen.helpers import HELPERS, helper_texts
-from kitsune.codegen.keys import why_not_batched
+from kitsune.codegen.keys import call_key, why_not_batched
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.rows import Rows
 from kitsune.codegen.tiles import tile_of
@@ -17,6 +19,24 @@ import triton.language as tl
 from triton.language.extra.cuda import libdevice
 """
 
+T = TypeVar("T")
+
+
+class _Known(dict[Hashable, T]):
+    """What was made of kernels before: of the 710 of BERT's step, 59 differ in more than their addresses."""
+
+    def keep(self, key: Hashable, made: T) -> T:
+        """Returns what it keeps."""
+        if len(self) >= MAX_KNOWN:
+            self.clear()
+        self[key] = made
+        return made
+
+
+MAX_KNOWN = 4096
+_programs: _Known[Program] = _Known()
+_parameters: _Known[tuple[Parameter, ...]] = _Known()
+
 
 def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False) -> Program:
     """The kernel's text and parameters. Raises NotLowered for an op that `why_not_lowered` warned of.
@@ -27,6 +47,11 @@ def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False)
     """
     if batched and (reason := why_not_batched(kernel)):
         raise ValueError(f"{kernel.name} cannot be batched: {reason}.")
+    key = (call_key(kernel), kernel.name, batched, slots_in_memory)
+    return _programs.get(key) or _programs.keep(key, _rendered(kernel, batched, slots_in_memory))
+
+
+def _rendered(kernel: Kernel, batched: bool, slots_in_memory: bool) -> Program:
     body = body_of(kernel, slots_in_memory)
     name = _identifier(kernel.name)
     function = _batched_function(name, body) if batched else _function(name, body)
@@ -61,8 +86,11 @@ def _identifier(name: str) -> str:
 
 def parameters_of(kernel: Kernel, slots_in_memory: bool = False) -> tuple[Parameter, ...]:
     """What to pass to the program of a kernel with the same `text_key`."""
-    body = body_of(kernel, slots_in_memory)
-    return tuple(p.meaning for p in body.parameters)
+    key = (call_key(kernel), slots_in_memory)
+    known = _parameters.get(key)
+    if known is None:
+        known = _parameters.keep(key, tuple(p.meaning for p in body_of(kernel, slots_in_memory).parameters))
+    return known
 
 
 def _summary(kernel: Kernel) -> str:

@@ -43,6 +43,7 @@ from kitsune.ir.plan import (
     Tile,
     touched_bytes,
 )
+from kitsune.ir.plan_serial import dump_plan, graph_digest, load_plan
 from kitsune.ir.plan_text import plan_text
 from kitsune.ir.reductions import Reduction, argument_names, left_of, named, reduction_of
 from kitsune.ir.serial import dump_graph, load_graph
@@ -92,6 +93,8 @@ __all__ = [
     "default_type",
     "describe_result",
     "dump_graph",
+    "dump_plan",
+    "graph_digest",
     "graph_text",
     "happens_before",
     "in_own_thread",
@@ -99,6 +102,7 @@ __all__ = [
     "left_of",
     "lent_memory",
     "load_graph",
+    "load_plan",
     "mark_lent",
     "n_values",
     "named",

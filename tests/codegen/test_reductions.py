@@ -14,10 +14,10 @@ import torch
 
 import kitsune
 from kitsune.codegen import Compiler, render, text_key, tile_of, why_not_batched
-from kitsune.codegen.compiler import OnDevice
 from kitsune.codegen.lowering import lower_rules
 from kitsune.ir import Kernel
 from kitsune.ir.plan import Program, Tile
+from tests.codegen.build import compiled_kernel
 from tests.codegen.reductions import CASES, RULES, draw
 from tests.plan.recorded import plan_of
 
@@ -58,12 +58,6 @@ def test_the_table_has_every_rule_of_reductions() -> None:
     assert set(lower_rules) >= RULES
 
 
-def machine_code(kernel: Kernel, compiler: Compiler, arch: int) -> str:
-    compiled = compiler.compile(render(kernel), arch, True, False)
-    assert isinstance(compiled, OnDevice)
-    return compiled.kernel.asm["ptx"]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(("arch", "dtype", "n"), [(80, torch.float32, 512), (90, torch.bfloat16, 8192)], ids=str)
 def test_it_compiles_and_loads_128_bits(case: Any, arch: int, dtype: torch.dtype, n: int, compiler: Compiler) -> None:
@@ -72,7 +66,7 @@ def test_it_compiles_and_loads_128_bits(case: Any, arch: int, dtype: torch.dtype
     found = kernels_of(case.program, inputs)
     assert found
     for kernel in found:
-        ptx = machine_code(kernel, compiler, arch)
+        ptx = compiled_kernel(compiler, render(kernel), arch).asm["ptx"]
         assert "div.full" not in ptx, "division is rounded correctly"
         wide = [a for a in kernel.loads if 0 not in a.strides[-kernel.reduced :]]
         if wide and tile_of(kernel).rows == 1 and kernel.n_columns >= 512:

@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from kitsune.codegen import parameters_of, render, text_key, why_not_batched, why_not_lowered
+from kitsune.codegen.keys import call_key
+from kitsune.codegen.render import _rendered, body_of
 from kitsune.ir import Slot
 from kitsune.ir.plan import Pointer, Scalar, Size, SlotAddress, Stride
+from kitsune.planning import Planner
+from kitsune.scheduler import RATES, Costs
 from tests.codegen.build import Built, build
 from tests.codegen.samples import SAMPLES, draw
+from tests.plan.test_corpus_plans import CORPUS, graph_of
 
 
 def layer(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -73,7 +78,7 @@ def everything() -> list[tuple[Any, str]]:
                     kernel = build(sample.call, draw(sample, dtype, shape), "k", sample.moving).kernel
                 except (RuntimeError, NotImplementedError):
                     continue
-                found.append((text_key(kernel), render(kernel).text))
+                found.append((text_key(kernel), render(kernel).text + render(kernel, slots_in_memory=True).text))
     return found
 
 
@@ -84,6 +89,35 @@ def test_keys_are_equal_exactly_if_texts_are() -> None:
     keys: dict[str, Any] = {}
     for key, text in texts.items():
         assert keys.setdefault(text, key) == key
+
+
+@pytest.mark.parametrize("name", ["bert-small-amp-cuda", "resnet18-small-amp-cuda", "gpt2-small-fp32-cpu"])
+def test_what_is_known_of_a_kernel_is_what_would_be_made_of_it(name: str) -> None:
+    graph = graph_of(CORPUS / f"{name}.jsonl.gz")
+    plan = Planner(Costs(RATES["sm_90"]), numerics="strict", slots_in_kernels=True).plan(graph)
+    kernels = [kernel for launch in plan.launches for kernel in launch.kernels]
+    n_known = len({call_key(kernel) for kernel in kernels})
+    assert n_known < len(kernels), "some are equal"
+    for in_memory in (False, True):
+        for kernel in kernels:
+            made = tuple(p.meaning for p in body_of(kernel, in_memory).parameters)
+            assert repr(parameters_of(kernel, in_memory)) == repr(made)
+            # Also of the names: a program is called by that of its first kernel.
+            assert render(kernel, False, in_memory) == _rendered(kernel, False, in_memory)
+
+
+@pytest.mark.parametrize(("one", "other"), [(0.0, -0.0), (1, True), (2.0, 2), (0.25, 0.5)])
+def test_numbers_that_python_takes_for_equal_stay_apart(one: float, other: float) -> None:
+    for number in (one, other):
+        kernel = build(lambda x, number=number: x * number, [torch.randn(64)], "k").kernel
+        made = tuple(p.meaning for p in body_of(kernel, False).parameters)
+        assert repr(parameters_of(kernel)) == repr(made)
+
+
+def test_a_number_that_moves_is_in_no_batch_with_one_that_does_not() -> None:
+    # A row of the batch has the address of the one, and the other itself.
+    moving, constant = (build(lambda x: x * 0.5, [torch.randn(64)], "k", moving).kernel for moving in ((0.5,), ()))
+    assert text_key(moving) != text_key(constant)
 
 
 def test_two_thousand_ops_are_keyed_in_time() -> None:
