@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
 from kitsune.runtime import ThreadPlans
+from kitsune.standing import Standing, standing
 
 tally = Tally()
 tally.n_compiling = n_awaited
@@ -125,6 +127,15 @@ class Pipeline:
         seen = span(f"kitsune::run[{len(graph.ops)} operators]") if profiled() else NO_SPAN
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), seen:
             self.runner.run(graph, values, scalars)
+
+    def standing(self, graph: Graph, values: list[Any], sure: Collection[int]) -> Standing | None:
+        """A region that will be replayed as it was, to be passed to `again`; None where that cannot be said."""
+        return standing(self.runner, graph, values, sure)
+
+    def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
+        """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
+        with below_autograd():
+            return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
         """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""

@@ -80,7 +80,7 @@ class Runner:
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        key = (graph, *self.options.knobs, numeric_settings() if self.steady is not None else None)
+        key = self.key(graph)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
@@ -110,6 +110,10 @@ class Runner:
         elif ready.n_runs == 1:
             self._look_up(graph, ready)
         self._say()
+
+    def key(self, graph: Graph) -> tuple[Any, ...]:
+        """What a region is kept by, ready to run."""
+        return graph, *self.options.knobs, numeric_settings() if self.steady is not None else None
 
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
