@@ -149,6 +149,7 @@ class Config:
         found = from_environment(environment)
         # Values lie in the instance dictionary: the hot path reads them, and a plain attribute is the cheapest read.
         self.__dict__.update({name: found.get(name, row.default) for name, row in KNOBS.items()})
+        self.__dict__["_n_changes"] = 0
         self.__dict__["_sources"] = {name: "environment" if name in found else "default" for name in KNOBS}
 
     def __getattr__(self, name: str) -> Any:
@@ -169,6 +170,11 @@ class Config:
         """Change knobs inside a `with` block or a decorated function; afterwards they are as before, also on errors."""
         return Patch(self, {name: checked(name, value) for name, value in options.items()})
 
+    @property
+    def n_changes(self) -> int:
+        """Counts assignments: while it is the same, so is every knob."""
+        return self.__dict__["_n_changes"]  # type: ignore[no-any-return]
+
     def options(self) -> Options:
         """The present value of every knob, as one immutable object."""
         return Options(**{name: self.__dict__[name] for name in KNOBS})
@@ -186,6 +192,7 @@ class Config:
 
     def _put(self, name: str, value: object, source: str) -> None:
         self.__dict__[name] = value
+        self.__dict__["_n_changes"] += 1
         self._sources[name] = source
 
 

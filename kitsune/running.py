@@ -83,7 +83,7 @@ class Runner:
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
-        key = (graph, *self.options.knobs, numeric_settings() if self.steady is not None else None)
+        key = self.key(graph)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
@@ -114,6 +114,10 @@ class Runner:
             self._look_up(graph, ready)
         self._say()
 
+    def key(self, graph: Graph) -> tuple[Any, ...]:
+        """What a region is kept by, ready to run."""
+        return graph, *self.options.knobs, numeric_settings() if self.steady is not None else None
+
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
@@ -122,9 +126,8 @@ class Runner:
 
     def tune_all(self, until: float) -> None:
         """Try the tiles of every region that is replayed now, and not beside its replays, until the clock says so."""
-        for ready in list(self.ready.values()):
-            if ready.steady is not None and ready.steady.captured is not None:
-                self._tune(ready, until)
+        for ready in [one for one in self.ready.values() if one.steady is not None and one.steady.captured is not None]:
+            self._tune(ready, until)
 
     def forget(self) -> None:
         """Drop every plan and every graph, and the memory kept for them."""
@@ -143,7 +146,7 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._worthwhile(graph, self._planned(graph, self._planner()))
+                    return self._worthwhile(graph, by_plan(show_plan(graph, self._planner()), graph, self.executor))
                 if shows().wanted:
                     show_plan(graph, self._planner(SHOWN_ARCH))
             except Exception as error:
@@ -159,16 +162,13 @@ class Runner:
     def _in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
 
-    def _planned(self, graph: Graph, planner: Planner) -> Ready:
-        return by_plan(show_plan(graph, planner), graph, self.executor)
-
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
         assert self.executor is not None
         planner = self._planner(self.arch)
         if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
             return made
-        return self._planned(graph, planner)
+        return by_plan(show_plan(graph, planner), graph, self.executor)
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
@@ -183,7 +183,7 @@ class Runner:
             if fuse:
                 if backend.expect is not None and kept_plan(graph, planner) is None:
                     backend.expect()
-                made = self._planned(graph, planner)
+                made = by_plan(show_plan(graph, planner), graph, executor)
                 prepared = made.work
             else:
                 prepared = executor.prepare(planner.plan(now.graph))

@@ -12,6 +12,7 @@ from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.rows import Rows
 from kitsune.codegen.tiles import tile_of
 from kitsune.codegen.walks import LINEAR, ONE, Walk, accesses, coordinates, counted, walk
+from kitsune.codegen.windows import Windows, is_window
 from kitsune.ir.plan import Access, Kernel, Parameter, Program, Size, Stride
 
 HEADER = """import triton
@@ -71,9 +72,10 @@ def _rendered(kernel: Kernel, batched: bool, slots_in_memory: bool) -> Program:
     return Program(name, "\n".join(parts), tuple(p.meaning for p in body.parameters), batched, tile_of(kernel))
 
 
-def body_of(kernel: Kernel, slots_in_memory: bool) -> "_Pointwise | Rows":
+def body_of(kernel: Kernel, slots_in_memory: bool) -> Body:
     """A kernel's statements and parameters."""
-    body = Rows(kernel, slots_in_memory) if kernel.reduced else _Pointwise(kernel, slots_in_memory)
+    kind = Windows if is_window(kernel) else Rows if kernel.reduced else _Pointwise
+    body = kind(kernel, slots_in_memory)
     body.write()
     return body
 
@@ -145,7 +147,7 @@ class _Pointwise(Body):
             if stride == 1:
                 terms.append(f"i{position}")
             else:
-                terms.append(f"i{position} * {self.size(f'{name}_stride{position}', Stride(index, d))}")
+                terms.append(f"i{position} * {self.size(f'{name}_stride{position}', Stride(index, d, form.kind[-1] == 1))}")
         return " + ".join(terms)
 
     def _write_coordinates(self) -> None:
@@ -155,7 +157,12 @@ class _Pointwise(Body):
             return
         dims = counted(self.kernel.domain)
         needed = {p for kind in strided for p, stride in enumerate(kind) if stride != 0}
-        self.lines += coordinates("index", "i", "r", needed, len(dims), lambda p: self.size(f"size{p}", Size(dims[p])))
+
+        def size(position: int) -> str:
+            # Where neighbours in memory are to be one access: only the innermost size says where a row of them ends.
+            return self.size(f"size{position}", Size(dims[position], position == len(dims) - 1))
+
+        self.lines += coordinates("index", "i", "r", needed, len(dims), size)
 
 
 def _function(name: str, body: Body) -> str:

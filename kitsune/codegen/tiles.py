@@ -23,8 +23,6 @@ PERSISTENT_OUTER = 128
 SHORT, LONG = 1024, 2048
 # Rows of which a block reads neighbouring elements: 128 bytes of a 16-bit type.
 NEIGHBOURS = 64
-# Bytes of each of them that a turn of a loop takes.
-TURN = 64
 OUTER = 4096
 # Blocks that fill the largest device known, twice over. With fewer, smaller ones are taken.
 ENOUGH = 264
@@ -71,6 +69,8 @@ def tile_of(kernel: Kernel) -> Tile:
     if not kernel.reduced:
         return Tile(*ELEMENTS)
     rows, columns = max(kernel.n_rows, 1), max(kernel.n_columns, 1)
+    if not any(step.op.kind is Kind.REDUCTION for step in kernel.steps):
+        return Tile(_fitting(rows, 2 * NEIGHBOURS, 16), _power(columns), 4)
     if inner(kernel):
         width = min(_power(columns), LONG) if is_looped(kernel) else _power(columns)
         height = _fitting(rows, SHORT // width, 1)
@@ -134,15 +134,15 @@ def _is_as_exact(kernel: Kernel, tile: Tile, first: Tile) -> bool:
 
 
 def _turn(kernel: Kernel) -> int:
-    """Columns of a turn where neighbours belong to different rows and a row is long: 64 bytes of each row's widest operand.
+    """Columns of a turn where neighbours belong to different rows and a row is long, by how many operands move with both.
 
-    Times on an H200 of 64 rows, 32 columns, 4 warps for 16 bits against tiles fitted to the number of operands, in us: batch
-    norm's backward in ResNet-50, behind an addition 257 against 272, 261 against 368, 216 against 266, behind a threshold 116
-    against 217; gelu's backward with a sum in ViT 103 against 106, over rows twice as long 141 against 104.
+    Times on an H200 of ResNet-50's largest images in 1024 parts or more, in us: statistics (one operand) 38 with 64, 16, 4 and
+    43 with 64, 32, 4; the backward behind a threshold (four) 103 and 116; the same with an addition (six) 249 with 128, 64, 8
+    and 214 with 64, 32, 4; of two norms at once (seven) 368 and 261, for such large tiles leave room for one block at a time.
     """
     first = len(kernel.domain) - kernel.reduced
     moving = [a for a in accesses(kernel) if any(a.strides[:first]) and any(a.strides[first:])]
-    return TURN // max((a.value.type.dtype.itemsize for a in moving), default=2)
+    return 32 if len(moving) > 4 else 16
 
 
 def _warps(height: int, width: int) -> int:

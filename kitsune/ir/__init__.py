@@ -42,6 +42,7 @@ from kitsune.ir.plan import (
     Stride,
     Tile,
     touched_bytes,
+    window_order,
 )
 from kitsune.ir.plan_serial import dump_plan, graph_digest, load_plan
 from kitsune.ir.plan_text import plan_text
@@ -122,4 +123,5 @@ __all__ = [
     "verify",
     "verify_plan",
     "versions_kept",
+    "window_order",
 ]

@@ -4,7 +4,7 @@ from kitsune.runtime.captured import Captured, NotCaptured, Work
 from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
 from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
 from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
-from kitsune.runtime.numeric_settings import numeric_settings
+from kitsune.runtime.numeric_settings import library_switches, numeric_settings
 from kitsune.runtime.out_forms import out_form, takes_memory
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
 from kitsune.runtime.replay import Schedule, prepare, replay
@@ -34,6 +34,7 @@ __all__ = [
     "current_stream",
     "device_seconds",
     "in_turn",
+    "library_switches",
     "numeric_settings",
     "out_form",
     "plan_work",

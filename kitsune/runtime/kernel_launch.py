@@ -120,7 +120,10 @@ class _Bound:
 
 
 def _reach(access: Access, domain: tuple[int, ...]) -> int:
-    return sum((size - 1) * stride for size, stride in zip(domain, access.strides, strict=True))
+    """The last element that is read or written; a kernel over windows reads all of its operand."""
+    type_ = access.value.type
+    walks = ((domain, access.strides), (type_.shape, type_.stride))
+    return max(sum((size - 1) * stride for size, stride in zip(*walk, strict=True)) for walk in walks)
 
 
 def _number(parameter: Size | Extent | Stride, kernel: Kernel, accesses: tuple[Access, ...]) -> int:

@@ -27,15 +27,23 @@ class SlotTable:
         self.memory = torch.zeros(max(n, 1), dtype=torch.float64, device=device)
         self.address: int = torch._C.TensorBase.data_ptr(self.memory)
         self._bits = b""
+        # What was set last, where it cannot have become something else.
+        self._numbers: Sequence[float] | None = None
 
     def set(self, numbers: Sequence[float]) -> None:
         """Bring the table up to date on the current stream: one small copy, and none if nothing has changed.
 
         A run that has diverged may have more numbers behind those of its region, or had them when the table was made.
         """
-        bits = bits_of(numbers[: self._n])
-        if not bits or bits == self._bits:
+        if numbers is self._numbers:
             return
+        bits = bits_of(numbers[: self._n])
+        self._numbers = None
+        if bits and bits != self._bits:
+            self._copy(bits)
+        self._numbers = numbers if type(numbers) is tuple else None
+
+    def _copy(self, bits: bytes) -> None:
         host = torch.frombuffer(bytearray(bits), dtype=torch.float64)
         if self.memory.device.type == "cuda":
             # Fresh pinned memory each time: an earlier copy may not have run yet. torch uses it again once it has.

@@ -61,7 +61,7 @@ def test_parameters_are_in_the_order_of_the_signature() -> None:
 
 def test_a_transposed_operand_passes_its_stride() -> None:
     kernel = build(torch.add, [torch.randn(5, 7), torch.randn(7, 5).t()], "k").kernel
-    assert Stride(1, 1) in render(kernel).parameters
+    assert Stride(1, 1, counts=False) in render(kernel).parameters
 
 
 def test_a_kernel_may_be_called_like_a_function_that_it_calls() -> None:
@@ -130,11 +130,21 @@ def test_two_thousand_ops_are_keyed_in_time() -> None:
 
 
 def test_what_cannot_be_batched() -> None:
-    assert why_not_batched(built(4, 8).kernel) == "an operand is neither contiguous nor a single element"
     flat = build(lambda x: x * 0.5, [torch.randn(64)], "k").kernel
-    assert why_not_batched(flat) is None
+    assert why_not_batched(flat) is None and why_not_batched(built(4, 8).kernel) is None
+    many = build(lambda *tensors: [x * 0.5 for x in tensors], [torch.randn(64) for _ in range(33)], "k").kernel
+    assert why_not_batched(many) == "it has more than 64 operands"
     with pytest.raises(ValueError, match="cannot be batched"):
-        render(built(4, 8).kernel, batched=True)
+        render(many, batched=True)
+
+
+def test_only_the_innermost_size_and_strides_of_what_lies_side_by_side_have_to_be_aligned() -> None:
+    """A weight of 3 x 3 that is brought into channels-last is read and written in vectors, though 9 is no multiple of 16."""
+    weight = torch.randn(32, 16, 3, 3)
+    channels_last = weight.to(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(32, 9, 16)
+    kernel = build(torch.add, [channels_last, weight.reshape(32, 16, 9).transpose(1, 2)], "k").kernel
+    counting = {p for p in render(kernel).parameters if getattr(p, "counts", False)}
+    assert counting == {Size(), Size(2)}
 
 
 @pytest.mark.parametrize(
