@@ -123,6 +123,9 @@ class Learner:
                 edge.follows = True
                 if matcher is not None:
                     self.take_by(matcher, edge)
+        if not well:
+            # The region may go on, to a backward of another step that knows nothing of these.
+            region.unproven.clear()
 
     def _edge(self, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         region, call, flat = self.recorder.region, sight.call, sight.call.flat
