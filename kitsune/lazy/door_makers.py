@@ -46,7 +46,7 @@ def places_door(original: Any) -> Any:
     @functools.wraps(original)
     def door(*args: Any, **kwargs: Any) -> Any:
         name = "tensor_indices_or_sections"
-        places = args[1] if len(args) > 1 else kwargs.get(name)
+        places: Any = args[1] if len(args) > 1 else kwargs.get(name)
         # Any other tensor makes it raise, in words of its own.
         fits = isinstance(places, torch.Tensor) and places.dtype is torch.int64 and places.dim() < 2
         if fits and places.device.type == "cpu" and listening():
