@@ -55,8 +55,11 @@ DATA_DEPENDENT = set(
 )
 # Tagged as data-dependent by torch, but so only if an operand is a mask and not a list of positions.
 COUNTS_MASKS = {"index", "_unsafe_index"}
-# Moves metadata or storage of an operand; `detach_` cuts an autograd edge, which a recorded op could not.
-METADATA = set("set_ set_data resize_ resize_as_ _resize_output_ resize_as_sparse_ detach_ record_stream share_memory_".split())
+# Moves metadata or storage of an operand (`addbmm_` gives a small one the size of the product); `detach_` cuts an autograd edge,
+# which a recorded op could not.
+METADATA = set(
+    "set_ set_data resize_ resize_as_ _resize_output_ resize_as_sparse_ detach_ record_stream share_memory_ addbmm_".split()
+)
 
 
 @cache

@@ -98,6 +98,17 @@ def test_tensor_split_at_places_that_are_pending(split: Callable[..., Any], by_n
     same_in_each_step(step)
 
 
+def test_addbmm_in_place_gives_a_small_operand_the_size_of_the_product() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(5, 5, 5), torch.randn(5, 5, 10)
+
+    def step() -> Tensor:
+        return (torch.ones(()) + 1).addbmm_(left, right) * 2
+
+    same_in_each_step(step)
+    assert step().shape == (5, 10)
+
+
 def test_tensor_split_at_places_of_another_type_raises_as_in_eager() -> None:
     def message() -> str:
         with pytest.raises(RuntimeError) as raised:
