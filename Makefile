@@ -1,8 +1,7 @@
 # make demo    train two small models, eager and under Kitsune, and compare
 # make test    lint and types where the tools are there, then the tests
-# make test-full  every sample of torch's databases of operators, modules and optimizers: about 40 min of one core's time in all;
-#                 SHARD=2/4 runs the second of four shards, and
-#                 `python -m tests.parity.sweep --merge sweep-*.jsonl` adds up what they wrote
+# make test-full  every sample of torch's databases of operators, modules and optimizers, some 100,000; SHARD=2/4 runs the second
+#                 of four shards, and `python -m tests.parity.sweep --merge sweep-*.jsonl` adds up what they wrote
 # make lint    ruff and mypy alone
 # make setup   .venv with all that the above need (each of them does it first)
 #
