@@ -41,6 +41,11 @@ class RecordMode(TorchDispatchMode):
                 if hidden:
                     self.leave()
 
+    def with_bits(self) -> Any:
+        """A context for functions of others, called while an op is handled, which make conjugate views and the like."""
+        include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        return torch._C._ForceDispatchKeyGuard(include, exclude - _BITS)
+
     def leave(self) -> bool:
         """Take this mode off the stack wherever it is: a user's own mode may have been entered after it and be open still.
 

@@ -12,7 +12,7 @@ from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import written_operands
 
 
-def call(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
+def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
     """Make a call on real tensors, its writes counted; returns the result and the operands."""
     func = row.target
     reals = [_real(t) for t in tensors]
@@ -24,7 +24,8 @@ def call(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: list[
     real_args, real_kwargs = replace_tensors((args, kwargs), by_id)
     if func.namespace != "aten" or any(type(real) not in PLAIN for real in reals):
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
-        return func(*real_args, **real_kwargs), reals
+        with recorder.with_bits():
+            return func(*real_args, **real_kwargs), reals
     with recorder.below_autograd(), torch._C.DisableTorchFunction():
         if not row.bumps:
             return func(*real_args, **real_kwargs), reals

@@ -68,6 +68,20 @@ def test_kernels_that_conjugate_inside_see_the_conjugate(reads: bool) -> None:
     assert wrong < 1e-4
 
 
+@torch.library.custom_op("kitsune_found::negated_imaginary", mutates_args=())
+def negated_imaginary(x: Tensor) -> Tensor:
+    return x.conj().imag + 0
+
+
+def test_operators_of_others_see_the_conjugate() -> None:
+    x = torch.randn(3, 3, dtype=torch.complex64)
+
+    def step() -> Tensor:
+        return negated_imaginary(x * 1)
+
+    same_in_each_step(step)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_ctc_loss_of_lists_of_lengths(reduction: str) -> None:
     torch.manual_seed(0)

@@ -13,8 +13,9 @@ import torch
 
 import kitsune
 from kitsune.scheduler import Costs
+from tests.parity.expected import PASSES_THROUGH, PASSES_THROUGH_ON_CUDA
 from tests.parity.outcomes import OTHER_FORMULA, differences, run
-from tests.parity.test_op_db import NAMES, PASSES_THROUGH, PASSES_THROUGH_ON_CUDA, UNORDERED_ON_CUDA, eager, sample
+from tests.parity.test_op_db import NAMES, UNORDERED_ON_CUDA, eager, sample
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

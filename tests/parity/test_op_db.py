@@ -12,46 +12,13 @@ import torch
 
 import kitsune
 from tests import _opinfo
+from tests.parity.expected import PASSES_THROUGH, PASSES_THROUGH_ON_CPU, PASSES_THROUGH_ON_CUDA
 from tests.parity.outcomes import Outcome, differences, run
 
 pytest.importorskip("expecttest", reason="torch's operator database needs expecttest")
 
 NAMES = _opinfo.names()
 ROUNDS = 3
-
-# Entries that reach no lazy recording, or not only: each with what stands in the way.
-PASSES_THROUGH: dict[str, str] = {
-    name: reason
-    for reason, names in {
-        "calls no operator: its input is its result": "broadcast_shapes conj conj_physical contiguous "
-        "nn.functional.feature_alpha_dropout.without_train positive real resolve_conj resolve_neg",
-        "the shape of a result depends on values": "argwhere bincount combinations masked_select "
-        "nonzero nonzero_static unique unique_consecutive",
-        "an operator checks values on the host": "_segment_reduce.lengths _segment_reduce.offsets allclose histogramdd "
-        "nn.functional.ctc_loss nn.functional.embedding_bag",
-        "the error code of the solver is read": "linalg.cholesky linalg.eig linalg.eigvals linalg.inv "
-        "linalg.ldl_factor linalg.lstsq linalg.lstsq.grad_oriented linalg.lu_factor linalg.solve linalg.tensorinv "
-        "linalg.tensorsolve",
-        "a value becomes a Python number": "corrcoef cov equal istft item nn.functional.gaussian_nll_loss nn.functional.one_hot",
-        "an in-place operator changes a shape": "resize_ resize_as_ stft",
-        "its backward makes a tensor of zeros without memory": "sgn",
-        "works on sparse tensors": "sparse.mm.reduce sparse.sampled_addmm to_sparse",
-        "an operator of another namespace": "nn.functional.linear_cross_entropy.chunked "
-        "nn.functional.linear_cross_entropy.chunked_none",
-    }.items()
-    for name in names.split()
-}
-
-PASSES_THROUGH_ON_CPU: dict[str, str] = (
-    {"quantile": "checks its probabilities", "nanquantile": "checks its probabilities"} if torch.__version__ < "2.12" else {}
-)
-PASSES_THROUGH_ON_CUDA: dict[str, str] = {
-    "jiterator_2inputs_2outputs": "launches its kernel without the dispatcher",
-    "jiterator_4inputs_with_extra_args": "launches its kernel without the dispatcher",
-    "jiterator_binary": "launches its kernel without the dispatcher",
-    "jiterator_binary_return_by_ref": "launches its kernel without the dispatcher",
-    "jiterator_unary": "launches its kernel without the dispatcher",
-}
 
 # Entries that read a value on the host in some releases of torch only.
 MAY_PASS_THROUGH: dict[str, str] = {

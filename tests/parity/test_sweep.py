@@ -26,17 +26,6 @@ from tests import _moduleinfo, _opinfo
 from tests.parity import expected, sights, sweep
 from tests.parity.outcomes import differences, run
 
-# Samples that reach no lazy recording: each with what stands in the way.
-LEFT_TO_EAGER: dict[str, str] = {
-    name: reason
-    for reason, names in {
-        "an operator of another library alone": "custom/NumpyCatCustomOp custom/NumpyNMSCustomOp "
-        "custom/NumpyNonzeroCustomOp custom/NumpySplitCopyCustomOp custom/NumpySplitCopyWithIntCustomOp custom/NumpyTakeCustomOp "
-        "custom/NumpyViewCopyCustomOp",
-        "all that it does is done in NumPy": "function/NumpyCubeNotComposableAutogradFunction function/NumpyTakeAutogradFunction",
-    }.items()
-    for name in names.split()
-}
 OTHERS = [*_opinfo.names(("function", "custom")), *_moduleinfo.modules(), *_moduleinfo.optimizers()]
 
 
@@ -56,7 +45,7 @@ def test_first_sample_is_as_in_eager(name: str) -> None:
     verdict = sights.four_sights(sample)
     assert not verdict.differences
     assert not verdict.unstable
-    if name not in LEFT_TO_EAGER:
+    if name not in expected.LEFT_TO_EAGER:
         assert verdict.took_part in ("followed", "recorded")
     else:
         assert verdict.took_part not in ("followed", "recorded"), "takes part by now: take it out of the table"
@@ -150,6 +139,13 @@ def test_unexpected_differences_and_unexpected_passes_fail(monkeypatch: pytest.M
     assert sweep.surprises(wrong) == []
     assert "take it out of" in sweep.surprises(row())[0]
     assert sweep.surprises(row(left_out=7)) == [], "those may be the ones that differ"
+
+
+def test_an_entry_that_is_left_to_eager_unexpectedly_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = row(took_part={"followed": 3, "ITEM": 1})
+    assert sweep.surprises(left) == ["neg[int64]: 1 samples were left to eager: ITEM"]
+    monkeypatch.setitem(expected.LEFT_TO_EAGER, "neg", "a reason")
+    assert sweep.surprises(left) == []
 
 
 def test_shards_are_merged_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
