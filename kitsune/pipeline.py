@@ -9,6 +9,7 @@ import torch
 
 from kitsune.backends import nearest_arch
 from kitsune.background import n_awaited, wait
+from kitsune.checking import checked_run
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
 from kitsune.engine_options import DEFAULT, EngineOptions
@@ -120,7 +121,10 @@ class Pipeline:
         # A region that ends outside of a call of the API would have its own ops looked at as calls.
         seen = span(f"kitsune::run[{len(graph.ops)} operators]") if profiled() else NO_SPAN
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), seen:
-            self.runner.run(graph, values, scalars)
+            if config.check:
+                checked_run(self.runner, self.device, graph, values, scalars)
+            else:
+                self.runner.run(graph, values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
         """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""

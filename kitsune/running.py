@@ -96,8 +96,8 @@ class Runner:
         elif device.type == "cuda":
             self.sentences.append(backend)
 
-    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
-        """Run a closed region: `values` has the inputs by number and receives the outputs."""
+    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Ready:
+        """Run a closed region: `values` has the inputs by number and receives the outputs. Returns what was run of it."""
         key = (graph, *self.options.knobs, numeric_settings() if self.steady is not None else None)
         ready = self.ready.get(key)
         if ready is None:
@@ -126,6 +126,7 @@ class Runner:
         if ready.n_runs == PLAN_AFTER:
             self._ask(graph, ready)
         self._say()
+        return ready
 
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
@@ -150,16 +151,17 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._worthwhile(graph, self._planned(graph, self._planner()))
+                    return self._worthwhile(graph, self._planned(graph, self.planner()))
                 if shows().wanted:
-                    show_plan(graph, self._planner(SHOWN_ARCH))
+                    show_plan(graph, self.planner(SHOWN_ARCH))
             except Exception as error:
                 if config.verify:
                     raise
                 self._unplanned(graph, error)
         return self._unfused(graph)
 
-    def _planner(self, arch: str | None = None) -> Planner:
+    def planner(self, arch: str | None = None) -> Planner:
+        """What plans the regions that run here."""
         return planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
 
     def _in_background(self) -> bool:
@@ -179,7 +181,7 @@ class Runner:
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
         assert self.executor is not None
-        planner = self._planner(self.arch)
+        planner = self.planner(self.arch)
         if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
             return made
         return self._planned(graph, planner)
@@ -191,7 +193,7 @@ class Runner:
             return
         assert executor is not None
         # With the knobs of now.
-        planner = self._planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
+        planner = self.planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:

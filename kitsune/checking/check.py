@@ -1,0 +1,154 @@
+"""The knob `check`: each region is run as ever, and then once more by eager's operators, one by one, and the two are compared."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kitsune.backends import Backend, cache_folder
+from kitsune.checking.eager_run import EagerRun
+from kitsune.checking.findings import CheckReport, Difference, described, kernel_of
+from kitsune.checking.inputs import Draws, Start
+from kitsune.checking.judge import Ran, judge
+from kitsune.checking.narrow import Part, first_to_differ, part_of
+from kitsune.checking.plan_run import op_by_op
+from kitsune.checking.reproduction import how_now, no_kernels, write
+from kitsune.checking.search import Fault
+from kitsune.config import KitsuneWarning
+from kitsune.ir import Graph
+from kitsune.running import SHOWN_ARCH, Ready, Runner
+
+# Hear of every check; while there are any, nothing is warned of.
+reports: list[CheckReport] = []
+# Regions in which something was found, which is said once. They are kept, so that no other gets the id of one.
+_known: dict[int, Graph] = {}
+MAX_KNOWN = 1024
+
+
+@contextlib.contextmanager
+def reporting(report: CheckReport) -> Iterator[None]:
+    """Let a report hear of every check, from the beginning."""
+    _known.clear()
+    reports.append(report)
+    try:
+        yield
+    finally:
+        reports.remove(report)
+
+
+def checked_run(runner: Runner, device: torch.device, graph: Graph, values: list[Any], scalars: list[float]) -> None:
+    """Run a closed region, and compare. Raises what its operators raise."""
+    start, draws = Start(graph, values), Draws(device)
+    before, n_replayed = draws.now(), runner.tally.n_replayed
+    try:
+        ready = runner.run(graph, values, scalars)
+    except Exception as error:
+        _tell(runner, _raised(graph, start, scalars, before, device, error))
+        raise
+    after = draws.now()
+    try:
+        replayed = runner.tally.n_replayed > n_replayed
+        _check(
+            runner, ready, replayed, Ran(graph, start, values, scalars, before, after, device, *_run_of(runner, ready, replayed))
+        )
+    finally:
+        draws.set(after)
+
+
+def _run_of(runner: Runner, ready: Ready, replayed: bool) -> tuple[Any, ...]:
+    """What was run: the plan, its kernels, whether sums must have eager's order, and in which words."""
+    plan = op_by_op(ready.graph) if ready.plan is None else ready.plan.plan
+    if replayed and ready.in_graph is not None:
+        plan = ready.in_graph.plan
+    prepare = runner.backend.prepare_launch if isinstance(runner.backend, Backend) else no_kernels
+    how = "as a CUDA graph" if replayed else "as a whole"
+    return plan, prepare, runner.options.grade == "bitwise", how
+
+
+def _check(runner: Runner, ready: Ready, replayed: bool, ran: Ran) -> None:
+    runner.tally.checked += 1
+    if id(ran.graph) in _known:
+        return
+    try:
+        verdict = judge(ran)
+        difference = None if verdict.fault is None else _described(runner, ready, ran, verdict.fault)
+    except torch.OutOfMemoryError:
+        _note(runner, f"There was no memory to check a region of {len(ran.graph.ops)} operators beside eager.")
+        return
+    for report in reports:
+        report.regions += 1
+        report.values += verdict.n_compared
+        report.rounded += not verdict.same and difference is None
+        report.kernels += sum(bool(launch.kernels) for launch in ran.plan.launches)
+        report.replays += replayed
+        report.numerics = runner.options.grade
+    if difference is not None:
+        if len(_known) >= MAX_KNOWN:
+            _known.clear()
+        _known[id(ran.graph)] = ran.graph
+        _tell(runner, difference)
+
+
+def _raised(
+    graph: Graph, start: Start, scalars: list[float], before: torch.Tensor, device: torch.device, error: Exception
+) -> Difference | None:
+    """A run has raised: does eager?"""
+    eager = EagerRun(graph, start.values(), scalars, device)
+    eager.state = before
+    try:
+        eager.run()
+    except Exception as other:
+        if type(other) is type(error):
+            return None
+        return Difference(*described(None), f"it raises {type(error).__name__} where eager raises {type(other).__name__}")
+    return Difference(*described(None), f"it raises {type(error).__name__} ({error}) where eager raises nothing")
+
+
+def _described(runner: Runner, ready: Ready, ran: Ran, fault: Fault) -> Difference:
+    part, op = _narrowed(runner, ran, fault)
+    found = Difference(*described(op), fault.sentence.rstrip("."), *kernel_of(fault.launch))
+    arch = runner.arch if isinstance(runner.backend, Backend) else SHOWN_ARCH
+    how = how_now(arch, runner.options.grade, ready.plan is not None)
+    graph, inputs = ran.graph, {n: t for n, t in enumerate(ran.start.values()) if t is not None}
+    if part is not None:
+        graph, inputs = part.graph, part.inputs
+    try:
+        path = write(cache_folder() / "differences", graph, inputs, ran.scalars, ran.before, how, str(found))
+    except (OSError, RuntimeError) as error:
+        return replace(found, problem=f"The region could not be written to {cache_folder()} ({error}).")
+    return replace(found, reproduction=str(path))
+
+
+def _narrowed(runner: Runner, ran: Ran, fault: Fault) -> tuple[Part | None, Any]:
+    """The part of the region that shows the fault by itself, and the operator that does first."""
+    backend = runner.backend
+    if fault.origin is None or fault.launch is None or not fault.launch.kernels or not isinstance(backend, Backend):
+        return None, fault.op
+    part = part_of(fault.origin, ran.scalars)
+    if part is None:
+        return None, fault.op
+    planner = runner.planner()
+    first = first_to_differ(part, fault.origin, planner.plan, backend.prepare_launch, ran.scalars, ran.exact)
+    if first is None:
+        return None, fault.op
+    return part, first.op
+
+
+def _tell(runner: Runner, difference: Difference | None) -> None:
+    if difference is None:
+        return
+    runner.tally.different += 1
+    for report in reports:
+        report.differences.append(difference)
+    if not reports:
+        _note(runner, str(difference))
+
+
+def _note(runner: Runner, sentence: str) -> None:
+    runner.tally.notes[sentence] = None
+    warnings.warn(sentence, KitsuneWarning, stacklevel=2)
