@@ -14,12 +14,12 @@ from kitsune.backends import Backend, cache_folder
 from kitsune.checking.eager_run import EagerRun
 from kitsune.checking.findings import CheckReport, Difference, described, kernel_of
 from kitsune.checking.inputs import Draws, Start
-from kitsune.checking.judge import Ran, judge
-from kitsune.checking.narrow import Part, first_to_differ, part_of
+from kitsune.checking.judge import judge
+from kitsune.checking.narrow import first_of, part_of, shows_it
 from kitsune.checking.plan_run import op_by_op
 from kitsune.checking.reproduction import how_now, no_kernels, write
-from kitsune.checking.search import Fault
-from kitsune.config import KitsuneWarning
+from kitsune.checking.search import Fault, Ran
+from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph
 from kitsune.running import SHOWN_ARCH, Ready, Runner
 
@@ -75,10 +75,18 @@ def _check(runner: Runner, ready: Ready, replayed: bool, ran: Ran) -> None:
     if id(ran.graph) in _known:
         return
     try:
-        verdict = judge(ran)
-        difference = None if verdict.fault is None else _described(runner, ready, ran, verdict.fault)
+        # What is not there yet is compiled here: a kernel that is pending would be run by its operators, and prove nothing.
+        with config.patch(compile_workers=0):
+            verdict = judge(ran)
+            difference = None if verdict.fault is None else _described(runner, ready, ran, verdict.fault)
     except torch.OutOfMemoryError:
         _note(runner, f"There was no memory to check a region of {len(ran.graph.ops)} operators beside eager.")
+        return
+    except Exception as error:
+        if config.verify:
+            raise
+        what = f"A region of {len(ran.graph.ops)} operators could not be checked ({type(error).__name__}: {error})."
+        _note(runner, f"{what} This is a bug in Kitsune: please report it.")
         return
     for report in reports:
         report.regions += 1
@@ -110,33 +118,22 @@ def _raised(
 
 
 def _described(runner: Runner, ready: Ready, ran: Ran, fault: Fault) -> Difference:
-    part, op = _narrowed(runner, ran, fault)
-    found = Difference(*described(op), fault.sentence.rstrip("."), *kernel_of(fault.launch))
+    graph, inputs = ran.graph, {n: t for n, t in enumerate(ran.start.values()) if t is not None}
+    first = fault
+    if fault.origin is not None and fault.launch is not None and fault.launch.kernels and isinstance(runner.backend, Backend):
+        plan, prepare = runner.planner().plan, runner.backend.prepare_launch
+        part = part_of(fault.origin, ran.scalars)
+        if part is not None and shows_it(part, fault.origin, plan, prepare, ran.scalars, ran.exact):
+            graph, inputs = part.graph, part.inputs
+        first = first_of(ran, fault, plan)
+    difference = Difference(*described(first.op), first.sentence, *kernel_of(fault.launch))
     arch = runner.arch if isinstance(runner.backend, Backend) else SHOWN_ARCH
     how = how_now(arch, runner.options.grade, ready.plan is not None)
-    graph, inputs = ran.graph, {n: t for n, t in enumerate(ran.start.values()) if t is not None}
-    if part is not None:
-        graph, inputs = part.graph, part.inputs
     try:
-        path = write(cache_folder() / "differences", graph, inputs, ran.scalars, ran.before, how, str(found))
+        path = write(cache_folder() / "differences", graph, inputs, ran.scalars, ran.before, how, str(difference))
     except (OSError, RuntimeError) as error:
-        return replace(found, problem=f"The region could not be written to {cache_folder()} ({error}).")
-    return replace(found, reproduction=str(path))
-
-
-def _narrowed(runner: Runner, ran: Ran, fault: Fault) -> tuple[Part | None, Any]:
-    """The part of the region that shows the fault by itself, and the operator that does first."""
-    backend = runner.backend
-    if fault.origin is None or fault.launch is None or not fault.launch.kernels or not isinstance(backend, Backend):
-        return None, fault.op
-    part = part_of(fault.origin, ran.scalars)
-    if part is None:
-        return None, fault.op
-    planner = runner.planner()
-    first = first_to_differ(part, fault.origin, planner.plan, backend.prepare_launch, ran.scalars, ran.exact)
-    if first is None:
-        return None, fault.op
-    return part, first.op
+        return replace(difference, problem=f"The region could not be written to {cache_folder()} ({error}).")
+    return replace(difference, reproduction=str(path))
 
 
 def _tell(runner: Runner, difference: Difference | None) -> None:

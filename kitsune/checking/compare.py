@@ -8,7 +8,9 @@ import torch
 # of the largest value. Both round each result once, and eager may be exact by chance. Of float64 there is no better: there, eager
 # is what is compared with.
 OTHERWISE, OF_DOUBLES = 4.0, 256.0
-# The same where float64 cannot be had, and eager is all that there is to compare with.
+# Where several such ops come one after another, by which the distance grows: in eager's own.
+AS_FAR = 2.0
+# Units where float64 cannot be had, and eager is all that there is to compare with.
 UNKNOWN = 64.0
 
 
@@ -46,9 +48,11 @@ def difference(got: torch.Tensor, eager: torch.Tensor) -> str:
     return text
 
 
-def too_far(got: torch.Tensor, eager: torch.Tensor, exact: Any, dtype: torch.dtype | None = None) -> str | None:
+def too_far(
+    got: torch.Tensor, eager: torch.Tensor, exact: Any, dtype: torch.dtype | None = None, several: bool = False
+) -> str | None:
     """Why a value that may be summed in another order is no such value; None if it may be. `exact` is eager's in float64, None
-    where that cannot be had; `dtype` is that of coarser steps on the way."""
+    where that cannot be had; `dtype` is that of coarser steps on the way, of which there may be `several`."""
     got, eager = plain(got), plain(eager)
     if not got.is_floating_point():
         return None if torch.equal(got, eager) else difference(got, eager)
@@ -63,7 +67,7 @@ def too_far(got: torch.Tensor, eager: torch.Tensor, exact: Any, dtype: torch.dty
     dtype = dtype or got.dtype
     scale = float(there.abs().max())
     units = UNKNOWN if not known else OF_DOUBLES if dtype is torch.float64 else OTHERWISE
-    off, allowed = float((here - there).abs().max()), float((near - there).abs().max())
+    off, allowed = float((here - there).abs().max()), float((near - there).abs().max()) * (AS_FAR if several else 1.0)
     allowed += units * torch.finfo(dtype).eps * max(scale, 1.0 if dtype is torch.float64 else 0.0)
     if off <= allowed:
         return None

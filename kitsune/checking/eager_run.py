@@ -77,10 +77,17 @@ class EagerRun:
         self.advance()
         return self.values
 
-    def give(self, value: Value, tensor: torch.Tensor) -> None:
-        """What the plan has made of a value that is awaited."""
-        if value.id in self.awaited:
+    def give(self, value: Value, tensor: torch.Tensor | None) -> None:
+        """What the plan has made of a value that is awaited; None if it has made nothing after all."""
+        if tensor is None:
+            self.awaited.discard(value.id)
+        elif value.id in self.awaited:
             self._given[value.id] = tensor.clone()
+
+    @property
+    def next(self) -> Op | None:
+        """The op that waits for the plan; None at the end."""
+        return self._instructions[self._position].op if self._position < len(self._instructions) else None
 
     def advance(self) -> None:
         """Go on as far as the plan has come. Raises Wrong at the first value that is not eager's."""
@@ -144,10 +151,16 @@ class EagerRun:
         if value.id in workspaces(op) or same_bits(got, eager):
             return
         may_differ = origin.loose and (not self.exact or value.id in self.library)
-        sentence = too_far(got, eager, exactly(origin, self.scalars), coarsest(origin)) if may_differ else difference(got, eager)
+        sentence = far_from(got, eager, origin, self.scalars) if may_differ else difference(got, eager)
         if sentence is not None:
             raise Wrong(op, value, origin, sentence)
         eager.copy_(got)
+
+
+def far_from(got: torch.Tensor, eager: torch.Tensor, origin: Origin, scalars: list[float]) -> str | None:
+    """Why a value with sums in another order is too far from eager's; None if it is not."""
+    several = sum(op.kind not in (Kind.POINTWISE, Kind.VIEW) for op in chain(origin)) > 1
+    return too_far(got, eager, exactly(origin, scalars), coarsest(origin), several)
 
 
 def coarsest(origin: Origin) -> torch.dtype | None:

@@ -64,8 +64,9 @@ class CheckReport:
         lines = [f"{ran} ({self.observed} operators were observed, which is eager itself)."]
         if not self.regions:
             lines.append("Nothing was recorded, so that nothing could be checked; kitsune.explain() says why.")
-        how = f"{self.kernels} kernels" if self.kernels else "no kernels, since every operator was run by itself"
-        lines.append(f"The runs had {how}; {self.replays} of them were replays of CUDA graphs.")
+        if self.regions:
+            how = f"had {self.kernels} launches of kernels" if self.kernels else "had no kernels: each operator was run by itself"
+            lines.append(f"The runs {how}. Replays of CUDA graphs among them: {self.replays}.")
         if self.rounded:
             lines.append(f"In {self.rounded} runs, sums are in another order than eager's, as numerics={self.numerics!r} allows.")
         lines += [str(difference) for difference in self.differences]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,29 +10,8 @@ import torch
 from kitsune.checking.compare import difference, same_bits, too_far
 from kitsune.checking.eager_run import MEMORY, EagerRun, workspaces
 from kitsune.checking.inputs import Start
-from kitsune.checking.search import Fault, Search
-from kitsune.ir import Graph, Launch, Op, Plan, Value, storage_of
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A run that has ended: what it began with, what it left (`values`), and the generator's states before and after.
-
-    `plan` is what was run, and `prepare_launch` makes its kernels ready; `exact` if no sum may be in another order. `how` says
-    how it was run, for a sentence.
-    """
-
-    graph: Graph
-    start: Start
-    values: list[Any]
-    scalars: list[float]
-    before: torch.Tensor
-    after: torch.Tensor
-    device: torch.device
-    plan: Plan
-    prepare_launch: Callable[[Launch], Any]
-    exact: bool
-    how: str = "as a whole"
+from kitsune.checking.search import Fault, Ran, Search
+from kitsune.ir import Graph, Op, Value, storage_of
 
 
 @dataclass(frozen=True)
@@ -123,19 +101,15 @@ def _fault(ran: Ran, value: Value, sentence: str) -> Fault:
     return Fault(maker_of(ran.graph, value), None, sentence)
 
 
-def _walk(ran: Ran) -> Any:
-    return Search(ran.graph, ran.plan, ran.start, ran.scalars, ran.before, ran.device, ran.prepare_launch, ran.exact).walk()
-
-
 def _search(ran: Ran, numbers: list[Value]) -> Fault | None:
-    walk = _walk(ran)
+    walk = Search(ran).walk()
     if walk.fault is not None:
         return walk.fault
     apart = [v for v in numbers if not same_bits(ran.values[v.id], walk.values[v.id])]
     if not apart:
         return None
     # Does the plan differ from run to run by itself? Some kernels of the libraries do.
-    again = _walk(ran)
+    again = Search(ran).walk()
     for v in apart:
         got, one, other = ran.values[v.id], walk.values[v.id], again.values[v.id]
         if not same_bits(one, other) and too_far(got, other, one.double() if one.is_floating_point() else None) is None:

@@ -1,4 +1,4 @@
-"""The part of a region that shows a difference, as a region of its own; and which of its operators is the first to differ."""
+"""The part of a region that shows a difference, as a region of its own; and the first operator that does."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from kitsune.checking.compare import same_bits, too_far
-from kitsune.checking.eager_run import Origin, _origins_of, chain, coarsest, exactly, leaves
+from kitsune.checking.compare import same_bits
+from kitsune.checking.eager_run import Origin, chain, far_from, leaves
 from kitsune.checking.plan_run import executor_of
+from kitsune.checking.search import Fault, Ran, Search
 from kitsune.ir import Effects, Graph, Kind, Launch, Op, Plan, TensorType, Value, type_of, values_in
 from kitsune.runtime.calls import call
 
@@ -20,12 +21,11 @@ PrepareLaunch = Callable[[Launch], Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Ops that lead to a value, as a graph with numbers of its own. `inputs` are its tensors, by number; `now` tells what stands
-    for a value of the region; `eager` has what the ops make of the inputs."""
+    """Ops that lead to a value, as a graph with numbers of its own. `inputs` are its tensors, by number, and
+    `eager` has what the ops make of them."""
 
     graph: Graph
     inputs: dict[int, torch.Tensor]
-    now: dict[int, Value]
     eager: list[Any]
 
     def values(self) -> list[Any]:
@@ -110,28 +110,29 @@ class _Builder:
 
     def part(self, number: int) -> Part:
         graph = Graph(tuple(self.entered), tuple(self.ops), (self.now[number],))
-        return Part(graph, self.inputs, self.now, self.eager)
+        return Part(graph, self.inputs, self.eager)
 
 
-def by_plan(part: Part, outputs: tuple[Value, ...], plan: MakePlan, start: PrepareLaunch, scalars: list[float]) -> list[Any]:
-    """What a plan of the part makes of its inputs: the values by number."""
-    values, executor = part.values(), executor_of(start)
-    executor.run(executor.prepare(plan(Graph(part.graph.inputs, part.graph.ops, outputs))), values, scalars)
-    return values
+def shows_it(part: Part, origin: Origin, plan: MakePlan, start: PrepareLaunch, scalars: list[float], exact: bool) -> bool:
+    """Does a plan of the part by itself make something else of it than eager?"""
+    values, executor, number = part.values(), executor_of(start), part.graph.outputs[0].id
+    executor.run(executor.prepare(plan(part.graph)), values, scalars)
+    got, eager = values[number], part.eager[number]
+    if same_bits(got, eager):
+        return False
+    return exact or not origin.loose or far_from(got, eager, origin, scalars) is not None
 
 
-def first_to_differ(
-    part: Part, origin: Origin, plan: MakePlan, start: PrepareLaunch, scalars: list[float], exact: bool
-) -> Origin | None:
-    """The first of the ops whose value a plan makes otherwise, each asked for in turn; None if no such plan shows it."""
-    for one in _origins_of(origin):
-        value = part.now[one.number]
-        if one is not origin and (one.op.kind is Kind.VIEW or one.op.rewritten):
-            # What is written in place may be something else at the end.
-            continue
-        got, eager = by_plan(part, (value,), plan, start, scalars)[value.id], part.eager[value.id]
-        if same_bits(got, eager):
-            continue
-        if not one.loose or exact or too_far(got, eager, exactly(one, scalars), coarsest(one)) is not None:
-            return one
-    return None
+def first_of(ran: Ran, fault: Fault, plan: MakePlan) -> Fault:
+    """The fault at the first of the ops that a kernel computes, where the kernel shows that if it writes what it would have in
+    registers only."""
+    if fault.origin is None or fault.launch is None or not fault.launch.kernels:
+        return fault
+    ops, known = chain(fault.origin), {v.id for v in ran.graph.outputs}
+    inner = [v for op in ops if op.kind is not Kind.VIEW for v in op.results if v.id not in known]
+    graph = replace(ran.graph, outputs=(*ran.graph.outputs, *inner))
+    found = Search(replace(ran, graph=graph, plan=plan(graph))).walk().fault
+    # With so much to write the kernel may be another one, and the fault gone.
+    if found is None or found.op not in ops:
+        return fault
+    return replace(found, launch=fault.launch)

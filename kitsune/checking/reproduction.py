@@ -11,8 +11,10 @@ import torch
 
 from kitsune.backends import Backend, backend_of
 from kitsune.checking.inputs import Draws, Start
-from kitsune.checking.judge import Ran, judge
+from kitsune.checking.judge import judge
+from kitsune.checking.narrow import first_of
 from kitsune.checking.plan_run import executor_of
+from kitsune.checking.search import Ran
 from kitsune.config import config
 from kitsune.dispatch import below_autograd
 from kitsune.ir import Graph, Launch, Site, dump_graph, load_graph, n_values
@@ -107,13 +109,16 @@ def _again(content: dict[str, Any], how: dict[str, Any]) -> tuple[Any, bool]:
         draws.set(content["state"])
         start = Start(graph, given)
         values = start.values()
-        plan = planner_for(how["arch"]).plan(graph)
+        planner = planner_for(how["arch"])
+        plan = planner.plan(graph)
         executor = executor_of(prepare)
         executor.run(executor.prepare(plan), values, scalars)
         # What it has written are copies, so that `start` still has what it began with.
         exact = config.numerics == "bitwise"
-        verdict = judge(Ran(graph, start, values, scalars, content["state"], draws.now(), device, plan, prepare, exact))
-    return verdict.fault, not verdict.same
+        ran = Ran(graph, start, values, scalars, content["state"], draws.now(), device, plan, prepare, exact)
+        verdict = judge(ran)
+        fault = None if verdict.fault is None else first_of(ran, verdict.fault, planner.plan)
+    return fault, not verdict.same
 
 
 def no_kernels(launch: Launch) -> Any:

@@ -16,6 +16,27 @@ from kitsune.ir import Graph, Kind, Launch, Op, Plan, Value
 
 
 @dataclass(frozen=True)
+class Ran:
+    """A run that has ended: what it began with, what it left (`values`), and the generator's states before and after.
+
+    `plan` is what was run, and `prepare_launch` makes its kernels ready; `exact` if no sum may be in another order. `how` says
+    how it was run, for a sentence.
+    """
+
+    graph: Graph
+    start: Start
+    values: list[Any]
+    scalars: list[float]
+    before: torch.Tensor
+    after: torch.Tensor
+    device: torch.device
+    plan: Plan
+    prepare_launch: Callable[[Launch], Any]
+    exact: bool
+    how: str = "as a whole"
+
+
+@dataclass(frozen=True)
 class Fault:
     """The first thing that a plan does wrong: a sentence, and the recorded op whose value it is. `origin` is how that came about,
     where it is the value that is computed otherwise."""
@@ -42,26 +63,17 @@ class _Found(Exception):
 class Search:
     """One way through a plan, in step with the recorded operators and, where the plan has an arena, with itself without one."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        plan: Plan,
-        start: Start,
-        scalars: list[float],
-        state: torch.Tensor,
-        device: torch.device,
-        prepare_launch: Callable[[Launch], Any],
-        exact: bool,
-    ) -> None:
-        self.graph, self.plan = graph, plan
-        executor = executor_of(prepare_launch)
-        self._free = PlanRun(executor, executor.prepare(apart(plan)), start.values(), scalars)
-        self._packed = PlanRun(executor, executor.prepare(plan), start.values(), scalars) if plan.arena else None
-        self._eager = EagerRun(graph, start.values(), scalars, device, exact)
-        self._eager.state = self._state = state
-        self._draws = Draws(device)
-        self._makers = {v.id: op for planned in (plan.graph, graph) for op in planned.ops for v in op.outputs}
-        self._unset = {v.storage for op in plan.graph.ops if op.target._opname.startswith(MEMORY) for v in op.results}
+    def __init__(self, ran: Ran) -> None:
+        self.graph, self.plan = ran.graph, ran.plan
+        executor = executor_of(ran.prepare_launch)
+        self._free = PlanRun(executor, executor.prepare(apart(ran.plan)), ran.start.values(), ran.scalars)
+        packed = ran.plan.arena > 0
+        self._packed = PlanRun(executor, executor.prepare(ran.plan), ran.start.values(), ran.scalars) if packed else None
+        self._eager = EagerRun(ran.graph, ran.start.values(), ran.scalars, ran.device, ran.exact)
+        self._eager.state = self._state = ran.before
+        self._draws = Draws(ran.device)
+        self._makers = {v.id: op for graph in (ran.plan.graph, ran.graph) for op in graph.ops for v in op.outputs}
+        self._unset = {v.storage for op in ran.plan.graph.ops if op.target._opname.startswith(MEMORY) for v in op.results}
         self._launches: dict[int, Launch] = {}
         self._expect()
 
@@ -85,6 +97,8 @@ class Search:
             for launch in self.plan.launches:
                 self._step(launch)
             self._eager.advance()
+            if self._eager.next is not None:
+                raise _Found(Fault(self._eager.next, None, "the plan does not compute it"))
             left = self._packed or self._free
             return Walk(None, left.finish())
         except Wrong as wrong:
@@ -111,9 +125,7 @@ class Search:
         self._state = after
         self._draws.set(before)
         for value in made:
-            tensor = self._free.look(value)
-            if tensor is not None:
-                self._eager.give(value, tensor)
+            self._eager.give(value, self._free.look(value))
         self._eager.advance()
 
     def _look_at_operand(self, launch: Launch, value: Value) -> None:
