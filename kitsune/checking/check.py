@@ -48,7 +48,9 @@ def checked_run(runner: Runner, device: torch.device, graph: Graph, values: list
     try:
         ready = runner.run(graph, values, scalars)
     except Exception as error:
-        _tell(runner, _raised(graph, start, scalars, before, device, error))
+        with contextlib.suppress(KitsuneWarning):
+            # Where warnings are errors, none takes the place of the program's own.
+            _tell(runner, _raised(graph, start, scalars, before, device, error))
         raise
     after = draws.now()
     try:
@@ -106,12 +108,14 @@ def _raised(
     graph: Graph, start: Start, scalars: list[float], before: torch.Tensor, device: torch.device, error: Exception
 ) -> Difference | None:
     """A run has raised: does eager?"""
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
     eager = EagerRun(graph, start.values(), scalars, device)
     eager.state = before
     try:
         eager.run()
     except Exception as other:
-        if type(other) is type(error):
+        if type(other) is type(error) or isinstance(other, torch.OutOfMemoryError):
             return None
         return Difference(*described(None), f"it raises {type(error).__name__} where eager raises {type(other).__name__}")
     return Difference(*described(None), f"it raises {type(error).__name__} ({error}) where eager raises nothing")
@@ -143,9 +147,17 @@ def _tell(runner: Runner, difference: Difference | None) -> None:
     for report in reports:
         report.differences.append(difference)
     if not reports:
-        _note(runner, str(difference))
+        _warn(runner, str(difference))
 
 
-def _note(runner: Runner, sentence: str) -> None:
+def _note(runner: Runner, problem: str) -> None:
+    """A run was not checked."""
+    for report in reports:
+        report.problems.append(problem)
+    if not reports:
+        _warn(runner, problem)
+
+
+def _warn(runner: Runner, sentence: str) -> None:
     runner.tally.notes[sentence] = None
     warnings.warn(sentence, KitsuneWarning, stacklevel=2)

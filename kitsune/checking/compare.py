@@ -24,6 +24,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def plain(t: torch.Tensor) -> torch.Tensor:
     """Real and dense, for bits to be looked at."""
     t = t.resolve_conj().resolve_neg()
+    if t.is_floating_point() and t.itemsize == 1:
+        # Eight bits have few operators.
+        return t.view(torch.uint8)
     return torch.view_as_real(t) if t.is_complex() else t
 
 

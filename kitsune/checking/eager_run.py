@@ -110,9 +110,11 @@ class EagerRun:
             # Other values on this memory are what it holds now.
             for number in [n for n, origin in self._origins.items() if self._on(origin, n, after.storage)]:
                 self._origins.pop(number)
-        loose = op.kind not in (Kind.POINTWISE, Kind.VIEW) or any(isinstance(s, Origin) and s.loose for s in sources.values())
+        # What is drawn is the same, whatever it is drawn by.
+        sums = op.kind not in (Kind.POINTWISE, Kind.VIEW) and not op.effects.random
+        loose = sums or any(isinstance(s, Origin) and s.loose for s in sources.values())
         for value in op.outputs:
-            origin = Origin(op, sources, value.id, loose and not op.effects.random)
+            origin = Origin(op, sources, value.id, loose)
             if value.id in self._given:
                 self._take_over(op, value, origin)
             else:

@@ -50,11 +50,13 @@ class CheckReport:
     observed: int = 0
     numerics: str = "strict"
     differences: list[Difference] = field(default_factory=list)
+    # Why runs could not be checked, as sentences.
+    problems: list[str] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
-        """Was every value that was compared eager's?"""
-        return not self.differences
+        """Was something compared, all of what was to be, and every value eager's?"""
+        return self.regions > 0 and not self.differences and not self.problems
 
     def __bool__(self) -> bool:
         return self.equal
@@ -69,8 +71,8 @@ class CheckReport:
             lines.append(f"The runs {how}. Replays of CUDA graphs among them: {self.replays}.")
         if self.rounded:
             lines.append(f"In {self.rounded} runs, sums are in another order than eager's, as numerics={self.numerics!r} allows.")
-        lines += [str(difference) for difference in self.differences]
-        if self.equal and self.regions:
+        lines += [*map(str, self.differences), *self.problems]
+        if self.equal:
             lines.append("Everything is equal to eager" + (" within that." if self.rounded else ", bit for bit."))
         return "\n".join(lines)
 

@@ -132,7 +132,28 @@ def test_an_exception_of_the_step_leaves_verify(monkeypatch: pytest.MonkeyPatch)
 def test_a_function_that_records_nothing_is_not_called_equal_for_that() -> None:
     report = kitsune.verify(lambda: None, device="cpu", steps=2)
     assert "Nothing was recorded, so that nothing could be checked" in str(report)
-    assert "Everything is equal" not in str(report)
+    assert "Everything is equal" not in str(report) and not report
+
+
+def test_what_could_not_be_checked_is_not_called_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(*args: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("kitsune.checking.check.judge", judge)
+    report = kitsune.verify(lambda x: (x * 2).sum().item(), torch.ones(3), device="cpu")
+    assert not report and "There was no memory to check a region of" in str(report)
+    with lazily(), kitsune.config.patch(check=True), pytest.warns(kitsune.KitsuneWarning, match="no memory to check"):
+        (torch.ones(3) * 3).sum().item()
+
+
+def test_a_fault_of_the_check_itself_does_not_end_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(*args: Any) -> None:
+        raise LookupError("oh")
+
+    monkeypatch.setattr("kitsune.checking.check.judge", judge)
+    told = pytest.warns(kitsune.KitsuneWarning, match=r"could not be checked \(LookupError: oh\)")
+    with lazily(), kitsune.config.patch(check=True, verify=False), told:
+        assert (torch.ones(3) * 3).sum().item() == 9
 
 
 def test_memory_that_nobody_has_written_is_not_compared() -> None:
@@ -142,6 +163,15 @@ def test_memory_that_nobody_has_written_is_not_compared() -> None:
         return kept
 
     assert kitsune.verify(step, device="cpu", steps=4).equal
+
+
+def test_numbers_of_eight_bits_and_complex_ones_are_compared() -> None:
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = x.to(torch.float8_e4m3fn), torch.complex(x, -x).conj() * 2
+        kitsune.flush()
+        return kept
+
+    assert kitsune.verify(step, torch.randn(9), device="cpu", steps=3).equal
 
 
 def test_without_the_knob_nothing_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
