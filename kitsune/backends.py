@@ -4,17 +4,18 @@ import importlib.util
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kitsune.background import thread
-from kitsune.codegen import BackgroundCompiler, CompilePool, Compiler, compile_pool, default_workers, render
+from kitsune.codegen import BackgroundCompiler, Choices, CompilePool, Compiler, compile_pool, default_workers, render
 from kitsune.config import config
 from kitsune.ir import Launch, Program, reads_slots
-from kitsune.runtime import CudaGraphs, GraphRecorder, SlotTable
+from kitsune.runtime import CudaGraphs, GraphRecorder, SlotTable, Timer, in_turn
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from kitsune.scheduler import RATES
 
@@ -25,13 +26,18 @@ class Backend:
 
     `prepare_in_graph` does so for a capture, given what it made for ordinary runs and the table with the moving numbers.
     `warm` asks for the programs that what was made will need, and returns futures that are done once they are there, or known
-    not to come: without it, or without workers, a program is compiled at its first start.
+    not to come: without it, or without workers, a program is compiled at its first start. `expect` hears that a region is being
+    planned for the first time, so that there will be programs to compile. `choices` are the tiles that were found to be the
+    fastest, by `timer`: without them, each launch has the first choice.
     """
 
     arch: str
     prepare_launch: Callable[[Launch], Any]
     prepare_in_graph: Callable[[Launch, Any, SlotTable], Any] | None = None
     warm: Callable[[Launch, Any], list[Future[Any]]] | None = None
+    expect: Callable[[], None] | None = None
+    choices: Choices | None = None
+    timer: Timer = in_turn
 
 
 def backend_of(device: torch.device) -> Backend | str:
@@ -45,29 +51,35 @@ def backend_of(device: torch.device) -> Backend | str:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {major}.{minor} and kernels need 8.0 or later, so regions run op by op."
     compiler = BackgroundCompiler(Compiler(cache_folder()), workers, thread.submit)
-    return on_device(nearest_arch(major, minor), compiler, device)
+    choices = choices_in(cache_folder(), torch.cuda.get_device_name(device))
+    return on_device(nearest_arch(major, minor), compiler, device, choices)
 
 
-def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device) -> Backend:
+@cache
+def choices_in(folder: Path, device_name: str) -> Choices:
+    """The choices of this process for devices of a name: what one thread has found out serves them all."""
+    return Choices(folder, device_name)
+
+
+def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device, choices: Choices | None = None) -> Backend:
     """Kernels of a compiler on a device."""
 
-    def for_graph(launch: Launch) -> PreparedLaunch:
-        return PreparedLaunch(launch, program_of(launch, slots_in_memory=True), compiler, device, slots_in_memory=True)
+    def prepare(launch: Launch) -> PreparedLaunch:
+        # Also for runs that no graph replays: one program to compile, not two. Numbers are copied there when they change.
+        in_memory = config.graphs and any(map(reads_slots, launch.ops))
+        return PreparedLaunch(launch, program_of(launch, in_memory), compiler, device, slots_in_memory=in_memory)
 
     def in_graph(launch: Launch, usable: PreparedLaunch, table: SlotTable) -> PreparedLaunch:
         if not _differs_in_graph(launch):
             return usable
-        made = (usable.in_graph or for_graph(launch)).captured_with(table.address)
+        made = usable.captured_with(table.address)
         made.load(like=usable)
         return made
 
     def warm(launch: Launch, usable: PreparedLaunch) -> list[Future[Any]]:
-        if config.graphs and _differs_in_graph(launch):
-            usable.in_graph = for_graph(launch)
-        made = [usable] if usable.in_graph is None else [usable, usable.in_graph]
-        return [compiler.ask(one.program, device, *one.likely) for one in made if one.likely is not None]
+        return [] if usable.likely is None else [compiler.ask(usable.program, device, *usable.likely)]
 
-    return Backend(arch, lambda launch: PreparedLaunch(launch, program_of(launch), compiler, device), in_graph, warm)
+    return Backend(arch, prepare, in_graph, warm, compiler.expect, choices)
 
 
 def _differs_in_graph(launch: Launch) -> bool:
@@ -87,7 +99,8 @@ def recorder_of(device: torch.device) -> GraphRecorder | None:
 
 def program_of(launch: Launch, slots_in_memory: bool = False) -> Program:
     """The program of a launch of kernels."""
-    return render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
+    program = render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
+    return program if launch.tile is None else replace(program, tile=launch.tile)
 
 
 def nearest_arch(major: int, minor: int) -> str:

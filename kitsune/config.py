@@ -60,9 +60,17 @@ class Options:
     graph_memory: int | None = knob(
         None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
     )
-    cache_dir: str | None = knob(None, "KITSUNE_CACHE_DIR", folder, "kernels are kept here; None: in XDG_CACHE_HOME or ~/.cache")
+    cache_dir: str | None = knob(
+        None, "KITSUNE_CACHE_DIR", folder, "kernels and plans are kept here; None: in XDG_CACHE_HOME or ~/.cache"
+    )
+    tuning: str = knob(
+        "on",
+        "KITSUNE_TUNING",
+        one_of("on", "off"),
+        "on: the tiles of large kernels are timed beside the steps, and the fastest remembered; off: they have the first choice",
+    )
     compile_workers: int | None = knob(
-        None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 4, by cores"
+        None, "KITSUNE_COMPILE_WORKERS", optional(whole(0)), "processes that compile in the background; None: 1 to 8, by cores"
     )
     debug: int = knob(
         0,
@@ -132,6 +140,7 @@ class Config:
     max_graphs: int
     graph_memory: int | None
     cache_dir: str | None
+    tuning: str
     compile_workers: int | None
     debug: int
     dump: str | None
@@ -142,6 +151,7 @@ class Config:
         found = from_environment(environment)
         # Values lie in the instance dictionary: the hot path reads them, and a plain attribute is the cheapest read.
         self.__dict__.update({name: found.get(name, row.default) for name, row in KNOBS.items()})
+        self.__dict__["_n_changes"] = 0
         self.__dict__["_sources"] = {name: "environment" if name in found else "default" for name in KNOBS}
 
     def __getattr__(self, name: str) -> Any:
@@ -162,6 +172,11 @@ class Config:
         """Change knobs inside a `with` block or a decorated function; afterwards they are as before, also on errors."""
         return Patch(self, {name: checked(name, value) for name, value in options.items()})
 
+    @property
+    def n_changes(self) -> int:
+        """Counts assignments: while it is the same, so is every knob."""
+        return self.__dict__["_n_changes"]  # type: ignore[no-any-return]
+
     def options(self) -> Options:
         """The present value of every knob, as one immutable object."""
         return Options(**{name: self.__dict__[name] for name in KNOBS})
@@ -179,6 +194,7 @@ class Config:
 
     def _put(self, name: str, value: object, source: str) -> None:
         self.__dict__[name] = value
+        self.__dict__["_n_changes"] += 1
         self._sources[name] = source
 
 

@@ -25,7 +25,7 @@ class EngineOptions:
     @property
     def knobs(self) -> tuple[object, ...]:
         """What plans depend on beside these options."""
-        return self.fuses, config.fuel, config.layouts, self.grade
+        return self.fuses, config.fuel, config.layouts, config.graphs, self.grade, config.tuning
 
     @property
     def grade(self) -> str:

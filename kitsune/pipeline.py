@@ -1,29 +1,35 @@
 """The stages, put together: dispatch -> lazy -> planning -> runtime -> profiler."""
 
 import contextlib
+import math
 import os
+import threading
 import time
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from kitsune.backends import nearest_arch
-from kitsune.background import n_awaited, wait
+from kitsune.background import n_awaited, thread, wait
 from kitsune.checking import checked_run
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.fusion import ANYTHING, Rules
+from kitsune.garbage import MANY_NODES, look_at_new
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
-from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, open_graph_doors
+from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a_step, open_graph_doors
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
 from kitsune.runtime import ThreadPlans
+from kitsune.standing import Standing, standing
 
 tally = Tally()
 tally.n_compiling = n_awaited
+thread.in_a_step = in_a_step
 # What `last_plan` is asked for: the graph, and the cause of its end.
 latest: dict[str, Any] = {}
 # Hear of each region as it closes; `session.trace_regions` adds itself here.
@@ -82,6 +88,8 @@ class Pipeline:
         self.on = False
         # A static function is being learned: its steps are recorded, whatever the gate says of those that Python goes through.
         self.insists = False
+        # Of the recorder, when a region last ended.
+        self.n_nodes = 0
         # Counts the times that everything known was dropped.
         self.n_forgotten = 0
         self.device = device
@@ -126,9 +134,22 @@ class Pipeline:
             else:
                 self.runner.run(graph, values, scalars)
 
+    def standing(self, graph: Graph, values: list[Any], sure: Collection[int]) -> Standing | None:
+        """A region that will be replayed as it was, to be passed to `again`; None where that cannot be said."""
+        # What is checked is run at length.
+        return None if config.check else standing(self.runner, graph, values, sure)
+
+    def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
+        """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
+        with below_autograd():
+            return region.replay(values, scalars)
+
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
         """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""
         close(graph, cause, site, self.runner.options)
+        n_new, self.n_nodes = self.recorder.n_nodes - self.n_nodes, self.recorder.n_nodes
+        if n_new >= MANY_NODES:
+            look_at_new()
         if observed and self.device.type == "cuda":
             with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 self.thread_plans.make(graph)
@@ -138,6 +159,7 @@ class Pipeline:
         self.recorder.flush(Barrier.FLUSH)
         self.recorder.forget()
         self.lane.forget()
+        self.n_nodes = 0
         self.n_forgotten += 1
         latest.clear()
         self.runner.forget()
@@ -199,14 +221,23 @@ def planned_for(graph: Graph, arch: str | None = None, rules: Rules = ANYTHING, 
     return planner_for(arch or _arch_here(), rules, n_streams=n_streams).plan(graph)
 
 
-def wait_for_kernels(timeout: float | None = None) -> bool:
+def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
     """Wait until what is planned and compiled in the background is there; False if `timeout` seconds are not enough.
 
-    The next run of each region known by now is by its plan then. A program needs it for measurements only.
+    The next run of each region known by now is by its plan then. With `tuned`, the tiles of kernels that this thread replays
+    are timed as well, which otherwise happens beside its steps. A program needs it for measurements only.
     """
+    until = math.inf if timeout is None else time.perf_counter() + timeout
     for runner in list(runners):
         runner.ask_all()
-    return wait(timeout)
+    there = wait(timeout)
+    if not tuned or not there:
+        return there
+    with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        for runner in list(runners):
+            if runner.thread == threading.get_ident():
+                runner.tune_all(until)
+    return time.perf_counter() < until and wait(None if timeout is None else max(until - time.perf_counter(), 0.0))
 
 
 def _arch_here() -> str:

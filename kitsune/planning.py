@@ -7,8 +7,8 @@ import torch
 
 from kitsune.codegen import text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
-from kitsune.fusion import ANYTHING, Partition, Rules, batch, kernels_of, partition
-from kitsune.ir import Graph, Kernel, Kind, Op, Plan, happens_before, reads_slots, verify_plan
+from kitsune.fusion import ANYTHING, Partition, Rules, batch, in_rows, kernels_of, partition
+from kitsune.ir import Graph, Kernel, Kind, Launch, Op, Plan, Tile, happens_before, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
 from kitsune.runtime import out_form, takes_memory
 from kitsune.scheduler import (
@@ -17,6 +17,7 @@ from kitsune.scheduler import (
     Work,
     assign_streams,
     batch_norms,
+    bias_gradients,
     common_subexpressions,
     cross_entropies,
     dead_code,
@@ -28,12 +29,18 @@ from kitsune.scheduler import (
     op_micros,
     padded_products,
     parts,
+    patches_as_rows,
+    pools,
     run_passes,
     split_reductions,
     unlist,
 )
 
 Show = Callable[[str, Graph, float], None]
+
+
+def no_tile(launch: Launch) -> None:
+    """The first choice for each launch."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +62,25 @@ class Planner:
     n_streams: int = 1
     # What the context allows beyond what the planner can do.
     rules: Rules = ANYTHING
+    # Which tile a launch of kernels has, where it is not the first choice.
+    tiles: Callable[[Launch], Tile | None] = no_tile
     # As the knob has it. In "strict" a reduction may be a kernel, whose order of summation is its own.
     numerics: str = "bitwise"
+    # Only deterministic algorithms are allowed: what eager refuses then is left to eager.
+    deterministic: bool = False
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        layouts = (self.convolutions_laid_out, self.joined_in_place, self.products_padded) if self.layouts else ()
+        layouts = (
+            (self.patches_taken_apart, self.convolutions_laid_out, self.joined_in_place, self.products_padded)
+            if self.layouts
+            else ()
+        )
         passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
-        kernels = kernels_of(parts)
+        kernels = {n: self._walking(kernel) for n, kernel in kernels_of(parts).items()}
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
         in_turn = in_order(planned, works, self._micros(planned))
@@ -85,11 +100,15 @@ class Planner:
         )
         if self.verify:
             verify_plan(plan, before, {life.storage: life.nbytes for life in lives})
-        return plan
+        return plan.with_tiles(self.tiles)
 
     def lists_taken_apart(self, graph: Graph) -> Graph:
         """The pass that gives each tensor of a list call an op of its own, of which some may be needed by nobody."""
         return dead_code(unlist(graph, self.why_not_fused))
+
+    def patches_taken_apart(self, graph: Graph) -> Graph:
+        """The pass that makes convolutions over patches matrix products."""
+        return patches_as_rows(graph, self.costs)
 
     def convolutions_laid_out(self, graph: Graph) -> Graph:
         """The pass that has convolutions, and what is between them, in channels-last."""
@@ -107,7 +126,9 @@ class Planner:
         """The pass that makes ops of which each reduces the same dimensions throughout, and fills the device."""
         if self.numerics == "bitwise":
             return graph
-        graph = cross_entropies(graph, self.why_not_fused)
+        if not self.deterministic:
+            graph = pools(graph, self.costs.windows, self.why_not_fused)
+        graph = bias_gradients(cross_entropies(graph, self.why_not_fused), self.why_not_fused)
         graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
 
@@ -116,6 +137,11 @@ class Planner:
         if op.kind is Kind.REDUCTION and self.numerics == "bitwise":
             return f"{op.target} is a reduction, and numerics='bitwise' keeps eager's order of summation"
         return why_not_lowered(op) or why_not_exact(op, self.toolkit)
+
+    def _walking(self, kernel: Kernel) -> Kernel:
+        """A kernel in the order in which it is best walked."""
+        rows = in_rows(kernel) if len(kernel.steps) > 1 else None
+        return kernel if rows is None or not self.costs.in_rows(kernel) else rows
 
     def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
         """What a node becomes: a launch, or calls of the library."""
@@ -172,7 +198,8 @@ def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None,
     knobs = (config.fuel, config.verify, toolkit, config.graphs, config.layouts and grade != "bitwise")
     # A context may ask for more or fewer than usual; with the knob at 1 there are none beside the first.
     n = config.streams if n_streams is None or config.streams == 1 else n_streams
-    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules, numerics=grade)
+    strictly = torch.are_deterministic_algorithms_enabled()
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules, numerics=grade, deterministic=strictly)
 
 
 def slot_planner_for(arch: str, n_streams: int | None = None) -> SlotPlanner:

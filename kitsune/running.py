@@ -1,9 +1,10 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
+import threading
 import warnings
 import weakref
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,71 +17,51 @@ from kitsune.config import KitsuneWarning, config
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
+from kitsune.plan_files import kept_plan
 from kitsune.planning import Planner, planner_for, slot_planner_for
-from kitsune.profiler import PlanTally, Tally, plan_tally
+from kitsune.profiler import Tally
+from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, try_tiles, unfused
 from kitsune.runtime import (
     Arenas,
     PlanExecutor,
     Prepared,
     Schedule,
     SlotTable,
-    Steady,
     SteadyState,
     Work,
     adopt_views,
     current_stream,
     numeric_settings,
     plan_work,
-    prepare,
     replay,
     schedule_work,
-    views_of_inputs,
 )
 from kitsune.runtime.instructions import Start
-from kitsune.scheduler import dead_code, run_passes
-from kitsune.shown import show_plan, shows
+from kitsune.shown import SHOWN_ARCH, show_plan, shows
+from kitsune.tuning import Tuner
 
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
-# Whose plan is shown where none is run: the newest device of known rates.
-SHOWN_ARCH = "sm_90"
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 3
-
-
-@dataclass(slots=True)
-class Ready:
-    """A region, ready to run: by plan, or op by op. `graph` has what is run of it."""
-
-    work: Prepared | Schedule
-    plan: PlanTally | None
-    n_ops: int
-    n_dead: int
-    graph: Graph
-    # Outputs that lie in an input's memory.
-    views: tuple[int, ...] = ()
-    steady: Steady | None = None
-    # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
-    in_graph: Prepared | None = None
-    # Is another way to run it to be made in the background? What takes its place, once it is there, and what that waited for.
-    waits: bool = False
-    coming: "Future[Ready] | None" = None
-    asked: list[Future[Any]] = field(default_factory=list)
-    n_runs: int = 0
+# Regions that are looked up on disk in vain, 0.03 s each for one like BERT's: a program that keeps changing has no end of them.
+MAX_MISSED = 8
 
 
 class Runner:
     """Runs the regions of one thread on one device: by plan where there is a backend, op by op elsewhere."""
 
     def __init__(self, device: torch.device, tally: Tally, options: EngineOptions = DEFAULT) -> None:
-        self.tally, self.options = tally, options
+        self.tally, self.options, self.thread = tally, options, threading.get_ident()
         self.ready: dict[Any, Ready] = {}
         # What went wrong and was mended in the run that is going on; said when it has ended.
         self.sentences: list[str] = []
         self.executor: PlanExecutor | None = None
         self.pool: MemoryPool | None = None
         self.steady: SteadyState | None = None
+        self.tuner: Tuner | None = None
+        self._n_missed = 0
         runners.add(self)
         backend, recorder = backend_of(device), recorder_of(device)
         self.backend = backend
@@ -93,23 +74,25 @@ class Runner:
             self.pool = MemoryPool(options.pool_bytes or self._budget)
             self.executor = PlanExecutor(backend.prepare_launch, self.pool, self.sentences.append)
             self.arenas = Arenas(self.executor.pool)
+            if backend.choices is not None:
+                self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
         elif device.type == "cuda":
             self.sentences.append(backend)
 
-    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Ready:
-        """Run a closed region: `values` has the inputs by number and receives the outputs. Returns what was run of it."""
-        key = (graph, *self.options.knobs, numeric_settings() if self.steady is not None else None)
+    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
+        """Run a closed region: `values` has the inputs by number and receives the outputs."""
+        key = self.key(graph)
         ready = self.ready.get(key)
         if ready is None:
             if len(self.ready) >= MAX_READY:
                 self.forget()
             ready = self.ready[key] = self._prepare(graph)
-        elif ready.coming is not None and ready.coming.done():
-            ready = self.ready[key] = self._arrived(graph, ready, ready.coming)
+        elif (coming := ready.arrived()) is not None:
+            ready = self.ready[key] = self._arrived(graph, ready, coming)
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if self._replayed(ready, values, scalars):
-                pass
+                self._tune(ready)
             elif isinstance(ready.work, Schedule):
                 replay(ready.work, values, scalars)
             else:
@@ -125,14 +108,24 @@ class Runner:
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
             self._ask(graph, ready)
+        elif ready.n_runs == 1:
+            self._look_up(graph, ready)
         self._say()
-        return ready
+
+    def key(self, graph: Graph) -> tuple[Any, ...]:
+        """What a region is kept by, ready to run."""
+        return graph, *self.options.knobs, numeric_settings() if self.steady is not None else None
 
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
             if tuple(knobs) == self.options.knobs:
                 self._ask(graph, ready)
+
+    def tune_all(self, until: float) -> None:
+        """Try the tiles of every region that is replayed now, and not beside its replays, until the clock says so."""
+        for ready in [one for one in self.ready.values() if one.steady is not None and one.steady.captured is not None]:
+            self._tune(ready, until)
 
     def forget(self) -> None:
         """Drop every plan and every graph, and the memory kept for them."""
@@ -144,39 +137,29 @@ class Runner:
 
     def _prepare(self, graph: Graph) -> Ready:
         if self._in_background():
-            ready = self._unfused(graph)
+            ready = unfused(graph, config.verify)
             slots = self.steady is not None and self.options.captures and any(map(reads_slots, ready.graph.ops))
             ready.waits = self.options.fuses or slots
             return ready
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._worthwhile(graph, self._planned(graph, self.planner()))
+                    return self._worthwhile(graph, by_plan(show_plan(graph, self.planner()), graph, self.executor))
                 if shows().wanted:
                     show_plan(graph, self.planner(SHOWN_ARCH))
             except Exception as error:
                 if config.verify:
                     raise
-                self._unplanned(graph, error)
-        return self._unfused(graph)
+                self.sentences.append(runs_by_ops(graph, error))
+        return unfused(graph, config.verify)
 
     def planner(self, arch: str | None = None) -> Planner:
         """What plans the regions that run here."""
-        return planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
+        planner = planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
+        return planner if self.tuner is None or config.tuning == "off" else replace(planner, tiles=self.tuner.tiles())
 
     def _in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
-
-    def _unfused(self, graph: Graph) -> Ready:
-        alive = run_passes(graph, (dead_code,), config.verify)
-        return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive, views_of_inputs(alive))
-
-    def _planned(self, graph: Graph, planner: Planner) -> Ready:
-        assert self.executor is not None
-        plan = show_plan(graph, planner)
-        n_ops = sum(len(launch.ops) for launch in plan.launches)
-        n_dead = len(graph.ops) - len(dead_code(graph).ops)
-        return Ready(self.executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views_of_inputs(plan.graph))
 
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
@@ -184,20 +167,22 @@ class Runner:
         planner = self.planner(self.arch)
         if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
             return made
-        return self._planned(graph, planner)
+        return by_plan(show_plan(graph, planner), graph, self.executor)
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
-        executor, fuse = self.executor, self.options.fuses
+        executor, backend, fuse = self.executor, self.backend, self.options.fuses
         if not now.waits or now.coming is not None:
             return
-        assert executor is not None
+        assert executor is not None and isinstance(backend, Backend)
         # With the knobs of now.
         planner = self.planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
-                made = self._planned(graph, planner)
+                if backend.expect is not None and kept_plan(graph, planner) is None:
+                    backend.expect()
+                made = by_plan(show_plan(graph, planner), graph, executor)
                 prepared = made.work
             else:
                 prepared = executor.prepare(planner.plan(now.graph))
@@ -208,6 +193,24 @@ class Runner:
 
         now.coming = later(make)
 
+    def _look_up(self, graph: Graph, now: Ready) -> None:
+        """A plan that lies on disk is had before the region comes back: nothing is lost if it does not."""
+        if not now.waits or not self.options.fuses or self._n_missed >= MAX_MISSED or shows().wanted:
+            return
+        planner = self.planner()
+
+        def make() -> tuple[Ready | None, list[Future[Any]]]:
+            plan = kept_plan(graph, planner)
+            if plan is None:
+                self._n_missed += 1
+                return None, []
+            made = by_plan(plan, graph, self.executor)
+            assert isinstance(made.work, Prepared)
+            made.asked = self._warm(made.work)
+            return made, made.asked
+
+        now.kept = later(make)
+
     def _warm(self, prepared: Prepared) -> list[Future[Any]]:
         assert isinstance(self.backend, Backend) and self.backend.warm is not None
         starts = [i for i in prepared.instructions if isinstance(i, Start) and i.prepared is not None]
@@ -216,31 +219,30 @@ class Runner:
     def _arrived(self, graph: Graph, ready: Ready, coming: Future[Ready]) -> Ready:
         """A region's plan and kernels are there, or will not be."""
         ready.coming, ready.waits, new = None, False, ready
+        if ready.plan is not None and (coming.exception() or any(one.exception() for one in coming.result().asked)):
+            # It has a plan, with other tiles.
+            return ready
         try:
             made = coming.result()
             if failed := [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]:
                 raise failed[0]
             new, made.asked = self._worthwhile(graph, made), []
         except WorkerFailed as error:
-            self.sentences.append(
-                f"A region of {ready.n_ops} operators stays unfused, because its kernels could not be compiled. {error} "
-                "With KITSUNE_COMPILE_WORKERS=0 kernels are compiled in the program's own process."
-            )
+            self.sentences.append(stays_unfused(ready, error))
         except Exception as error:
             if config.verify:
                 raise
-            self._unplanned(ready.graph, error)
+            self.sentences.append(runs_by_ops(ready.graph, error))
         if ready.steady is not None and self.steady is not None:
             new.steady = self.steady.region(new.graph, lambda *of: self._work(new, *of), before=ready.steady)
         if config.debug and new.plan is not None:
             shows().fused(new.n_ops, new.plan.n_kernels)
         return new
 
-    def _unplanned(self, graph: Graph, error: Exception) -> None:
-        self.sentences.append(
-            f"A region of {len(graph.ops)} operators could not be planned and is run op by op ({type(error).__name__}: {error}). "
-            "This is a bug in Kitsune: please report it."
-        )
+    def _tune(self, ready: Ready, until: float | None = None) -> None:
+        """After a replay: go on with trying other tiles, or try them all by `until`, and have those made that are better."""
+        if self.tuner is not None and self.executor is not None and config.tuning == "on" and self._in_background():
+            try_tiles(ready, self.tuner, self.executor, self._warm, until)
 
     def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> bool:
         """Was the region run as a CUDA graph?"""

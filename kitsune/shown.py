@@ -7,9 +7,12 @@ from pathlib import Path
 from kitsune.backends import program_of
 from kitsune.config import config
 from kitsune.ir import Graph, Plan
+from kitsune.plan_files import planned
 from kitsune.planning import Planner
 from kitsune.profiler import Show
 
+# Whose plan is shown where none is run: the newest device of known rates.
+SHOWN_ARCH = "sm_90"
 # Of regions as they are shown; the runners of several threads may write into one folder.
 _numbers = itertools.count()
 
@@ -23,7 +26,7 @@ def show_plan(graph: Graph, planner: Planner) -> Plan:
     """The plan of a graph, printed and dumped."""
     show = shows()
     if not show.wanted:
-        return planner.plan(graph)
+        return planned(graph, planner)
     show = show.region(graph, next(_numbers))
     start = time.perf_counter()
     plan = planner.plan(graph, show.passed)

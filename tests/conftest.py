@@ -12,6 +12,8 @@ os.environ.setdefault("KITSUNE_GATE", "0")
 os.environ.setdefault("KITSUNE_COMPILE_WORKERS", "0")
 # Bits are compared throughout; what reductions in kernels change is the subject of tests that ask for "strict".
 os.environ.setdefault("KITSUNE_NUMERICS", "bitwise")
+# What is timed differs from run to run; the tests of tuning have a timer of their own.
+os.environ.setdefault("KITSUNE_TUNING", "off")
 
 import pytest
 import torch

@@ -354,7 +354,7 @@ def test_contexts_that_close_out_of_order_leave_no_mode_behind() -> None:
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
-def test_a_backward_is_followed_in_the_third_step_whatever_gave_back_its_operand() -> None:
+def test_a_backward_is_followed_in_the_second_step_whatever_gave_back_its_operand() -> None:
     model, x = nn.Linear(6, 6), torch.randn(4, 6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     followed = []
@@ -366,7 +366,55 @@ def test_a_backward_is_followed_in_the_third_step_whatever_gave_back_its_operand
             optimizer.step()
             optimizer.zero_grad()
             followed.append(kitsune.counters()["backwards_followed"])
-    assert followed == [0, 0, 1] and not kitsune.counters()["realized"]
+    assert followed == [0, 1, 2] and not kitsune.counters()["realized"]
+
+
+class Residual(nn.Module):
+    """Writes in place what it has just made, as ResNet does, and counts its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.relu = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True)
+        self.n = nn.Buffer(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.norm(self.linear(x))
+        self.n.add_(1)
+        out += x
+        return self.relu(out)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_what_is_written_in_place_is_followed_in_the_second_step(read: bool) -> None:
+    model, xs = nn.Sequential(Residual(), Residual()), torch.randn(4, 5, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names, found = ("followed", "backwards_followed", "realized"), []
+    with kitsune.accelerate(device="cpu"):
+        for x in xs:
+            before = kitsune.counters()
+            loss = model(x).sum()
+            if read:
+                loss.item()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append([kitsune.counters()[name] - before[name] for name in names])
+    # A layer is five calls, the host's count of batches aside; then there is the sum. A value that is read has its graph made.
+    assert found == [[0, 0, 0]] + [[11, 0, 1] if read else [11, 1, 0]] * 3
+
+
+def test_nothing_is_followed_before_it_was_observed_as_often_as_the_warm_up_asks() -> None:
+    model, x = nn.Linear(6, 6), torch.randn(4, 6)
+    names, found = ("observed", "recorded", "followed"), []
+    with kitsune.accelerate(device="cpu", warmup=3):
+        for _ in range(5):
+            before = kitsune.counters()
+            model(x).sum().backward()
+            model.zero_grad()
+            kitsune.flush()
+            found.append([kitsune.counters()[name] - before[name] for name in names])
+    n = found[0][0]
+    assert n and found == [[n, 0, 0]] * 3 + [[0, n, 2]] * 2
 
 
 def test_a_flush_in_another_thread_is_no_call_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,3 +86,34 @@ def test_cycles_are_collected_in_the_end() -> None:
         del node
         kept = [[] for _ in range(2 * AFTER)]  # type: ignore[var-annotated]
         assert gone() is None and kept
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_a_first_step_has_taught_is_old_at_its_end(enabled: bool) -> None:
+    kitsune.reset()
+    model, x = nn.Sequential(*[nn.Linear(8, 8) for _ in range(150)]), torch.ones(4, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    # No collection comes by itself.
+    gc.set_threshold(10 * AFTER if enabled else 0)
+    seen: list[int] = []
+
+    def hear(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            seen.append(info["generation"])
+
+    collections = []
+    gc.callbacks.append(hear)
+    try:
+        if not enabled:
+            gc.disable()
+        with kitsune.accelerate(device="cpu"):
+            for _ in range(3):
+                seen.clear()
+                model(x).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                collections.append(list(seen))
+    finally:
+        gc.enable()
+        gc.callbacks.remove(hear)
+    assert collections == [[1] if enabled else [], [], []]

@@ -33,6 +33,7 @@ EXAMPLES = {
     "max_graphs": ("3", 3, 1, 0),
     "graph_memory": ("2GB", 2 * 2**30, 4096, "much"),
     "cache_dir": ("/tmp/k", "/tmp/k", None, 5),
+    "tuning": ("OFF", "off", "on", "sometimes"),
     "compile_workers": ("2", 2, None, -1),
     "debug": ("1", 1, 5, 6),
     "dump": ("/tmp/d", "/tmp/d", None, 0),

@@ -18,6 +18,8 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 Step = Callable[[Tensor, Tensor], Tensor]
 # Before capture: the optimizer's state, library handles, and what a compiler has to compile.
 GRAPH_WARM_UP = 3
+# Seconds in which the tiles of all kernels are timed, or as many as can be.
+TILES_S = 90.0
 
 
 class NotAvailableError(Exception):
@@ -35,6 +37,8 @@ class Program:
     reuses_loss: bool = False
     # Is everything there that is made in the background?
     is_ready: Callable[[], bool] = lambda: True
+    # Has made what would be made beside later steps, before they are timed.
+    settle: Callable[[], Any] = lambda: None
     # What is to be kept beside the times: whether it was what it is called.
     counts: Callable[[], dict[str, Any]] = dict
 
@@ -144,18 +148,24 @@ def _compile_graph(workload: Workload, batches: list[Batch], read: Read) -> Prog
 
 def _kitsune(workload: Workload, batches: list[Batch], read: Read) -> Program:
     step = make_step(workload, forward_of(workload), read)
-    return Program(step, batches, kitsune.accelerate(device=workload.device), is_ready=_kernels_are_there)
+    return Program(
+        step, batches, kitsune.accelerate(device=workload.device), is_ready=_kernels_are_there, settle=_tiles_are_timed
+    )
 
 
 def _kitsune_static(workload: Workload, batches: list[Batch], read: Read) -> Program:
     if read == "each":
         raise NotAvailableError("a step whose Python is skipped cannot stop for Python to read the loss")
     step = kitsune.accelerate(make_step(workload, forward_of(workload), read), static=True, device=workload.device)
-    return Program(step, batches, is_ready=_kernels_are_there, counts=_static_counts)
+    return Program(step, batches, is_ready=_kernels_are_there, settle=_tiles_are_timed, counts=_static_counts)
 
 
 def _kernels_are_there() -> bool:
     return kitsune.wait_for_kernels(0)
+
+
+def _tiles_are_timed() -> bool:
+    return kitsune.wait_for_kernels(TILES_S, tuned=True)
 
 
 def _static_counts() -> dict[str, Any]:

@@ -185,6 +185,9 @@ def visit(task: Task, save: Callable[[dict[str, Any]], None]) -> None:
         if task.visit == "warm":
             save(memory(step, task) if on_device else {})
             return
+        program.settle()
+        for _ in range(READ_EVERY):
+            step()
         save(step_times(step, task))
         # With a look at the loss in each step, Python waits for the device in all of them.
         save(host_times(step, task) if task.read != "each" else {})

@@ -21,7 +21,9 @@ from kitsune.checking.reproduction import how_now, no_kernels, write
 from kitsune.checking.search import Fault, Ran
 from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph
-from kitsune.running import SHOWN_ARCH, Ready, Runner
+from kitsune.ready import Ready
+from kitsune.running import Runner
+from kitsune.shown import SHOWN_ARCH
 
 # Hear of every check; while there are any, nothing is warned of.
 reports: list[CheckReport] = []
@@ -46,13 +48,13 @@ def checked_run(runner: Runner, device: torch.device, graph: Graph, values: list
     start, draws = Start(graph, values), Draws(device)
     before, n_replayed = draws.now(), runner.tally.n_replayed
     try:
-        ready = runner.run(graph, values, scalars)
+        runner.run(graph, values, scalars)
     except Exception as error:
         with contextlib.suppress(KitsuneWarning):
             # Where warnings are errors, none takes the place of the program's own.
             _tell(runner, _raised(graph, start, scalars, before, device, error))
         raise
-    after = draws.now()
+    ready, after = runner.ready[runner.key(graph)], draws.now()
     try:
         replayed = runner.tally.n_replayed > n_replayed
         _check(

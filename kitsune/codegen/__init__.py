@@ -1,6 +1,7 @@
 """Kernels of the plan as Triton source, and that source compiled. Importing this imports no Triton."""
 
 from kitsune.codegen.background import BackgroundCompiler
+from kitsune.codegen.choices import Choice, Choices, why_not_tried
 from kitsune.codegen.compile_pool import CompilePool, WorkerFailed, compile_pool, default_workers
 from kitsune.codegen.compiler import Compiler
 from kitsune.codegen.exactness import distance, why_not_exact
@@ -9,17 +10,22 @@ from kitsune.codegen.libdevice import toolkit_libdevice
 from kitsune.codegen.lower import why_not_lowered
 from kitsune.codegen.lowering import NotLowered
 from kitsune.codegen.render import parameters_of, render
-from kitsune.codegen.tiles import tile_of
+from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, tile_of
 
 __all__ = [
     "BackgroundCompiler",
+    "Choice",
+    "Choices",
     "CompilePool",
     "Compiler",
     "NotLowered",
     "WorkerFailed",
+    "candidates",
     "compile_pool",
     "default_workers",
     "distance",
+    "is_looped",
+    "keeps_bits",
     "parameters_of",
     "render",
     "text_key",
@@ -28,4 +34,5 @@ __all__ = [
     "why_not_batched",
     "why_not_exact",
     "why_not_lowered",
+    "why_not_tried",
 ]

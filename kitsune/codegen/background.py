@@ -16,7 +16,7 @@ from kitsune.ir.plan import Kernel, Parameter, Pending, Program
 class BackgroundCompiler:
     """Compiles as `compiler` does, but in the workers of `pool()`; where that is None, here and at once.
 
-    `later(work)` calls `work()` on another thread, soon: what a worker has compiled is loaded there, 5 ms each.
+    `later(work)` calls `work()` on another thread, soon: what a worker has compiled is loaded there.
     """
 
     def __init__(
@@ -49,6 +49,11 @@ class BackgroundCompiler:
         done.set_result(self.compiler.compile(program, target, aligned, wide))
         return done
 
+    def expect(self) -> None:
+        """There will be programs to compile: have the workers come."""
+        if (pool := self._pool()) is not None:
+            pool.start()
+
     def parameters_of(self, kernel: Kernel, slots_in_memory: bool = False) -> tuple[Parameter, ...]:
         """What to pass to the program of another kernel with the same `text_key`."""
         return self.compiler.parameters_of(kernel, slots_in_memory)
@@ -71,31 +76,34 @@ class BackgroundCompiler:
             if (known := self._asked.get(key)) is not None:
                 return known
             future = self._asked[key] = Future()
-        try:
-            made = pool.submit(self.compiler.job_of(program, target, *variant))
-        except Exception as error:
-            future.set_exception(error)
-            return future
-        made.add_done_callback(lambda made: self._compiled(made, future, lambda: self._load(program, target, *variant)))
-        return future
-
-    def _compiled(self, made: "Future[None]", future: "Future[Compiled]", load: Callable[[], Compiled]) -> None:
-        error = made.exception()
-        if error is not None:
-            return future.set_exception(error)
 
         def settle() -> None:
             try:
-                compiled = load()
+                compiled = self._load(program, target, *variant)
             except Exception as error:
                 future.set_exception(error)
             else:
                 future.set_result(compiled)
 
-        self._later(settle)
+        def compiled(made: "Future[None]") -> None:
+            error = made.exception()
+            if error is not None:
+                future.set_exception(error)
+            else:
+                self._later(settle)
+
+        try:
+            if self.compiler.is_known(program, target, *variant):
+                self._later(settle)
+            else:
+                job = self.compiler.job_of(program, target, *variant)
+                pool.submit(job, len(program.text)).add_done_callback(compiled)
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
     def _load(self, program: Program, target: torch.device | int, *variant: bool) -> Compiled:
-        # Nobody else may have it before it is loaded: two threads that load the same confuse Triton.
+        # Nobody else may have it before it is loaded: a start would load it.
         compiled = self.compiler.compile(program, target, *variant)
         if isinstance(target, torch.device) and target.type == "cuda":
             with torch.cuda.device(target):

@@ -44,6 +44,10 @@ class Body:
     multiples: set[str] = field(default_factory=set)
     n_temporaries: int = 0
 
+    def write(self) -> None:
+        """Loads, steps and stores."""
+        raise NotImplementedError
+
     @property
     def extents(self) -> list[Named]:
         """What bounds the kernel's indices."""

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import torch
 
+from kitsune.codegen import machine_code
+
 _SEAL = "# sha256 "
+# How the variables begin that change what Triton, LLVM and ptxas make of a source.
+SETTINGS = ("TRITON_", "PTXAS_", "NVPTX_", "MLIR_", "LLVM_", "DISABLE_LLVM_", "DISABLE_PTXAS_")
 
 
 class KernelFiles:
@@ -29,7 +33,7 @@ class KernelFiles:
 
     def path_of(self, name: str, text: str, flags: str = "") -> Path:
         """The file with this source, written if it is not there. `flags` tells apart what is compiled differently."""
-        digest = hashlib.sha256("\n".join((text, flags, versions())).encode()).hexdigest()[:20]
+        digest = hashlib.sha256("\n".join((text, flags, versions(), settings())).encode()).hexdigest()[:20]
         content = sealed(text)
         directory = self.directory
         try:
@@ -85,10 +89,25 @@ def is_intact(path: Path) -> bool:
     return bool(seal) and content == sealed(text)
 
 
+def file_stamp(path: str | os.PathLike[str]) -> str:
+    """A file's path, and what changes with its content."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return f"{path} missing"
+    return f"{path} {found.st_size} {found.st_mtime_ns}"
+
+
+def settings() -> str:
+    """The environment variables that Triton and its tools look at, as they are now, but for those that name folders."""
+    named = (name for name in os.environ if name.startswith(SETTINGS) and not name.endswith(("_DIR", "_HOME")))
+    return " ".join(f"{name}={os.environ[name]}" for name in sorted(named))
+
+
 @cache
 def versions() -> str:
-    """Of everything that has a part in what a source compiles to."""
-    found = [str(torch.__version__)]
+    """Of everything that has a part in what a source compiles to, this package's own way to compile it included."""
+    found = [str(torch.__version__), hashlib.sha256(Path(machine_code.__file__).read_bytes()).hexdigest()]
     for package in ("kitsune-torch", "triton"):
         try:
             found.append(metadata.version(package))

@@ -3,14 +3,25 @@
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kitsune.codegen.cache import KernelFiles
+from kitsune.codegen.cache import KernelFiles, file_stamp
+from kitsune.codegen.driver import LoadedKernel
 from kitsune.codegen.libdevice import toolkit_libdevice
-from kitsune.codegen.machine_code import BLOCK, OPTIONS, Job, constants_of, load_module, machine_code, types_of
+from kitsune.codegen.machine_code import (
+    Binary,
+    Job,
+    binary_path,
+    compile_binary,
+    constants_of,
+    load_module,
+    read_binary,
+    types_of,
+)
 from kitsune.codegen.render import HEADER, parameters_of
 from kitsune.ir.plan import Kernel, Parameter, Program
 
@@ -30,21 +41,24 @@ class Compiled:
 
 
 class OnDevice(Compiled):
-    """Machine code. `kernel` is Triton's CompiledKernel, of which `asm` has every stage."""
+    """Machine code for a device; without one it can be looked at, but not started."""
 
-    def __init__(self, path: Path, block: int, kernel: Any, constants: tuple[Any, ...]) -> None:
+    def __init__(self, path: Path, block: int, binary: Binary, device: int | None) -> None:
         super().__init__(path, block)
-        self.kernel = kernel
-        self._constants = constants
+        self.binary, self.device = binary, device
+        self._loaded: LoadedKernel | None = None
 
     def launch(self, grid: int, args: Sequence[Any], stream: int) -> None:
-        kernel = self.kernel
-        run = kernel.run  # loads the code at its first use
-        run(grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *args, *self._constants)
+        if self._loaded is None:
+            self.load()
+            assert self._loaded is not None
+        self._loaded.launch(grid, args, stream)
 
     def load(self) -> None:
         """Bring the code to the device."""
-        assert self.kernel.run is not None  # a property, which loads
+        if self._loaded is None:
+            assert self.device is not None, "compiled for a GPU that is not named"
+            self._loaded = LoadedKernel(self.binary, self.device)
 
 
 class Interpreted(Compiled):
@@ -77,6 +91,7 @@ class Compiler:
         self.files = KernelFiles(directory)
         self.interpret = interpret
         self.libdevice = libdevice or toolkit_libdevice()
+        self._library = file_stamp(self.libdevice) if self.libdevice else None
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
         self._lock = threading.Lock()
 
@@ -99,7 +114,7 @@ class Compiler:
 
     def path_of(self, program: Program) -> Path:
         """The file with the program's source."""
-        return self.files.path_of(program.name, self._text(program), f"{self.interpret} {OPTIONS} {self.libdevice}")
+        return self.files.path_of(program.name, self._text(program), f"{self.interpret} {self._library}")
 
     def _text(self, program: Program) -> str:
         return interpreted_text(program.text) if self.interpret else program.text
@@ -109,22 +124,24 @@ class Compiler:
         if isinstance(target, torch.device):
             major, minor = torch.cuda.get_device_capability(target)
             target = major * 10 + minor
-        path, tile = str(self.path_of(program)), program.tile
-        sizes = None if tile is None else (tile.rows, tile.columns, tile.warps)
-        return Job(path, program.name, program.batched, aligned, wide, target, self.libdevice, sizes)
+        path, tile = str(self.path_of(program)), astuple(program.tile)
+        return Job(path, program.name, program.batched, aligned, wide, target, self.libdevice, tile)
+
+    def is_known(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> bool:
+        """Does its machine code lie on disk?"""
+        return read_binary(binary_path(self.job_of(program, target, aligned, wide))) is not None
 
     def _compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
-        tile = program.tile
-        sizes = None if tile is None else (tile.rows, tile.columns, tile.warps)
-        values = tuple(constants_of(program.batched, aligned, wide, sizes).values())
-        block = BLOCK if tile is None else tile.rows
         if self.interpret:
             path = self.path_of(program)
+            values = tuple(constants_of(program.batched, aligned, wide, astuple(program.tile)).values())
             module = load_module(path)
             types = list(types_of(module, wide).values())
-            return Interpreted(path, block, getattr(module, program.name), types, values)
+            return Interpreted(path, program.tile.rows, getattr(module, program.name), types, values)
         job = self.job_of(program, target, aligned, wide)
-        return OnDevice(Path(job.path), block, machine_code(job), values)
+        binary = read_binary(binary_path(job)) or compile_binary(job)
+        device = (target.index or 0) if isinstance(target, torch.device) else None
+        return OnDevice(Path(job.path), program.tile.rows, binary, device)
 
 
 def interpreted_text(text: str) -> str:

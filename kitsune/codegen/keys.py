@@ -1,12 +1,13 @@
 """When two kernels have the same text, told without writing it; and when they may share a launch."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import kitsune.codegen.rules  # noqa: F401 -- fills the table
 from kitsune.codegen.lowering import arguments_of, base_name, lower_rules
 from kitsune.codegen.tiles import inner, is_looped
 from kitsune.codegen.walks import ONE, accesses, counted, is_read, operands_by_value, tile_walk, walk, walks
+from kitsune.codegen.windows import is_window, window_key
 from kitsune.ir import Slot, Value
 from kitsune.ir.plan import Kernel, Step
 
@@ -19,7 +20,9 @@ MAX_COLUMNS = 64
 
 
 def text_key(kernel: Kernel) -> tuple[Any, ...]:
-    """Equal for two kernels exactly if `render` gives them the same text but for the name."""
+    """Equal for two kernels exactly if `render` gives them the same text but for the name, moving numbers in memory or not."""
+    if is_window(kernel):
+        return window_key(kernel)
     if kernel.reduced:
         return _rows_key(kernel)
     domain = kernel.domain
@@ -28,6 +31,16 @@ def text_key(kernel: Kernel) -> tuple[Any, ...]:
     stores = [(s.source, s.access.value.type.dtype, walk(domain, s.access.strides)) for s in kernel.stores]
     strided = any(type(form.kind) is tuple for _, form in forms) or any(type(s[2].kind) is tuple for s in stores)
     return (n_dims if strided else 0, tuple(forms), tuple(stores), tuple(_step_key(step) for step in kernel.steps))
+
+
+def call_key(kernel: Kernel) -> Hashable:
+    """Equal only for kernels with equal texts that are also started with equal parameters, but for addresses."""
+    strides = tuple(access.strides for access in accesses(kernel))
+    numbers = [a for step in kernel.steps for a in arguments_of(step.op).values() if type(a) is not Value]
+    # Of an image whose neighbours are read, the domain does not tell the size.
+    sizes = tuple(access.value.type.shape for access in kernel.loads) if is_window(kernel) else ()
+    # As text: -0.0 is another number than 0.0, and 1 than 1.0 and True.
+    return text_key(kernel), kernel.domain, kernel.reduced, strides, sizes, repr(numbers)
 
 
 def _rows_key(kernel: Kernel) -> tuple[Any, ...]:
@@ -68,7 +81,7 @@ def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: fro
     if cls is Value:
         return (operands.get(value.id), value.type.dtype, not value.type.shape)
     if cls is Slot:
-        return float
+        return Slot
     if cls in (int, bool):
         return (cls, value) if name in STRUCTURAL or name in literals else float if is_float else cls
     if cls is str or value is None:
@@ -78,8 +91,8 @@ def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: fro
 
 def why_not_batched(kernel: Kernel) -> str | None:
     """A sentence saying why a kernel cannot share a launch with others of the same text; None if it can."""
-    if not kernel.reduced and any(type(form.kind) is tuple for form in walks(kernel)):
-        return "an operand is neither contiguous nor a single element"
+    if is_window(kernel):
+        return "it is over windows"
     if len(kernel.loads) + len(kernel.stores) > MAX_COLUMNS:
         return f"it has more than {MAX_COLUMNS} operands"
     if not kernel.reduced and all(form.kind == ONE for form in walks(kernel)):

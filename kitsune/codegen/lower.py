@@ -12,6 +12,9 @@ from kitsune.ir import Kind, Op, reduction_of
 # Not pointwise by their kind, for they have no operands, but written by a kernel all the same.
 FACTORIES = frozenset("scalar_tensor full zeros ones new_full new_zeros new_ones".split())
 
+# Over windows of an image: not by rules, but each with a text of its own.
+WINDOWED = frozenset(("max_pool2d_with_indices", "max_pool2d_with_indices_backward"))
+
 
 def lower(
     op: Op, registers: dict[int, str], scalar_name: Any, let: Any, used: set[str], reducer: Reduce | None = None
@@ -48,6 +51,8 @@ def _atom(text: str) -> str:
 
 def why_not_lowered(op: Op) -> str | None:
     """A sentence saying why an op cannot be put into a kernel; None if it can."""
+    if op.kind is Kind.WINDOW:
+        return None if op.target._opname in WINDOWED else f"{op.target} is over windows, and no kernel is written for it"
     if op.kind is Kind.REDUCTION:
         if reduction_of(op) is None:
             return f"{op.target} reduces in a way that no kernel is written for"

@@ -1,35 +1,39 @@
 """A kernel's file made machine code by Triton, here or in a worker: a process that runs this file by itself.
 
 So nothing of Kitsune and no torch is imported here. A worker without torch is there in 0.2 s instead of 1.5 s, and cannot touch
-a device. What it compiles lies in Triton's cache afterwards, where this process finds it in 3 ms.
+a device. What it compiles lies in a file beside the kernel's afterwards, which any process reads without Triton.
 """
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# 8 elements a thread: one 128-bit access of a 16-bit type, two of float32.
-BLOCK = 1024
-WARPS = 4
 # The roundings of eager's kernels are written out; nothing else is to be contracted or flushed to zero.
-OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False, "enable_reflect_ftz": False}
+OPTIONS = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+# Elements of a block, no columns, and warps: 8 elements a thread, one 128-bit access of a 16-bit type, two of float32.
+ELEMENTS = (1024, 0, 4)
 # The type of sizes and strides in a signature: i32, or i64 where an index could pass 2**31.
 INDEX = "index"
+# How parameters lie in memory, in the words of `struct`; all others are addresses.
+LAYOUT = {"i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """A variant of the kernel `name` in the file `path`, for a compute capability (80, 90).
 
-    `tile` is that of a kernel with reductions: its rows, columns and warps.
+    `tile` are a block's rows, columns and warps; its elements, 0 and warps where nothing is reduced.
     """
 
     path: str
@@ -39,7 +43,7 @@ class Job:
     wide: bool
     target: int
     libdevice: str | None
-    tile: tuple[int, int, int] | None = None
+    tile: tuple[int, int, int] = ELEMENTS
 
 
 def load_module(path: Path) -> ModuleType:
@@ -54,9 +58,9 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def constants_of(batched: bool, aligned: bool, wide: bool, tile: tuple[int, int, int] | None) -> dict[str, int]:
+def constants_of(batched: bool, aligned: bool, wide: bool, tile: tuple[int, int, int]) -> dict[str, int]:
     """A variant's compile-time arguments, in the order in which a start passes them."""
-    blocks = {"BLOCK": BLOCK} if tile is None else {"XBLOCK": tile[0], "RBLOCK": tile[1]}
+    blocks = {"XBLOCK": tile[0], "RBLOCK": tile[1]} if tile[1] else {"BLOCK": tile[0]}
     return ({"ALIGNED": aligned} if batched else {}) | {"WIDE": wide} | blocks
 
 
@@ -66,27 +70,98 @@ def types_of(module: ModuleType, wide: bool) -> dict[str, str]:
     return {name: index if type_ == INDEX else type_ for name, type_ in module.SIGNATURE.items()}
 
 
-def machine_code(job: Job) -> Any:
-    """Triton's CompiledKernel, from its cache where it has it. Raises what Triton raises.
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """Machine code, and what it takes to start it: the function's name, how its parameters lie in memory in the words of
+    `struct`, those that the compiler has added and that are given zeros, warps of a block and bytes of shared memory."""
+
+    name: str
+    parameters: str
+    added: str
+    warps: int
+    shared: int
+    code: bytes
+
+    def write(self, path: Path) -> None:
+        """Keep it."""
+        fields = (self.name, self.parameters, self.added, self.warps, self.shared)
+        write_sealed(path, json.dumps(fields).encode() + b"\n" + self.code)
+
+
+def read_binary(path: Path) -> Binary | None:
+    """What a file holds; None if there is none, or it is damaged."""
+    content = read_sealed(path)
+    if content is None:
+        return None
+    fields, _, code = content.partition(b"\n")
+    name, parameters, added, warps, shared = json.loads(fields)
+    return Binary(name, parameters, added, warps, shared, code)
+
+
+def write_sealed(path: Path, content: bytes) -> None:
+    """Write a file with a checksum, whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(content).digest() + content)
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_sealed(path: Path) -> bytes | None:
+    """What `write_sealed` wrote; None if there is no such file, or it is damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    seal, content = content[:32], content[32:]
+    return content if hashlib.sha256(content).digest() == seal else None
+
+
+def binary_path(job: Job) -> Path:
+    """The file with a variant's machine code, beside its source."""
+    variant = "a" * job.aligned + "w" * job.wide
+    return Path(job.path).with_suffix(f".{job.target}{variant}.{'x'.join(map(str, job.tile))}.bin")
+
+
+def compile_binary(job: Job) -> Binary:
+    """Compile a variant and keep it in its file. Raises what Triton raises, and OSError.
 
     Where the aligned variant cannot be compiled, the one for any addresses takes its place: Triton 3.6 breaks off at some
     kernels with reductions whose operands it knows to be aligned ("operand #1 does not dominate this use").
     """
-    refused = Path(f"{job.path}.unaligned")
-    if job.aligned and refused.exists():
-        job = replace(job, aligned=False)
     try:
-        return _machine_code(job)
+        made = _binary(job, machine_code(job))
     except RuntimeError:
         if not job.aligned:
             raise
-        made = _machine_code(replace(job, aligned=False))
-        with contextlib.suppress(OSError):
-            refused.touch()
-        return made
+        other = replace(job, aligned=False)
+        made = _binary(other, machine_code(other))
+    made.write(binary_path(job))
+    return made
 
 
-def _machine_code(job: Job) -> Any:
+def _binary(job: Job, kernel: Any) -> Binary:
+    """What is kept of a CompiledKernel."""
+    metadata = kernel.metadata
+    if getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0):
+        raise RuntimeError(f"{job.name} wants scratch memory, which nobody gives it.")
+    parameters = "".join(LAYOUT.get(type_, "Q") for type_ in types_of(load_module(Path(job.path)), job.wide).values())
+    if "ptx" not in kernel.asm:
+        raise RuntimeError("Triton kept no PTX, which says what parameters a kernel takes: unset TRITON_STORE_BINARY_ONLY.")
+    head = re.search(rf"\.entry\s+{re.escape(metadata.name)}\s*\((.*?)\)", kernel.asm["ptx"], re.DOTALL)
+    # Behind those of the signature come addresses of scratch memory, as many as this version of Triton passes.
+    n_added = (head[1].count(".param") if head else 0) - len(parameters)
+    if n_added < 0:
+        raise RuntimeError(f"{job.name} has {n_added + len(parameters)} parameters in PTX and {len(parameters)} in its text.")
+    code = kernel.asm["cubin"]
+    return Binary(metadata.name, parameters, "Q" * n_added, metadata.num_warps, metadata.shared, code)
+
+
+def machine_code(job: Job) -> Any:
+    """Triton's CompiledKernel, of which `asm` has every stage. Raises what Triton raises."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -98,9 +173,7 @@ def _machine_code(job: Job) -> Any:
     # Arguments are numbered as in the function.
     multiples = module.MULTIPLES if job.aligned else ()
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in multiples}
-    options: dict[str, Any] = dict(OPTIONS)
-    if job.tile is not None:
-        options["num_warps"] = job.tile[2]
+    options: dict[str, Any] = {**OPTIONS, "num_warps": job.tile[2]}
     if job.libdevice:
         options["extern_libs"] = {"libdevice": job.libdevice}
     constants = constants_of(job.batched, job.aligned, job.wide, job.tile)
@@ -119,10 +192,14 @@ def work(parent: int) -> None:
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     # What compilers print is nobody's answer.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # The first job need not wait for it, if there is none yet.
+    with contextlib.suppress(Exception):
+        import triton.backends.compiler
+        import triton.compiler  # noqa: F401
     for line in sys.stdin.buffer:
         answer = {}
         try:
-            machine_code(Job(**json.loads(line)))
+            compile_binary(Job(**json.loads(line)))
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer).encode() + b"\n")

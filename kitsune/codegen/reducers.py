@@ -12,7 +12,10 @@ from kitsune.codegen.dtypes import FLOATING, LANGUAGE
 
 
 class Reduced(Protocol):
-    """What is reduced: the text of the elements, the names of the results, and the dtype to reduce in."""
+    """What is reduced: the text of the elements, the names of the results, and the dtype to reduce in.
+
+    `spread`: is something made of a result for every element?
+    """
 
     @property
     def targets(self) -> tuple[str, ...]: ...
@@ -26,6 +29,9 @@ class Reduced(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def spread(self) -> bool: ...
+
 
 def at_once(s: Reduced) -> list[str]:
     """The row lies in registers."""
@@ -37,7 +43,7 @@ def at_once(s: Reduced) -> list[str]:
     if s.kind == "softmax":
         top, total = names
         return [f"{top} = {_whole('max', x, s.dtype)}", f"{total} = {_sum(f'libdevice.exp({x} - {top})')}"]
-    return [f"{names[0]} = {_whole(s.kind, x, s.dtype)}"]
+    return [f"{names[0]} = {_of_rows(s, f'tl.where(in_columns, {x}, {identity(s.kind, s.dtype)})')}"]
 
 
 def begin(s: Reduced) -> list[str]:
@@ -103,7 +109,7 @@ def end(s: Reduced) -> list[str]:
         # A place that saw only minus infinity, or NaN, has no distance from the top, and says so itself.
         shrunk = f"tl.where({each[0]} == float('-inf'), {each[1]}, {each[1]} * libdevice.exp({each[0]} - {top}))"
         return [f"{top} = {_over('max', each[0])}", f"{total} = {_over('sum', shrunk)}"]
-    return [f"{s.targets[0]} = {_over(s.kind, each[0])}"]
+    return [f"{s.targets[0]} = {_of_rows(s, each[0])}"]
 
 
 def identity(kind: str, dtype: torch.dtype) -> str:
@@ -130,6 +136,12 @@ def _sum(x: str) -> str:
 
 def _whole(kind: str, x: str, dtype: torch.dtype) -> str:
     return _over(kind, f"tl.where(in_columns, {x}, {identity(kind, dtype)})")
+
+
+def _of_rows(s: Reduced, x: str) -> str:
+    """A number of each row. Where only such are made of it, Triton 3.6 does not compile the form that can be spread over a row
+    ("operand #1 does not dominate this use", in the pass that removes conversions between layouts)."""
+    return _over(s.kind, x) if s.spread else f"tl.reshape(tl.{s.kind}({x}, 1), (XBLOCK, 1))"
 
 
 def _over(kind: str, x: str) -> str:

@@ -7,7 +7,7 @@ goes through the row in a loop of its own, and makes what it needs of the elemen
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -29,7 +29,7 @@ _CUT = re.compile(r"\bj\d")
 class Statement:
     """What gives `targets` their values: a text, or a reduction (`kind`) of it. `full`: it is made for every element.
 
-    `phase` is the first in which it can be made.
+    `phase` is the first in which it can be made. Of a reduction, `spread` says whether elements are made of its result.
     """
 
     targets: tuple[str, ...]
@@ -39,6 +39,7 @@ class Statement:
     comment: str = ""
     kind: str = ""
     dtype: torch.dtype = torch.float32
+    spread: bool = False
 
     @property
     def line(self) -> str:
@@ -94,6 +95,7 @@ class Rows(Body):
             text = self.stored(i)
             phase = max((self.known[w][1] for w in self._words(text)), default=0)
             stores.append((i, Statement((), f"tl.store(out{i} + {offset}, {text}, mask={mask})", full, phase)))
+        self._spread([s for _, s in stores])
         if is_looped(self.kernel):
             self.lines = [*rows, *self._loops(stores, columns)]
         else:
@@ -146,6 +148,14 @@ class Rows(Body):
                 found.append(s)
                 wanted.update(self._words(s.text))
         return found[::-1]
+
+    def _spread(self, stores: list[Statement]) -> None:
+        """Note of each reduction whether something is made of its result for every element."""
+        used = {word for s in (*self.statements, *stores) if s.full for word in self._words(s.text)}
+        for s in reversed(self.statements):
+            if not s.full and not s.kind and s.targets[0] in used:
+                used.update(self._words(s.text))
+        self.statements = [replace(s, spread=not used.isdisjoint(s.targets)) if s.kind else s for s in self.statements]
 
     def _words(self, text: str) -> Iterable[str]:
         return (word for word in _WORD.findall(text) if word in self.known)

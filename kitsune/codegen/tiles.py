@@ -1,12 +1,22 @@
-"""How a kernel with reductions goes through memory: by rows or by columns, with a whole row at once or in a loop."""
+"""How a kernel goes through memory: by elements, by rows or by columns, with a whole row at once or in a loop.
+
+The first choice of a tile is made from sizes alone, and is the same wherever and whenever it is made. `candidates` are those
+that a measurement may find to be faster.
+"""
 
 import math
+from collections.abc import Iterable
 
+from kitsune.codegen.machine_code import ELEMENTS
 from kitsune.codegen.walks import accesses, counted
+from kitsune.ir import Kind, Op
 from kitsune.ir.plan import Kernel, Tile, touched_bytes
 
 # Elements of a row that a block holds in registers; longer rows are read once for each reduction that depends on another.
 PERSISTENT = 4096
+# A loop reads a row once more for what is written along it. Rows up to WRITTEN are held by MOST_WARPS instead, if all operands
+# together have HELD elements or fewer: a layer norm of 16384 takes 98 registers of a thread, one of 32768 would spill.
+WRITTEN, HELD = 16384, 49152
 # The same where neighbours in memory belong to different rows: a block holds some dozens of them at a time.
 PERSISTENT_OUTER = 128
 # Elements of a block where rows are short, and of a turn of the loop where they are long.
@@ -16,8 +26,16 @@ NEIGHBOURS = 64
 OUTER = 4096
 # Blocks that fill the largest device known, twice over. With fewer, smaller ones are taken.
 ENOUGH = 264
-# Elements that a thread holds of each operand.
-PER_THREAD = 8
+# Elements that a thread holds of each operand: about, where a kernel reduces, and at most, which is half of its registers.
+PER_THREAD, MOST_PER_THREAD = 8, 128
+MOST_WARPS = 16
+# Elements of a row that one place of a tile adds up, one after the other: more in no tile but the first choice, for a sum loses
+# half an epsilon with each.
+MOST_TERMS = 128
+# Tiles that are tried, the first choice among them.
+TRIED = 6
+# Reductions of which no bit depends on the order in which they are made.
+IN_ANY_ORDER = frozenset("amax amin max min argmax argmin".split())
 
 
 def inner(kernel: Kernel) -> bool:
@@ -33,44 +51,98 @@ def inner(kernel: Kernel) -> bool:
 
 def is_looped(kernel: Kernel) -> bool:
     """Is a row too long to be held in registers?"""
-    return kernel.n_columns > (PERSISTENT if inner(kernel) else PERSISTENT_OUTER)
+    if not inner(kernel):
+        return kernel.n_columns > PERSISTENT_OUTER
+    return kernel.n_columns > PERSISTENT and not _is_held(kernel)
 
 
-def tile_of(kernel: Kernel) -> Tile | None:
-    """The tile of a kernel with reductions, by its sizes; no text depends on it."""
+def _is_held(kernel: Kernel) -> bool:
+    first = len(kernel.domain) - kernel.reduced
+    along = [a for a in accesses(kernel) if any(a.strides[first:])]
+    written = any(store.access in along for store in kernel.stores)
+    words = sum(max(a.value.type.dtype.itemsize // 4, 1) for a in along if a in kernel.loads)
+    return written and kernel.n_columns <= WRITTEN and _power(kernel.n_columns) * words <= HELD
+
+
+def tile_of(kernel: Kernel) -> Tile:
+    """The first choice for a kernel, by its sizes; no text depends on it."""
     if not kernel.reduced:
-        return None
+        return Tile(*ELEMENTS)
     rows, columns = max(kernel.n_rows, 1), max(kernel.n_columns, 1)
+    if not any(step.op.kind is Kind.REDUCTION for step in kernel.steps):
+        return Tile(_fitting(rows, 2 * NEIGHBOURS, 16), _power(columns), 4)
     if inner(kernel):
         width = min(_power(columns), LONG) if is_looped(kernel) else _power(columns)
         height = _fitting(rows, SHORT // width, 1)
     elif is_looped(kernel):
-        most, width, warps = _looped_outer(kernel)
-        height = _fitting(rows, most, 16)
+        height = _fitting(rows, NEIGHBOURS, 16)
         # With fewer neighbours a turn takes more of each row: less turns, and shorter sums in every place of the tile.
-        width = min(_power(columns), width * most // height)
-        return Tile(height, width, min(warps, _warps(height, width)))
+        width = min(_power(columns), _turn(kernel) * NEIGHBOURS // height)
+        return Tile(height, width, min(4, _warps(height, width)))
     else:
         width = min(_power(columns), PERSISTENT_OUTER)
         height = _fitting(rows, min(NEIGHBOURS, OUTER // width), 16)
-    return Tile(height, width, _warps(height, width))
+    return Tile(height, width, MOST_WARPS if inner(kernel) and width > PERSISTENT else _warps(height, width))
 
 
-def _looped_outer(kernel: Kernel) -> tuple[int, int, int]:
-    """Rows, columns and warps where neighbours belong to different rows and a row is long, by what moves with both.
+def keeps_bits(kernel: Kernel) -> bool:
+    """Are a kernel's results the same to the last bit with any tile? A sum depends on the order in which it is made, that on
+    which thread holds which elements, and that on the tile."""
+    return all(_in_any_order(step.op) for step in kernel.steps if step.op.kind is Kind.REDUCTION)
 
-    Times on an H200 against 64, 64, 8, in us: batch norm's statistics (one operand) 31 to 27, its backward behind a threshold
-    (four) 272 to 157, the same with an addition (six) 257 to 241, layer norm's parameters (32 bits) 47 to 39.
+
+def _in_any_order(op: Op) -> bool:
+    return op.target._opname in IN_ANY_ORDER or not any(v.type.dtype.is_floating_point for v in (*op.inputs, *op.results))
+
+
+def candidates(kernel: Kernel) -> tuple[Tile, ...]:
+    """Tiles that may be faster than the first, which is the first choice: the nearest ones, with more or fewer warps for the same
+    elements, or more or fewer elements."""
+    first = tile_of(kernel)
+    found = {first: None}
+    for tile in _others(kernel, first):
+        if _is_possible(kernel, tile) and _is_as_exact(kernel, tile, first):
+            found[tile] = None
+    return tuple(found)[:TRIED]
+
+
+def _others(kernel: Kernel, first: Tile) -> Iterable[Tile]:
+    rows, columns, warps = first.rows, first.columns, first.warps
+    if not kernel.reduced:
+        return (Tile(n, 0, w) for n, w in ((512, 4), (1024, 8), (2048, 8), (2048, 4), (512, 2)))
+    if not is_looped(kernel):
+        heights = ((rows, 2 * warps), (rows, warps // 2), (rows // 2, warps), (2 * rows, 2 * warps), (rows // 2, warps // 2))
+        return (Tile(height, columns, n) for height, n in heights)
+    if inner(kernel):
+        return (Tile(rows, width, n) for width, n in ((1024, 4), (LONG, 4), (4096, 8), (4096, 16), (1024, 8)))
+    shapes = [(64, 16, 4), (64, 32, 4), (64, 64, 8), (128, 32, 4), (128, 64, 8), (128, 16, 4)]
+    if rows < NEIGHBOURS:
+        half = columns // 2
+        shapes = [(rows, half, 4), (rows, columns, 4), (rows, columns, 8), (2 * rows, half, 4), (2 * rows, half, 8)]
+    return (Tile(*shape) for shape in shapes)
+
+
+def _is_possible(kernel: Kernel, tile: Tile) -> bool:
+    """Has every thread something to do, and room for it?"""
+    per_thread = tile.rows * max(tile.columns, 1) / (32 * max(tile.warps, 1))
+    fits = tile.rows >= 1 and 1 <= tile.warps <= MOST_WARPS and 1 <= per_thread <= MOST_PER_THREAD
+    return fits and tile.rows <= _power(kernel.n_rows) and tile.columns <= _power(kernel.n_columns)
+
+
+def _is_as_exact(kernel: Kernel, tile: Tile, first: Tile) -> bool:
+    return tile.columns >= first.columns or kernel.n_columns <= MOST_TERMS * tile.columns
+
+
+def _turn(kernel: Kernel) -> int:
+    """Columns of a turn where neighbours belong to different rows and a row is long, by how many operands move with both.
+
+    Times on an H200 of ResNet-50's largest images in 1024 parts or more, in us: statistics (one operand) 38 with 64, 16, 4 and
+    43 with 64, 32, 4; the backward behind a threshold (four) 103 and 116; the same with an addition (six) 249 with 128, 64, 8
+    and 214 with 64, 32, 4; of two norms at once (seven) 368 and 261, for such large tiles leave room for one block at a time.
     """
     first = len(kernel.domain) - kernel.reduced
     moving = [a for a in accesses(kernel) if any(a.strides[:first]) and any(a.strides[first:])]
-    if any(a.value.type.dtype.itemsize > 2 for a in moving):
-        return NEIGHBOURS, 16, 4
-    if len(moving) > 4:
-        return 2 * NEIGHBOURS, 64, 8
-    if len(moving) == 4:
-        return 2 * NEIGHBOURS, 32, 4
-    return (NEIGHBOURS, 32, 4) if len(moving) == 1 else (NEIGHBOURS, 64, 8)
+    return 32 if len(moving) > 4 else 16
 
 
 def _warps(height: int, width: int) -> int:

@@ -8,7 +8,7 @@ from kitsune.ir import Kind, Op, TensorType
 
 def why_not_fusible(op: Op, why_not_lowered: Callable[[Op], str | None]) -> str | None:
     """Why an op cannot be part of any kernel."""
-    if op.kind not in (Kind.POINTWISE, Kind.REDUCTION):
+    if op.kind not in (Kind.POINTWISE, Kind.REDUCTION, Kind.WINDOW):
         return f"{base_name(op)} is {op.kind.name.lower()}"
     if not op.outputs or op.effects.random:
         return f"{base_name(op)} draws random numbers" if op.effects.random else f"{base_name(op)} makes no tensor"

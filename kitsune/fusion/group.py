@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kitsune.fusion.factors import Factors, Layout
-from kitsune.ir import OVERWRITES, Local, Op, Reduction, Value, left_of, reduction_of
+from kitsune.ir import OVERWRITES, Kind, Local, Op, Reduction, Value, left_of, named, reduction_of
 
 # The bound on a kernel's registers and parameters; 64 is where compilers of the field stop too.
 MAX_OPS = 64
@@ -111,6 +111,8 @@ class Group:
         self.shared_bytes = 0
         if len(self.members) >= self.max_ops:
             return f"the kernel would have more than {self.max_ops} operators"
+        if Kind.WINDOW in (op.kind, *(member.op.kind for member in self.members[:1])):
+            return self._add_window(number, op)
         layout = self._layout_of(op)
         if isinstance(layout, str):
             return layout
@@ -131,6 +133,16 @@ class Group:
         if sum(map(len, self.loaded.values())) > MAX_LOADS:
             return f"the kernel would have more than {MAX_LOADS} operands from memory"
         return reason
+
+    def _add_window(self, number: int, op: Op) -> str | None:
+        if self.members:
+            return "it is over windows of an image, which nothing else joins"
+        # Of the image itself, a backward takes only the shape.
+        read = [v for v in op.inputs if v is not named(op)["self"] or "grad_output" not in named(op)]
+        operands = tuple(Use(v, ()) if v in read else None for v in op.inputs)
+        self.members.append(Member(number, op, (), operands))
+        self.produced = {v.storage: (Local(0, k), v, ()) for k, v in enumerate(op.results)}
+        return None
 
     def _layout_of(self, op: Op) -> Layout | str:
         """The shape that the op works on, in the group's factors."""

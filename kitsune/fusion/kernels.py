@@ -1,12 +1,15 @@
 """From a group to the Kernel that is rendered: its domain, its loads, and the stores that somebody reads."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from kitsune.fusion.group import Group, Use, base_name
 from kitsune.fusion.grouping import Partition
-from kitsune.ir import Access, Kernel, Load, Local, Step, Store
+from kitsune.ir import Access, Kernel, Kind, Load, Local, Step, Store, window_order
 
 MAX_NAME = 48
+# Elements of a row over which what is broadcast along it is kept in registers.
+ROW = 16
 
 
 def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
@@ -16,6 +19,8 @@ def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
     loads: list[Use] = []
     steps = [Step(m.op, tuple(_operand(o, loads) for o in m.operands)) for m in group.members]
     uses = loads + [use for _, use in results]
+    if group.members[0].op.kind is Kind.WINDOW:
+        return _over_windows(group, uses, results, steps)
     strides = [group.strides(use) for use in uses]
     rows, columns = _order(group, strides[len(loads) :] + strides[: len(loads)])
     domain, walks = _coalesced(group, rows, strides)
@@ -24,6 +29,37 @@ def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
     accesses = [Access(use.value, walk) for use, walk in zip(uses, walks, strict=True)]
     stores = [Store(local, access) for (local, _), access in zip(results, accesses[len(loads) :], strict=True)]
     return Kernel(_name(group), domain + reduced, tuple(accesses[: len(loads)]), tuple(steps), tuple(stores), len(reduced))
+
+
+def _over_windows(group: Group, uses: list[Use], results: list[tuple[Local, Use]], steps: list[Step]) -> Kernel:
+    """All dimensions of the result, since neighbours are looked for along each: operands come with their own strides."""
+    type_ = group.members[0].op.outputs[0].type
+    order = window_order(type_)
+    walks = [Access(use.value, tuple(use.value.type.stride[d] for d in order)) for use in uses]
+    n_loads = len(uses) - len(results)
+    stores = [Store(local, access) for (local, _), access in zip(results, walks[n_loads:], strict=True)]
+    domain = tuple(type_.shape[d] for d in order)
+    return Kernel(_name(group), domain, tuple(walks[:n_loads]), tuple(steps), tuple(stores))
+
+
+def in_rows(kernel: Kernel) -> Kernel | None:
+    """The kernel as one over short rows, for each of which what does not move along it is loaded once.
+
+    Such are the numbers of a channel in images in channels-last. None where nothing is broadcast so, or sizes do not fit.
+    """
+    walks = {access.strides for access in (*kernel.loads, *(store.access for store in kernel.stores))}
+    if kernel.reduced or len(kernel.domain) != 2 or kernel.domain[0] % ROW or (0, 1) not in walks:
+        return None
+    if any(along not in (0, 1) for _, along in walks):
+        return None
+    n, width = kernel.domain
+
+    def cut(access: Access) -> Access:
+        across, along = access.strides
+        return Access(access.value, (across * ROW, along, across))
+
+    stores = tuple(Store(store.source, cut(store.access)) for store in kernel.stores)
+    return replace(kernel, domain=(n // ROW, width, ROW), loads=tuple(map(cut, kernel.loads)), stores=stores, reduced=1)
 
 
 def kernels_of(p: Partition) -> dict[int, Kernel]:

@@ -42,7 +42,9 @@ from kitsune.ir.plan import (
     Stride,
     Tile,
     touched_bytes,
+    window_order,
 )
+from kitsune.ir.plan_serial import dump_plan, graph_digest, load_plan
 from kitsune.ir.plan_text import plan_text
 from kitsune.ir.reductions import Reduction, argument_names, left_of, named, reduction_of
 from kitsune.ir.serial import dump_graph, load_graph
@@ -92,6 +94,8 @@ __all__ = [
     "default_type",
     "describe_result",
     "dump_graph",
+    "dump_plan",
+    "graph_digest",
     "graph_text",
     "happens_before",
     "in_own_thread",
@@ -99,6 +103,7 @@ __all__ = [
     "left_of",
     "lent_memory",
     "load_graph",
+    "load_plan",
     "mark_lent",
     "n_values",
     "named",
@@ -118,4 +123,5 @@ __all__ = [
     "verify",
     "verify_plan",
     "versions_kept",
+    "window_order",
 ]

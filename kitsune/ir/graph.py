@@ -17,6 +17,8 @@ class Kind(enum.Enum):
     POINTWISE = enum.auto()
     REDUCTION = enum.auto()
     VIEW = enum.auto()
+    # Reads neighbours of each element. Recorded as EXTERN; a planner says so of those that a kernel is written for.
+    WINDOW = enum.auto()
     GEMM = enum.auto()
     EXTERN = enum.auto()
 
@@ -120,7 +122,7 @@ class Op:
     @property
     def outputs(self) -> tuple[Value, ...]:
         """Every Value that this op defines."""
-        return self.results + tuple(after for _, after in self.rewritten)
+        return self.results + tuple([after for _, after in self.rewritten]) if self.rewritten else self.results
 
     @property
     def starts_nothing(self) -> bool:

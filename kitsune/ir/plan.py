@@ -2,10 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from kitsune.ir.graph import Graph, Op, Slot, Value
+from kitsune.ir.graph import Graph, Kind, Op, Slot, Value
+from kitsune.ir.tensor_type import TensorType
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ class Kernel:
     """A group of ops that is run as one kernel, over a domain whose sizes are listed outermost first.
 
     Every load happens before any store, element by element. `domain` is () for a single element; a size may be 0. The last
-    `reduced` dimensions are those that its reductions reduce: the elements of a row. An access that does not move along
-    them is made once for each row.
+    `reduced` dimensions are the elements of a row, which its reductions reduce, where it has any. An access that does not move
+    along them is made once for each row.
     """
 
     name: str
@@ -85,7 +86,12 @@ class Kernel:
     @property
     def nbytes(self) -> int:
         """Bytes that it must move: each input read once, each output written once; a broadcast input counts once."""
-        return sum(touched_bytes(access, self.domain) for access in (*self.loads, *(s.access for s in self.stores)))
+        return sum(self.touched(access) for access in (*self.loads, *(s.access for s in self.stores)))
+
+    def touched(self, access: Access) -> int:
+        """Bytes of the distinct elements that an access reaches: of an operand whose neighbours are read, all."""
+        over_windows = self.steps[0].op.kind is Kind.WINDOW
+        return access.value.type.nbytes if over_windows else touched_bytes(access, self.domain)
 
 
 def touched_bytes(access: Access, domain: tuple[int, ...]) -> int:
@@ -97,12 +103,18 @@ def touched_bytes(access: Access, domain: tuple[int, ...]) -> int:
     return n if all(domain) else 0
 
 
+def window_order(type_: TensorType) -> tuple[int, ...]:
+    """The dimensions of a kernel over windows: those of its result, as it lies in memory."""
+    return tuple(sorted(range(len(type_.shape)), key=lambda d: (-type_.stride[d], d)))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Launch:
     """Kernels that are started together, or a call of the library: exactly one of `kernels` and `op` is there.
 
-    Several kernels in one launch have the same source, contiguous operands and no order between them: a horizontal fusion.
-    `waits` are numbers of launches on other streams that must have ended before. `host_only` starts nothing.
+    Several kernels in one launch have the same source and no order between them: a horizontal fusion. `waits` are numbers of
+    launches on other streams that must have ended before. `host_only` starts nothing. `tile` is what a block of its kernels works
+    on, where that is another than the first choice.
     """
 
     kernels: tuple[Kernel, ...] = ()
@@ -110,6 +122,7 @@ class Launch:
     stream: int = 0
     waits: tuple[int, ...] = ()
     micros: float = 0.0
+    tile: "Tile | None" = None
 
     @property
     def host_only(self) -> bool:
@@ -164,6 +177,13 @@ class Plan:
         from kitsune.ir.plan_text import plan_text
 
         return plan_text(self)
+
+    def with_tiles(self, tile_for: "Callable[[Launch], Tile | None]") -> "Plan":
+        """The plan with other tiles for its launches of kernels; itself where it has them."""
+        tiles = [tile_for(launch) if launch.kernels else None for launch in self.launches]
+        if all(launch.tile == tile for launch, tile in zip(self.launches, tiles, strict=True)):
+            return self
+        return replace(self, launches=tuple(replace(one, tile=tile) for one, tile in zip(self.launches, tiles, strict=True)))
 
     @property
     def n_launches(self) -> int:
@@ -240,11 +260,15 @@ Parameter = Pointer | Size | Extent | Stride | Scalar | SlotAddress
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a block of a kernel with reductions works on at a time: so many rows and columns, by so many warps."""
+    """What a block works on at a time: so many rows and columns, by so many warps; elements and 0 where nothing is reduced."""
 
     rows: int
     columns: int
     warps: int
+
+    def __str__(self) -> str:
+        size = f"{self.rows} x {self.columns}" if self.columns else f"{self.rows}"
+        return f"{size} by {self.warps} warp{'s' * (self.warps > 1)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +282,9 @@ class Program:
     text: str
     parameters: tuple[Parameter, ...]
     # One launch for many kernels: the parameters of each are a row of a table.
-    batched: bool = False
-    # Of a kernel with reductions; one text is compiled for several.
-    tile: Tile | None = None
+    batched: bool
+    # One text is compiled for several.
+    tile: Tile
 
 
 class Pending(Exception):

@@ -85,7 +85,7 @@ def _read_op(row: dict[str, Any], values: dict[int, Value], define: Callable[[li
     results = tuple(define(entry) for entry in row["results"])
     rewritten = tuple((values[before], define(after)) for before, after in row["rewritten"])
     return Op(
-        target=_overload(row["op"]),
+        target=overload(row["op"]),
         kind=Kind[row["kind"]],
         args=args,
         kwargs=kwargs,
@@ -98,11 +98,12 @@ def _read_op(row: dict[str, Any], values: dict[int, Value], define: Callable[[li
     )
 
 
-def _overload(name: str) -> Any:
+def overload(name: str) -> Any:
+    """The operator of this name. Raises ValueError if there is none."""
     namespace, _, rest = name.partition("::")
-    packet, _, overload = rest.partition(".")
+    packet, _, which = rest.partition(".")
     try:
-        return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+        return getattr(getattr(getattr(torch.ops, namespace), packet), which or "default")
     except AttributeError:
         raise ValueError(f"this version of torch has no operator {name}") from None
 

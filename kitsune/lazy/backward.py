@@ -29,7 +29,7 @@ def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradient
         key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves), lane.modes[False]), call)
     if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
         edge = region.node.calls.get(key)
-        numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(region.scalars)
+        numbers = None if edge is None else edge.sources.numbers(region.scalars)
         if numbers is not None and _is_whole(region, edge, losses):
             with recorder.lock:
                 return _follow(recorder, edge, call, leaves, numbers)
@@ -119,7 +119,12 @@ def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: di
     before = {number: (leaf, leaf.grad) for number, leaf in leaves.items()}
     mark = Mark(recorder, key, call, region.scalars)
     region.real = True
-    result = lane.made(run)
+    try:
+        result = lane.made(run)
+    except BaseException:
+        lane.backward_went(region, False)
+        raise
+    lane.backward_went(region, True)
     if recorder.region is not region:
         return result
     edge = None

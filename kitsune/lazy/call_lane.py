@@ -16,7 +16,7 @@ from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.edges import Before, Edge, Incoming
-from kitsune.lazy.hands_off import ASKS, DETACHES, FLAGS, HARMLESS, REACHES_GRAPH, VALUES, is_foreign, may_write
+from kitsune.lazy.hands_off import ASKS, DETACHES, FLAGS, HARMLESS, REACHES_GRAPH, SHOWS_GRAPH, VALUES, is_foreign, may_write
 from kitsune.lazy.learning import Learner, Sight
 from kitsune.lazy.matchers import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
@@ -25,20 +25,18 @@ from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 
-# An edge is followed once it was seen this often: on the second sight it must do again what it did on the first.
-SIGHTS = 2
-
 
 class CallLane(Learner):
     """Takes the calls of one accelerating thread, for its recorder."""
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
-        self.sights = SIGHTS
         # Wrappers whose graph a followed backward has used up.
         self.spent: list[weakref.ref[LazyTensor]] = []
         # Calls of torch's API that torch is making now.
         self.inside = 0
+        # An optimizer's update is being learned: of the calls that it makes nothing has to be known.
+        self.part_of_update = False
         self.thread = threading.get_ident()
         self.known_modes: dict[Any, Any] = {}
         self.read_modes()
@@ -72,7 +70,7 @@ class CallLane(Learner):
         key = with_floats(plain_key, call.floats, self.moves.get((func, *kwargs), False))
         if not call.unknown and not region.slow:
             edge = region.node.calls.get(key)
-            if edge is not None and edge.sights >= self.sights and self._may_follow(edge, region, func, kwargs, call):
+            if edge is not None and edge.follows and self._may_follow(edge, region, func, kwargs, call):
                 if edge.plain:
                     return self.made(lambda: func(*args, **kwargs))
                 return self._follow(region, edge, args, kwargs, call)
@@ -136,6 +134,9 @@ class CallLane(Learner):
         tensors = tensors_in((args, kwargs))
         if any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors):
             self.own_up(tensors if func not in VALUES else ())
+        if func in SHOWS_GRAPH and self.recorder.region.real:
+            # What the backward of this region does need not be what it does the next time.
+            self.recorder.region.past = None
         return self.made(lambda: func(*args, **kwargs))
 
     def _backward_of_method(
@@ -212,7 +213,7 @@ class CallLane(Learner):
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars = region.node, region.node.n_values, len(region.scalars)
-        learns = key is not None and not graph and not wrong
+        learns = key is not None and not graph and not wrong and not self.part_of_update
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         result = self.made(lambda: func(*args, **kwargs))
@@ -224,9 +225,15 @@ class CallLane(Learner):
             return result
         edge = None
         if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.past is None):
-            edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result))
-            if edge is not None and edge.sights >= self.sights:
-                self.know_by_heart(edge, key, args, kwargs)
+            # Does it spoil what a followed call has read? Where autograd knows of every call, its backward is to tell.
+            looked = not (writes and region.real)
+            edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result), looked)
+            if edge is not None:
+                matcher = self.know_by_heart(edge, key, args, kwargs)
+                if not looked and not edge.follows:
+                    region.unproven.append((edge, matcher))
+                elif edge.follows and matcher is not None:
+                    self.take_by(matcher, edge)
         if graded and (edge is None or edge.graded):
             # As when it is followed: one that gave back what it was given has made no node.
             region.extend_past(edge)

@@ -70,7 +70,8 @@ class Edge:
     grads: tuple[tuple[int, Made], ...] = ()
     # What it does was not recorded: it is made for real each time, which no gradient needs to know.
     plain: bool = False
-    sights: int = 0
+    # May it be followed?
+    follows: bool = False
     # Has it a matcher, and does that take any floats?
     free_matcher: bool | None = None
     # Of a backward: which of the calls before it lead to its loss, once known.

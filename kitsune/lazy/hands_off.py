@@ -52,6 +52,9 @@ ASKS = VALUES | frozenset(
     | _found(Tensor, "_is_view")
 )
 
+# With what they give a program can put a hook, of which no call tells, between two operators of a backward.
+SHOWS_GRAPH = frozenset({_getter("grad_fn")})
+
 # What they return has no history, whatever they are given.
 DETACHES = frozenset({Tensor.detach, torch.detach})
 

@@ -58,8 +58,8 @@ class Learner:
         self.proven.clear()
         self.failures.clear()
 
-    def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
-        """Note what a call did that was made for real; returns what is known of it by now."""
+    def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight, follows: bool) -> Edge | None:
+        """Note what a call did that was made for real, which `follows` says may be followed now; returns what is known of it."""
         call, start = sight.call, sight.start
         edge = self._edge(func, kwargs, sight)
         if call.floats:
@@ -70,7 +70,7 @@ class Learner:
             known = start.calls.get(key)
             if edge is not None and known is not None and known.moves and known.floats != edge.floats and known.same(edge):
                 self.proven.add(name)
-        return self.remember(start, key, edge)
+        return self.remember(start, key, edge, follows)
 
     def spoils(self, written: list[Any]) -> bool:
         """Has a call that autograd does not know yet read memory of these tensors? Its backward is to say that they changed."""
@@ -82,7 +82,7 @@ class Learner:
         read = {cell.storage for t in operands if (cell := cell_in(t, region)) is not None}
         return any(_storage_in(t, region) in read for t in written)
 
-    def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:
+    def remember(self, start: Any, key: Any, edge: Edge | None, follows: bool = True) -> Edge | None:
         """Note what a call did; returns what is known of it by now."""
         known: Edge | None = start.calls.get(key)
         if edge is None or (known is not None and not known.same(edge)):
@@ -95,22 +95,37 @@ class Learner:
         if known is None:
             start.calls[key] = known = edge
         known.floats = edge.floats
-        known.sights += 1
+        known.follows = known.follows or (follows and (edge.node.known or edge.node is start))
         return known
 
-    def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> None:
-        """Make the matcher of an edge that may be followed, which any floats may come with if they were proven to move."""
-        start, func = edge.start, edge.func
-        name = (func, *kwargs)
+    def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> Any:
+        """A new matcher of an edge, which any floats may come with if they were proven to move; None if there is no new one."""
+        name = (edge.func, *kwargs)
         free = edge.moves and name in self.proven
         if edge.free_matcher is free:
-            return
+            return None
         edge.free_matcher = free
-        matcher = matcher_for(edge, key, args, kwargs, self.moves if free else None)
-        if matcher is not None:
-            known = start.matchers.get(func)
-            # Two calls at one place: a GAN's real and false batch. More are left to their keys.
-            start.matchers[func] = matcher if known is None else either(matcher, known)
+        return matcher_for(edge, key, args, kwargs, self.moves if free else None)
+
+    def take_by(self, matcher: Any, edge: Edge) -> None:
+        """From now on a matcher takes the calls of an edge."""
+        known = edge.start.matchers.get(edge.func)
+        # Two calls at one place: a GAN's real and false batch. More are left to their keys.
+        edge.start.matchers[edge.func] = matcher if known is None else either(matcher, known)
+
+    def backward_went(self, region: Any, well: bool) -> None:
+        """Autograd ran a backward: it fails where it needs what was written since, and else such writes may be followed."""
+        for edge, matcher in region.unproven:
+            if not well:
+                edge.follows = False
+                edge.start.matchers.clear()
+            elif not edge.follows and edge.node.known:
+                edge.follows = True
+                if matcher is not None:
+                    self.take_by(matcher, edge)
+        if not well:
+            # The region may go on, to a backward of another step that knows nothing of these.
+            region.unproven.clear()
 
     def _edge(self, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         region, call, flat = self.recorder.region, sight.call, sight.call.flat

@@ -147,6 +147,9 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
             w.part(w.name(f"args[{k}]"), a, part)
         for (name, a), part in zip(kwargs.items(), key[3 + n :: 2], strict=True):
             w.part(w.name(f"kwargs.get({name!r}, MISS)"), a, part)
+        if len(w.flat) >= LONG:
+            # Its text would take 9 ms to compile: 36 tensors of a fused update.
+            raise Unsuited
         _same_floats(w, edge, moves, (edge.func, *kwargs))
         _follow(w, edge)
     except Unsuited:

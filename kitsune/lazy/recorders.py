@@ -10,6 +10,11 @@ OPEN: list[Any] = []
 EVERY: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
+def in_a_step() -> bool:
+    """Is something being recorded or run now? Other threads ask: the answer may be a moment old."""
+    return any(recorder.running or recorder.region.node.depth for recorder in list(OPEN))
+
+
 def listening() -> list[Any]:
     """Those that are to hear of what the calling thread does."""
     return [] if in_own_thread() else OPEN

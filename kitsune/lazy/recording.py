@@ -229,6 +229,7 @@ class Recording:
             self.tally.flushed[(cause, site)] += 1
             if end:
                 self.region = self._new_region()
+                region.hand_on(self.region, cause)
             live: tuple[int, ...] = ()
             if region.observed_from is None:
                 self.tally.recorded += node.depth

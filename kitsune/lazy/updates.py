@@ -34,7 +34,7 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
         before = call.floats if counts is None else call.floats + counts.numbers
         key = None if key is None else (key, None if counts is None else counts.pattern)
         edge = None if key is None or recorder.region.slow else recorder.region.node.calls.get(key)
-        numbers = None if edge is None or edge.sights < lane.sights else edge.sources.numbers(before)
+        numbers = None if edge is None else edge.sources.numbers(before)
         if edge is not None and numbers is not None:
             if counts is not None:
                 counts.advance()
@@ -42,7 +42,11 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
                 return _follow(recorder, edge, call, numbers)
         mark = None if key is None else Mark(recorder, key, call, before, aside=counts is not None)
     lists = [list(map(id, a)) for a in args if type(a) is list]
-    result = func(*args, **kwargs)
+    lane.part_of_update = mark is not None
+    try:
+        result = func(*args, **kwargs)
+    finally:
+        lane.part_of_update = False
     # A first step of SGD puts its momentum buffers into the list that it was given.
     same = result is None and lists == [list(map(id, a)) for a in args if type(a) is list]
     with torch._C.DisableTorchFunction():

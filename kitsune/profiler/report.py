@@ -8,6 +8,8 @@ from kitsune.profiler.tally import PlanTally, Tally
 
 # Reasons that `str(report)` shows for a plan; `to_dict()` has them all.
 MAX_REASONS = 8
+# Kernels whose tiles it shows, those that gained the most.
+MAX_TILES = 12
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,20 @@ class PlanLine:
 
 
 @dataclass(frozen=True)
+class TileLine:
+    """A kernel of which several tiles were timed: microseconds of each, the first choice first, and the one that it has.
+
+    `remembered`: they were timed by an earlier process.
+    """
+
+    kernel: str
+    domain: tuple[int, ...]
+    tile: str
+    micros: dict[str, float]
+    remembered: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """What Kitsune did so far. `str(report)` is the text that users read, `to_dict()` the same for machines."""
 
@@ -66,6 +82,7 @@ class Report:
     flushes: tuple[FlushLine, ...]
     passed_through: tuple[PassLine, ...]
     plans: tuple[PlanLine, ...] = ()
+    tiles: tuple[TileLine, ...] = ()
     # Failures that were worked around.
     mended: tuple[str, ...] = ()
     # What else there is to know.
@@ -86,6 +103,7 @@ class Report:
         lines += _plan_lines(self.plans)
         if c["unfused"] or c["compiling"]:
             lines.append(f"{c['unfused']} runs unfused while kernels were compiled, {c['compiling']} kernels still in work")
+        lines += _tile_lines(c, self.tiles)
         lines += _graph_lines(c)
         lines += [f"mended: {sentence}" for sentence in self.mended]
         lines += [f"note: {sentence}" for sentence in self.notes]
@@ -105,8 +123,20 @@ def report(tally: Tally) -> Report:
     passed = [PassLine(reason.name, reason.value, op, n) for (reason, op), n in tally.passed_through.most_common()]
     regions.sort(key=lambda r: (-r.times_seen, -r.n_ops))
     plans = [plan_line(p) for p in sorted(tally.plans, key=lambda p: -p.times_run)]
+    chosen = sorted(tally.chosen.items(), key=lambda item: (-item[1].gain, item[0]))
+    tiles = [
+        TileLine(*kernel, str(c.tile), {str(tile): round(us, 1) for tile, us in c.micros.items()}, c.known)
+        for kernel, c in chosen
+    ]
     return Report(
-        tally.counters(), tuple(regions), tuple(flushes), tuple(passed), tuple(plans), tuple(tally.mended), tuple(tally.notes)
+        counters=tally.counters(),
+        regions=tuple(regions),
+        flushes=tuple(flushes),
+        passed_through=tuple(passed),
+        plans=tuple(plans),
+        tiles=tuple(tiles),
+        mended=tuple(tally.mended),
+        notes=tuple(tally.notes),
     )
 
 
@@ -140,6 +170,20 @@ def _plan_lines(plans: Sequence[PlanLine]) -> list[str]:
             f"{p.modelled_us:.1f} us modelled"
         )
         lines += [f"           {n:6d} x not fused: {reason}" for reason, n in list(p.refusals.items())[:MAX_REASONS]]
+    return lines
+
+
+def _tile_lines(c: dict[str, Any], tiles: Sequence[TileLine]) -> list[str]:
+    lines = []
+    if tiles or c["tiles_untried"]:
+        lines.append(
+            f"tiles: of {c['tiles_tried']} kernels several were timed, {c['tiles_changed']} have another than the first choice, "
+            f"{c['tiles_untried']} are still to be timed"
+        )
+    for line in tiles[:MAX_TILES]:
+        size = " x ".join(map(str, line.domain))
+        tried = ", ".join(f"{tile} {us} us" for tile, us in line.micros.items())
+        lines.append(f"  {line.kernel} of {size}: {line.tile}{', remembered' if line.remembered else ''}; timed were {tried}")
     return lines
 
 

@@ -1,11 +1,11 @@
 """The counts behind `kitsune.counters()` and `kitsune.explain()`."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from kitsune.ir import Barrier, Plan, Site
+from kitsune.ir import Barrier, Plan, Site, Tile
 
 # How many regions are told apart in a report; a program that never repeats has no end of them.
 MAX_REGIONS = 1000
@@ -19,6 +19,22 @@ class RegionTally:
     times_seen: int = 0
     cause: Barrier | None = None
     site: Site | None = None
+
+
+class Tried(Protocol):
+    """A kernel of which several tiles were timed; `gain` are the microseconds that another than the first choice saves."""
+
+    @property
+    def gain(self) -> float: ...
+
+    @property
+    def micros(self) -> Mapping[Tile, float]: ...
+
+    @property
+    def tile(self) -> Tile: ...
+
+    @property
+    def known(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -65,6 +81,9 @@ class Tally:
         self.plans: list[PlanTally] = []
         # Failures that were worked around, as sentences.
         self.mended: list[str] = []
+        # What was chosen for kernels of which other tiles were tried, by name and domain, and how many are still to be tried.
+        self.chosen: dict[tuple[str, tuple[int, ...]], Tried] = {}
+        self.n_untried = 0
         # What else users are to know, as sentences, in order.
         self.notes: dict[str, None] = {}
         # CUDA graphs: regions captured, runs that were replays, results moved because they were still held, runs that a graph
@@ -173,6 +192,9 @@ class Tally:
             "unfused": self.unfused,
             "checked": self.checked,
             "different": self.different,
+            "tiles_tried": len(self.chosen),
+            "tiles_changed": sum(choice.gain > 0 for choice in self.chosen.values()),
+            "tiles_untried": self.n_untried,
             "regions": self.n_regions,
             "recognised": self.recognised,
             "followed": self.followed,

@@ -4,14 +4,15 @@ from kitsune.runtime.captured import Captured, NotCaptured, Work
 from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
 from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
 from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
-from kitsune.runtime.numeric_settings import numeric_settings
+from kitsune.runtime.numeric_settings import library_switches, numeric_settings
 from kitsune.runtime.out_forms import out_form, takes_memory
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
 from kitsune.runtime.replay import Schedule, prepare, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.steady import Steady, SteadyState
 from kitsune.runtime.thread_plans import ThreadPlans
-from kitsune.runtime.timing import device_seconds
+from kitsune.runtime.timing import device_seconds, in_turn
+from kitsune.runtime.trials import Timer, Trial
 
 __all__ = [
     "Arenas",
@@ -26,10 +27,14 @@ __all__ = [
     "Steady",
     "SteadyState",
     "ThreadPlans",
+    "Timer",
+    "Trial",
     "Work",
     "adopt_views",
     "current_stream",
     "device_seconds",
+    "in_turn",
+    "library_switches",
     "numeric_settings",
     "out_form",
     "plan_work",

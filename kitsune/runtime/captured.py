@@ -14,6 +14,7 @@ from kitsune.runtime.capturable import distinct, reader_of, used_inputs
 from kitsune.runtime.cuda_graph import GraphRecorder, Recorded
 from kitsune.runtime.lent_outputs import Lent
 from kitsune.runtime.places import Places
+from kitsune.runtime.raw_copy import is_solid, raw_copy
 from kitsune.runtime.slots import SlotTable, WatchedNumbers
 from kitsune.runtime.tail import Tail
 
@@ -95,9 +96,14 @@ class Captured:
         self._addresses = [data_ptr(values[n]) for n in self._fixed]
         self._copied = tuple(n for n in used if n in moving)
         self._statics = {n: _like(values[n]) for n in self._copied}
-        # Each element once, so that a copy writes none twice.
-        self._targets = [distinct(self._statics[n]) for n in self._copied]
+        # Each element once, so that a copy writes none twice. With address and bytes, where these are all there is to copy.
+        targets = [(n, distinct(self._statics[n])) for n in self._copied]
+        self._copies = [(n, t, data_ptr(t), _n_bytes(t) if t is self._statics[n] and is_solid(t) else 0) for n, t in targets]
+        self._raw_copy = raw_copy(table.memory.device)
         self.n_replays = 0
+        self.has_tail = work.tail is not None
+        # The numbers that were found to be those that are baked in.
+        self._fitting: Sequence[float] | None = None
         self._aliases = tuple(v for v in graph.outputs if self._from_outside(v))
         needs = work.tail.needs if work.tail is not None else ()
         self._needed_aliases = tuple(v for v in needs if self._from_outside(v))
@@ -135,39 +141,55 @@ class Captured:
     @property
     def nbytes(self) -> int:
         """Memory that it keeps."""
-        return self._recorded.nbytes + sum(t.numel() * t.itemsize for t in self._targets)
+        return self._recorded.nbytes + sum(_n_bytes(t) for _, t, *_ in self._copies)
 
     def replay(self, values: list[Any], scalars: Sequence[float]) -> None:
         """Run the region: `values` has the inputs by number and receives the outputs. Raises Miss where it does not fit."""
         if list(map(data_ptr, self._take(values))) != self._addresses:
             raise InputsMoved([n for n, a in zip(self._fixed, self._addresses, strict=True) if data_ptr(values[n]) != a])
-        for n, bits in self.baked.items():
-            if struct.pack("d", scalars[n]) != bits:
-                raise NumberChanged(self._sentence(n), n)
+        self.again(values, scalars)
+
+    def again(self, values: list[Any], scalars: Sequence[float]) -> None:
+        """The same, where the inputs are known to be where they were."""
+        if scalars is not self._fitting:
+            self._fit(scalars)
         if not self._lent.release():
             raise OutputsHeld("somebody holds a view of a result of the replay before")
         self.table.set(scalars)
-        for n, target in zip(self._copied, self._targets, strict=True):
-            target.copy_(distinct(values[n]), non_blocking=True)
+        for n, target, address, nbytes in self._copies:
+            if not (nbytes and self._raw_copy(address, data_ptr(values[n]), nbytes)):
+                target.copy_(distinct(values[n]), non_blocking=True)
         # Before the launch: what fails from there on could not be run again.
         for value in self._aliases:
             self._alias(value, values, scalars)
-        inside = self._for_tail(values, scalars) if self._work.tail is not None else []
+        inside = self._for_tail(values, scalars) if self.has_tail else []
         self._recorded.replay()
         self.n_replays += 1
-        self._finish(inside, scalars)
+        if self.has_tail:
+            self._finish(inside, scalars)
         self._lent.hand_out(values)
+
+    def _fit(self, scalars: Sequence[float]) -> None:
+        for n, bits in self.baked.items():
+            if struct.pack("d", scalars[n]) != bits:
+                raise NumberChanged(self._sentence(n), n)
+        # What is in a tuple stays as it is; of a list nobody can say.
+        self._fitting = scalars if type(scalars) is tuple else None
+
+    def fixed(self) -> dict[int, int]:
+        """The inputs that must be where they were, by number, and where that is."""
+        return dict(zip(self._fixed, self._addresses, strict=True))
 
     def _finish(self, inside: list[Any], scalars: Sequence[float]) -> None:
         """What follows the graph."""
-        if self._work.tail is not None:
-            try:
-                self._work.tail.run(inside, list(scalars))
-            except Exception as error:
-                raise TailFailed from error
-            finally:
-                # Views that the tail has made must not count as held by somebody.
-                inside.clear()
+        assert self._work.tail is not None
+        try:
+            self._work.tail.run(inside, list(scalars))
+        except Exception as error:
+            raise TailFailed from error
+        finally:
+            # Views that the tail has made must not count as held by somebody.
+            inside.clear()
 
     def _last(self, number: int, inside: list[Any]) -> torch.Tensor:
         """The tensor of a value, which the tail may be the last to write."""
@@ -212,6 +234,10 @@ class Captured:
         op = reader_of(self.graph, slot)
         where = f"{op.target} at {op.site}" if op is not None else "An operator"
         return f"{where} takes a number that changes from run to run, and is no kernel that could read it from memory."
+
+
+def _n_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,11 @@ class Arenas:
             self._alive.add(arena)
         return arena
 
+    def scratch(self, nbytes: int, device: torch.device) -> torch.Tensor | None:
+        """Memory with room for so many bytes, for whoever is done with it before the next replay; None where no arena has it."""
+        fitting = [arena.tensor for arena in self._alive if arena.tensor.device == device and arena.tensor.numel() >= nbytes]
+        return min(fitting, key=torch.Tensor.numel, default=None)
+
 
 def plan_work(
     executor: PlanExecutor,

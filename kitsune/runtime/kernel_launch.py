@@ -23,6 +23,7 @@ from kitsune.ir.plan import (
     Stride,
 )
 from kitsune.runtime.launch_tables import LaterTables, Tables
+from kitsune.runtime.slots import SlotTable
 
 # Not the method, which is a door.
 data_ptr = torch._C.TensorBase.data_ptr
@@ -119,7 +120,10 @@ class _Bound:
 
 
 def _reach(access: Access, domain: tuple[int, ...]) -> int:
-    return sum((size - 1) * stride for size, stride in zip(domain, access.strides, strict=True))
+    """The last element that is read or written; a kernel over windows reads all of its operand."""
+    type_ = access.value.type
+    walks = ((domain, access.strides), (type_.shape, type_.stride))
+    return max(sum((size - 1) * stride for size, stride in zip(*walk, strict=True)) for walk in walks)
 
 
 def _number(parameter: Size | Extent | Stride, kernel: Kernel, accesses: tuple[Access, ...]) -> int:
@@ -135,7 +139,8 @@ class PreparedLaunch:
 
     `program` is the text of all of them, a batched one if there are several. `device` is where their memory is; left out,
     that of their first operand. Nothing is compiled before the first start. With `slots_in_memory`, for which the program must
-    have been rendered, it is for CUDA graphs: `captured_with` gives what one captures.
+    have been rendered, moving numbers are read from a table, so that CUDA graphs can have the same program: `captured_with`
+    gives what one captures.
     """
 
     def __init__(
@@ -161,8 +166,10 @@ class PreparedLaunch:
         self._wide = any(bound.wide for bound in self._bound)
         self._variants: dict[bool, Compiled] = {}
         self._tables = Tables(self._device)
-        # What a capture starts instead, if that was worked out beforehand.
-        self.in_graph: PreparedLaunch | None = None
+        self._n_numbers = 1 + max((index for bound in self._bound for _, index in bound.addresses), default=-1)
+        self._reads_table = self._n_numbers > 0
+        # Of ordinary starts, by stream: a table on another stream might not be written yet.
+        self._numbers: dict[int, tuple[SlotTable, list[_Bound]]] = {}
 
     @property
     def likely(self) -> tuple[bool, bool] | None:
@@ -174,7 +181,7 @@ class PreparedLaunch:
         written by `fill_tables` once the capture is over."""
         other = copy.copy(self)
         other._bound = [bound.reading(slots_at) for bound in self._bound]
-        other._variants, other._tables = {}, LaterTables(self._device)
+        other._variants, other._tables, other._reads_table = {}, LaterTables(self._device), False
         return other
 
     def load(self, like: "PreparedLaunch") -> None:
@@ -202,16 +209,26 @@ class PreparedLaunch:
         if not self._bound:
             return
         try:
+            bounds = self._read_from_table(scalars, stream) if self._reads_table else self._bound
             if self.program.batched:
-                self._start_batch(address, scalars, stream)
+                self._start_batch(bounds, address, scalars, stream)
             else:
-                args, aligned = self._bound[0].fill(address, scalars)
+                args, aligned = bounds[0].fill(address, scalars)
                 compiled = self._variant(aligned)
-                compiled.launch(-(-self._bound[0].n // compiled.block), args, stream)
+                compiled.launch(-(-bounds[0].n // compiled.block), args, stream)
         except (torch.OutOfMemoryError, KernelUnavailable, Pending):
             raise
         except Exception as error:
             raise self._unavailable("started", error) from error
+
+    def _read_from_table(self, scalars: Sequence[float], stream: int) -> list[_Bound]:
+        """The parameters for a table with these numbers, on the current stream."""
+        found = self._numbers.get(stream)
+        if found is None:
+            table = SlotTable(self._n_numbers, self._device)
+            found = self._numbers[stream] = (table, [bound.reading(table.address) for bound in self._bound])
+        found[0].set(scalars)
+        return found[1]
 
     def _variant(self, aligned: bool) -> Compiled:
         found = self._variants.get(aligned)
@@ -232,9 +249,9 @@ class PreparedLaunch:
             path = None
         return KernelUnavailable(f"The kernel {self.name} could not be {what}: {type(error).__name__}: {error}.", path)
 
-    def _start_batch(self, address: Callable[[Access], int], scalars: Sequence[float], stream: int) -> None:
+    def _start_batch(self, bounds: list[_Bound], address: Callable[[Access], int], scalars: Sequence[float], stream: int) -> None:
         rows, all_aligned = [], True
-        for bound in self._bound:
+        for bound in bounds:
             values, aligned = bound.fill(address, scalars)
             for position in bound.doubles:
                 values[position] = _bits(values[position])

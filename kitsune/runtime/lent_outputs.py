@@ -9,13 +9,21 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 
 from kitsune.ir import Graph, lent_memory, mark_lent, storage_of
+from kitsune.runtime.raw_copy import is_solid, raw_copy
 
 # A tensor with a version counter of its own over the same memory; it does not go through the dispatcher.
 _alias = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
+_data_ptr = torch._C.TensorBase.data_ptr
 _count = torch._C._storage_Use_Count  # type: ignore[attr-defined]
 _use_count = torch._C.TensorBase._use_count  # type: ignore[attr-defined]
 _NO_COUNT = DispatchKeySet(DispatchKey.ADInplaceOrView)
 SERIAL = "_kitsune_serial"
+# A result of so few bytes, such as a loss, is handed out as a copy once it was held at as many replays as this: moving what is
+# held takes 60 us of Python, a copy 3 (`python -m benchmarks.bench_static`).
+FEW_BYTES = 16
+TIMES_HELD = 2
+# Copies in a row that nobody held any more at the next replay, after which the memory itself is lent again.
+IN_VAIN = 16
 
 
 class OutputMemory:
@@ -39,7 +47,43 @@ class OutputMemory:
         self._lend()
         # How many tensors are on the storage that nobody holds: counted when it is first lent; until then the capture has some.
         self.own_count = -1
+        self._may_copy = self._storage.nbytes() <= FEW_BYTES and _are_one([*self._outputs.values()])
+        self._raw_copy, self._address = raw_copy(self._storage.device), _data_ptr(next(iter(self._outputs.values())))
+        self._n_held = self._n_in_vain = 0
+        # The copies that were handed out last, and those that will be next.
+        self._copies: list[weakref.ref[torch.Tensor]] = []
+        self._next: list[tuple[int, torch.Tensor]] = []
         mark_lent(self._storage, self)
+
+    @property
+    def copies(self) -> bool:
+        """Is a copy handed out? Of a small result that is held again and again; a loss and the same detached are one result."""
+        return self._may_copy and self._n_held >= TIMES_HELD
+
+    def prepare(self) -> None:
+        """Take memory for the next copy, since there may be none: after the replay it would be too late to say so."""
+        first, *others = self._outputs
+        copy = torch.empty_like(self._outputs[first])
+        self._next = [(first, copy), *[(number, _alias(copy)) for number in others]]
+
+    def copy(self, values: list[Any]) -> None:
+        """Put a copy of the outputs into `values`; it is nobody's to move."""
+        copies, self._next = self._next, []
+        first, copy = copies[0]
+        if not self._raw_copy(_data_ptr(copy), self._address, self._storage.nbytes()):
+            copy.copy_(self._outputs[first])
+        self._copies = []
+        for number, copy in copies:
+            values[number] = copy
+            self._copies.append(weakref.ref(copy))
+        self._moved(1)
+
+    def still_copies(self) -> bool:
+        """Was the last copy of use? Asked before the next replay; once it was not for long, `copies` is False again."""
+        self._n_in_vain = 0 if any(copy() is not None for copy in self._copies) else self._n_in_vain + 1
+        if self._n_in_vain >= IN_VAIN:
+            self._n_held = self._n_in_vain = 0
+        return self.copies
 
     def _lend(self) -> None:
         self._lent.update({number: _alias(tensor) for number, tensor in self._outputs.items()})
@@ -60,6 +104,7 @@ class OutputMemory:
             return False
         alive = adopted + held([self._lent[number] for number in self._outputs])
         if alive:
+            self._n_held += 1
             self._move(alive)
             self._lend()
         else:
@@ -94,6 +139,13 @@ def _on(tensor: torch.Tensor, storage: Any, offset: Any, shape: Any, stride: Any
     return torch.ops.aten.set_.source_Storage_storage_offset(tensor, storage, offset, shape, stride)
 
 
+def _are_one(tensors: list[torch.Tensor]) -> bool:
+    """Do these tensors of one storage show all of it, in the same way?"""
+    shown = {(t.dtype, t.shape, t.stride(), torch._C.TensorBase.storage_offset(t)) for t in tensors}
+    whole = is_solid(tensors[0]) and tensors[0].numel() * tensors[0].itemsize == storage_of(tensors[0]).nbytes()
+    return whole and len(shown) == 1 and not any(t.is_conj() or t.is_neg() for t in tensors)
+
+
 def views_of_inputs(graph: Graph) -> tuple[int, ...]:
     """The numbers of the outputs that lie in an input's memory."""
     came = {value.storage for value in graph.inputs}
@@ -116,6 +168,8 @@ def _holds(tensors: list[Any]) -> list[tuple[int, int]]:
 _somewhere = {0: torch.empty(0)}
 # Of a tensor that is in a dict and in the list that is asked about, and nowhere else.
 _NOBODY = _holds([*_somewhere.values()])[0]
+# The places in Python of one that is only in a dict.
+_ALONE = next(map(getrefcount, _somewhere.values()))
 
 
 def held(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -132,22 +186,31 @@ class Lent:
             by_storage.setdefault(storage_of(tensor)._cdata, {})[number] = tensor
         self._tensors: dict[int, torch.Tensor] = {}
         self.memories = [OutputMemory(together, self._tensors, moved) for together in by_storage.values()]
+        # What a program may have written on their storages.
+        self._attributes = [memory.attributes for memory in self.memories]
         # Which memory each tensor lies in.
         self._owners = [k for k, together in enumerate(by_storage.values()) for _ in together]
         self._keys = [memory.key for memory in self.memories]
         self._counts: list[int] = []
-        self._nobody = [_NOBODY] * len(self._tensors)
+        self._nobody = [_ALONE] * len(self._tensors), [_NOBODY[1]] * len(self._tensors)
+        # Those of which copies are handed out.
+        self._copying: list[OutputMemory] = []
 
     def release(self) -> bool:
         """Move what is still held of the replay before. False if somebody holds what cannot be moved."""
         if not self._counts:
             return True
-        holds, counts = _holds([*self._tensors.values()]), list(map(_count, self._keys))
-        if holds == self._nobody and counts == self._counts:
-            for memory in self.memories:
-                memory.attributes.pop(SERIAL, None)
+        if self._copying:
+            self._copying = [memory for memory in self._copying if memory.still_copies()]
+            for memory in self._copying:
+                memory.prepare()
+        tensors, counts = self._tensors.values(), list(map(_count, self._keys))
+        if (list(map(getrefcount, tensors)), list(map(_use_count, tensors))) == self._nobody and counts == self._counts:
+            for attributes in self._attributes:
+                attributes.pop(SERIAL, None)
             return True
         # Mostly one of hundreds: the loss of the step before.
+        holds = _holds([*tensors])
         held = {self._owners[k] for k, known in enumerate(holds) if known != _NOBODY}
         held |= {k for k, (count, own) in enumerate(zip(counts, self._counts, strict=True)) if count != own}
         for k, memory in enumerate(self.memories):
@@ -155,6 +218,9 @@ class Lent:
                 memory.attributes.pop(SERIAL, None)
             elif not memory.release():
                 return False
+            elif memory.copies and memory not in self._copying:
+                memory.prepare()
+                self._copying.append(memory)
         return True
 
     def hand_out(self, values: list[Any]) -> None:
@@ -165,3 +231,5 @@ class Lent:
                 memory.own_count = count
         for number, tensor in self._tensors.items():
             values[number] = tensor
+        for memory in self._copying:
+            memory.copy(values)

@@ -20,23 +20,36 @@ def changed(before: bytes, now: bytes) -> set[int]:
 
 
 class SlotTable:
-    """The moving numbers of a region as float64 in the memory of a device."""
+    """The first `n` moving numbers of a region as float64 in the memory of a device."""
 
     def __init__(self, n: int, device: torch.device) -> None:
+        self._n = n
         self.memory = torch.zeros(max(n, 1), dtype=torch.float64, device=device)
         self.address: int = torch._C.TensorBase.data_ptr(self.memory)
         self._bits = b""
+        # What was set last, where it cannot have become something else.
+        self._numbers: Sequence[float] | None = None
 
     def set(self, numbers: Sequence[float]) -> None:
-        """Bring the table up to date on the current stream: one small copy, and none if nothing has changed."""
-        bits = bits_of(numbers)
-        if not bits or bits == self._bits:
+        """Bring the table up to date on the current stream: one small copy, and none if nothing has changed.
+
+        A run that has diverged may have more numbers behind those of its region, or had them when the table was made.
+        """
+        if numbers is self._numbers:
             return
+        bits = bits_of(numbers[: self._n])
+        self._numbers = None
+        if bits and bits != self._bits:
+            self._copy(bits)
+        self._numbers = numbers if type(numbers) is tuple else None
+
+    def _copy(self, bits: bytes) -> None:
         host = torch.frombuffer(bytearray(bits), dtype=torch.float64)
         if self.memory.device.type == "cuda":
             # Fresh pinned memory each time: an earlier copy may not have run yet. torch uses it again once it has.
             host = _pinned(host)
-        self.memory.copy_(host, non_blocking=True)
+        memory = self.memory if len(host) == len(self.memory) else self.memory[: len(host)]
+        memory.copy_(host, non_blocking=True)
         self._bits = bits
 
 

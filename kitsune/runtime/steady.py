@@ -82,8 +82,8 @@ class Steady:
 
 
 class SteadyState:
-    """The graphs of one thread and device. `limits()` are how many may be kept and their bytes; `relieve(hard)` frees
-    memory that is kept for other runs, if `hard` torch's as well; `report(sentence)` hears what went wrong and was mended."""
+    """The graphs of one thread and device. `limits()` are how many may be kept and their bytes; `relieve(hard)` frees memory
+    that is kept for other runs, if `hard` torch's as well; `report(sentence)` hears what went wrong and was mended."""
 
     def __init__(
         self,
@@ -94,20 +94,14 @@ class SteadyState:
         report: Callable[[str], None],
         told: Told,
     ) -> None:
-        self.device, self.recorder, self.limits = device, recorder, limits
-        self.relieve, self.report, self.told = relieve, report, told
+        self.device, self.recorder, self.limits, self.told = device, recorder, limits, told
+        self.relieve, self.report = relieve, report
         # The least recently replayed first.
         self._kept: OrderedDict[Steady, Captured] = OrderedDict()
 
-    def region(
-        self,
-        graph: Graph,
-        make_work: MakeWork,
-        provisional: bool = False,
-        before: Steady | None = None,
-    ) -> Steady:
-        """What is to be passed to `run` with each run of a region. `before` is what was passed until now, when the region was
-        run in another way: its graph is dropped, and what is known of its inputs stays known."""
+    def region(self, graph: Graph, make_work: MakeWork, provisional: bool = False, before: Steady | None = None) -> Steady:
+        """What is to be passed to `run` with each run of a region. `before` is what was passed until now, when it was run in
+        another way: its graph is dropped, and what is known of its inputs stays known."""
         region = Steady(graph, make_work, provisional)
         if before is not None:
             self._drop(before)
@@ -165,10 +159,14 @@ class SteadyState:
             self._drop(region)
             self._refuse(region, f"A replay failed ({type(error).__name__}: {_first_line(error)}).", mended=True)
             return Outcome.ORDINARY
+        self.was_replayed(region)
+        return Outcome.DONE
+
+    def was_replayed(self, region: Steady) -> None:
+        """Its graph is the one that was used last."""
         self._kept.move_to_end(region)
         region.addresses = None
         self.told.replayed()
-        return Outcome.DONE
 
     def _inputs_moved(self, region: Steady, values: list[Any], numbers: list[int]) -> Outcome:
         foreign = [n for n in numbers if lent_memory(values[n]) is None]

@@ -1,5 +1,6 @@
 """How long a device takes for something, without the time that the host takes to ask for it."""
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -33,3 +34,25 @@ def _on_the_host(run: Callable[[], None]) -> float:
     for _ in range(RUNS):
         run()
     return time.perf_counter() - start
+
+
+# The host takes 16 us to start a kernel and 5 to record an event, at up to 2 GHz of the device.
+CYCLES_PER_START = 50_000
+
+
+def in_turn(runs: list[Callable[[], None]]) -> Callable[[], list[float] | None]:
+    """Put each on the current stream, once, and wait for nothing. Returns what tells the seconds that each took the device, and
+    None as long as the device is not through."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
+    torch.cuda._sleep(CYCLES_PER_START * len(runs))
+    marks[0].record()
+    for run, mark in zip(runs, marks[1:], strict=True):
+        run()
+        mark.record()
+
+    def seconds() -> list[float] | None:
+        if not marks[-1].query():
+            return None
+        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
+
+    return seconds

@@ -1,6 +1,7 @@
 """From a Graph to the order, the streams and the costs of its Plan: passes, cost model, order."""
 
 from kitsune.scheduler.batch_norms import batch_norms
+from kitsune.scheduler.bias_gradients import bias_gradients
 from kitsune.scheduler.channels_last import in_channels_last
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros, parts
 from kitsune.scheduler.cross_entropy import cross_entropies
@@ -9,6 +10,8 @@ from kitsune.scheduler.norms import layer_norm_backwards
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
+from kitsune.scheduler.patches import patches_as_rows
+from kitsune.scheduler.pools import pools
 from kitsune.scheduler.split import split_reductions
 from kitsune.scheduler.stream_config import StreamConfig
 from kitsune.scheduler.streams import assign_streams
@@ -24,6 +27,7 @@ __all__ = [
     "Work",
     "assign_streams",
     "batch_norms",
+    "bias_gradients",
     "common_subexpressions",
     "cross_entropies",
     "dead_code",
@@ -37,6 +41,8 @@ __all__ = [
     "op_micros",
     "padded_products",
     "parts",
+    "patches_as_rows",
+    "pools",
     "run_passes",
     "split_reductions",
     "unlist",

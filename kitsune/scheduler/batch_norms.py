@@ -12,6 +12,7 @@ import torch
 from kitsune.ir import Effects, Graph, Kind, Op, Operand, TensorType, Value, named, tensor_type
 from kitsune.scheduler.build import Builder
 from kitsune.scheduler.formats import is_dense
+from kitsune.scheduler.rectifiers import Rectifier, rectifiers
 
 aten = torch.ops.aten
 FORWARD, BACKWARD = aten.native_batch_norm.default, aten.native_batch_norm_backward.default
@@ -22,15 +23,21 @@ def batch_norms(graph: Graph, why_not: Callable[[Op], str | None]) -> Graph:
     """The graph with those batch norms taken apart of which every part may be in a kernel."""
     if not any(op.target in (FORWARD, BACKWARD) for op in graph.ops):
         return graph
-    b = Builder(graph)
-    for op in graph.ops:
-        start = len(b.ops)
-        if op.target not in (FORWARD, BACKWARD) or not _is_plain(op):
-            b.ops.append(op)
+    b, apart = Builder(graph), set[int]()
+    rectified = rectifiers(graph)
+    behind = {id(found.backward): found for found in rectified.values()}
+    for number, op in enumerate(graph.ops):
+        start, rectifier = len(b.ops), rectified.get(number)
+        # Only of a forward that is ours can its backward know the last bit.
+        if id(op) in behind and id(behind[id(op)].norm) in apart:
             continue
-        _Parts(b, op).write()
-        if any(made.kind is not Kind.VIEW and why_not(made) is not None for made in b.ops[start:]):
-            b.ops[start:] = [op]
+        rectifier = rectifier if rectifier is not None and id(rectifier.norm) in apart else None
+        if op.target in (FORWARD, BACKWARD) and _is_plain(op):
+            _Parts(b, op, rectifier).write()
+            if all(made.kind is Kind.VIEW or why_not(made) is None for made in b.ops[start:]):
+                apart.add(id(op))
+                continue
+        b.ops[start:] = [op] if rectifier is None else [rectifier.backward, op]
     return Graph(graph.inputs, tuple(b.ops), graph.outputs)
 
 
@@ -50,8 +57,8 @@ def _is_plain(op: Op) -> bool:
 class _Parts:
     """One batch norm on its way."""
 
-    def __init__(self, b: Builder, op: Op) -> None:
-        self.b, self.op, self.arguments = b, op, named(op)
+    def __init__(self, b: Builder, op: Op, rectifier: Rectifier | None = None) -> None:
+        self.b, self.op, self.arguments, self.rectifier = b, op, named(op), rectifier
         self.x: Value = self.arguments["input"]
         shape = tuple(self.x.type.shape)
         self.dims = (0, *range(2, len(shape)))
@@ -79,10 +86,6 @@ class _Parts:
         n = self.along[1]
         return self.b.view(self.op, value, self.along, (n, *(1 for _ in self.along[1:])))
 
-    def _rounded(self, value: Value, result: Value) -> None:
-        """The last step: what was worked out so far, in the type of the result."""
-        self._point(aten._to_copy.default, value, to=result, dtype=result.type.dtype)
-
     def _forward(self) -> None:
         arguments, (out, mean, invstd) = self.arguments, self.op.results
         wide = self.x
@@ -96,16 +99,32 @@ class _Parts:
         unbiased = self._point(aten.mul.Tensor, variance, self.n / (self.n - 1), to=self.channel)
         self._follow(arguments["running_mean"], mean)
         self._follow(arguments["running_var"], unbiased)
+        self._normalized(mean, invstd, arguments["weight"], arguments["bias"], out)
+
+    def _normalized(self, mean: Value, invstd: Value, weight: Value | None, bias: Value | None, to: Value | TensorType) -> Value:
         # A product of 16 bits and float32 is float32: no wide copy is made for it.
-        y = self._point(aten.sub.Tensor, self.x, self._channels(mean), to=self.full)
-        half = out.type.dtype is not FP32
-        steps = [(aten.mul.Tensor, invstd), (aten.mul.Tensor, arguments["weight"]), (aten.add.Tensor, arguments["bias"])]
-        steps = [(target, operand) for target, operand in steps if operand is not None]
+        y = self._centred(mean)
+        dtype = (to.type if isinstance(to, Value) else to).dtype
+        half = dtype is not FP32
+        given = [(aten.mul.Tensor, invstd), (aten.mul.Tensor, weight), (aten.add.Tensor, bias)]
+        steps = [(target, operand) for target, operand in given if operand is not None]
         for k, (target, operand) in enumerate(steps):
             last = k == len(steps) - 1 and not half
-            y = self._point(target, y, self._channels(operand), to=out if last else self.full)
-        if half:
-            self._rounded(y, out)
+            y = self._point(target, y, self._channels(operand), to=to if last else self.full)
+        return self._point(aten._to_copy.default, y, to=to, dtype=dtype) if half else y
+
+    def _passed(self, grad: Value) -> Value:
+        """What a rectifier leaves of a gradient, worked out of what the norm read."""
+        if self.rectifier is None:
+            return grad
+        start, norm = len(self.b.ops), self.rectifier.norm
+        given, (out, mean, invstd) = named(norm), norm.results
+        y = self._normalized(mean, invstd, given["weight"], given["bias"], out.type)
+        source, _, level = self.rectifier.backward.args
+        passed = self._point(aten.threshold_backward.default, source, y, level, to=grad.type)
+        # Nothing of this is kept for another kernel.
+        self.b.ops[start:] = [replace(made, late=made.kind is not Kind.VIEW) for made in self.b.ops[start:]]
+        return passed
 
     def _follow(self, running: Value | None, now: Value) -> None:
         """A running statistic takes a step towards that of this batch."""
@@ -120,6 +139,7 @@ class _Parts:
     def _backward(self) -> None:
         arguments, (to_input, to_weight, to_bias) = self.arguments, self.op.results
         grad, mean, invstd = arguments["grad_out"], arguments["save_mean"], arguments["save_invstd"]
+        recorded, grad = grad, self._passed(grad)
         product = self._point(aten.mul.Tensor, self._centred(mean), grad, to=self.full)
         sums = aten.sum.dim_IntList
         along = self.b.call(self.op, sums, Kind.REDUCTION, (product, self.dims), self.channel)
@@ -132,13 +152,14 @@ class _Parts:
         # The gradient less its mean and what goes along with x, as one line in x: both sums are then read by one kernel.
         shift = self._point(aten.mul.Tensor, mean, slope, to=self.channel)
         shift = self._point(aten.sub.Tensor, level, shift, to=self.channel)
+        grad = self._passed(recorded)
         line = self._point(aten.mul.Tensor, self.x, self._channels(slope), to=self.full)
         line = self._point(aten.add.Tensor, line, self._channels(shift), to=self.full)
         grad = self._point(aten.sub.Tensor, grad, line, to=self.full)
         half = to_input.type.dtype is not FP32
         grad = self._point(aten.mul.Tensor, grad, self._channels(scale), to=self.full if half else to_input)
         if half:
-            self._rounded(grad, to_input)
+            self._point(aten._to_copy.default, grad, to=to_input, dtype=to_input.type.dtype)
 
     def _centred(self, mean: Value) -> Value:
         return self._point(aten.sub.Tensor, self.x, self._channels(mean), to=self.full)

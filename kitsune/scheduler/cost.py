@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from kitsune.ir import Graph, Kernel, Kind, Launch, Op, touched_bytes
+from kitsune.ir import Graph, Kernel, Kind, Launch, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def kernel_micros(kernel: Kernel, rates: Rates) -> float:
     moved = 0.0
     for access in accesses:
         itemsize = access.value.type.dtype.itemsize
-        n = touched_bytes(access, kernel.domain)
+        n = kernel.touched(access)
         step = min((s for s in access.strides if s), default=1) if kernel.reduced else access.strides[-1] if kernel.domain else 1
         moved += n * (min(SECTOR, step * itemsize) / itemsize if step > 1 else 1)
     return moved / rates.bytes_per_us
@@ -81,15 +81,29 @@ UNALIGNED = 6.0
 # What padding must gain, so that small products keep the library's own choice.
 PADDED_FROM_US = 20.0
 
+# A convolution whose channels are no multiple of 8 takes so many times as long as a matrix product with as many operations:
+# 584 us forward and 353 backward instead of 25 and 29 for ViT-B/16's patches of three channels on an H200.
+ODD_CHANNELS = 10.0
+
+# Loading a channel's numbers for each element is what limits a kernel from about so many times its other bytes on, where those
+# are as many as here. On an H200 batch norm with a rectifier, and two of them in one, went from 66 to 51 and from 119 to 83 us
+# in rows; the gradient behind them, which loads twice its other bytes, stayed at 73.
+BROADCAST, BROADCAST_BYTES = 2.5, 4 << 20
+
+# What pooling must move for a kernel of ours to be worth its compilation.
+WINDOW_BYTES = 16 << 20
+
 # What another layout must gain, so that small images keep the library's own choice.
 LAYOUT_FROM_US = 20.0
-# Elements in a row from which on the jump to the next one does not count.
-LONG_ROW = 1024
+# Elements in a row from which on the jump to the next one does not count: 128 bytes of a 16-bit type.
+LONG_ROW = 64
+# What a kernel must move to be worth its compilation where the library takes given memory too.
+STRIDED_BYTES = 1 << 20
 
 # Started together, small kernels save their launches; large ones fill the device alone, and would only hold memory longer.
 BATCH_BELOW_US = 50.0
-# The partial sums of a layer's gradients take a quarter of this.
-REDUCED_BATCH_BYTES = 1 << 20
+# The partial sums of a layer's gradients (197 of each of 3072 in ViT-B/16) take 2.4 MB.
+REDUCED_BATCH_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +134,26 @@ class Costs:
         """Does a kernel that is in no batch beat the library?
 
         With one op only it moves the same bytes, and must be compiled. But the plan can give it memory, which a cast, for one,
-        takes from nobody; walks that jump through memory are left to kernels of the library that are made for them.
+        takes from nobody. Rows with gaps between them the library takes element by element (a copy of 39 MB in rows of 768 takes
+        it 25 us on an H200, of which the bytes are 10); walks that jump for each element are left to its kernels made for them.
         """
-        if len(kernel.steps) > 1 or kernel.reduced:
+        if len(kernel.steps) > 1 or kernel.reduced or kernel.steps[0].op.kind is Kind.WINDOW:
             return True
-        return not has_out_form and (len(kernel.domain) <= 1 or _in_long_rows(kernel))
+        if has_out_form:
+            return len(kernel.domain) > 1 and _in_long_rows(kernel) and kernel.nbytes >= STRIDED_BYTES
+        return len(kernel.domain) <= 1 or _in_long_rows(kernel)
+
+    def in_rows(self, kernel: Kernel) -> bool:
+        """Does it pay that a kernel keeps what it broadcasts?"""
+        both = [[0, 0], [0, 0]]
+        for access in (*kernel.loads, *(store.access for store in kernel.stores)):
+            both[bool(access.strides[0])][bool(access.strides[-1])] += access.value.type.dtype.itemsize
+        (_, broadcast), (_, moved) = both
+        return broadcast >= BROADCAST * moved and kernel.nbytes >= BROADCAST_BYTES
+
+    def windows(self, op: Op) -> bool:
+        """Does it pay to have a pooling op in a kernel of ours?"""
+        return op.nbytes >= WINDOW_BYTES
 
     def worth_padding(self, op: Op) -> bool:
         """Could padding a matrix product pay at all?"""
@@ -135,6 +164,11 @@ class Costs:
         spent = copied_bytes / self.rates.bytes_per_us + n_operands * self.rates.launch_us
         return (UNALIGNED - 1) * product_micros(op, self.rates) - spent >= PADDED_FROM_US
 
+    def as_product(self, flops: float, copied_bytes: float) -> bool:
+        """Does it pay to make a convolution of odd channels a matrix product, if so many bytes are moved for it?"""
+        gained = (ODD_CHANNELS - 1) * flops / self.rates.flops_per_us
+        return gained - copied_bytes / self.rates.bytes_per_us >= PADDED_FROM_US
+
     def channels_last(self, image_bytes: int, copied_bytes: int) -> bool:
         """Does it pay to have connected convolutions in channels-last, if so many bytes are moved for it at the edges?
 
@@ -144,7 +178,9 @@ class Costs:
 
 
 # Blocks of a kernel with reductions that keep the largest device busy; each takes a row, or neighbouring elements of 64 rows.
-BUSY, WANTED, NEIGHBOURS = 132, 512, 64
+# Those read less at a time, so that more are wanted: batch norm's statistics took 46 us with 512 of them on an H200, 38 with 1024
+# and 48 with 2048.
+BUSY, WANTED, WANTED_ACROSS, NEIGHBOURS = 132, 512, 1024, 64
 # Elements of a row that a part must have at least: below, the parts themselves would be much to write.
 LEAST_INNER, LEAST_OUTER = 1024, 32
 # What a single block is done with before another launch would have begun.
@@ -161,7 +197,8 @@ def parts(rows: int, columns: int, inner: bool) -> int:
     blocks = rows if inner else -(-rows // NEIGHBOURS)
     if blocks >= BUSY:
         return 1
-    return max(min(-(-WANTED // blocks), columns // (LEAST_INNER if inner else LEAST_OUTER)), 1)
+    wanted = WANTED if inner else WANTED_ACROSS
+    return max(min(-(-wanted // blocks), columns // (LEAST_INNER if inner else LEAST_OUTER)), 1)
 
 
 def graph_micros(graph: Graph, rates: Rates) -> float:

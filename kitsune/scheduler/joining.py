@@ -5,8 +5,7 @@ The gradients of queries, keys and values are joined so for one matrix product. 
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -121,7 +120,7 @@ class _Joining(Rewriting):
             if id(op) in self._joins:
                 self._fill(self._joins[id(op)])
             elif id(op) in self._copies:
-                self._name(aten.alias.default, self.stands(op.inputs[0]), op.results[0])
+                self.name(aten.alias.default, self.stands(op.inputs[0]), op.results[0])
             else:
                 self.follow(op)
         return self.graph_now()
@@ -141,10 +140,4 @@ class _Joining(Rewriting):
                 end = start + part.type.shape[join.dim]
                 there, start = self.view(aten.slice.Tensor, there, join.dim, start, end), end
             self.write(aten.copy_.default, there, self.stands(part))
-        self._name(aten.permute.default, memory, whole, back)
-
-    def _name(self, target: Any, base: Value, recorded: Value, *args: Any) -> None:
-        """Let a view stand for a recorded value."""
-        made = self.view(target, base, *args)
-        self.now[recorded.id] = named = replace(recorded, type=made.type, storage=made.storage, version=made.version)
-        self.ops[-1] = replace(self.ops[-1], results=(named,))
+        self.name(aten.permute.default, memory, whole, back)

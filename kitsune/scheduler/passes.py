@@ -33,20 +33,19 @@ def needed_ops(graph: Graph) -> list[Op]:
     needed = {v.storage for v in graph.inputs} | {v.storage for v in graph.outputs}
     read = {v.id for v in graph.outputs}
     kept = []
+    # In one piece, for each first run of a region waits for it: 2,900 operators take 4 ms.
     for op in reversed(graph.ops):
-        if _is_needed(op, needed, read):
-            kept.append(op)
-            for value in op.inputs:
-                needed.add(value.storage)
-                read.add(value.id)
+        effects, results = op.effects, op.results
+        if effects.random or (effects.writes and not needed.isdisjoint(effects.writes)):
+            pass
+        elif op.kind is Kind.VIEW:
+            # A view of an input shares its storage but changes nothing: needed only if it is read, which its value says.
+            if read.isdisjoint([v.id for v in results]):
+                continue
+        elif needed.isdisjoint([v.storage for v in results]):
+            continue
+        kept.append(op)
+        for value in op.inputs:
+            needed.add(value.storage)
+            read.add(value.id)
     return kept[::-1]
-
-
-def _is_needed(op: Op, storages: set[int], read: set[int]) -> bool:
-    effects = op.effects
-    if effects.random or (effects.writes and not storages.isdisjoint(effects.writes)):
-        return True
-    # A view of an input shares its storage but changes nothing: needed only if it is read, which its value says.
-    if op.kind is Kind.VIEW:
-        return any(v.id in read for v in op.results)
-    return any(v.storage in storages for v in op.results)

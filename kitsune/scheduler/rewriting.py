@@ -79,6 +79,12 @@ class Rewriting:
         assert types is not None
         return self.call(target, Kind.VIEW, self.value(types[0], base.storage, base.version), base, *args)
 
+    def name(self, target: Any, base: Value, recorded: Value, *args: Any) -> None:
+        """Add a view that stands for a recorded value."""
+        made = self.view(target, base, *args)
+        self.now[recorded.id] = named = replace(recorded, type=made.type, storage=made.storage, version=made.version)
+        self.ops[-1] = replace(self.ops[-1], results=(named,))
+
     def write(self, target: Any, into: Value, *args: Any) -> Value:
         """Add an op that writes its first operand, in new memory; returns what that is afterwards."""
         version = self._versions[into.storage] = self._versions.get(into.storage, 0) + 1

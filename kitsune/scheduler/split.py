@@ -2,32 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
-from kitsune.ir import Graph, Kind, Op, Reduction, Value, named, reduction_of
+from kitsune.ir import Graph, Kind, Op, Reduction, TensorType, Value, named, reduction_of
 from kitsune.scheduler.build import Builder, Made
+from kitsune.scheduler.cuts import HALF, Cut, Parts, find_cut
 
 aten = torch.ops.aten
-HALF = (torch.bfloat16, torch.float16)
 _MOMENTS = (aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction)
-# The parts must be equal: up to this factor more or fewer of them than wanted are taken.
-MORE, FEWER = 4, 16
-
-# The number of parts wanted for a reduction of `rows` rows of so many columns; the last: do neighbours belong to one row?
-Parts = Callable[[int, int, bool], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A dimension of `size` is seen as `outer` parts; dimensions in `whole` are left to the second stage as they are."""
-
-    dim: int
-    outer: int
-    whole: frozenset[int]
 
 
 def split_reductions(graph: Graph, parts: Parts, why_not: Callable[[Op], str | None]) -> Graph:
@@ -38,10 +23,13 @@ def split_reductions(graph: Graph, parts: Parts, why_not: Callable[[Op], str | N
     if not any(op.kind is Kind.REDUCTION for op in graph.ops):
         return graph
     b = Builder(graph)
+    made: dict[int, TensorType] = {v.storage: v.type for v in graph.inputs}
     for op in graph.ops:
         start = len(b.ops)
+        for value in op.results:
+            made.setdefault(value.storage, value.type)
         reduction = reduction_of(op) if op.target._opname in _STAGES or _is_moments(op) else None
-        cut = None if reduction is None else find_cut(op, reduction, parts)
+        cut = None if reduction is None else find_cut(op, reduction, parts, made[op.inputs[0].storage])
         if reduction is None or cut is None or why_not(op) is not None:
             b.ops.append(op)
             continue
@@ -49,41 +37,6 @@ def split_reductions(graph: Graph, parts: Parts, why_not: Callable[[Op], str | N
         if any(made.kind is not Kind.VIEW and why_not(made) is not None for made in b.ops[start:]):
             b.ops[start:] = [op]
     return Graph(graph.inputs, tuple(b.ops), graph.outputs)
-
-
-def find_cut(op: Op, reduction: Reduction, parts: Parts) -> Cut | None:
-    """Where to cut a reduction's rows; None if they are best left whole, or cannot be cut evenly."""
-    type_ = op.inputs[0].type
-    if op.results[0].type.dtype in HALF and type_.dtype not in HALF:
-        return None  # rounded before it is summed
-    shape, stride = type_.shape, type_.stride
-    columns = math.prod(shape[d] for d in reduction.dims)
-    if not columns:
-        return None
-    moving = [d for d in range(len(shape)) if shape[d] > 1 and stride[d]]
-    inner = not moving or min(moving, key=lambda d: stride[d]) in reduction.dims
-    wanted = parts(type_.shape.numel() // columns, columns, inner)
-    left, whole = wanted, set()
-    for d in sorted(reduction.dims, key=lambda d: -stride[d]):
-        if left <= 1:
-            break
-        if shape[d] <= left:
-            whole.add(d)
-            left = -(-left // shape[d])
-            continue
-        outer = _divisor(shape[d], left)
-        return Cut(d, outer, frozenset(whole)) if outer > 1 else _whole_cut(whole, reduction)
-    return _whole_cut(whole, reduction)
-
-
-def _whole_cut(whole: set[int], reduction: Reduction) -> Cut | None:
-    return Cut(-1, 1, frozenset(whole)) if whole and whole != set(reduction.dims) else None
-
-
-def _divisor(n: int, wanted: int) -> int:
-    """The divisor of n that is nearest to `wanted`, if one is near."""
-    near = [d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k) if wanted / FEWER <= d <= wanted * MORE]
-    return min(near, key=lambda d: (abs(math.log(d / wanted)), d), default=1)
 
 
 def _in_two(b: Builder, op: Op, reduction: Reduction, cut: Cut) -> None:
@@ -109,7 +62,7 @@ def _first_stage(b: Builder, op: Op, reduction: Reduction, cut: Cut) -> tuple[Va
         x, inner = _seen_cut(b, op, x, cut, inner)
     left = [n for d, n in enumerate(x.type.shape) if d not in inner]
     shape = [
-        cut.outer if d == cut.dim else 1 if d in reduction.dims and d not in cut.whole else n
+        cut.parts if d == cut.dim else 1 if d in reduction.dims and d not in cut.whole else n
         for d, n in enumerate(reduction.shape)
     ]
     return x, inner, left, shape
@@ -163,9 +116,10 @@ def _moments(b: Builder, op: Op, reduction: Reduction, cut: Cut) -> None:
 def _seen_cut(b: Builder, op: Op, x: Value, cut: Cut, inner: tuple[int, ...]) -> tuple[Value, tuple[int, ...]]:
     """A view with the dimension in two, and the dimensions to be reduced of that."""
     shape, stride, d = list(x.type.shape), list(x.type.stride), cut.dim
-    rest = shape[d] // cut.outer
-    seen = b.view(op, x, [*shape[:d], cut.outer, rest, *shape[d + 1 :]], [*stride[:d], stride[d] * rest, *stride[d:]])
-    return seen, tuple(sorted(k + (k >= d) for k in inner))
+    rest = shape[d] // cut.parts
+    two = (rest, cut.parts) if cut.in_turn else (cut.parts, rest)
+    seen = b.view(op, x, [*shape[:d], *two, *shape[d + 1 :]], [*stride[:d], stride[d] * two[1], *stride[d:]])
+    return seen, tuple(sorted(k + (k > d or (k == d and not cut.in_turn)) for k in inner))
 
 
 def _strides(shape: Sequence[int]) -> list[int]:

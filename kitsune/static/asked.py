@@ -1,26 +1,23 @@
 """By what a call of a static function is known: its arguments, and the modes of torch that it is made under."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn import Parameter
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from kitsune.ir import storage_of, type_of
 from kitsune.lazy import LazyTensor, is_strided
+from kitsune.static.moment import Unknowable, modes
 
+asks_for_gradient: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
 # Kinds of tensors that are remembered for each form of a call.
 MOST = 16
 _PLAIN = (torch.Tensor, Parameter)
 _SPECIAL = "an argument is a tensor of another library, or sparse, nested, quantized or otherwise special"
 _CONSTANTS = frozenset({int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size})
-
-
-class Unknowable(Exception):
-    """Says in a sentence why a call cannot be told from others."""
 
 
 @dataclass(slots=True)
@@ -29,8 +26,8 @@ class Asked:
     objects that are known by identity."""
 
     key: Any
-    tensors: list[Any]
-    reals: list[Any]
+    tensors: Sequence[Any]
+    reals: Sequence[Any]
     storages: list[int]
     others: list[Any]
 
@@ -60,14 +57,21 @@ class Knower:
             types = self._types(form, tensors, lazy, _shared(reals, storages))
         return Asked((form, types), tensors, reals, storages, others)
 
+    def check_of(self, call: Asked) -> Callable[..., bool] | None:
+        """Tells tensors of a call's kind that do not share memory from others; None if it has other tensors, or none."""
+        form, types = call.key
+        return next((guard.check for guard, known in self._seen.get(form, ()) if known is types), None)
+
     def _types(self, form: Any, tensors: list[Any], lazy: bool, shared: Any) -> Any:
         seen = self._seen.setdefault(form, [])
-        if not lazy and shared is None:
+        # A check takes a tensor with a graph for a leaf that asks for a gradient.
+        simple = not lazy and shared is None and not any(map(asks_for_gradient, tensors))
+        if simple:
             for guard, types in seen:
                 if guard.check(*tensors):
                     return types
         types = tuple(map(_of_tensor, tensors)), shared
-        if not lazy and shared is None:
+        if simple:
             sizes: Any = [list(t.shape) for t in tensors]
             strides: Any = [list(t.stride()) for t in tensors]
             seen.append((TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides), types))
@@ -77,32 +81,12 @@ class Knower:
         return types
 
 
-def modes(device: torch.device) -> tuple[Any, ...]:
-    """What torch's results, dtypes and graphs depend on besides tensors."""
-    kind = device.type
-    autocast = (torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()) if torch.is_autocast_enabled(kind) else None
-    places = None
-    if torch._C._len_torch_function_stack():
-        stack = _get_current_function_mode_stack()
-        if any(type(mode) is not DeviceContext for mode in stack):
-            raise Unknowable("a function mode of another library is open")
-        places = tuple(str(mode.device) for mode in stack)
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        autocast,
-        places,
-        torch.get_default_dtype(),
-        torch.get_deterministic_debug_mode(),
-        torch.is_anomaly_enabled(),
-    )
-
-
 def _part(a: Any, tensors: list[Any], others: list[Any]) -> Any:
     cls = type(a)
     if isinstance(a, torch.Tensor):
         tensors.append(a)
-        return cls
+        # One that is computed is what it holds.
+        return torch.Tensor if cls is LazyTensor else cls
     if cls in _CONSTANTS:
         return cls, a
     if cls is float:

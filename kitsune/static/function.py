@@ -5,16 +5,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from kitsune.config import config
-from kitsune.contexts import free_to_skip
 from kitsune.ir import Barrier
 from kitsune.pipeline import Pipeline, tally
-from kitsune.static.asked import Asked, Knower, Unknowable
-from kitsune.static.program import Program
+from kitsune.static.asked import Asked, Knower
+from kitsune.static.moment import Unknowable, may_skip, where
+from kitsune.static.program import Numbers, Program
 from kitsune.static.record import Record, difference
-from kitsune.static.surroundings import Surroundings, foreign_hooks
+from kitsune.static.shortcut import MISSED, find_shortcut
+from kitsune.static.surroundings import Surroundings
 from kitsune.static.watch import Watch
 
 # Kinds of arguments that are known at a time, and programs for each (with and without gradients from before, say).
@@ -49,6 +48,8 @@ class _State:
         self.kinds: OrderedDict[Any, _Kind] = OrderedDict()
         self.knower = Knower(pipeline.device)
         self.n_in_vain = 0
+        # What was run last without Python, if there is a shortcut to it.
+        self.latest: Program | None = None
 
     def kind(self, key: Any) -> _Kind:
         found = self.kinds.pop(key, None) or _Kind()
@@ -63,6 +64,7 @@ class _State:
             kind.programs = [program for program in kind.programs if program.record.surroundings.alive()]
             if kind.last is not None and not kind.last.surroundings.alive():
                 kind.last = None
+        self.latest = None
 
 
 class StaticFunction:
@@ -78,7 +80,20 @@ class StaticFunction:
 
     def call(self, args: Any, kwargs: Any) -> Any:
         """Call the function."""
-        state = self._state() if config.enabled and _may_skip() else None
+        state: _State | None = getattr(self._here, "state", None)
+        latest = None if state is None or kwargs or state.n_forgotten != state.pipeline.n_forgotten else state.latest
+        if state is not None and latest is not None and not self._is_audit(latest):
+            # Only a call that ends well is followed by one like it.
+            state.latest = None
+            returned = latest.shortcut.call(latest, args)
+            if returned is not MISSED:
+                state.latest = latest
+                return returned
+        return self._looked_up(args, kwargs)
+
+    def _looked_up(self, args: Any, kwargs: Any) -> Any:
+        """Call the function, not knowing what of."""
+        state = self._state() if config.enabled and may_skip() else None
         if state is None:
             return self._ordinary(args, kwargs)
         try:
@@ -104,14 +119,14 @@ class StaticFunction:
         with self._context:
             return self._function(*args, **kwargs)
 
-    def _known(
-        self, state: _State, kind: _Kind, program: Program, call: Asked, numbers: list[float], args: Any, kwargs: Any
-    ) -> Any:
+    def _known(self, state: _State, kind: _Kind, program: Program, call: Asked, numbers: Numbers, args: Any, kwargs: Any) -> Any:
         state.n_in_vain = 0
-        audit = config.audit if self._audit is None else self._audit
-        if not audit or program.n_skipped < audit - 1:
+        if not self._is_audit(program):
             tally.static_skipped += 1
-            return program.run(call, numbers, state.pipeline)
+            returned = program.run(call, numbers, state.pipeline)
+            if find_shortcut(program, call, state.knower, [self._function], args, kwargs, state.pipeline):
+                state.latest = program
+            return returned
         tally.static_audits += 1
         kind.last = program.record
         returned, record = self._watched(state, kind, call, args, kwargs)
@@ -129,9 +144,14 @@ class StaticFunction:
         program.n_skipped = 0
         return returned
 
+    def _is_audit(self, program: Program) -> bool:
+        """Is it time for a call that goes through Python to check?"""
+        audit = config.audit if self._audit is None else self._audit
+        return bool(audit) and program.n_skipped >= audit - 1
+
     def _watched(self, state: _State, kind: _Kind, call: Asked, args: Any, kwargs: Any) -> tuple[Any, Record]:
         """Make a call with Python, and see what it does."""
-        pipeline = state.pipeline
+        pipeline, state.latest = state.pipeline, None
         recorder = pipeline.recorder
         pipeline.insists = True
         try:
@@ -191,30 +211,12 @@ class StaticFunction:
 
     def _state(self) -> _State | None:
         """What this thread knows, where recording is possible."""
-        here, where = self._here, _where()
+        here, now = self._here, where()
         state: _State | None = getattr(here, "state", None)
-        if state is not None and here.where == where and state.n_forgotten == state.pipeline.n_forgotten:
+        if state is not None and here.where == now and state.n_forgotten == state.pipeline.n_forgotten:
             return state
         pipeline = self._context.pipeline()
         if pipeline is None:
             return None
-        here.state, here.where = _State(pipeline), where
+        here.state, here.where = _State(pipeline), now
         return here.state  # type: ignore[no-any-return]
-
-
-def _where() -> tuple[Any, ...]:
-    """What the pipeline of a context depends on."""
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    return device, config.device, config.warmup, config.max_pending_ops, config.max_pending_bytes
-
-
-def _may_skip() -> bool:
-    """Is this a place where nobody else sees the calls or ops of this thread?"""
-    return (
-        free_to_skip()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._current_graph_task_id() == -1
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not foreign_hooks()
-    )

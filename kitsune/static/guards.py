@@ -13,7 +13,7 @@ from kitsune.ir import Kind, TensorType, Value, storage_of, type_of
 from kitsune.lazy import is_strided
 from kitsune.static.asked import Asked
 from kitsune.static.origins import real_of
-from kitsune.static.places import Search, follow
+from kitsune.static.places import Search, all_there, follow
 from kitsune.static.record import Argument, Gradient, Outside, Part, Record, Run
 from kitsune.static.surroundings import alike
 
@@ -35,9 +35,9 @@ class Guards:
         self.lost = False
         self.numbers = record.surroundings.numbers
         self._signs = [number != 0 for number in self.numbers]
-        self._places: list[tuple[int, Any, Any]] = [(k, path, lambda t=t: t) for k, path, t in record.paths]
         search = _search(record, roots)
-        self._places += [(k, path, weakref.ref(thing)) for k, path, thing in search.found]
+        found = [(k, path, weakref.ref(thing)) for k, path, thing in search.found]
+        self._in_place = all_there(found, record.paths, real_of)
         self._variables = search.variables
         self._guard_tensors(record)
         leaves = record.leaves
@@ -76,13 +76,6 @@ class Guards:
         self._addresses = list(map(_data_ptr, self._read))
         self._storages = {storage_of(t)._cdata for t in self._tensors}
 
-    def _in_place(self, roots: Sequence[Any]) -> bool:
-        for k, path, thing in self._places:
-            found = follow(path, roots[k])
-            if found is None or (real_of(found) if isinstance(found, torch.Tensor) else found) is not thing():
-                return False
-        return True
-
     def _same_tensors(self) -> bool:
         if torch.is_grad_enabled():
             same = self._guards.check(*self._tensors)
@@ -110,7 +103,7 @@ class Guards:
         )
 
     def _same_options(self, roots: Sequence[Any]) -> bool:
-        numbers, constants = self._surroundings.hyperparameters()
+        numbers, constants = self._surroundings.options
         # SGD asks whether its weight decay is zero; other values are only passed on.
         if numbers is not self.numbers:
             if [number != 0 for number in numbers] != self._signs or not alike(constants, self._surroundings.constants):

@@ -2,6 +2,7 @@
 
 from collections import Counter as Counts
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from kitsune.static.guards import Guards
 from kitsune.static.record import KEPT, Argument, Gradient, Made, Outside, Part, Record, Wrapped, mapped
 from kitsune.static.surroundings import alike
 
+# The moving numbers of each region: the same tuples while they are the same, which is cheap to see.
+Numbers = list[tuple[float, ...]]
 # What is returned as the very tensor that it is.
 _FOUND = (Argument, Outside, Gradient)
+_DETACHES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 # A tensor over the same memory that autograd knows nothing of.
 _alias = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 
@@ -37,7 +41,9 @@ class Program:
         self.n_skipped = 0
         self._sources = ScalarSources(record.numbers, record.scalars)
         # Hyperparameters, and the moving numbers that follow from them.
-        self._foretold: tuple[Any, list[float] | None] = (None, None)
+        self._foretold: tuple[Any, Numbers | None] = (None, None)
+        # The short way to it, once it has been gone.
+        self.shortcut: Any = None
         self._prepare(record)
 
     def see(self, record: Record, roots: list[Any]) -> None:
@@ -45,7 +51,7 @@ class Program:
         self.sights += 1
         self.n_skipped = 0
         self._sources.see(record.numbers, record.scalars)
-        self._foretold = (None, None)
+        self._foretold, self.shortcut = (None, None), None
         self.ready = self.sights >= self._needed and self._sources.unexplained is None
         self.guards.relax(record, roots)
 
@@ -54,13 +60,17 @@ class Program:
         numbers = self._sources.numbers(record.numbers)
         return numbers is not None and alike(list(numbers), record.scalars)
 
-    def numbers(self) -> list[float] | None:
+    def numbers(self) -> "Numbers | None":
         """The moving numbers of the next call; None if what they come from has not been seen to move so far."""
         hyperparameters = self.guards.numbers
         if hyperparameters is not self._foretold[0]:
             found = self._sources.numbers(hyperparameters)
-            self._foretold = hyperparameters, None if found is None else list(found)
+            self._foretold = hyperparameters, None if found is None else self._by_region(tuple(found))
         return self._foretold[1]
+
+    def _by_region(self, numbers: tuple[float, ...]) -> "Numbers":
+        ends = list(accumulate([len(run.scalars) for run in self.record.runs], initial=0))
+        return [numbers[begin:end] for begin, end in pairwise(ends)]
 
     def unexplained(self) -> str | None:
         """Why a number of it cannot be foretold."""
@@ -85,24 +95,37 @@ class Program:
             position -= len(run.scalars)
         raise AssertionError("there are fewer numbers than that")
 
-    def run(self, call: Asked, numbers: list[float], pipeline: Any) -> Any:
-        """Make the call, and return what it returns."""
+    def run(self, call: Asked, numbers: "Numbers", pipeline: Any, standing: list[Any] | None = None) -> Any:
+        """Make the call, and return what it returns. `standing` has what replays its regions; None where nothing does."""
         skipped = _Call(self, call)
-        skipped.begin()
-        position = 0
-        for (graph, template, moving, n_scalars), needed in zip(self._steps, self._kept, strict=True):
+        for leaf in skipped.leaves(self.replaced):
+            # Where nobody else holds it, a graph need not move it out of its way.
+            leaf.grad = None
+        for k, (graph, template, moving) in enumerate(self._steps):
             values = template.copy()
             for number, origin in moving:
                 values[number] = skipped.tensor(origin)
-            pipeline.run(graph, values, numbers[position : position + n_scalars])
+            region = standing[k] if standing else None
+            if self._twins[k]:
+                for number, source in self._twins[k]:
+                    values[number] = _twin(values[source])
+            elif region is None or not pipeline.again(region, values, numbers[k]):
+                if standing:
+                    standing[k] = None
+                pipeline.run(graph, values, list(numbers[k]))
             # Of what is not kept, a second replay of the same graph moves nothing out of its way.
-            skipped.results.append({number: values[number] for number in needed})
-            position += n_scalars
+            last = k == len(self._steps) - 1
+            skipped.results.append(values if last else {number: values[number] for number in self._kept[k]})
         self.n_skipped += 1
         return skipped.end(pipeline.recorder)
 
+    def standing(self, pipeline: Any) -> list[Any]:
+        """What replays its regions while the guards hold, by which tensors from outside are where they are now."""
+        sure = [[n for n, tensor in enumerate(template) if tensor is not None] for _, template, _ in self._steps]
+        return [pipeline.standing(graph, template, at) for (graph, template, _), at in zip(self._steps, sure, strict=True)]
+
     def _prepare(self, record: Record) -> None:
-        self._steps: list[tuple[Graph, list[Any], list[tuple[int, Any]], int]] = []
+        self._steps: list[tuple[Graph, list[Any], list[tuple[int, Any]]]] = []
         for run in record.runs:
             template: list[Any] = [None] * run.n_values
             moving = []
@@ -113,7 +136,8 @@ class Program:
                     template[number] = _part(origin.whole.tensor, origin)
                 else:
                     moving.append((number, origin))
-            self._steps.append((run.graph, template, moving, len(run.scalars)))
+            self._steps.append((run.graph, template, moving))
+        self._twins = [_twins(run.graph) for run in record.runs]
         counted = {id(counter.tensor.tensor) for counter in record.counters}
         bumps = [(o, n) for o, n in record.bumps if not (isinstance(o, Outside) and id(o.tensor) in counted)]
         self.bumped = _tensors([origin for origin, n in bumps for _ in range(n)])
@@ -127,12 +151,16 @@ class Program:
             for leaf in given
             if isinstance(leaf.leaf, Outside) and isinstance(leaf.now, Made) and self.uses[leaf.now] == 1 and not leaf.version
         ]
-        values = [{v.id: v.type for v in run.graph.outputs} for run in record.runs]
         seen: dict[Wrapped, Returned] = {}
 
         def returned(tree: Any) -> Any:
-            made = isinstance(tree.origin, Made)
-            return seen.setdefault(tree, Returned(tree, values[tree.origin.run][tree.origin.number] if made else None))
+            if not isinstance(tree.origin, Made):
+                return seen.setdefault(tree, Returned(tree, None, False))
+            graph = record.runs[tree.origin.run].graph
+            value = next(v for v in graph.outputs if v.id == tree.origin.number)
+            came = any(v.storage == value.storage for v in graph.inputs)
+            is_new = not (came or tree.version or tree.graded is not None or self.uses[tree.origin] > 1)
+            return seen.setdefault(tree, Returned(tree, value.type, is_new))
 
         self.returned = mapped(record.returned, Wrapped, returned)
         usual = {id(tensor) for tensor, _, _ in self.plain}
@@ -151,24 +179,22 @@ class _Call:
         self._program, self._tensors = program, call.tensors
         self._reals = call.reals
         self._gradients = {g: self._leaf(g.leaf).grad for g in program.gradients} if program.gradients else {}
-        self.results: list[dict[int, Any]] = []
-
-    def begin(self) -> None:
-        """What Python would do before the first region is run, as far as anybody could tell."""
-        for leaf in self._leaves(self._program.replaced):
-            # Where nobody else holds it, a graph need not move it out of its way.
-            leaf.grad = None
+        # The values of each region, by number.
+        self.results: list[Any] = []
 
     def end(self, recorder: Any) -> Any:
         """What Python would do with the results; returns what the call returns."""
         program = self._program
         if program.bumped[1]:
-            increment_version(self._leaves(program.bumped))
+            increment_version(self.leaves(program.bumped))
         self._give_gradients()
         if program.record.counters:
             with torch.no_grad():
                 for counter in program.record.counters:
                     counter.target(counter.tensor.tensor, *counter.args, **dict(counter.kwargs))
+
+        if type(program.returned) is Returned:
+            return self._wrapped(program.returned, recorder)
 
         def built(leaf: Any) -> Any:
             if isinstance(leaf, Returned):
@@ -204,7 +230,7 @@ class _Call:
             return self._gradients[origin]  # type: ignore[no-any-return]
         return _part(self.tensor(origin.whole), origin)
 
-    def _leaves(self, known: tuple[bool, list[Any]]) -> list[Any]:
+    def leaves(self, known: tuple[bool, list[Any]]) -> list[Any]:
         outside, leaves = known
         return leaves if outside else [self._leaf(origin) for origin in leaves]
 
@@ -212,8 +238,11 @@ class _Call:
         return origin.tensor if type(origin) is Outside else self._tensors[origin.index]
 
     def _wrapped(self, returned: "Returned", recorder: Any) -> torch.Tensor:
-        tree = returned.wrapped
-        wrapper: LazyTensor = recorder.settled(self.tensor(tree.origin), returned.type)
+        tree, real = returned.wrapped, self.tensor(returned.wrapped.origin)
+        if returned.is_new and lent_memory(real) is None and not torch.is_inference_mode_enabled():
+            # Nobody else knows of it, and nobody will write it.
+            return real
+        wrapper: LazyTensor = recorder.settled(real, returned.type)
         if tree.version:
             torch._C._autograd._unsafe_set_version_counter((wrapper,), (tree.version,))  # type: ignore[attr-defined]
         if tree.graded is not None:
@@ -223,16 +252,25 @@ class _Call:
 
 @dataclass(slots=True, eq=False)
 class Returned:
-    """A wrapper among what is returned; one object for each, however often it is. Its type, where that is known."""
+    """A wrapper among what is returned; one object for each, however often it is. Its type, where that is known; and whether it
+    is a new tensor that is returned once, nothing else, and as its region left it."""
 
     wrapped: Wrapped
     type: TensorType | None
+    is_new: bool
 
 
 def _tensors(origins: list[Any]) -> tuple[bool, list[Any]]:
     """Are they all from outside? Then their tensors, else they as they are."""
     outside = all(isinstance(origin, Outside) for origin in origins)
     return outside, [origin.tensor for origin in origins] if outside else origins
+
+
+def _twins(graph: Graph) -> list[tuple[int, int]]:
+    """Of a region that only detaches, such as a loss after the step has ended its region: what becomes a twin of what."""
+    if any(op.target not in _DETACHES for op in graph.ops):
+        return []
+    return [(op.outputs[0].id, op.inputs[0].id) for op in graph.ops]
 
 
 def _twin(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.optim import optimizer as optimizer_module
 
 from kitsune.lazy import is_strided
 
@@ -21,12 +22,18 @@ _GLOBAL_HOOKS: list[dict[int, Any]] = [
     getattr(nn_module, f"_global_{name}")
     for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 ]
+_GLOBAL_HOOKS += [optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks]
+
+
+def has_global_hooks() -> bool:
+    """Are there hooks on all modules or all optimizers?"""
+    return any(_GLOBAL_HOOKS)
 
 
 def foreign_hooks() -> bool:
-    """Are there hooks on all modules that are not Kitsune's own?"""
-    return any(_GLOBAL_HOOKS) and any(
-        not hook.__module__.startswith("kitsune.") for hooks in _GLOBAL_HOOKS for hook in hooks.values()
+    """Are there any that are not Kitsune's own?"""
+    return has_global_hooks() and any(
+        not str(getattr(hook, "__module__", "")).startswith("kitsune.") for hooks in _GLOBAL_HOOKS for hook in hooks.values()
     )
 
 
@@ -51,9 +58,14 @@ class Surroundings:
         # Numbers and words that the modules keep, a dropout's probability for instance: names by dictionary, and their values.
         self._watch([(d, [n for n, value in d.items() if type(value) in _PLAIN and n != "training"]) for d in self._flags])
         self.held = self._held()
-        self._options: list[Any] = []
-        self._read: tuple[list[float], list[Any]] = ([], [])
-        self.numbers, self.constants = self.hyperparameters()
+        # What was there at the last look: the containers, and what they held.
+        self._containers: list[Iterable[Any]] = []
+        self._empty: list[Any] = []
+        self._optimizers: list[tuple[Any, Any, Any]] = []
+        self._seen: list[Any] = []
+        self.options: tuple[list[float], list[Any]] = ([], [])
+        self._look()
+        self.numbers, self.constants = self.options
 
     def outermost(self) -> list[Any]:
         """The modules that are part of no other, and the optimizers."""
@@ -67,9 +79,38 @@ class Surroundings:
         return [t for t in self.held if type(t) in (torch.Tensor, nn.Parameter) and is_strided(t)]
 
     def in_place(self) -> bool:
-        """Is every tensor, module and state that was there still there, and nothing else?"""
+        """Is every tensor, module and state that was there still there, and nothing else? Brings `options` up to date."""
+        if self._is_as_seen():
+            return True
         held = self._held()
-        return len(held) == len(self.held) and all(map(operator.is_, held, self.held))
+        if len(held) != len(self.held) or not all(map(operator.is_, held, self.held)):
+            return False
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        """Remember what is there, option for option. `held` has been found to be in place."""
+        optimizers = [(reference, optimizer) for reference in self.optimizers if (optimizer := reference()) is not None]
+        groups = [group for _, optimizer in optimizers for group in optimizer.param_groups]
+        states = [optimizer.state for _, optimizer in optimizers]
+        states += [state for of_one in states for state in of_one.values() if type(state) is dict]
+        # What is inside of a list may change while the list stays the same.
+        lists = [value for group in groups for value in group.values() if type(value) is list]
+        self._optimizers = [(reference, optimizer.state, optimizer.param_groups) for reference, optimizer in optimizers]
+        self._empty = [d for d in self._dicts if not d]
+        views = [dict.values(d) for d in (*(d for d in self._dicts if d), *states, *groups)]
+        self._containers = [*views, *(of_one for *_, of_one in self._optimizers), *lists]
+        self._seen = [*chain.from_iterable(self._containers), _END]
+        self.options = _options_of(groups)
+
+    def _is_as_seen(self) -> bool:
+        """Is every object the very one that was there at the last look? Twice as fast as to ask what there is."""
+        for reference, state, groups in self._optimizers:
+            optimizer = reference()
+            if optimizer is None or optimizer.state is not state or optimizer.param_groups is not groups:
+                return False
+        now = chain(chain.from_iterable(self._containers), _ENDS)
+        return not any(self._empty) and all(map(operator.is_, now, self._seen))
 
     def unchanged(self) -> bool:
         """Are the flags and numbers of the modules what they were, and has nobody added a hook?"""
@@ -84,29 +125,10 @@ class Surroundings:
         """Is there a hook on a module, or on an optimizer's step?"""
         return any(self._hooks)
 
-    def hyperparameters(self) -> tuple[list[float], list[Any]]:
-        """The floats of all `param_groups`, which may move, and what else they have: the same lists while nothing is assigned."""
+    def hyperparameters(self) -> list[float]:
+        """The floats of all `param_groups`, which may move."""
         optimizers = [optimizer for reference in self.optimizers if (optimizer := reference()) is not None]
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        options = list(chain.from_iterable(map(dict.values, groups)))
-        if len(options) == len(self._options) and all(map(operator.is_, options, self._options)):
-            return self._read
-        numbers: list[float] = []
-        constants: list[Any] = []
-        for group in groups:
-            for name, value in group.items():
-                if type(value) is float:
-                    numbers.append(value)
-                elif type(value) is tuple or type(value) is list:
-                    if name != "params":
-                        numbers += [v for v in value if type(v) is float]
-                        constants += [v for v in value if type(v) is not float]
-                else:
-                    constants.append(value)
-        # What is inside of a list may change while the list stays the same.
-        lists = sum(type(value) is list for value in options) > len(groups)
-        self._options, self._read = ([] if lists else options), (numbers, constants)
-        return self._read
+        return _options_of([group for optimizer in optimizers for group in optimizer.param_groups])[0]
 
     def relax(self, other: "Surroundings") -> None:
         """Attributes that are others in a call that did the same do not matter: a module that counts its calls."""
@@ -150,6 +172,26 @@ class Surroundings:
 
 
 _training = operator.itemgetter("training")
+# Comes after what the containers hold: one thing more or less is seen.
+_END = object()
+_ENDS = (_END,)
+
+
+def _options_of(groups: list[dict[str, Any]]) -> tuple[list[float], list[Any]]:
+    """The floats, and what else there is but parameters."""
+    numbers: list[float] = []
+    constants: list[Any] = []
+    for group in groups:
+        for name, value in group.items():
+            if type(value) is float:
+                numbers.append(value)
+            elif type(value) is tuple or type(value) is list:
+                if name != "params":
+                    numbers += [v for v in value if type(v) is float]
+                    constants += [v for v in value if type(v) is not float]
+            else:
+                constants.append(value)
+    return numbers, constants
 
 
 def _tupled(names: list[str], values: Any) -> Any:

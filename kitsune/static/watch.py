@@ -162,7 +162,7 @@ class Before:
         self._gradients = {
             id(leaf): (leaf, None if leaf.grad is None else weakref.ref(leaf.grad)) for leaf in leaves_in([*reals, *outside])
         }
-        self.numbers = [] if known is None else known.surroundings.hyperparameters()[0]
+        self.numbers = [] if known is None else known.surroundings.hyperparameters()
 
     def knew(self, record: Record) -> bool:
         """Was all noted that the call has turned out to be about?"""

@@ -178,10 +178,9 @@ def test_a_result_on_memory_of_its_own_where_eager_has_a_view(monkeypatch: pytes
 
     run = Runner.run
 
-    def broken(self: Any, graph: Any, values: Any, scalars: Any) -> Any:
-        ready = run(self, graph, values, scalars)
+    def broken(self: Any, graph: Any, values: Any, scalars: Any) -> None:
+        run(self, graph, values, scalars)
         values[graph.outputs[-1].id] = values[graph.outputs[-1].id].clone()
-        return ready
 
     monkeypatch.setattr(Runner, "run", broken)
     kept: list[Any] = []
@@ -226,6 +225,20 @@ def test_a_static_function_is_checked() -> None:
             step()
         counts = kitsune.counters()
     assert counts["static_skipped"] > 2 and counts["checked"] >= 8 and not counts["different"]
+
+
+def test_a_static_function_whose_regions_are_replayed_is_checked() -> None:
+    with graphs():
+        step = kitsune.accelerate(static=True, device="cpu", warmup=0)(training(torch.rand(4, 6)))
+        for _ in range(12):
+            step()
+        before = kitsune.counters()
+        with kitsune.config.patch(check=True):
+            for _ in range(4):
+                step()
+        after = kitsune.counters()
+    gained = {name: after[name] - before[name] for name in ("static_skipped", "replayed", "checked", "different")}
+    assert gained == {"static_skipped": 4, "replayed": 4, "checked": 4, "different": 0}
 
 
 def test_without_verify_it_is_a_warning_and_said_once() -> None:

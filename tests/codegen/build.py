@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kitsune.ir import Effects, Kind, Op, Operand, Result, Slot, Value, type_of
+from kitsune.codegen import Compiler
+from kitsune.codegen.machine_code import machine_code
+from kitsune.ir import Effects, Kind, Op, Operand, Program, Result, Slot, Value, type_of
 from kitsune.ir.plan import Access, Kernel, Load, Local, Step, Store
 
 FACTORIES = {"full", "zeros", "ones"}
@@ -145,6 +147,11 @@ def _assemble(recorder: _Recorder, results: list[torch.Tensor], name: str, every
         by_storage.setdefault((recorder.current[id(t)].storage, type_of(t)), t)
     read = [tensors.get(v.id, by_storage[(v.storage, v.type)]) for v in loaded]
     return Built(kernel, read, [by_storage[(v.storage, v.type)] for v in stored], recorder.ops, recorder.slots)
+
+
+def compiled_kernel(compiler: Compiler, program: Program, arch: int, aligned: bool = True, wide: bool = False) -> Any:
+    """Triton's CompiledKernel of a variant, of which `asm` has every stage."""
+    return machine_code(compiler.job_of(program, arch, aligned, wide))
 
 
 def _stored(recorder: _Recorder, results: list[torch.Tensor], every: bool) -> list[Value]:

@@ -126,6 +126,9 @@ def shapes(compiler: Compiler) -> None:
     x = torch.randn(1500)
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         compare(f"batched {dtype}", lambda x, y: x * y + 0.5, [x.to(dtype), x.to(dtype)], compiler, (0.5,), batched=True)
+        grid = draw(SAMPLES[0], dtype, (33, 9, 16))[0]
+        strided = [grid, grid.permute(2, 1, 0).contiguous().permute(2, 1, 0)]
+        compare(f"batched, strided {dtype}", lambda x, y: x + y * y, strided, compiler, batched=True)
 
 
 if __name__ == "__main__":

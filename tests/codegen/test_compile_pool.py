@@ -1,7 +1,8 @@
-"""Compile workers: processes that leave kernels in Triton's cache, and what comes of them when they fail."""
+"""Compile workers: processes that leave machine code on disk, and what comes of them when they fail."""
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ import torch
 
 from kitsune.codegen import BackgroundCompiler, CompilePool, Compiler, WorkerFailed, default_workers, render
 from kitsune.codegen.compile_pool import CompilationFailed
-from kitsune.codegen.machine_code import Job
+from kitsune.codegen.compiler import OnDevice
+from kitsune.codegen.machine_code import Job, binary_path, compile_binary, read_binary
 from kitsune.ir import Pending, Program
-from tests.codegen.build import build
+from tests.codegen.build import build, compiled_kernel
 
+ROOT = Path(__file__).parent.parent.parent
 JOB = Job("kernel.py", "kernel", False, True, False, 90, None)
 # Workers that follow a script, for each line they read.
 DIES = "import sys; sys.stdin.readline(); sys.exit(3)"
@@ -86,6 +89,49 @@ def test_there_are_no_more_workers_than_jobs_and_none_before_the_first(pools: An
     assert 1 <= len(pool._workers) <= 2
 
 
+def test_workers_that_are_expected_to_work_are_there_before_the_first_job(pools: Any) -> None:
+    pool = pools(OBEYS, n=3)
+    for _ in range(2):
+        pool.start()
+    until = time.monotonic() + 60
+    while len(pool._workers) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    workers = set(pool._workers)
+    assert len(workers) == 3
+    for future in [pool.submit(JOB) for _ in range(6)]:
+        future.result(60)
+    assert pool._workers == workers
+
+
+def test_a_worker_that_cannot_be_started_early_fails_the_first_job() -> None:
+    pool = CompilePool(1, command=["/nowhere/python"])
+    pool.start()
+    with pytest.raises(WorkerFailed, match="could not be started"):
+        pool.submit(JOB).result(60)
+
+
+def test_the_largest_are_compiled_first(pools: Any, tmp_path: Path) -> None:
+    # The first keeps the only worker until all others are there.
+    told, go = tmp_path / "told", tmp_path / "go"
+    script = (
+        "import json, os, sys, time\nfor line in sys.stdin:\n"
+        f"    open({str(told)!r}, 'a').write(json.loads(line)['name'] + ' ')\n"
+        f"    while not os.path.exists({str(go)!r}): time.sleep(0.01)\n    print('{{}}', flush=True)"
+    )
+    pool = pools(script)
+    first = pool.submit(JOB)
+    until = time.monotonic() + 60
+    while not told.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    futures = [
+        pool.submit(dataclasses.replace(JOB, name=f"{name}"), size) for name, size in zip("abcd", (2, 9, 5, 9), strict=True)
+    ]
+    go.touch()
+    for future in [first, *futures]:
+        future.result(60)
+    assert told.read_text().split() == ["kernel", "b", "d", "c", "a"]
+
+
 def test_a_closed_pool_leaves_no_process_and_refuses_jobs(pools: Any) -> None:
     pool = pools(HANGS)
     open_job = pool.submit(JOB)
@@ -102,7 +148,7 @@ def test_a_closed_pool_leaves_no_process_and_refuses_jobs(pools: Any) -> None:
 
 
 def test_default_workers_are_few() -> None:
-    assert 1 <= default_workers() <= 4
+    assert 1 <= default_workers() <= 8
 
 
 class Held:
@@ -111,13 +157,13 @@ class Held:
     def __init__(self) -> None:
         self.jobs: list[tuple[Job, Future[None]]] = []
 
-    def submit(self, job: Job) -> Future[None]:
+    def submit(self, job: Job, size: int = 0) -> Future[None]:
         self.jobs.append((job, Future()))
         return self.jobs[-1][1]
 
 
 class Counting(Compiler):
-    """Compiles nothing."""
+    """Compiles nothing, and has nothing on disk."""
 
     def _compile(self, *which: Any) -> Any:
         return which
@@ -163,16 +209,71 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "triton"
 
 
-def test_a_worker_leaves_the_kernel_where_this_process_finds_it(cache: Path, tmp_path: Path, pools: Any) -> None:
-    from triton import knobs
+def test_a_worker_leaves_the_code_where_this_process_finds_it(cache: Path, tmp_path: Path, pools: Any) -> None:
+    compiler, made = Compiler(tmp_path / "kernels"), program()
+    assert not compiler.is_known(made, 90, True, False)
+    background = BackgroundCompiler(compiler, lambda: pools(), now)
+    compiled = background.ask(made, 90, True, False).result(120)
+    assert compiler.is_known(made, 90, True, False) and not compiler.is_known(made, 90, False, False)
+    assert isinstance(compiled, OnDevice) and compiled.binary == read_binary(binary_path(compiler.job_of(made, 90, True, False)))
+    assert compiled.binary.code == compiled_kernel(compiler, made, 90).asm["cubin"]
 
-    pool, hits = pools(), []
-    compiler = BackgroundCompiler(Compiler(tmp_path / "kernels"), lambda: pool, now)
-    with knobs.compilation.scope():
-        knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
-        compiled = compiler.ask(program(), 90, True, False).result(120)
-    assert hits == [True]
-    assert ".target sm_90" in compiled.kernel.asm["ptx"]  # type: ignore[attr-defined]
+
+def test_what_is_on_disk_is_loaded_later_and_asks_no_worker(cache: Path, tmp_path: Path) -> None:
+    Compiler(tmp_path / "kernels").compile(program(), 90, True, False)
+    held, loads = Held(), []
+    background = BackgroundCompiler(Compiler(tmp_path / "kernels"), lambda: held, loads.append)  # type: ignore[arg-type, return-value]
+    with pytest.raises(Pending):
+        background.compile(program(), 90, True, False)
+    assert len(loads) == 1 and not held.jobs
+    loads.pop()()
+    assert isinstance(background.compile(program(), 90, True, False), OnDevice)
+    background.ask(program(), 90, False, False)
+    assert not loads and len(held.jobs) == 1, "the other variant is not on disk"
+
+
+def test_what_is_on_disk_needs_no_triton(cache: Path, tmp_path: Path) -> None:
+    Compiler(tmp_path / "kernels").compile(program(), 90, True, False)
+    code = (
+        "import sys; from kitsune.codegen import Compiler; from tests.codegen.test_compile_pool import program\n"
+        "made = program(); names = [name for name in sys.modules if name.startswith('triton')]\n"
+        "sys.modules.update(dict.fromkeys(names), triton=None)\n"
+        f"print(len(Compiler({str(tmp_path / 'kernels')!r}).compile(made, 90, True, False).binary.code))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert not done.returncode and int(done.stdout) > 1000, done.stderr
+
+
+@pytest.mark.parametrize("damage", [b"", b"no code", None])
+def test_a_damaged_binary_is_compiled_again(cache: Path, tmp_path: Path, damage: bytes | None) -> None:
+    compiler = Compiler(tmp_path / "kernels")
+    path = binary_path(compiler.job_of(program(), 90, True, False))
+    good = compile_binary(compiler.job_of(program(), 90, True, False))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] if damage is None else damage)
+    assert read_binary(path) is None and not compiler.is_known(program(), 90, True, False)
+    compiled = compiler.compile(program(), 90, True, False)
+    assert isinstance(compiled, OnDevice) and compiled.binary == good == read_binary(path)
+
+
+def test_what_changes_the_code_changes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Compiler(tmp_path / "kernels")
+    library = tmp_path / "library.bc"
+    library.write_text("one")
+
+    def paths() -> list[Path]:
+        jobs = [compiler.job_of(program(), *variant) for variant in ((90, True, False), (80, True, False), (90, False, True))]
+        jobs.append(Compiler(tmp_path / "kernels", libdevice=str(library)).job_of(program(), 90, True, False))
+        jobs += [dataclasses.replace(jobs[0], tile=tile) for tile in ((1, 64, 1), (1, 64, 2), (16, 4, 1))]
+        return [binary_path(job) for job in jobs]
+
+    found = paths()
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    found += paths()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert paths() == found[-7:] and len(set(found)) == 14
+    library.write_text("another")
+    assert paths()[3] not in found
 
 
 def test_a_worker_neither_imports_torch_nor_dies_of_a_bad_kernel(cache: Path, tmp_path: Path, pools: Any) -> None:

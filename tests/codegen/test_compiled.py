@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kitsune.codegen import Compiler, render
-from kitsune.codegen.compiler import OnDevice
-from tests.codegen.build import Built, build
+from tests.codegen.build import Built, build, compiled_kernel
 from tests.codegen.samples import SAMPLES, draw
 
 triton = pytest.importorskip("triton")
@@ -38,9 +38,8 @@ def chosen() -> list[tuple[int, torch.dtype]]:
 
 
 def ptx_of(built: Built, compiler: Compiler, arch: int, aligned: bool = True, batched: bool = False) -> str:
-    compiled = compiler.compile(render(built.kernel, batched), arch, aligned, False)
-    assert isinstance(compiled, OnDevice)
-    return compiled.kernel.asm["ptx"]
+    ptx: str = compiled_kernel(compiler, render(built.kernel, batched), arch, aligned).asm["ptx"]
+    return ptx
 
 
 @pytest.mark.parametrize(("i", "dtype"), chosen(), ids=lambda v: str(v).removeprefix("torch."))
@@ -82,17 +81,20 @@ def test_a_broadcast_row_is_loaded_in_vectors(compiler: Compiler) -> None:
 
 def test_no_register_is_spilled(compiler: Compiler, tmp_path: Path) -> None:
     sample = next(s for s in SAMPLES if s.rule == "_fused_adamw_")
-    compiled = compiler.compile(
-        render(build(sample.call, draw(sample, torch.bfloat16, (64,)), "adam", sample.moving).kernel), 90, True, False
-    )
-    assert isinstance(compiled, OnDevice)
-    (tmp_path / "k.cubin").write_bytes(compiled.kernel.asm["cubin"])
+    program = render(build(sample.call, draw(sample, torch.bfloat16, (64,)), "adam", sample.moving).kernel)
+    registers, stack = resources(compiled_kernel(compiler, program, 90), tmp_path)
+    assert stack == 0 and registers <= 128
+
+
+def resources(kernel: Any, folder: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, which are spilled registers."""
+    (folder / "k.cubin").write_bytes(kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton brings no cuobjdump")
-    said = subprocess.run([tool, "-res-usage", tmp_path / "k.cubin"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([tool, "-res-usage", folder / "k.cubin"], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(pattern, said)[1]) for pattern in (r"REG:(\d+)", r"STACK:(\d+)"))  # type: ignore[index]
-    assert stack == 0 and registers <= 128
+    return registers, stack
 
 
 def test_another_batch_size_is_not_compiled_again(compiler: Compiler) -> None:
@@ -102,5 +104,5 @@ def test_another_batch_size_is_not_compiled_again(compiler: Compiler) -> None:
 
 def test_wide_indices_have_64_bits(compiler: Compiler) -> None:
     program = render(build(lambda x: x * 0.5, [torch.randn(64)], "half").kernel)
-    compiled = compiler.compile(program, 90, True, True)
-    assert (isinstance(compiled, OnDevice) and "mul.wide" in compiled.kernel.asm["ptx"]) or "i64" in compiled.kernel.asm["ttir"]
+    wide = compiled_kernel(compiler, program, 90, wide=True)
+    assert "mul.wide" in wide.asm["ptx"] or "i64" in wide.asm["ttir"]

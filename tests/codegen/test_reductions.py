@@ -14,11 +14,12 @@ import torch
 
 import kitsune
 from kitsune.codegen import Compiler, render, text_key, tile_of, why_not_batched
-from kitsune.codegen.compiler import OnDevice
 from kitsune.codegen.lowering import lower_rules
 from kitsune.ir import Kernel
 from kitsune.ir.plan import Program, Tile
+from tests.codegen.build import compiled_kernel
 from tests.codegen.reductions import CASES, RULES, draw
+from tests.codegen.test_compiled import resources
 from tests.plan.recorded import plan_of
 
 
@@ -58,12 +59,6 @@ def test_the_table_has_every_rule_of_reductions() -> None:
     assert set(lower_rules) >= RULES
 
 
-def machine_code(kernel: Kernel, compiler: Compiler, arch: int) -> str:
-    compiled = compiler.compile(render(kernel), arch, True, False)
-    assert isinstance(compiled, OnDevice)
-    return compiled.kernel.asm["ptx"]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(("arch", "dtype", "n"), [(80, torch.float32, 512), (90, torch.bfloat16, 8192)], ids=str)
 def test_it_compiles_and_loads_128_bits(case: Any, arch: int, dtype: torch.dtype, n: int, compiler: Compiler) -> None:
@@ -72,7 +67,7 @@ def test_it_compiles_and_loads_128_bits(case: Any, arch: int, dtype: torch.dtype
     found = kernels_of(case.program, inputs)
     assert found
     for kernel in found:
-        ptx = machine_code(kernel, compiler, arch)
+        ptx = compiled_kernel(compiler, render(kernel), arch).asm["ptx"]
         assert "div.full" not in ptx, "division is rounded correctly"
         wide = [a for a in kernel.loads if 0 not in a.strides[-kernel.reduced :]]
         if wide and tile_of(kernel).rows == 1 and kernel.n_columns >= 512:
@@ -98,6 +93,31 @@ def test_a_long_row_has_another_text_with_a_loop_for_each_phase() -> None:
     assert text_key(short) != text_key(long)
     assert "for start" not in render(short).text
     assert render(long).text.count("for start in range(0, columns, RBLOCK):") == 2
+
+
+LONG_ROWS: list[tuple[Callable[..., Any], int, int]] = [
+    (lambda x: x.softmax(1), 1, 16384),
+    (lambda x, y: torch.ops.aten._softmax_backward_data(x, y, 1, x.dtype), 2, 16384),
+    (lambda x, y: torch.nn.functional.layer_norm(x, x.shape[1:], y[0], y[1]), 2, 16384),
+]
+
+
+@pytest.mark.parametrize(("program", "n_inputs", "n"), LONG_ROWS, ids=["softmax", "its backward", "layer norm"])
+def test_a_row_that_is_written_is_held_in_registers_while_it_fits(
+    program: Any, n_inputs: int, n: int, compiler: Compiler, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    kernel = only(program, *(torch.zeros(256, n, dtype=torch.bfloat16) for _ in range(n_inputs)))
+    assert tile_of(kernel) == Tile(1, n, 16) and "for start" not in render(kernel).text
+    registers, stack = resources(compiled_kernel(compiler, render(kernel), 90), tmp_path)
+    assert stack == 0 and registers <= 128
+    kitsune.reset()
+    longer = only(program, *(torch.zeros(64, 2 * n) for _ in range(n_inputs)))
+    assert "for start" in render(longer).text
+
+
+def test_a_long_row_of_which_only_a_sum_is_written_is_read_in_a_loop() -> None:
+    assert "for start" in render(only(lambda x: x.sum(1), torch.zeros(512, 8192))).text
 
 
 def test_maximum_and_sum_of_a_softmax_take_one_loop() -> None:

@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from kitsune.codegen import parameters_of, render, text_key, why_not_batched, why_not_lowered
+from kitsune.codegen.keys import call_key
+from kitsune.codegen.render import _rendered, body_of
 from kitsune.ir import Slot
 from kitsune.ir.plan import Pointer, Scalar, Size, SlotAddress, Stride
+from kitsune.planning import Planner
+from kitsune.scheduler import RATES, Costs
 from tests.codegen.build import Built, build
 from tests.codegen.samples import SAMPLES, draw
+from tests.plan.test_corpus_plans import CORPUS, graph_of
 
 
 def layer(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -56,7 +61,7 @@ def test_parameters_are_in_the_order_of_the_signature() -> None:
 
 def test_a_transposed_operand_passes_its_stride() -> None:
     kernel = build(torch.add, [torch.randn(5, 7), torch.randn(7, 5).t()], "k").kernel
-    assert Stride(1, 1) in render(kernel).parameters
+    assert Stride(1, 1, counts=False) in render(kernel).parameters
 
 
 def test_a_kernel_may_be_called_like_a_function_that_it_calls() -> None:
@@ -73,7 +78,7 @@ def everything() -> list[tuple[Any, str]]:
                     kernel = build(sample.call, draw(sample, dtype, shape), "k", sample.moving).kernel
                 except (RuntimeError, NotImplementedError):
                     continue
-                found.append((text_key(kernel), render(kernel).text))
+                found.append((text_key(kernel), render(kernel).text + render(kernel, slots_in_memory=True).text))
     return found
 
 
@@ -86,6 +91,35 @@ def test_keys_are_equal_exactly_if_texts_are() -> None:
         assert keys.setdefault(text, key) == key
 
 
+@pytest.mark.parametrize("name", ["bert-small-amp-cuda", "resnet18-small-amp-cuda", "gpt2-small-fp32-cpu"])
+def test_what_is_known_of_a_kernel_is_what_would_be_made_of_it(name: str) -> None:
+    graph = graph_of(CORPUS / f"{name}.jsonl.gz")
+    plan = Planner(Costs(RATES["sm_90"]), numerics="strict", slots_in_kernels=True).plan(graph)
+    kernels = [kernel for launch in plan.launches for kernel in launch.kernels]
+    n_known = len({call_key(kernel) for kernel in kernels})
+    assert n_known < len(kernels), "some are equal"
+    for in_memory in (False, True):
+        for kernel in kernels:
+            made = tuple(p.meaning for p in body_of(kernel, in_memory).parameters)
+            assert repr(parameters_of(kernel, in_memory)) == repr(made)
+            # Also of the names: a program is called by that of its first kernel.
+            assert render(kernel, False, in_memory) == _rendered(kernel, False, in_memory)
+
+
+@pytest.mark.parametrize(("one", "other"), [(0.0, -0.0), (1, True), (2.0, 2), (0.25, 0.5)])
+def test_numbers_that_python_takes_for_equal_stay_apart(one: float, other: float) -> None:
+    for number in (one, other):
+        kernel = build(lambda x, number=number: x * number, [torch.randn(64)], "k").kernel
+        made = tuple(p.meaning for p in body_of(kernel, False).parameters)
+        assert repr(parameters_of(kernel)) == repr(made)
+
+
+def test_a_number_that_moves_is_in_no_batch_with_one_that_does_not() -> None:
+    # A row of the batch has the address of the one, and the other itself.
+    moving, constant = (build(lambda x: x * 0.5, [torch.randn(64)], "k", moving).kernel for moving in ((0.5,), ()))
+    assert text_key(moving) != text_key(constant)
+
+
 def test_two_thousand_ops_are_keyed_in_time() -> None:
     kernel = build(lambda x, y: [x.add_(y, alpha=0.5) for _ in range(20)], [torch.randn(8), torch.randn(8)], "k").kernel
     text_key(kernel)
@@ -96,11 +130,21 @@ def test_two_thousand_ops_are_keyed_in_time() -> None:
 
 
 def test_what_cannot_be_batched() -> None:
-    assert why_not_batched(built(4, 8).kernel) == "an operand is neither contiguous nor a single element"
     flat = build(lambda x: x * 0.5, [torch.randn(64)], "k").kernel
-    assert why_not_batched(flat) is None
+    assert why_not_batched(flat) is None and why_not_batched(built(4, 8).kernel) is None
+    many = build(lambda *tensors: [x * 0.5 for x in tensors], [torch.randn(64) for _ in range(33)], "k").kernel
+    assert why_not_batched(many) == "it has more than 64 operands"
     with pytest.raises(ValueError, match="cannot be batched"):
-        render(built(4, 8).kernel, batched=True)
+        render(many, batched=True)
+
+
+def test_only_the_innermost_size_and_strides_of_what_lies_side_by_side_have_to_be_aligned() -> None:
+    """A weight of 3 x 3 that is brought into channels-last is read and written in vectors, though 9 is no multiple of 16."""
+    weight = torch.randn(32, 16, 3, 3)
+    channels_last = weight.to(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(32, 9, 16)
+    kernel = build(torch.add, [channels_last, weight.reshape(32, 16, 9).transpose(1, 2)], "k").kernel
+    counting = {p for p in render(kernel).parameters if getattr(p, "counts", False)}
+    assert counting == {Size(), Size(2)}
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,22 @@
-"""Where the variant for aligned addresses cannot be compiled, the one for any addresses takes its place, from then on at once."""
+"""Where the variant for aligned addresses cannot be compiled, the one for any addresses takes its place, also on disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kitsune.codegen import machine_code as module
-from kitsune.codegen.machine_code import Job, machine_code
+from kitsune.codegen.machine_code import Job, binary_path, compile_binary, read_binary
+
+METADATA = SimpleNamespace(name="kernel", num_warps=4, shared=0)
+PTX = ".visible .entry kernel(\n .param .u64 a,\n .param .u32 b,\n .param .u64 c\n)"
 
 
 def job(path: Path, aligned: bool = True) -> Job:
+    (path / "kernel.py").write_text('SIGNATURE = {"x": "*bf16", "n": "index"}\nMULTIPLES = ()\n')
     return Job(str(path / "kernel.py"), "kernel", False, aligned, False, 90, None)
 
 
@@ -24,28 +29,43 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(job.aligned)
         if job.aligned:
             raise RuntimeError("PassManager::run failed")
-        return "machine code"
+        return SimpleNamespace(metadata=METADATA, asm={"ptx": PTX, "cubin": b"code\n\0"})
 
-    monkeypatch.setattr(module, "_machine_code", compiled)
+    monkeypatch.setattr(module, "machine_code", compiled)
     return found
 
 
-def test_the_other_variant_is_made_and_the_failure_remembered(tried: list[bool], tmp_path: Path) -> None:
-    assert machine_code(job(tmp_path)) == "machine code"
-    assert machine_code(job(tmp_path)) == "machine code"
-    assert tried == [True, False, False]
+def test_the_other_variant_is_made_and_kept_as_both(tried: list[bool], tmp_path: Path) -> None:
+    made = compile_binary(job(tmp_path))
+    assert made.code == b"code\n\0" and tried == [True, False]
+    assert read_binary(binary_path(job(tmp_path))) == made
+    assert read_binary(binary_path(job(tmp_path, aligned=False))) is None
 
 
-def test_a_folder_that_cannot_be_written_only_costs_another_try(tried: list[bool], tmp_path: Path) -> None:
-    for _ in range(2):
-        assert machine_code(job(tmp_path / "missing")) == "machine code"
-    assert tried == [True, False, True, False]
+def test_parameters_are_those_of_the_signature_and_those_that_the_compiler_has_added(tried: list[bool], tmp_path: Path) -> None:
+    made = compile_binary(job(tmp_path, aligned=False))
+    assert (made.parameters, made.added, made.warps) == ("Qi", "Q", 4)
+
+
+@pytest.mark.parametrize(("asm", "metadata", "match"), [
+    ({"ptx": ".entry kernel(.param .u64 a)", "cubin": b""}, {}, "1 parameters in PTX and 2"),
+    ({"cubin": b""}, {}, "unset TRITON_STORE_BINARY_ONLY"),
+    ({"ptx": PTX, "cubin": b""}, {"global_scratch_size": 64}, "wants scratch memory"),
+])  # fmt: skip
+def test_what_could_not_be_started_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asm: dict[str, Any], metadata: dict[str, int], match: str
+) -> None:
+    kernel = SimpleNamespace(metadata=SimpleNamespace(**vars(METADATA), **metadata), asm=asm)
+    monkeypatch.setattr(module, "machine_code", lambda job: kernel)
+    with pytest.raises(RuntimeError, match=match):
+        compile_binary(job(tmp_path))
+    assert not list(tmp_path.glob("*.bin"))
 
 
 def test_a_kernel_that_fails_in_both_variants_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(job: Job) -> Any:
         raise RuntimeError(f"aligned: {job.aligned}")
 
-    monkeypatch.setattr(module, "_machine_code", fail)
+    monkeypatch.setattr(module, "machine_code", fail)
     with pytest.raises(RuntimeError, match="aligned: False"):
-        machine_code(job(tmp_path))
+        compile_binary(job(tmp_path))

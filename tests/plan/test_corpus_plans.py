@@ -16,16 +16,16 @@ from kitsune.scheduler import RATES, Costs
 # Of each recorded step: launches op by op, launches planned, fused ones among them, distinct programs of those. A change of the
 # planner shows here; more launches than before want a reason.
 LAUNCHES = {
-    "bert-full-amp-cuda": (962, 547, 88, 19),
+    "bert-full-amp-cuda": (962, 547, 89, 20),
     "bert-small-amp-cpu": (275, 163, 45, 26),
     "bert-small-amp-cuda": (202, 123, 26, 17),
     "bert-small-fp32-cpu": (182, 157, 25, 14),
-    "demo-gpt-cpu": (563, 198, 34, 14),
+    "demo-gpt-cpu": (563, 198, 38, 16),
     "demo-lenet-cpu": (69, 38, 8, 5),
     "gpt2-full-amp-cuda": (962, 448, 108, 17),
-    "gpt2-small-amp-cpu": (257, 144, 46, 27),
-    "gpt2-small-amp-cuda": (182, 95, 26, 15),
-    "gpt2-small-fp32-cpu": (194, 136, 31, 21),
+    "gpt2-small-amp-cpu": (257, 144, 47, 28),
+    "gpt2-small-amp-cuda": (182, 95, 27, 16),
+    "gpt2-small-fp32-cpu": (194, 136, 32, 22),
     "lenet-small-amp-cpu": (58, 38, 10, 7),
     "lenet-small-fp32-cpu": (38, 37, 9, 6),
     "mlp-small-amp-cpu": (37, 25, 8, 7),
@@ -33,43 +33,43 @@ LAUNCHES = {
     "resnet18-small-amp-cpu": (120, 85, 15, 10),
     "resnet18-small-amp-cuda": (132, 86, 16, 11),
     "resnet18-small-fp32-cpu": (92, 84, 14, 9),
-    # 37 more than without channels-last: weights of 3 x 3 and their gradients change their layout, and are no batch.
-    "resnet50-full-amp-cuda": (523, 367, 111, 17),
+    # Weights of 3 x 3 change their layout in one launch, and their gradients in another.
+    "resnet50-full-amp-cuda": (523, 335, 79, 18),
     "resnet50-small-amp-cpu": (158, 113, 15, 10),
     "resnet50-small-fp32-cpu": (120, 112, 14, 9),
     # 12 more than without joining in place: three copies stand for a stack and a copy of it.
-    "vit-full-amp-cuda": (658, 448, 81, 11),
-    "vit-small-amp-cpu": (139, 97, 22, 11),
-    "vit-small-amp-cuda": (138, 96, 21, 11),
+    "vit-full-amp-cuda": (658, 450, 120, 14),
+    "vit-small-amp-cpu": (139, 97, 23, 12),
+    "vit-small-amp-cuda": (138, 96, 22, 11),
     "vit-small-fp32-cpu": (83, 83, 6, 6),
 }
 # The same, and megabytes that the launches must move, where reductions may be in kernels: a lost fusion shows here.
 STRICT = {
-    "bert-full-amp-cuda": (457, 166, 28, 17808),
+    "bert-full-amp-cuda": (457, 166, 28, 17822),
     "bert-small-amp-cpu": (130, 51, 35, 12),
     "bert-small-amp-cuda": (89, 29, 23, 11),
     "bert-small-fp32-cpu": (130, 45, 29, 14),
-    "demo-gpt-cpu": (172, 51, 26, 272),
-    "demo-lenet-cpu": (34, 12, 9, 31),
-    "gpt2-full-amp-cuda": (363, 149, 22, 38447),
+    "demo-gpt-cpu": (170, 52, 25, 272),
+    "demo-lenet-cpu": (36, 16, 12, 31),
+    "gpt2-full-amp-cuda": (363, 149, 23, 38457),
     "gpt2-small-amp-cpu": (113, 42, 30, 17),
     "gpt2-small-amp-cuda": (67, 25, 19, 13),
     "gpt2-small-fp32-cpu": (116, 40, 30, 23),
-    "lenet-small-amp-cpu": (32, 13, 9, 3),
-    "lenet-small-fp32-cpu": (33, 14, 10, 4),
+    "lenet-small-amp-cpu": (32, 15, 10, 3),
+    "lenet-small-fp32-cpu": (33, 16, 11, 4),
     "mlp-small-amp-cpu": (19, 11, 9, 2),
     "mlp-small-fp32-cpu": (20, 12, 10, 2),
     "resnet18-small-amp-cpu": (57, 26, 18, 211),
     "resnet18-small-amp-cuda": (58, 27, 19, 211),
-    "resnet18-small-fp32-cpu": (58, 27, 19, 225),
-    "resnet50-full-amp-cuda": (460, 349, 42, 23451),
-    "resnet50-small-amp-cpu": (75, 34, 16, 436),
-    "resnet50-small-fp32-cpu": (76, 35, 17, 465),
+    "resnet18-small-fp32-cpu": (58, 27, 19, 224),
+    "resnet50-full-amp-cuda": (426, 317, 45, 22375),
+    "resnet50-small-amp-cpu": (75, 34, 16, 435),
+    "resnet50-small-fp32-cpu": (76, 35, 17, 464),
     # 24 launches more than without joining in place, and 698 MB less.
-    "vit-full-amp-cuda": (364, 140, 24, 33365),
-    "vit-small-amp-cpu": (68, 28, 22, 10),
-    "vit-small-amp-cuda": (67, 27, 21, 10),
-    "vit-small-fp32-cpu": (64, 25, 16, 12),
+    "vit-full-amp-cuda": (364, 177, 27, 33536),
+    "vit-small-amp-cpu": (68, 29, 23, 10),
+    "vit-small-amp-cuda": (67, 28, 22, 10),
+    "vit-small-fp32-cpu": (65, 26, 17, 12),
 }
 CORPUS = Path(__file__).parent.parent / "corpus"
 FILES = sorted(CORPUS.glob("*.jsonl.gz"))
@@ -99,6 +99,12 @@ class RandomCosts(Costs):
 
     def alone(self, kernel: Kernel, has_out_form: bool) -> bool:
         return self.die.random() < 0.5
+
+    def windows(self, op: Op) -> bool:
+        return self.die.random() < 0.7
+
+    def as_product(self, flops: float, copied_bytes: float) -> bool:
+        return self.die.random() < 0.7
 
     def channels_last(self, image_bytes: int, copied_bytes: int) -> bool:
         return self.die.random() < 0.7

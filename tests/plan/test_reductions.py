@@ -76,8 +76,26 @@ def test_a_bias_gradient_is_summed_in_parts_with_what_makes_its_terms():
     plan = strict(lambda: (g := torch.ops.aten.gelu_backward(grad, x), g.sum(0).float()))
     assert launched(plan) == ["gelu_backward_sum", "sum_to_copy"]
     first, second = kernels(plan)
-    assert first.domain == (128, 64, 32) and [s.access.value.type.dtype for s in first.stores] == [HALF, torch.float32]
+    # The parts take rows in turn: blocks at work together read what lies together.
+    assert first.domain == (8192, 32) and first.loads[0].strides == (1, 8192)
+    assert [s.access.value.type.dtype for s in first.stores] == [HALF, torch.float32]
     assert second.n_columns == 128 and second.stores[0].access.value.type.dtype is torch.float32
+
+
+def test_parts_are_chosen_so_that_what_makes_the_terms_joins_them():
+    """Wanted are 86 parts in turn, and 64 of them would cut neither dimension of the gradient evenly; 197 do."""
+    grad, x = torch.zeros(64, 197, 768, dtype=HALF), torch.zeros(64, 197, 768, dtype=HALF)
+    plan = strict(lambda: (g := torch.ops.aten.gelu_backward(grad, x), g.view(-1, 768).sum(0).float()))
+    assert launched(plan) == ["gelu_backward_sum", "sum_to_copy"]
+    assert kernels(plan)[0].domain == (197 * 768, 64)
+
+
+def test_statistics_of_images_in_channels_last_are_made_of_pixels_in_turn():
+    x = torch.zeros(32, 64, 32, 32, dtype=HALF).to(memory_format=torch.channels_last)
+    plan = strict(lambda: torch.var_mean(x.float(), (0, 2, 3), correction=0))
+    first = kernels(plan)[0]
+    n_parts = first.n_rows // 64
+    assert first.loads[0].strides[-1] == n_parts * 64 and first.n_columns * n_parts == 32 * 32 * 32
 
 
 def test_a_number_of_rows_without_divisors_is_summed_at_once():
@@ -101,8 +119,10 @@ def test_a_deviation_of_long_rows_is_made_in_parts_too():
     assert launched(strict(lambda: torch.var(x, 0, correction=4096))) == ["var"], "rows as long as the correction have none"
 
 
-def test_parts_may_be_far_fewer_than_wanted_where_the_rows_have_few_divisors():
-    assert kernels(strict(lambda: torch.zeros(37 * 8191, 64).sum(0)))[0].domain == (37, 64, 8191)
+def test_parts_may_be_far_more_or_fewer_than_wanted_where_the_rows_have_few_divisors():
+    """1024 are wanted of 64 columns, 128 of 512: there are 8191 and 79, which leave 37 and 79 rows for each."""
+    assert kernels(strict(lambda: torch.zeros(37 * 8191, 64).sum(0)))[0].domain == (8191 * 64, 37)
+    assert kernels(strict(lambda: torch.zeros(79 * 79, 512).sum(0)))[0].domain == (79 * 512, 79)
 
 
 def norm_backward(rows: int, dtype: torch.dtype):
@@ -172,6 +192,25 @@ def test_batch_norm_takes_its_rectifier_in_and_keeps_no_wide_copy(format_):
     assert sum(type_.shape.numel() >= x.numel() for type_ in stored) == 1
     last = kernels(plan)[-1]
     assert last.reduced == 0 and last.stores[0].access.value.type.stride == x.stride()
+
+
+def test_what_is_broadcast_along_large_images_is_loaded_once_for_a_row():
+    def last(n: int, dims: str):
+        x = torch.zeros(n, 64, 32, 32, dtype=HALF).to(memory_format=getattr(torch, dims))
+        w, mean, var = torch.ones(64), torch.zeros(64), torch.ones(64)
+        return kernels(strict(lambda: torch.ops.aten.native_batch_norm(x, w, w, mean, var, True, 0.1, 1e-5)[0].relu()))[-1]
+
+    kernel = last(32, "channels_last")
+    assert (kernel.domain, kernel.reduced) == ((2048, 64, 16), 1)
+    assert [access.strides for access in kernel.loads] == [(1024, 1, 64)] + 3 * [(0, 1, 0)]
+    # A small one is not worth another text, and planes have their channel's numbers in one place.
+    assert last(4, "channels_last").reduced == 0 and last(32, "contiguous_format").reduced == 0
+
+
+def test_a_bias_alone_is_broadcast_for_each_element():
+    x, b = torch.zeros(1 << 16, 64, dtype=HALF), torch.zeros(64)
+    (kernel,) = kernels(strict(lambda: ((x + b) * 2).to(HALF)))
+    assert kernel.reduced == 0
 
 
 def test_batch_norm_of_an_evaluation_is_the_librarys():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kitsune.background import REST, PacedThread, later, wait, when_done
+from kitsune.background import LOOK_S, REST, REST_IN_STEP, PacedThread, later, wait, when_done
 
 SECONDS = 60.0
 
@@ -63,6 +63,26 @@ def test_it_goes_on_while_nobody_else_computes(alone: bool) -> None:
         measured(paced).result(SECONDS)
         paced.close()
     assert bool(slept) is not alone and all(seconds >= REST * 0.001 for seconds in slept)
+
+
+def test_it_rests_longer_still_while_a_step_is_made() -> None:
+    paced = PacedThread()
+    paced.in_a_step = lambda: True
+    wall, cpu = measured(paced).result(SECONDS)
+    assert wall > cpu * (1 + REST_IN_STEP) * 0.7
+    paced.close()
+
+
+def test_it_goes_on_soon_after_the_step() -> None:
+    paced, slept, steps = PacedThread(), [], [True, True, True]
+    paced.in_a_step = lambda: bool(steps and steps.pop())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.background._alone", lambda: True)
+        patch.setattr("kitsune.background.time.sleep", slept.append)
+        measured(paced).result(SECONDS)
+        paced.close()
+    # Three looks find the step going on, the first of them before it rests at all.
+    assert len(slept) == 2 and all(0 < seconds <= LOOK_S for seconds in slept)
 
 
 def test_it_does_not_rest_while_somebody_waits_for_it() -> None:

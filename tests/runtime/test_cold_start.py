@@ -7,13 +7,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import kitsune
-from kitsune import running
+from kitsune import plan_files, running
 from kitsune.backends import Backend
 from kitsune.background import thread
 from kitsune.codegen import WorkerFailed
@@ -35,6 +36,7 @@ class Workers:
         self.asked: dict[str, Future[None]] = {}
         self.lock = threading.Lock()
         self.hold = True
+        self.n_expected = 0
         # What comes of programs instead of code.
         self.error: Exception | None = None
 
@@ -44,6 +46,9 @@ class Workers:
             if not self.hold and not future.done():
                 self._settle(future)
             return future
+
+    def expect(self) -> None:
+        self.n_expected += 1
 
     def release(self) -> None:
         with self.lock:
@@ -85,7 +90,8 @@ def cold(graphs: bool = False) -> Iterator[tuple[Workers, Repeater]]:
             raise Pending(launch.name)
         return WalkInGraph(launch, table)
 
-    found = Backend("sm_90", lambda launch: Compiling(launch, workers), in_graph, lambda launch, made: [workers.ask(made.name)])
+    warm = lambda launch, made: [workers.ask(made.name)]  # noqa: E731
+    found = Backend("sm_90", lambda launch: Compiling(launch, workers), in_graph, warm, workers.expect)
     with pytest.MonkeyPatch.context() as patch, config.patch(compile_workers=1):
         patch.setattr("kitsune.running.backend_of", lambda device: found)
         if graphs:
@@ -250,6 +256,65 @@ def test_a_variant_that_nobody_thought_of_runs_by_ops_until_it_is_there() -> Non
         workers.asked[name].set_result(None)
         starts = runner().executor.broken
         assert torch.equal(step(), expected) and not starts
+
+
+@contextlib.contextmanager
+def plans_in(folder: Path) -> Iterator[None]:
+    """Plans are kept there, also those of a few operators."""
+    with pytest.MonkeyPatch.context() as patch, config.patch(cache_dir=str(folder), verify=False):
+        patch.setattr(plan_files, "WORTH", 1)
+        yield
+
+
+def test_a_plan_on_disk_is_had_before_the_region_comes_back(tmp_path: Path) -> None:
+    expected = chain()
+    for known in (False, True):
+        with plans_in(tmp_path), cold() as (workers, _):
+            workers.hold = False
+            for n in range(2):
+                assert torch.equal(step(), expected) and idle()
+                assert counts("kernels", "unfused") == ([n, 1] if known else [0, n + 1])
+            assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), expected)
+            assert counts("kernels")[0] == (2 if known else 1) and not kitsune.explain().mended
+
+
+def test_a_plan_on_disk_waits_for_its_kernels_as_any_other(tmp_path: Path) -> None:
+    for known in (False, True):
+        with plans_in(tmp_path), cold() as (workers, _):
+            for _ in range(2):
+                assert torch.equal(step(), chain()) and idle() and bool(workers.asked) == known
+            assert counts("kernels") == [0]
+            workers.release()
+            assert torch.equal(step(), chain()) and counts("kernels") == [1]
+            assert workers.n_expected == (not known), "workers come for a plan that is made, and not for one from disk"
+
+
+def test_a_program_that_keeps_changing_is_not_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(running, "kept_plan", lambda graph, planner: looked.append(len(graph.ops)))
+    with cold():
+        for n in range(2 * running.MAX_MISSED):
+            with lazily():
+                torch.arange(n + 2.0) * 2
+            assert idle()
+        assert len(looked) == running.MAX_MISSED
+
+
+def test_a_look_up_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+
+    def fail(graph: Any, planner: Any) -> None:
+        looked.append(graph)
+        if len(looked) == 1:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(running, "kept_plan", fail)
+    with cold() as (workers, _):
+        workers.hold = False
+        for _ in range(2):
+            assert torch.equal(step(), chain()) and idle() and counts("kernels") == [0]
+        assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), chain()) and counts("kernels") == [1]
+        assert not kitsune.explain().mended
 
 
 def test_a_plan_that_cannot_be_made_is_told_by_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,18 +25,21 @@ SECONDS = 120.0
 
 @pytest.fixture(autouse=True)
 def threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """Nothing is cached. Gives the names of the threads that asked Triton for machine code."""
+    """Nothing is cached. Gives the names of the threads that brought machine code to the device, or compiled it here."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     torch.use_deterministic_algorithms(True, warn_only=True)
     asked: list[str] = []
-    machine_code = compiler_module.machine_code
 
-    def watched(job: Any) -> Any:
-        asked.append(threading.current_thread().name)
-        return machine_code(job)
+    def watched(call: Any) -> Any:
+        def watching(*args: Any) -> Any:
+            asked.append(threading.current_thread().name)
+            return call(*args)
 
-    monkeypatch.setattr(compiler_module, "machine_code", watched)
+        return watching
+
+    for name in ("LoadedKernel", "compile_binary"):
+        monkeypatch.setattr(compiler_module, name, watched(getattr(compiler_module, name)))
     forget()
     with config.patch(cache_dir=str(tmp_path / "kernels"), compile_workers=2), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,11 +15,12 @@ from hypothesis import given, settings, strategies as st
 
 from kitsune.ir import Graph
 from kitsune.planning import Planner
-from kitsune.scheduler import dead_code, in_channels_last, joined_in_place, padded_products
+from kitsune.scheduler import dead_code, in_channels_last, joined_in_place, padded_products, patches_as_rows
 from kitsune.scheduler.formats import is_channels_last
 from tests.plan.test_channels_last import Block, Sides, step
 from tests.plan.test_joining import COSTS as ONLY_BYTES, X, Y, gradients, kernels
 from tests.plan.test_padding import COSTS, vocabulary
+from tests.plan.test_patches import stem
 from tests.property.test_programs import SLOW
 from tests.runtime.checked import record
 from tests.runtime.in_double import assert_as_good, in_double, replayed, run_by_plan
@@ -102,6 +103,13 @@ def test_convolutions(make: Callable[[], Any], size: int) -> None:
     # Statistics of ever so few elements would amplify the last bit.
     other = assert_as_eager(step(make(), 4, 3, size, size), images)
     assert any(is_channels_last(op.results[0].type) for op in other.ops if op.target._opname == "convolution") or size == 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_patches(bias: bool, last: bool) -> None:
+    other = assert_as_eager(stem(bias, last), lambda graph: patches_as_rows(graph, COSTS))
+    assert not any(op.target._opname.startswith("convolution") for op in other.ops)
 
 
 IMAGE, KERNEL = torch.linspace(-1, 1, 2 * 8 * 36).sin().view(2, 8, 6, 6), torch.linspace(-2, 2, 576).cos().view(8, 8, 3, 3)

@@ -119,6 +119,7 @@ def test_a_newer_gpu_is_planned_for_as_its_nearest_older_relative(monkeypatch: p
     assert [nearest_arch(*n) for n in ((8, 0), (8, 9), (9, 0), (12, 1))] == ["sm_80", "sm_80", "sm_90", "sm_90"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "one of tomorrow")
     found = backend_of(CUDA)
     assert isinstance(found, Backend) and found.arch == "sm_90"
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import kitsune
 from tests.runtime.repeated import graphs
@@ -145,6 +146,12 @@ def hook_on_all_modules(t: Training) -> None:
     handle.remove()
 
 
+def hook_on_all_optimizers(t: Training) -> None:
+    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: t.kept.append(torch.ones(1)))
+    t.kept.append(t.step(t.xs[0], t.ys[0]))
+    handle.remove()
+
+
 def no_gradients_from_before(t: Training) -> None:
     t.optimizer.zero_grad()
 
@@ -211,8 +218,9 @@ def test_a_hook_runs_from_then_on(change: Callable[[Training], None]) -> None:
     assert "hook" in str(kitsune.explain())
 
 
-def test_hooks_on_all_modules_run() -> None:
-    compare(meddling(hook_on_all_modules, at=9), at_most=WARM + 1, at_least=WARM + 1)
+@pytest.mark.parametrize("change", [hook_on_all_modules, hook_on_all_optimizers], ids=lambda f: f.__name__)
+def test_hooks_on_all_modules_or_optimizers_run(change: Callable[[Training], None]) -> None:
+    compare(meddling(change, at=9), at_most=WARM + 1, at_least=WARM + 1)
 
 
 def test_the_tests_of_changes_would_fail_if_nothing_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

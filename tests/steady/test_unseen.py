@@ -404,12 +404,12 @@ def _told(t: Training, loss: Tensor) -> None:
         t.optimizer.zero_grad()
 
 
-def run(step: Step, device: str, context: Any) -> tuple[Training, list[int]]:
+def run(step: Step, device: str, context: Any, changed: tuple[int, ...] = CHANGED) -> tuple[Training, list[int]]:
     training, followed = Training(device), []
     with context:
         for i in range(STEPS):
             before = kitsune.counters()["backwards_followed"]
-            step(training, i, i in CHANGED)
+            step(training, i, i in changed)
             followed.append(kitsune.counters()["backwards_followed"] - before)
     return training, followed
 
@@ -427,6 +427,16 @@ def test_it_goes_the_full_way_and_is_followed_before_and_after(step: Step, devic
     counters = kitsune.counters()
     assert counters["followed"] > 8 * 5 and counters["recognised"] >= 8, counters
     assert device == "cpu" or counters["replayed"] > 0, counters
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("step", FULL.values(), ids=FULL)
+def test_it_is_right_from_the_first_step_on_and_several_times_in_a_row(step: Step, device: str) -> None:
+    changed = (0, 1, 2, 5, 6, 7, CHANGED[1])
+    expected, _ = run(step, device, contextlib.nullcontext(), changed)
+    forget()
+    got, _ = run(step, device, kitsune.accelerate(device=device), changed)
+    assert same(got, expected) and got.notes == expected.notes
 
 
 def same(got: Training, expected: Training) -> bool:

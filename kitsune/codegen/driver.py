@@ -1,0 +1,99 @@
+"""Machine code brought to a device and started, by functions of the CUDA driver.
+
+Triton 3.6 starts kernels through a C extension, which it has a C compiler build for each list of parameters: one after the other
+in the program's own process, for most of the seconds until BERT's plan could run. Here a start packs its parameters itself.
+"""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from kitsune.codegen.machine_code import Binary
+
+# The driver's names for what a function may be asked and told.
+_MAX_THREADS, _MAX_DYNAMIC_SHARED = 0, 8
+# Shared memory that a function may have without being told so.
+_PLAIN_SHARED = 48 << 10
+# How a buffer with all parameters is announced.
+_BUFFER, _SIZE, _END = 1, 2, 0
+_Extra = ctypes.c_void_p * 5
+
+
+class LoadedKernel:
+    """A kernel on the device of this number. Raises RuntimeError with what the driver says."""
+
+    def __init__(self, binary: Binary, device: int) -> None:
+        _enter(device)
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        _call("cuModuleLoadData", ctypes.byref(module), binary.code)
+        _call("cuModuleGetFunction", ctypes.byref(self._function), module, binary.name.encode())
+        most = ctypes.c_int()
+        _call("cuFuncGetAttribute", ctypes.byref(most), _MAX_THREADS, self._function)
+        self._threads = 32 * binary.warps
+        if self._threads > most.value:
+            raise RuntimeError(f"{binary.name} has blocks of {self._threads} threads and registers for {most.value}.")
+        if binary.shared > _PLAIN_SHARED:
+            _call("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, binary.shared)
+        self._shared = binary.shared
+        # In the order of the parameters each at a multiple of its size, as a C compiler and the driver have it.
+        self._layout = struct.Struct("@" + binary.parameters + binary.added)
+        self._kinds, self._added = binary.parameters, (0,) * len(binary.added)
+        self._memory = ctypes.c_char * self._layout.size
+        self._size = ctypes.c_size_t(self._layout.size)
+
+    def launch(self, grid: int, args: Sequence[Any], stream: int) -> None:
+        """Start `grid` blocks on the stream with this handle; `args` as the kernel's signature has them, pointers as numbers."""
+        # New memory each time: another thread may be starting it, too. The driver has copied it when the call returns.
+        memory = self._memory()
+        try:
+            self._layout.pack_into(memory, 0, *args, *self._added)
+        except OverflowError:
+            # A number beyond float32 is infinite there, as in C.
+            self._layout.pack_into(memory, 0, *map(_within, args, self._kinds), *self._added)
+        extra = _Extra(_BUFFER, ctypes.addressof(memory), _SIZE, ctypes.addressof(self._size), _END)
+        _call("cuLaunchKernel", self._function, grid, 1, 1, self._threads, 1, 1, self._shared, stream, None, extra)
+
+
+def _within(value: Any, kind: str) -> Any:
+    return ctypes.c_float(value).value if kind == "f" else value
+
+
+# What may take long lets go of Python's lock, which a busy program gives back only after 5 ms; the others keep it.
+_LONG = ("cuModuleLoadData", "cuLaunchKernel")
+
+
+@cache
+def _function(name: str) -> Any:
+    function = getattr((ctypes.CDLL if name in _LONG else ctypes.PyDLL)("libcuda.so.1"), name)
+    if name == "cuLaunchKernel":
+        count, address = ctypes.c_uint, ctypes.c_void_p
+        function.argtypes = [address, *[count] * 7, address, address, address]
+    return function
+
+
+def _call(name: str, *args: Any) -> None:
+    code = _function(name)(*args)
+    if code:
+        text = ctypes.c_char_p()
+        _function("cuGetErrorString")(code, ctypes.byref(text))
+        said = text.value.decode() if text.value else f"error {code}"
+        raise RuntimeError(f"{name}: {said}")
+
+
+def _enter(device: int) -> None:
+    """Make sure that this thread has the device's context: torch leaves a thread that asked nothing of it without one."""
+    current = ctypes.c_void_p()
+    _call("cuCtxGetCurrent", ctypes.byref(current))
+    if not current.value:
+        _call("cuCtxSetCurrent", _primary_context(device))
+
+
+@cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    """The context that torch works in, too."""
+    number, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuDeviceGet", ctypes.byref(number), device)
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
+    return context

@@ -1,0 +1,111 @@
+"""Plans as bytes and back. A plan refers to the graph that it was made for, whose ops keep the lines of today's program."""
+
+import copyreg
+import hashlib
+import io
+import pickle
+from collections.abc import Callable, Hashable
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from kitsune.ir import barrier, graph as nouns, plan as plans
+from kitsune.ir.barrier import Site
+from kitsune.ir.graph import Graph, Op
+from kitsune.ir.plan import Plan
+from kitsune.ir.serial import dump_graph, overload
+from kitsune.ir.tensor_type import TensorType, tensor_type
+
+# What a plan consists of. A file names what is called to read it, and these do nothing but hold their arguments.
+_READABLE: set[Any] = {
+    cls
+    for module in (nouns, plans, barrier)
+    for cls in vars(module).values()
+    if isinstance(cls, type) and cls.__module__ == module.__name__
+} | {torch.Size, torch.device, complex, torch.serialization._get_layout}
+_CONSTANTS = (torch.dtype, torch.memory_format)
+
+
+def graph_digest(graph: Graph) -> bytes:
+    """Equal for graphs that a planner cannot tell apart. Raises TypeError for one with constants that nobody can spell."""
+    # What the text of a graph leaves to its reader.
+    derived = [([v.id for v in op.inputs], op.effects.writes, op.allocates, op.late) for op in graph.ops]
+    return hashlib.sha256((dump_graph(graph) + repr(derived)).encode()).digest()
+
+
+def dump_plan(plan: Plan, graph: Graph) -> bytes:
+    """What `load_plan` reads, given an equal graph."""
+    buffer = io.BytesIO()
+    _Writer(buffer, graph).dump(plan)
+    return buffer.getvalue()
+
+
+def load_plan(content: bytes, graph: Graph) -> Plan:
+    """The plan again. Raises pickle.UnpicklingError, and other things for content that `dump_plan` has not written."""
+    plan = _Reader(io.BytesIO(content), graph).load()
+    if not isinstance(plan, Plan):
+        raise pickle.UnpicklingError(f"a {type(plan).__name__} is no plan")
+    return plan
+
+
+class _Writer(pickle.Pickler):
+    """Names the graph's own ops by their place, and what is interned by what it consists of."""
+
+    def __init__(self, buffer: io.BytesIO, graph: Graph) -> None:
+        super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
+        places = {id(op): i for i, op in enumerate(graph.ops)}
+        sites = {op.site: i for i, op in enumerate(graph.ops) if op.site is not None}
+
+        def of_op(op: Op) -> Any:
+            place = places.get(id(op))
+            return _called(op) if place is None else (_op, (place,))
+
+        def of_site(site: Site) -> Any:
+            # An op of the planner's has the line of the one that it stands for.
+            return _site, (sites[site],)
+
+        table: dict[Any, Callable[[Any], Any]] = {cls: _called for cls in _READABLE if is_dataclass(cls)}
+        table[Op], table[Site] = of_op, of_site
+        table[OpOverload] = lambda target: (overload, (str(target.name()),))
+        table[TensorType] = lambda t: (tensor_type, (t.dtype, t.shape, t.stride, t.offset, t.device, t.conj, t.neg))
+        self.dispatch_table = {**copyreg.dispatch_table, **table}
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, buffer: io.BytesIO, graph: Graph) -> None:
+        super().__init__(buffer)
+        self._here: dict[str, Callable[..., Any]] = {
+            "_op": lambda place: graph.ops[place],
+            "_site": lambda place: graph.ops[place].site,
+            "overload": overload,
+            "tensor_type": tensor_type,
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("kitsune.ir.") and name in self._here:
+            return self._here[name]
+        found = super().find_class(module, name)
+        if not isinstance(found, _CONSTANTS) and found not in _READABLE:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a plan")
+        return found
+
+
+def _called(noun: Any) -> Any:
+    """Made again by its class: dataclasses' own way takes three times as long to read."""
+    return type(noun), tuple(getattr(noun, name) for name in _names(noun.__class__))
+
+
+@cache
+def _names(cls: Hashable) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls) if field.init)  # type: ignore[arg-type]
+
+
+def _op(place: int) -> Op:
+    raise NotImplementedError  # its name stands in the file; who reads it has the graph
+
+
+def _site(place: int) -> Site:
+    raise NotImplementedError

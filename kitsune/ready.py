@@ -1,0 +1,97 @@
+"""A region that has been looked at, and how it is run from then on."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kitsune.background import later
+from kitsune.ir import Graph, Plan
+from kitsune.profiler import PlanTally, plan_tally
+from kitsune.runtime import PlanExecutor, Prepared, Schedule, Steady, current_stream, prepare, views_of_inputs
+from kitsune.scheduler import dead_code, run_passes
+from kitsune.tuning import Subject, Tuner
+
+# Asks for the programs that a prepared plan will need.
+Warm = Callable[[Prepared], list[Future[Any]]]
+
+
+@dataclass(slots=True)
+class Ready:
+    """A region, ready to run: by plan, or op by op. `graph` has what is run of it."""
+
+    work: Prepared | Schedule
+    plan: PlanTally | None
+    n_ops: int
+    n_dead: int
+    graph: Graph
+    # Outputs that lie in an input's memory.
+    views: tuple[int, ...] = ()
+    steady: Steady | None = None
+    # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
+    in_graph: Prepared | None = None
+    # Is another way to run it to be made in the background? What takes its place, once it is there, and what that waited for.
+    waits: bool = False
+    coming: "Future[Ready] | None" = None
+    asked: list[Future[Any]] = field(default_factory=list)
+    n_runs: int = 0
+    # Of one that is run by plan: its kernels, once other tiles are tried for them.
+    subject: Subject | None = None
+    # What takes its place, if its plan lies on disk, which is looked up before it is known whether the region comes back.
+    kept: "Future[Ready | None] | None" = None
+
+    def arrived(self) -> "Future[Ready] | None":
+        """What takes its place from now on, if anything does."""
+        if self.kept is not None and self.kept.done():
+            kept, self.kept = self.kept, None
+            # A failure would be met again, and told, where the plan is made.
+            if kept.exception() is None and kept.result() is not None:
+                return kept  # type: ignore[return-value]
+        return self.coming if self.coming is not None and self.coming.done() else None
+
+
+def unfused(graph: Graph, check: bool) -> Ready:
+    """A region that is run op by op."""
+    alive = run_passes(graph, (dead_code,), check)
+    return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive, views_of_inputs(alive))
+
+
+def by_plan(plan: Plan, graph: Graph, executor: PlanExecutor | None) -> Ready:
+    """A region that is run by a plan."""
+    assert executor is not None, "plans are made where something runs them"
+    n_ops = sum(len(launch.ops) for launch in plan.launches)
+    n_dead = len(graph.ops) - len(dead_code(graph).ops)
+    return Ready(executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views_of_inputs(plan.graph))
+
+
+def try_tiles(ready: Ready, tuner: Tuner, executor: PlanExecutor, warm: Warm, until: float | None) -> None:
+    """Go on with trying other tiles for a region that is replayed by a plan; once all are tried, have it made with the better."""
+    tallied, work = ready.plan, ready.work
+    if tallied is None or not isinstance(work, Prepared) or ready.coming is not None:
+        return
+
+    def changed() -> tuple[Ready, list[Future[Any]]]:
+        tallied.plan = tuner.changed(tallied.plan)
+        prepared = executor.prepare(tallied.plan)
+        made = replace(ready, work=prepared, coming=None, steady=None, asked=warm(prepared))
+        return made, made.asked
+
+    ready.subject = ready.subject or Subject(tallied.plan)
+    if tuner.turn(ready.subject, current_stream(work.device), until):
+        ready.coming = later(changed)
+
+
+def stays_unfused(ready: Ready, error: Exception) -> str:
+    """What a user is told where the compilers fail."""
+    return (
+        f"A region of {ready.n_ops} operators stays unfused, because its kernels could not be compiled. {error} "
+        "With KITSUNE_COMPILE_WORKERS=0 kernels are compiled in the program's own process."
+    )
+
+
+def runs_by_ops(graph: Graph, error: Exception) -> str:
+    """What a user is told where planning fails."""
+    return (
+        f"A region of {len(graph.ops)} operators could not be planned and is run op by op ({type(error).__name__}: {error}). "
+        "This is a bug in Kitsune: please report it."
+    )

@@ -1,0 +1,143 @@
+"""Starts of kernels, through a driver that only looks at what it is given."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kitsune.codegen import driver
+from kitsune.codegen.driver import LoadedKernel
+from kitsune.codegen.machine_code import Binary
+
+CODE = b"\x7fELF code"
+
+
+class Driver:
+    """The driver's functions, each of which succeeds unless `fails` names it; `said` is what was asked of it."""
+
+    def __init__(self) -> None:
+        self.fails, self.max_threads, self.context = "", 1024, 0
+        self.said: list[tuple[Any, ...]] = []
+        # The parameters of each start, read as the driver reads them; and what happens in another thread meanwhile.
+        self.packed: list[bytes] = []
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def __getattr__(self, name: str) -> Any:
+        def function(*args: Any) -> int:
+            self.said.append((name, *args))
+            if name == self.fails:
+                return 700
+            answers = {"cuModuleGetFunction": 77, "cuFuncGetAttribute": self.max_threads, "cuCtxGetCurrent": self.context}
+            if name in answers:
+                args[0]._obj.value = answers[name]
+            if name == "cuDevicePrimaryCtxRetain":
+                args[0]._obj.value = 9
+            if name == "cuCtxSetCurrent":
+                self.context = args[0].value
+            if name == "cuLaunchKernel":
+                call, self.meanwhile = self.meanwhile, lambda: None
+                call()
+                extra = args[-1]
+                assert (extra[0], extra[2], extra[4]) == (1, 2, None)
+                self.packed.append(ctypes.string_at(extra[1], ctypes.c_size_t.from_address(extra[3]).value))
+            if name == "cuGetErrorString":
+                args[1]._obj.value = b"an illegal memory access"
+            return 0
+
+        return function
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [args for said, *args in self.said if said == name]  # type: ignore[misc]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    found = Driver()
+    monkeypatch.setattr(driver, "_function", lambda name: getattr(found, name))
+    driver._primary_context.cache_clear()
+    return found
+
+
+def binary(parameters: str = "Qi", added: str = "QQ", shared: int = 0, warps: int = 4) -> Binary:
+    return Binary("kernel", parameters, added, warps, shared, CODE)
+
+
+def test_parameters_lie_as_a_c_compiler_would_have_them(fake: Driver) -> None:
+    LoadedKernel(binary("QifdQi"), 0).launch(6, [2**63 + 5, -7, 0.1, -0.0, 8, 9], 21)
+    at = {0: ("Q", 2**63 + 5), 8: ("i", -7), 12: ("f", struct.unpack("f", struct.pack("f", 0.1))[0]), 16: ("d", -0.0)}
+    at |= {24: ("Q", 8), 32: ("i", 9), 40: ("Q", 0), 48: ("Q", 0)}
+    (memory,) = fake.packed
+    assert len(memory) == 56
+    for offset, (kind, value) in at.items():
+        assert struct.pack(kind, *struct.unpack_from(kind, memory, offset)) == struct.pack(kind, value)
+    *where, _, _ = fake.named("cuLaunchKernel")[0]
+    assert [getattr(w, "value", w) for w in where] == [77, 6, 1, 1, 128, 1, 1, 0, 21]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1e300, float("inf")), (-1e300, float("-inf")), (3.0, 3.0)])
+def test_a_number_beyond_float32_is_infinite(fake: Driver, number: float, expected: float) -> None:
+    LoadedKernel(binary("fq", ""), 0).launch(1, [number, 5], 0)
+    assert struct.unpack("@fq", *fake.packed) == (expected, 5)
+
+
+def test_an_integer_that_does_not_fit_is_an_error(fake: Driver) -> None:
+    with pytest.raises(struct.error):
+        LoadedKernel(binary("i", ""), 0).launch(1, [2**31], 0)
+    assert not fake.named("cuLaunchKernel")
+
+
+def test_a_start_in_another_thread_changes_no_parameter(fake: Driver) -> None:
+    kernel = LoadedKernel(binary("i", ""), 0)
+    fake.meanwhile = lambda: kernel.launch(1, [2], 0)
+    kernel.launch(1, [1], 0)
+    assert fake.packed == [struct.pack("i", 2), struct.pack("i", 1)]
+
+
+def test_what_the_driver_says_is_told(fake: Driver) -> None:
+    kernel = LoadedKernel(binary(), 0)
+    fake.fails = "cuLaunchKernel"
+    with pytest.raises(RuntimeError, match="cuLaunchKernel: an illegal memory access"):
+        kernel.launch(1, [0, 0], 0)
+
+
+def test_blocks_with_more_threads_than_registers_allow_are_refused(fake: Driver) -> None:
+    fake.max_threads = 128
+    LoadedKernel(binary(warps=4), 0)
+    with pytest.raises(RuntimeError, match="256 threads"):
+        LoadedKernel(binary(warps=8), 0)
+
+
+@pytest.mark.parametrize(("shared", "told"), [(0, []), (48 << 10, []), (100_000, [100_000])])
+def test_much_shared_memory_is_asked_for(fake: Driver, shared: int, told: list[int]) -> None:
+    kernel = LoadedKernel(binary(shared=shared), 0)
+    assert [args[2] for args in fake.named("cuFuncSetAttribute")] == told
+    kernel.launch(1, [0, 0], 0)
+    assert fake.named("cuLaunchKernel")[0][7] == shared
+
+
+def test_a_thread_without_a_context_gets_that_of_the_device(fake: Driver) -> None:
+    LoadedKernel(binary(), 3)
+    assert fake.context == 9 and fake.named("cuDeviceGet")[0][1] == 3
+    LoadedKernel(binary(), 3)
+    assert len(fake.named("cuCtxSetCurrent")) == 1
+
+
+def test_only_what_may_take_long_lets_go_of_pythons_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+
+        def __getattr__(self, name: str) -> Any:
+            return type("Function", (), {"library": self.kind})()
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library("lets go"))
+    monkeypatch.setattr(ctypes, "PyDLL", lambda name: Library("keeps"))
+    driver._function.cache_clear()
+    names = ("cuLaunchKernel", "cuModuleLoadData", "cuFuncGetAttribute", "cuCtxGetCurrent")
+    assert [driver._function(name).library for name in names] == ["lets go", "lets go", "keeps", "keeps"]
+    assert len(driver._function("cuLaunchKernel").argtypes) == 11
+    driver._function.cache_clear()
