@@ -30,8 +30,8 @@ def verify(
     The report is true where everything was equal, and prints as sentences: bit for bit or, with numerics="strict", as near to
     float64 as eager where sums are in an order of their own. Otherwise it names the first operator that differs, its line, and a
     file that shows the difference again. The steps are real ones: they change the model, the optimizer and the random state as
-    `steps` steps do. The first only shows Kitsune what the step does; kernels take part from the fourth on, CUDA graphs from the
-    sixth. It is slow, and needs memory for a second copy of what a step makes.
+    `steps` steps do. The first only shows Kitsune what the step does; after the third, kernels are waited for, and CUDA graphs
+    follow. It is slow, and needs memory for copies of what a step writes and makes.
     """
     accepted("steps", steps, whole(1))
     report = CheckReport()

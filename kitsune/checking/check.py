@@ -30,6 +30,7 @@ reports: list[CheckReport] = []
 # Regions in which something was found, which is said once. They are kept, so that no other gets the id of one.
 _known: dict[int, Graph] = {}
 MAX_KNOWN = 1024
+AS_GRAPH = "as a CUDA graph"
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ def _run_of(runner: Runner, ready: Ready, replayed: bool) -> tuple[Any, ...]:
     if replayed and ready.in_graph is not None:
         plan = ready.in_graph.plan
     prepare = runner.backend.prepare_launch if isinstance(runner.backend, Backend) else no_kernels
-    how = "as a CUDA graph" if replayed else "as a whole"
+    how = AS_GRAPH if replayed else "as a whole"
     return plan, prepare, runner.options.grade == "bitwise", how
 
 
@@ -139,7 +140,9 @@ def _described(runner: Runner, ready: Ready, ran: Ran, fault: Fault) -> Differen
         path = write(cache_folder() / "differences", graph, inputs, ran.scalars, ran.before, how, str(difference))
     except (OSError, RuntimeError) as error:
         return replace(difference, problem=f"The region could not be written to {cache_folder()} ({error}).")
-    return replace(difference, reproduction=str(path))
+    # Of a fault of streams or of graphs it may show nothing.
+    once = "The file launches the plan once, in the ordinary way." if ran.how == AS_GRAPH else ""
+    return replace(difference, reproduction=str(path), problem=once)
 
 
 def _tell(runner: Runner, difference: Difference | None) -> None:

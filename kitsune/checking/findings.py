@@ -12,7 +12,7 @@ class Difference:
     """A region that gave something else than eager: the first operator whose value is wrong, its line, and how it is wrong.
 
     `kernel` and `kernel_ops` are those of the fused kernel that computed it, if one did. `reproduction` is a Python file that
-    shows it; empty where it could not be written, and `problem` says why.
+    shows it, empty where it could not be written; `problem` is what else there is to know of it.
     """
 
     operator: str

@@ -13,7 +13,7 @@ from kitsune.backends import Backend, backend_of
 from kitsune.checking.inputs import Draws, Start
 from kitsune.checking.judge import judge
 from kitsune.checking.narrow import first_of
-from kitsune.checking.plan_run import executor_of
+from kitsune.checking.plan_run import executor_of, op_by_op
 from kitsune.checking.search import Ran
 from kitsune.config import config
 from kitsune.dispatch import below_autograd
@@ -110,7 +110,7 @@ def _again(content: dict[str, Any], how: dict[str, Any]) -> tuple[Any, bool]:
         start = Start(graph, given)
         values = start.values()
         planner = planner_for(how["arch"])
-        plan = planner.plan(graph)
+        plan = planner.plan(graph) if how["fuse"] else op_by_op(graph)
         executor = executor_of(prepare)
         executor.run(executor.prepare(plan), values, scalars)
         # What it has written are copies, so that `start` still has what it began with.
