@@ -37,6 +37,13 @@ class LastElement(Walk):
             at_address(address(access), access.value.type.dtype, kernel.domain, access.strides)[(-1,) * len(kernel.domain)] = 0
 
 
+class Nothing(Walk):
+    """Kernels that do nothing."""
+
+    def _run(self, *args: Any) -> None:
+        pass
+
+
 class WritesWhatItReads(Walk):
     """Kernels that write what they only read, too."""
 

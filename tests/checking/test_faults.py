@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import kitsune
-from kitsune.checking import CheckReport, Difference
-from tests.checking.faults import Draws, LastElement, Off, WritesWhatItReads, planner_that
+from kitsune.checking import CheckReport, Difference, reproduce
+from tests.checking.faults import Draws, LastElement, Nothing, Off, WritesWhatItReads, planner_that
 from tests.runtime.backends import backend
 from tests.runtime.repeated import Repeated, graphs
 from tests.runtime.test_real_plans import Walk
@@ -67,6 +68,12 @@ def test_an_operator_inside_of_a_kernel_is_named() -> None:
 def test_what_a_kernel_leaves_out_is_named_by_its_first_operator() -> None:
     found = assert_found(verify(chain, torch.rand(4, 6), start=LastElement), "aten.mul.Tensor", chain, "first")
     assert found.kernel == "mul_exp_add" and "1 of 24 elements differ, the first at [3, 5]" in found.sentence
+
+
+def test_memory_that_a_kernel_has_not_written_is_no_result() -> None:
+    # Even where it holds the right numbers from before.
+    found = assert_found(verify(chain, torch.rand(4, 6), start=Nothing), "aten.mul.Tensor", chain, "first")
+    assert "24 of 24 elements differ, the first at [0, 0]: nan instead of" in found.sentence
 
 
 def through_a_view(x: torch.Tensor) -> torch.Tensor:
@@ -274,6 +281,17 @@ def test_the_reproduction_shows_the_difference(fault: str, step: Any, batch: lis
     assert broken.returncode == 1 and found.site in broken.stdout, broken.stdout + broken.stderr
     assert re.search(r"\d+ of \d+ elements differ", broken.stdout)
     assert healthy.returncode == 0 and "Eager and the plan are equal" in healthy.stdout, healthy.stdout + healthy.stderr
+
+
+def test_a_reproduction_draws_what_the_region_drew(capsys: pytest.CaptureFixture[str]) -> None:
+    def step(x: torch.Tensor, index: torch.Tensor) -> Any:
+        return reads_before_a_write(F.dropout(x, 0.5), index)
+
+    with planner_that("drops edges"):
+        (found,) = verify(step, torch.rand(4, 4), torch.arange(4)).differences
+    torch.manual_seed(77)
+    assert reproduce(found.reproduction) == 0, capsys.readouterr().out
+    assert "Eager and the plan are equal" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

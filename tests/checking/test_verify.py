@@ -148,12 +148,21 @@ def test_what_could_not_be_checked_is_not_called_equal(monkeypatch: pytest.Monke
 
 def test_a_fault_of_the_check_itself_does_not_end_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     def judge(*args: Any) -> None:
+        torch.rand(3)
         raise LookupError("oh")
 
     monkeypatch.setattr("kitsune.checking.check.judge", judge)
+    state = torch.get_rng_state()
     told = pytest.warns(kitsune.KitsuneWarning, match=r"could not be checked \(LookupError: oh\)")
     with lazily(), kitsune.config.patch(check=True, verify=False), told:
         assert (torch.ones(3) * 3).sum().item() == 9
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_gate_leaves_nothing_to_eager_while_runs_are_checked() -> None:
+    with kitsune.config.patch(gate=True, check=True):
+        loop(lazily(), steps=8)
+    assert kitsune.counters()["gate_left"] == 0 and kitsune.counters()["checked"] >= 8
 
 
 def test_memory_that_nobody_has_written_is_not_compared() -> None:
@@ -162,7 +171,9 @@ def test_memory_that_nobody_has_written_is_not_compared() -> None:
         kitsune.flush()
         return kept
 
-    assert kitsune.verify(step, device="cpu", steps=4).equal
+    report = kitsune.verify(step, device="cpu", steps=4)
+    # The one that is filled is.
+    assert report.equal and report.values == report.regions > 0
 
 
 def test_numbers_of_eight_bits_and_complex_ones_are_compared() -> None:
