@@ -11,6 +11,7 @@ from kitsune.optimizer import KitsuneOptimizer
 from kitsune.scheduler import StreamConfig
 from kitsune.session import accelerate, counters, disable, explain, flush, last_plan, reset, wait_for_kernels
 from kitsune.stance import set_stance
+from kitsune.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -27,5 +28,6 @@ __all__ = [
     "last_plan",
     "reset",
     "set_stance",
+    "verify",
     "wait_for_kernels",
 ]

@@ -80,6 +80,7 @@ class Options:
     )
     dump: str | None = knob(None, "KITSUNE_DUMP", folder, "writes each new region's graphs, plan and kernels into this folder")
     verify: bool = knob(False, "KITSUNE_VERIFY", flag, "1 checks every new graph and plan for consistency")
+    check: bool = knob(False, "KITSUNE_CHECK", flag, "1 runs every region by eager's operators, too, and says what differs")
 
 
 KNOBS: Mapping[str, Field[Any]] = {row.name: row for row in fields(Options)}
@@ -144,6 +145,7 @@ class Config:
     debug: int
     dump: str | None
     verify: bool
+    check: bool
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         found = from_environment(environment)

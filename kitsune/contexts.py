@@ -78,7 +78,7 @@ def close_context(pipeline: Pipeline) -> None:
         outer = next(reversed(here.depth))
         if outer.on:
             outer.follow()
-    elif config.gate and not pipeline.insists:
+    elif _gated() and not pipeline.insists:
         pipeline.gate.end_of_context()
     with _lock:
         _n_open -= 1
@@ -116,7 +116,12 @@ def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
 
 
 def _wanted(pipeline: Pipeline) -> bool:
-    return not _forced_eager and (pipeline.gate.records or pipeline.insists or not config.gate)
+    return not _forced_eager and (pipeline.gate.records or pipeline.insists or not _gated())
+
+
+def _gated() -> bool:
+    """May the gate decide? Not while every run is checked: it would find that slower than eager."""
+    return config.gate and not config.check
 
 
 def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -139,7 +144,7 @@ def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 def _look_at_gate(pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:
     gate = pipeline.gate
     # While a stance other than the default is set, steps are not what they would be without it: they decide nothing.
-    if config.gate and not pipeline.insists and not _forced_eager and _on_new == "record" and pipeline.on is gate.records:
+    if _gated() and not pipeline.insists and not _forced_eager and _on_new == "record" and pipeline.on is gate.records:
         gate.end_of_step(optimizer)
     if pipeline.on is not _wanted(pipeline):
         _turn(pipeline)

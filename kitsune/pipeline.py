@@ -12,6 +12,7 @@ import torch
 
 from kitsune.backends import nearest_arch
 from kitsune.background import n_awaited, thread, wait
+from kitsune.checking import checked_run
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
 from kitsune.engine_options import DEFAULT, EngineOptions
@@ -128,11 +129,15 @@ class Pipeline:
         # A region that ends outside of a call of the API would have its own ops looked at as calls.
         seen = span(f"kitsune::run[{len(graph.ops)} operators]") if profiled() else NO_SPAN
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), seen:
-            self.runner.run(graph, values, scalars)
+            if config.check:
+                checked_run(self.runner, self.device, graph, values, scalars)
+            else:
+                self.runner.run(graph, values, scalars)
 
     def standing(self, graph: Graph, values: list[Any], sure: Collection[int]) -> Standing | None:
         """A region that will be replayed as it was, to be passed to `again`; None where that cannot be said."""
-        return standing(self.runner, graph, values, sure)
+        # What is checked is run at length.
+        return None if config.check else standing(self.runner, graph, values, sure)
 
     def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
         """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""

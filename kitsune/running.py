@@ -37,13 +37,11 @@ from kitsune.runtime import (
     schedule_work,
 )
 from kitsune.runtime.instructions import Start
-from kitsune.shown import show_plan, shows
+from kitsune.shown import SHOWN_ARCH, show_plan, shows
 from kitsune.tuning import Tuner
 
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
-# Whose plan is shown where none is run: the newest device of known rates.
-SHOWN_ARCH = "sm_90"
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 3
@@ -146,16 +144,17 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._worthwhile(graph, by_plan(show_plan(graph, self._planner()), graph, self.executor))
+                    return self._worthwhile(graph, by_plan(show_plan(graph, self.planner()), graph, self.executor))
                 if shows().wanted:
-                    show_plan(graph, self._planner(SHOWN_ARCH))
+                    show_plan(graph, self.planner(SHOWN_ARCH))
             except Exception as error:
                 if config.verify:
                     raise
                 self.sentences.append(runs_by_ops(graph, error))
         return unfused(graph, config.verify)
 
-    def _planner(self, arch: str | None = None) -> Planner:
+    def planner(self, arch: str | None = None) -> Planner:
+        """What plans the regions that run here."""
         planner = planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
         return planner if self.tuner is None or config.tuning == "off" else replace(planner, tiles=self.tuner.tiles())
 
@@ -165,7 +164,7 @@ class Runner:
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
         assert self.executor is not None
-        planner = self._planner(self.arch)
+        planner = self.planner(self.arch)
         if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
             return made
         return by_plan(show_plan(graph, planner), graph, self.executor)
@@ -177,7 +176,7 @@ class Runner:
             return
         assert executor is not None and isinstance(backend, Backend)
         # With the knobs of now.
-        planner = self._planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
+        planner = self.planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
@@ -198,7 +197,7 @@ class Runner:
         """A plan that lies on disk is had before the region comes back: nothing is lost if it does not."""
         if not now.waits or not self.options.fuses or self._n_missed >= MAX_MISSED or shows().wanted:
             return
-        planner = self._planner()
+        planner = self.planner()
 
         def make() -> tuple[Ready | None, list[Future[Any]]]:
             plan = kept_plan(graph, planner)

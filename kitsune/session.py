@@ -215,7 +215,8 @@ def flush() -> None:
 
 def counters() -> dict[str, Any]:
     """Counts since the start or the last `reset()`: ops `recorded`, `observed`, `executed` by replay and `skipped` because
-    nobody needed them; programs in work (`compiling`) and runs `unfused` for want of them; distinct `regions` and how often
+    nobody needed them; programs in work (`compiling`) and runs `unfused` for want of them; runs compared with
+    eager (`checked`) and found `different`; distinct `regions` and how often
     one was `recognised`; CUDA graphs `captured`, runs `replayed` by one, results `moved` or copied because they are held,
     `graph_missed` and `graph_refused` by reason; `flushed` by cause; `passed_through` by reason; steps that the gate left to
     eager (`gate_left`) and what it decided (`gate_decided`); calls of static functions without their Python (`static_skipped`),

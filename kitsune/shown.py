@@ -11,6 +11,8 @@ from kitsune.plan_files import planned
 from kitsune.planning import Planner
 from kitsune.profiler import Show
 
+# Whose plan is shown where none is run: the newest device of known rates.
+SHOWN_ARCH = "sm_90"
 # Of regions as they are shown; the runners of several threads may write into one folder.
 _numbers = itertools.count()
 

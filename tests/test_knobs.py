@@ -38,6 +38,7 @@ EXAMPLES = {
     "debug": ("1", 1, 5, 6),
     "dump": ("/tmp/d", "/tmp/d", None, 0),
     "verify": ("yes", True, False, 2),
+    "check": ("1", True, False, 2),
 }
 
 

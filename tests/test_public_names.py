@@ -26,6 +26,7 @@ def test_the_public_names_are_these() -> None:
         "last_plan",
         "reset",
         "set_stance",
+        "verify",
         "wait_for_kernels",
     ]
 

@@ -75,6 +75,9 @@ class Tally:
         self.fused = 0
         # Runs op by op because a plan or its kernels were not there yet.
         self.unfused = 0
+        # Runs that were compared with eager, and those in which something was found.
+        self.checked = 0
+        self.different = 0
         self.plans: list[PlanTally] = []
         # Failures that were worked around, as sentences.
         self.mended: list[str] = []
@@ -187,6 +190,8 @@ class Tally:
             "fused": self.fused,
             "compiling": self.n_compiling(),
             "unfused": self.unfused,
+            "checked": self.checked,
+            "different": self.different,
             "tiles_tried": len(self.chosen),
             "tiles_changed": sum(choice.gain > 0 for choice in self.chosen.values()),
             "tiles_untried": self.n_untried,
