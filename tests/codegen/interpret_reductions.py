@@ -1,7 +1,8 @@
 """Run in a process of its own, for Triton's interpreter must be chosen before Triton is imported: prints a line per difference,
 then the number of kernels that were run.
 
-Usage: python -m tests.codegen.interpret_reductions <folder for sources> <sizes | layouts | special | batched>
+Usage: python -m tests.codegen.interpret_reductions <folder for sources> <float32 | ... | layouts | special | batched>
+A dtype stands for every case of the table in all sizes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -48,14 +50,13 @@ def compare(
             print(f"{name}, result {k}: {difference}")
 
 
-def sizes(compiler: Compiler) -> None:
-    for dtype in DTYPES:
-        for n in SIZES:
-            for case in CASES:
-                # Half of the table takes the large size in one dtype each, for every element costs the interpreter time.
-                if n < 50000 or dtype is torch.bfloat16:
-                    precision = dtype if case.rounds else None
-                    compare(f"{case.name} {n} {dtype}", case.program, draw(case.shapes(n), dtype), compiler, precision)
+def sizes(dtype: torch.dtype, compiler: Compiler) -> None:
+    for n in SIZES:
+        for case in CASES:
+            # The large size in one dtype only, for every element costs the interpreter time.
+            if n < 50000 or dtype is torch.bfloat16:
+                precision = dtype if case.rounds else None
+                compare(f"{case.name} {n} {dtype}", case.program, draw(case.shapes(n), dtype), compiler, precision)
 
 
 def views(compiler: Compiler) -> None:
@@ -77,7 +78,6 @@ def batched(compiler: Compiler) -> None:
 
 
 if __name__ == "__main__":
-    {"sizes": sizes, "layouts": views, "special": specials, "batched": batched}[sys.argv[2]](
-        Compiler(sys.argv[1], interpret=True)
-    )
+    by_dtype = {str(dtype).removeprefix("torch."): partial(sizes, dtype) for dtype in DTYPES}
+    {**by_dtype, "layouts": views, "special": specials, "batched": batched}[sys.argv[2]](Compiler(sys.argv[1], interpret=True))
     print(n_kernels)
