@@ -35,8 +35,8 @@ class OutputMemory:
         self._outputs = {number: _alias(tensor) for number, tensor in outputs.items()}
         self._storage: Any = storage_of(next(iter(self._outputs.values())))
         self._moved, self._lent = moved, lent
-        # Made by others on this memory, and known.
-        self._adopted: list[weakref.ref[torch.Tensor]] = []
+        # Made by others on this memory, and known; by id, since a step may bring hundreds of gradients.
+        self._adopted: dict[int, weakref.ref[torch.Tensor]] = {}
         self.key: int = self._storage._cdata
         self.attributes: dict[str, Any] = vars(self._storage)
         # All of it, to be copied at once.
@@ -86,20 +86,24 @@ class OutputMemory:
         return self.copies
 
     def _lend(self) -> None:
-        self._lent.update({number: _alias(tensor) for number, tensor in self._outputs.items()})
+        lent = {number: _alias(tensor) for number, tensor in self._outputs.items()}
+        self._lent.update(lent)
+        self._lent_ids = set(map(id, lent.values()))
 
     def adopt(self, tensor: torch.Tensor) -> None:
         """A tensor on this memory that somebody else made is to be moved with the others."""
         # Once: known tensors are counted, and one more than there are would hide a holder who is not known.
-        if not any(tensor is known for known in (*map(self._lent.get, self._outputs), *[ref() for ref in self._adopted])):
-            self._adopted.append(weakref.ref(tensor))
+        if id(tensor) not in self._lent_ids:
+            known = self._adopted.get(id(tensor))
+            if known is None or known() is not tensor:
+                self._adopted[id(tensor)] = weakref.ref(tensor)
 
     def release(self) -> bool:
         """Move what is held to memory of its own. False if somebody holds what is not known here, and all stays as it is.
 
         Raises torch.OutOfMemoryError, and nothing has moved.
         """
-        adopted = [tensor for ref in self._adopted if (tensor := ref()) is not None]
+        adopted = [tensor for ref in self._adopted.values() if (tensor := ref()) is not None]
         if 0 <= self.own_count < _count(self.key) - len(adopted):
             return False
         alive = adopted + held([self._lent[number] for number in self._outputs])
