@@ -36,7 +36,7 @@ demo: $(READY)
 
 test: lint
 	@flags=""; \
-	if $(call has,xdist); then flags="$$flags -n auto"; fi; \
+	if $(call has,xdist); then flags="$$flags -n auto --dist worksteal"; fi; \
 	if $(call has,pytest_timeout); then flags="$$flags --timeout 300"; fi; \
 	$(RUN) -m pytest tests -q $$flags $(ARGS)
 
