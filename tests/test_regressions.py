@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.library import custom_op
 
 import kitsune
 from kitsune.lazy.trie import Node
@@ -75,7 +76,7 @@ def test_the_default_dtype_may_change_inside_a_context() -> None:
 def test_an_operator_of_another_library_draws_in_its_turn_and_sees_what_was_written() -> None:
     state = torch.zeros(1)
 
-    @torch.library.custom_op("regression_tests::noisy", mutates_args=())
+    @custom_op("regression_tests::noisy", mutates_args=())
     def noisy(x: torch.Tensor) -> torch.Tensor:
         return x + torch.rand(3) + state
 

@@ -56,14 +56,14 @@ def workspaces(op: Op) -> set[int]:
 class EagerRun:
     """The run of a recorded graph from `values`. `awaited` are the numbers of values that a plan is going to make.
 
-    `exact`: must reductions in kernels have eager's bits, too? `library` are numbers of values that a call of the library makes
-    in the plan, as here: where its bits differ, the library's own differ from run to run.
+    `exact`: must reductions in kernels have eager's bits, too? `called` are numbers of values that a call of torch's makes in the
+    plan, as here: where its bits differ, torch's own differ from run to run.
     """
 
     def __init__(self, graph: Graph, values: list[Any], scalars: list[float], device: torch.device, exact: bool = True) -> None:
         self.graph, self.values, self.scalars, self.exact = graph, values, scalars, exact
         self.awaited: set[int] = set()
-        self.library: set[int] = set()
+        self.called: set[int] = set()
         self._given: dict[int, torch.Tensor] = {}
         self._origins: dict[int, Origin] = {}
         self._draws = Draws(device)
@@ -152,7 +152,7 @@ class EagerRun:
         got, eager = self._given.pop(value.id), self.values[value.id]
         if value.id in workspaces(op) or same_bits(got, eager):
             return
-        may_differ = origin.loose and (not self.exact or value.id in self.library)
+        may_differ = origin.loose and (not self.exact or value.id in self.called)
         sentence = far_from(got, eager, origin, self.scalars) if may_differ else difference(got, eager)
         if sentence is not None:
             raise Wrong(op, value, origin, sentence)

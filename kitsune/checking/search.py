@@ -89,7 +89,7 @@ class Search:
                 self._eager.awaited.add(value.id)
                 self._launches[value.id] = launch
                 if launch.op is not None:
-                    self._eager.library.add(value.id)
+                    self._eager.called.add(value.id)
 
     def walk(self) -> Walk:
         """Go through it. Raises what an operator raises."""

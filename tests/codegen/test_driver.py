@@ -132,12 +132,12 @@ def test_only_what_may_take_long_lets_go_of_pythons_lock(monkeypatch: pytest.Mon
             self.kind = kind
 
         def __getattr__(self, name: str) -> Any:
-            return type("Function", (), {"library": self.kind})()
+            return type("Function", (), {"lock": self.kind})()
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library("lets go"))
     monkeypatch.setattr(ctypes, "PyDLL", lambda name: Library("keeps"))
     driver._function.cache_clear()
     names = ("cuLaunchKernel", "cuModuleLoadData", "cuFuncGetAttribute", "cuCtxGetCurrent")
-    assert [driver._function(name).library for name in names] == ["lets go", "lets go", "keeps", "keeps"]
+    assert [driver._function(name).lock for name in names] == ["lets go", "lets go", "keeps", "keeps"]
     assert len(driver._function("cuLaunchKernel").argtypes) == 11
     driver._function.cache_clear()
