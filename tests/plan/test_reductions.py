@@ -116,6 +116,8 @@ def test_a_deviation_of_long_rows_is_made_in_parts_too():
     (first, second) = kernels(strict(lambda: torch.std(x, 0)))
     assert first.n_columns < 4096 and second.n_columns == 4096 // first.n_columns
     assert second.name == "var_mean_mean_add_mul_sqrt_to_copy"
+    factors = [op.args[1] for op in strict(lambda: torch.var(x, 0)).graph.ops if op.target is torch.ops.aten.mul.Tensor]
+    assert factors == [4096 / 4095]
     assert launched(strict(lambda: torch.var(x, 0, correction=4096))) == ["var"], "rows as long as the correction have none"
 
 
@@ -123,6 +125,7 @@ def test_parts_may_be_far_more_or_fewer_than_wanted_where_the_rows_have_few_divi
     """1024 are wanted of 64 columns, 128 of 512: there are 8191 and 79, which leave 37 and 79 rows for each."""
     assert kernels(strict(lambda: torch.zeros(37 * 8191, 64).sum(0)))[0].domain == (8191 * 64, 37)
     assert kernels(strict(lambda: torch.zeros(79 * 79, 512).sum(0)))[0].domain == (79 * 512, 79)
+    assert kernels(strict(lambda: torch.zeros(127 * 16381, 4).sum(0)))[0].n_columns == 16381, "an eighth, and not 16 times as many"
 
 
 def norm_backward(rows: int, dtype: torch.dtype):
