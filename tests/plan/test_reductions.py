@@ -125,7 +125,9 @@ def test_parts_may_be_far_more_or_fewer_than_wanted_where_the_rows_have_few_divi
     """1024 are wanted of 64 columns, 128 of 512: there are 8191 and 79, which leave 37 and 79 rows for each."""
     assert kernels(strict(lambda: torch.zeros(37 * 8191, 64).sum(0)))[0].domain == (8191 * 64, 37)
     assert kernels(strict(lambda: torch.zeros(79 * 79, 512).sum(0)))[0].domain == (79 * 512, 79)
-    assert kernels(strict(lambda: torch.zeros(127 * 16381, 4).sum(0)))[0].n_columns == 16381, "an eighth, and not 16 times as many"
+    assert kernels(strict(lambda: torch.zeros(127 * 16381, 4).sum(0)))[0].n_columns == 16381, (
+        "an eighth, and not 16 times as many"
+    )
 
 
 def norm_backward(rows: int, dtype: torch.dtype):
