@@ -60,8 +60,8 @@ def too_far(
     rounded: torch.Tensor | None = None,
 ) -> str | None:
     """Why a value that may be summed in another order is no such value; None if it may be. `exact` is eager's in float64, None
-    where that cannot be had; `dtype` is that of coarser steps on the way, of which there may be `several`; `rounded` is `exact` of
-    operands that were rounded otherwise."""
+    where that cannot be had; `dtype` is that of coarser steps on the way, of which there may be `several`; `rounded` is `exact`
+    of operands that were rounded otherwise."""
     got, eager = plain(got), plain(eager)
     if not got.is_floating_point():
         return None if torch.equal(got, eager) else difference(got, eager)
