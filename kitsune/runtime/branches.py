@@ -7,7 +7,7 @@ import torch
 
 from kitsune.ir import Launch, happens_before
 from kitsune.runtime.frame import Frame
-from kitsune.runtime.instructions import Call, CallInto, Drop, Instruction, Start, StartInGraph
+from kitsune.runtime.instructions import Call, CallInto, Drop, Instruction, Send, Start, StartInGraph
 
 # By device: streams from torch's pool, which has 32 of them, taken once.
 _side_streams: dict[int, list[torch.cuda.Stream]] = {}
@@ -36,22 +36,27 @@ class Branches:
         streams = [main, *_sides(self._device, max(launch.stream for launch in self._launches))]
         done: dict[int, torch.cuda.Event] = {}
         dropped: list[Instruction] = []
-        for side in streams[1:]:
-            side.wait_stream(main)
+        _fork(streams)
         try:
             for position, instruction in enumerate(instructions):
                 frame.position = position
                 if instruction.at in self._met:
                     _run_all(dropped, frame)
-                if isinstance(instruction, Drop):
+                if isinstance(instruction, Send):
+                    # Here the capture ends and the next begins: no event of the one means anything in the other.
+                    _join(streams)
+                    _run_all(dropped, frame)
+                    instruction.run(frame)
+                    done.clear()
+                    _fork(streams)
+                elif isinstance(instruction, Drop):
                     dropped.append(instruction)
-                elif not _reaches_device(instruction):
+                elif not reaches_device(instruction):
                     instruction.run(frame)
                 else:
                     self._launch(instruction, frame, streams, done)
         finally:
-            for side in streams[1:]:
-                main.wait_stream(side)
+            _join(streams)
         _run_all(dropped, frame)
 
     def _launch(
@@ -70,13 +75,24 @@ class Branches:
             done[number] = stream.record_event()
 
 
+def _fork(streams: list[torch.cuda.Stream]) -> None:
+    for side in streams[1:]:
+        side.wait_stream(streams[0])
+
+
+def _join(streams: list[torch.cuda.Stream]) -> None:
+    for side in streams[1:]:
+        streams[0].wait_stream(side)
+
+
 def _run_all(dropped: list[Instruction], frame: Frame) -> None:
     for instruction in dropped:
         instruction.run(frame)
     dropped.clear()
 
 
-def _reaches_device(instruction: Instruction) -> bool:
+def reaches_device(instruction: Instruction) -> bool:
+    """Does it put work on a stream?"""
     if isinstance(instruction, Call):
         return not instruction.op.starts_nothing
     return isinstance(instruction, (CallInto, Start, StartInGraph))
