@@ -91,13 +91,13 @@ def logs(training: Training, k: int) -> None:
 
 def test_a_question_before_the_update_is_answered_and_the_next_one_foreseen(kernels: bool) -> None:
     counts = same(filters)
-    # Region and update are a graph each, and the second question is asked in none.
-    assert counts[-1] == (2, 1, 2) and counts[9:] == [counts[-1]] * (STEPS - 9)
+    # Region and update are a graph each, if their inputs have not moved; and the second question is asked in none.
+    assert {(answered, foreseen) for answered, foreseen, _ in counts[-5:]} == {(2, 1)} and max(n for *_, n in counts) == 2
 
 
 def test_a_loss_that_each_step_reads_is_sent_before_the_update(kernels: bool) -> None:
     counts = same(logs)
-    assert counts[-1] == (1, 0, 1) and counts[9:] == [counts[-1]] * (STEPS - 9)
+    assert counts[-5:] == [(1, 0, 1)] * 5
 
 
 def test_one_that_is_read_now_and_then_is_not(kernels: bool) -> None:
