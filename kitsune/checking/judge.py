@@ -113,7 +113,9 @@ def _search(ran: Ran, numbers: list[Value]) -> Fault | None:
     again = Search(ran).walk()
     for v in apart:
         got, one, other = ran.values[v.id], walk.values[v.id], again.values[v.id]
-        if (may_differ or not same_bits(one, other)) and too_far(got, other, one.double() if one.is_floating_point() else None) is None:
+        if (may_differ or not same_bits(one, other)) and too_far(
+            got, other, one.double() if one.is_floating_point() else None
+        ) is None:
             continue
         sentence = f"run launch by launch the plan agrees with eager, and run {ran.how} it does not: {difference(got, one)}"
         return _fault(ran, v, sentence)
