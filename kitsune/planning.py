@@ -16,6 +16,7 @@ from kitsune.scheduler import (
     Costs,
     Work,
     assign_streams,
+    awaited_first,
     batch_norms,
     bias_gradients,
     common_subexpressions,
@@ -76,7 +77,7 @@ class Planner:
             if self.layouts
             else ()
         )
-        passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
+        passes = (awaited_first, dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)

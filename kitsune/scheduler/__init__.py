@@ -1,5 +1,6 @@
 """From a Graph to the order, the streams and the costs of its Plan: passes, cost model, order."""
 
+from kitsune.scheduler.awaited import awaited_first
 from kitsune.scheduler.batch_norms import batch_norms
 from kitsune.scheduler.bias_gradients import bias_gradients
 from kitsune.scheduler.channels_last import in_channels_last
@@ -26,6 +27,7 @@ __all__ = [
     "StreamConfig",
     "Work",
     "assign_streams",
+    "awaited_first",
     "batch_norms",
     "bias_gradients",
     "common_subexpressions",
