@@ -40,7 +40,7 @@ TRACED = "tests/plan tests/golden tests/codegen tests/property tests/runtime tes
 BUDGETS = "8,20"
 # What the text of a kernel computes is seen by Triton's interpreter alone, in few and long tests: seconds of these, last of all.
 INTERPRETER = ("tests/codegen/test_interpreted.py", "tests/codegen/test_reductions.py", "tests/codegen/test_windows.py")
-INTERPRETED = 80.0
+INTERPRETED = "80"
 # Real seconds for each of them: a mutant may loop for ever.
 SLACK = 60.0
 NEEDED = 0.95
@@ -152,13 +152,13 @@ def trace(folder: Path, tests: Sequence[str]) -> None:
         subprocess.run(command, cwd=ROOT, env=environment, check=False)
 
 
-def tried(copy: Copy, lines: Any, mutant: Mutant, budgets: Sequence[float]) -> Row:
+def tried(copy: Copy, lines: Any, mutant: Mutant, budgets: Sequence[float], interpreted: float) -> Row:
     """Run the tests that cover a mutant, the cheap ones first."""
     row: Row = {"mutant": mutant.key, "kind": mutant.kind, "path": mutant.path, "line": mutant.start[0], "by": "", "tests": 0}
     began = time.monotonic()
     covering = lines.covering(mutant)
     row["verdict"] = "survived" if covering else "not covered"
-    for tests in rounds(lines, covering, budgets, "/codegen/" in mutant.path):
+    for tests in rounds(lines, covering, budgets, interpreted if "/codegen/" in mutant.path else 0):
         if tests and row["verdict"] == "survived":
             row["tests"] += len(tests)
             seconds = sum(lines.seconds[test] for test in tests)
@@ -168,14 +168,13 @@ def tried(copy: Copy, lines: Any, mutant: Mutant, budgets: Sequence[float]) -> R
     return {**row, "seconds": round(time.monotonic() - began, 1)}
 
 
-def rounds(lines: Any, covering: set[str], budgets: Sequence[float], in_kernels: bool) -> Iterator[list[str]]:
+def rounds(lines: Any, covering: set[str], budgets: Sequence[float], interpreted: float) -> Iterator[list[str]]:
     """The tests for a mutant, those of each budget apart."""
     for budget in budgets:
         tests = lines.in_turn(covering, budget)
         covering = covering - set(tests)
         yield tests
-    if in_kernels:
-        yield lines.in_turn({test for test in covering if test.startswith(INTERPRETER)}, INTERPRETED)
+    yield lines.in_turn({test for test in covering if test.startswith(INTERPRETER)}, interpreted)
 
 
 def told(rows: Sequence[Row]) -> int:
@@ -200,6 +199,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--map", type=Path, nargs="*", default=[], help="folders that an earlier run has traced")
     parser.add_argument("--only", default="", help="mutants with this in their keys, of all that there are")
     parser.add_argument("--budgets", default=BUDGETS, help="seconds of tests for each mutant, and for what survives them")
+    parser.add_argument("--interpreted", default=INTERPRETED, help="seconds of tests in Triton's interpreter after that")
     parser.add_argument("--skip", type=Path, help="results of an earlier run: what was killed there is killed")
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"), help="a line of JSON for each mutant")
     parser.add_argument("--merge", type=Path, nargs="+", help="say what these files hold, and run nothing")
@@ -236,7 +236,11 @@ def main(given: Sequence[str] | None = None) -> int:
         with options.out.open("w") as file:
             for mutant in mutants:
                 row = known.get(mutant.key, {})
-                row = row if row.get("verdict") in ("killed", "timed out") else tried(copy, lines, mutant, budgets)
+                row = (
+                    row
+                    if row.get("verdict") in ("killed", "timed out")
+                    else tried(copy, lines, mutant, budgets, float(options.interpreted))
+                )
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()

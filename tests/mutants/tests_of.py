@@ -27,7 +27,9 @@ class Map:
         """Of what is run at import alone, such as a table: every test that runs anything of its file."""
         lines = self.tests.get(mutant.path, {})
         here = set().union(*(lines.get(n, ()) for n in range(mutant.start[0], mutant.end[0] + 1)))
-        if AT_IMPORT in here and not here - {AT_IMPORT}:
+        # Processes that tests start import the file as well: these are found at its first line.
+        importing = lines[min(lines)] if lines else set()
+        if AT_IMPORT in here and not here - importing:
             here = set().union(*lines.values())
         return {test for test in here if test in self.seconds}
 
