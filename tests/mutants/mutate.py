@@ -236,6 +236,11 @@ class _Finder(ast.NodeVisitor):
             self.add(node, "lost element", ast.Set(node.elts[1:]))
         self.generic_visit(node)
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        # That of zip: an assertion.
+        if node.arg != "strict":
+            self.visit(node.value)
+
     def visit_Raise(self, node: ast.Raise) -> None:
         """Sentences."""
 
