@@ -100,7 +100,7 @@ class Planner:
             n_unplanned=sum(op.kind is not Kind.VIEW for op in dead_code(graph).ops),
         )
         if self.verify:
-            verify_plan(plan, before, {life.storage: life.nbytes for life in lives})
+            verify_plan(plan)
         return plan.with_tiles(self.tiles)
 
     def lists_taken_apart(self, graph: Graph) -> Graph:

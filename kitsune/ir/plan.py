@@ -130,6 +130,11 @@ class Launch:
         return self.op is not None and self.op.starts_nothing
 
     @property
+    def is_empty(self) -> bool:
+        """Has kernels over no elements only, and is not made."""
+        return self.op is None and not any(kernel.n_elements for kernel in self.kernels)
+
+    @property
     def name(self) -> str:
         """What it does, in words of the op table."""
         if self.op is not None:

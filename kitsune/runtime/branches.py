@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kitsune.ir import Launch, happens_before
+from kitsune.ir import Launch, awaited, meetings
 from kitsune.runtime.frame import Frame
 from kitsune.runtime.instructions import Allocate, Call, CallInto, Drop, Instruction, Send, Start, StartInGraph
 
@@ -22,13 +22,9 @@ class Branches:
 
     def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
         self._launches, self._device = launches, device
-        self._awaited = {n for launch in launches for n in launch.waits}
-        on_device, self._met = 0, set[int]()
-        for k, before in enumerate(happens_before(launches)):
-            if not launches[k].host_only:
-                if not on_device & ~before:
-                    self._met.add(k)
-                on_device |= 1 << k
+        self._waits = awaited(launches)
+        self._awaited = {n for launch, waits in zip(launches, self._waits, strict=True) if not launch.is_empty for n in waits}
+        self._met = meetings(launches)
 
     def run(self, instructions: Sequence[Instruction], frame: Frame) -> None:
         """Raises what the instructions raise, with the streams joined."""
@@ -81,10 +77,8 @@ class Branches:
         number = instruction.at
         launch = self._launches[number]
         stream = streams[launch.stream]
-        for n in launch.waits:
-            # A launch over no elements was not made: then all that its stream has been given so far.
-            event = done.get(n) or streams[self._launches[n].stream].record_event()
-            stream.wait_event(event)
+        for n in self._waits[number]:
+            stream.wait_event(done[n])
         with _on(stream, frame) if launch.stream else contextlib.nullcontext():
             instruction.run(frame)
         if number in self._awaited:
