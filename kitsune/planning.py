@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kitsune.codegen import text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
+from kitsune.codegen import keeps_rows, text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
-from kitsune.fusion import ANYTHING, Partition, Rules, batch, in_rows, kernels_of, partition
+from kitsune.fusion import ANYTHING, Partition, Rules, batch, gather, in_rows, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Launch, Op, Plan, Tile, happens_before, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
 from kitsune.runtime import out_form, takes_memory
@@ -80,6 +80,7 @@ class Planner:
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
+        gather(parts, keeps_rows)
         kernels = {n: self._walking(kernel) for n, kernel in kernels_of(parts).items()}
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]

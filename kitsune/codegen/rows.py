@@ -17,7 +17,7 @@ from kitsune.codegen.lowering import Reduce
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.reducers import at_once, begin, end, turn
 from kitsune.codegen.tiles import inner, is_looped
-from kitsune.codegen.walks import Part, accesses, coordinates, counted, is_read, tile_walk
+from kitsune.codegen.walks import Part, accesses, coordinates, counted, form_of, is_read
 from kitsune.ir.plan import Access, Extent, Size, Stride
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -76,14 +76,14 @@ class Rows(Body):
         """Loads, steps and stores."""
         self.inner = inner(self.kernel)
         self.multiples.add("columns" if self.inner else "rows")
-        forms = [tile_walk(self.kernel.domain, self.kernel.reduced, a.strides) for a in accesses(self.kernel)]
+        forms = [form_of(self.kernel, a) for a in accesses(self.kernel)]
         offsets = [self._offset(i, a) for i, a in enumerate(accesses(self.kernel))]
         for i in range(len(self.kernel.loads)):
             self.load(i, offsets[i], _mask(forms[i].rows != 0, forms[i].columns != 0))
         for number, step in enumerate(self.kernel.steps):
             self.step(number, step)
         cut = len(self.kernel.domain) - self.kernel.reduced
-        rows = self._coordinates(0, cut, "row", "i", [form.rows for form in forms])
+        rows = self._coordinates(self.kernel.first, cut, "row", "i", [form.rows for form in forms])
         columns = self._coordinates(cut, len(self.kernel.domain), "column", "j", [form.columns for form in forms])
         stores = []
         for i in range(len(self.kernel.stores)):
@@ -96,12 +96,13 @@ class Rows(Body):
             phase = max((self.known[w][1] for w in self._words(text)), default=0)
             stores.append((i, Statement((), f"tl.store(out{i} + {offset}, {text}, mask={mask})", full, phase)))
         self._spread([s for _, s in stores])
-        if is_looped(self.kernel):
-            self.lines = [*rows, *self._loops(stores, columns)]
-        else:
-            self.lines = [*rows, "column = tl.arange(0, RBLOCK)[None, :]", *_INSIDE, *columns]
-            self.lines += [line for s in self.statements for line in (at_once(s) if s.kind else [s.line])]
-            self.lines += [s.text for _, s in stores]
+        self.lines = [*rows, *(self._loops(stores, columns) if is_looped(self.kernel) else self._held(stores, columns))]
+
+    def _held(self, stores: list[tuple[int, Statement]], columns: list[str]) -> list[str]:
+        """The statements as they stand, of rows that lie in registers."""
+        lines = [*PLACES_IN_ROW, *columns]
+        lines += [line for s in self.statements for line in (at_once(s) if s.kind else [s.line])]
+        return lines + [s.text for _, s in stores]
 
     def say(self, target: str, text: str, comment: str = "") -> None:
         """The statement that gives `target` its value."""
@@ -168,12 +169,14 @@ class Rows(Body):
 
     def _offset(self, index: int, access: Access) -> str:
         name = self.pointer(index, access.value.type.dtype)
-        form = tile_walk(self.kernel.domain, self.kernel.reduced, access.strides)
+        form = form_of(self.kernel, access)
         if form.rows != 0 or form.columns != 0:
             self.multiples.add(name)
         cut = len(self.kernel.domain) - self.kernel.reduced
-        terms = [*self._terms(index, name, form.rows, 0, cut, "row", "i")]
+        terms = [*self._terms(index, name, form.rows, self.kernel.first, cut, "row", "i")]
         terms += self._terms(index, name, form.columns, cut, len(self.kernel.domain), "column", "j")
+        if self.kernel.gathered and access.strides[0]:
+            terms.append(f"turn * {self.size(f'{name}_turn', Stride(index, 0, form.columns != 0))}")
         return " + ".join(terms)
 
     def _terms(self, index: int, name: str, part: Part, first: int, end: int, whole: str, letter: str) -> Iterable[str]:
@@ -231,6 +234,7 @@ class Rows(Body):
 
 
 _INSIDE = ["in_columns = column < columns", "inside = in_rows & in_columns"]
+PLACES_IN_ROW = ["column = tl.arange(0, RBLOCK)[None, :]", *_INSIDE]
 
 
 def _mask(along_rows: bool, along_columns: bool) -> str:

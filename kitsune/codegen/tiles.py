@@ -56,6 +56,11 @@ def is_looped(kernel: Kernel) -> bool:
     return kernel.n_columns > PERSISTENT and not _is_held(kernel)
 
 
+def keeps_rows(kernel: Kernel) -> bool:
+    """Can each block have one row after the other in registers, and are there enough blocks?"""
+    return inner(kernel) and kernel.n_columns <= PERSISTENT and kernel.n_rows * _power(kernel.n_columns) >= ENOUGH * SHORT
+
+
 def _is_held(kernel: Kernel) -> bool:
     first = len(kernel.domain) - kernel.reduced
     along = [a for a in accesses(kernel) if any(a.strides[first:])]
@@ -71,6 +76,10 @@ def tile_of(kernel: Kernel) -> Tile:
     rows, columns = max(kernel.n_rows, 1), max(kernel.n_columns, 1)
     if not any(step.op.kind is Kind.REDUCTION for step in kernel.steps):
         return Tile(_fitting(rows, 2 * NEIGHBOURS, 16), _power(columns), 4)
+    if kernel.gathered:
+        width = _power(columns)
+        height = _fitting(rows, SHORT // width, 1)
+        return Tile(height, width, min(max(_power(height * width // (32 * PER_THREAD)), 1), MOST_WARPS))
     if inner(kernel):
         width = min(_power(columns), LONG) if is_looped(kernel) else _power(columns)
         height = _fitting(rows, SHORT // width, 1)

@@ -3,6 +3,7 @@
 from kitsune.fusion.batches import batch
 from kitsune.fusion.config import FusionConfig
 from kitsune.fusion.engine import FusedGroup, FusionEngine
+from kitsune.fusion.gathering import gather
 from kitsune.fusion.group import Group, why_not
 from kitsune.fusion.grouping import Node, Partition, partition
 from kitsune.fusion.kernels import as_kernel, in_rows, kernels_of
@@ -26,6 +27,7 @@ __all__ = [
     "as_kernel",
     "batch",
     "benefit_key",
+    "gather",
     "in_rows",
     "kernels_of",
     "partition",

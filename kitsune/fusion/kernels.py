@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from kitsune.fusion.group import Group, Use, base_name
+from kitsune.fusion.group import Group
 from kitsune.fusion.grouping import Partition
+from kitsune.fusion.members import Use, base_name
 from kitsune.ir import Access, Kernel, Kind, Load, Local, Step, Store, window_order
 
 MAX_NAME = 48
@@ -22,13 +23,22 @@ def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
     if group.members[0].op.kind is Kind.WINDOW:
         return _over_windows(group, uses, results, steps)
     strides = [group.strides(use) for use in uses]
-    rows, columns = _order(group, strides[len(loads) :] + strides[: len(loads)])
-    domain, walks = _coalesced(group, rows, strides)
-    reduced, steps_in_row = _coalesced(group, columns, strides)
-    walks = [of_row + in_row for of_row, in_row in zip(walks, steps_in_row, strict=True)]
+    parts = [_coalesced(group, part, strides) for part in _order(group, strides[len(loads) :] + strides[: len(loads)])]
+    domain = tuple(n for sizes, _ in parts for n in sizes)
+    walks = [tuple(s for walk in of_use for s in walk) for of_use in zip(*(found for _, found in parts), strict=True)]
     accesses = [Access(use.value, walk) for use, walk in zip(uses, walks, strict=True)]
-    stores = [Store(local, access) for (local, _), access in zip(results, accesses[len(loads) :], strict=True)]
-    return Kernel(_name(group), domain + reduced, tuple(accesses[: len(loads)]), tuple(steps), tuple(stores), len(reduced))
+    stores = tuple(Store(local, access) for (local, _), access in zip(results, accesses[len(loads) :], strict=True))
+    gathered = tuple(k for k, member in enumerate(group.members) if member.number in group.across)
+    return Kernel(_name(group), domain, tuple(accesses[: len(loads)]), tuple(steps), stores, len(parts[-1][0]), gathered)
+
+
+def is_in_turn(group: Group) -> bool:
+    """Do the rows that a group adds up lie evenly in everything that it reads and makes, so that one step leads to the next?"""
+    uses = [use for found in group.loaded.values() for use in found]
+    uses += [Use(value, layout) for _, value, layout in group.produced.values()]
+    strides = [group.strides(use) for use in uses]
+    turns, _, columns = _order(group, strides)
+    return bool(columns) and len(_coalesced(group, turns, strides)[0]) == 1
 
 
 def _over_windows(group: Group, uses: list[Use], results: list[tuple[Local, Use]], steps: list[Step]) -> Kernel:
@@ -88,12 +98,13 @@ def _operand(operand: Use | Local | None, loads: list[Use]) -> Load | Local | No
     return Load(len(loads) - 1)
 
 
-def _order(group: Group, strides: list[dict[int, int]]) -> tuple[list[int], list[int]]:
+def _order(group: Group, strides: list[dict[int, int]]) -> tuple[list[int], list[int], list[int]]:
     """The factors, outermost first, as the tensors lie in memory: the first store decides, the next ones break ties.
 
-    Those that are reduced are apart. Of a group with both, what is stored for each element decides, or else what is loaded.
+    Those of rows that are gathered come first, those that are reduced last. Of a group with rows and elements, what is stored for
+    each element decides, or else what is loaded.
     """
-    reduced = group.factors.now((group.reduced,))[0]
+    gathered, reduced = group.factors.now((group.gathered, group.reduced))
     if reduced:
         strides = sorted(strides, key=lambda s: not any(s.get(f) for f in reduced))
 
@@ -101,7 +112,8 @@ def _order(group: Group, strides: list[dict[int, int]]) -> tuple[list[int], list
         return tuple(-s.get(factor, 0) for s in strides)
 
     columns = list(reduced) if group.positional else sorted(reduced, key=key)
-    return sorted([f for f in group.factors.sizes if f not in reduced], key=key), columns
+    rows = sorted([f for f in group.factors.sizes if f not in reduced and f not in gathered], key=key)
+    return sorted(gathered, key=key), rows, columns
 
 
 def _coalesced(group: Group, order: list[int], strides: list[dict[int, int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

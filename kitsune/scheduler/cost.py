@@ -183,17 +183,24 @@ class Costs:
 BUSY, WANTED, WANTED_ACROSS, NEIGHBOURS = 132, 512, 1024, 64
 # Elements of a row that a part must have at least: below, the parts themselves would be much to write.
 LEAST_INNER, LEAST_OUTER = 1024, 32
+# Parts of rows that a kernel along them adds up beside what it does: three blocks of rows of 1024 elements for each of an H200's
+# 132 multiprocessors, and more of shorter rows. A part is to be of so many rows.
+BESIDE, BESIDE_ROWS, BESIDE_COLUMNS, BESIDE_MOST = 396, 8, 1024, 4096
 # What a single block is done with before another launch would have begun.
 ONE_BLOCK = 1 << 15
 
 
-def parts(rows: int, columns: int, inner: bool) -> int:
+def parts(rows: int, columns: int, inner: bool, beside: bool = False) -> int:
     """Into how many parts to cut each of so many rows, so that a reduction fills the device; 1: leave them whole.
 
-    `inner`: neighbours in memory belong to one row.
+    `inner`: neighbours in memory belong to one row. `beside`: a kernel along what are columns here may make the parts.
     """
     if rows * columns <= ONE_BLOCK:
         return 1
+    if beside and rows <= BESIDE_MOST:
+        wanted = BESIDE * max(BESIDE_COLUMNS // (1 << max(rows - 1, 0).bit_length()), 1)
+        if columns >= wanted * BESIDE_ROWS:
+            return wanted
     blocks = rows if inner else -(-rows // NEIGHBOURS)
     if blocks >= BUSY:
         return 1

@@ -45,7 +45,7 @@ def only(program: Callable[..., Any], *inputs: torch.Tensor) -> Kernel:
 
 
 # At least so many kernels are run of each part; a dtype stands for every case of the table.
-PARTS = {**{str(dtype).removeprefix("torch."): 75 for dtype in DTYPES}, "layouts": 60, "special": 20, "batched": 6}
+PARTS = {**{str(dtype).removeprefix("torch."): 75 for dtype in DTYPES}, "layouts": 60, "special": 20, "batched": 6, "gathered": 8}
 
 
 @pytest.mark.parametrize("what", PARTS)
