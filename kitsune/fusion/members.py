@@ -10,6 +10,7 @@ from kitsune.ir import Local, Op, Value, reduction_of
 # Declares that it writes the gradients (argument 1), but does so only where they are to be unscaled.
 KEEPS_GRADIENTS = {"_fused_adam_", "_fused_adamw_", "_fused_sgd_"}
 
+
 def base_name(op: Op) -> str:
     """The op's name without its overload."""
     name: str = op.target._opname

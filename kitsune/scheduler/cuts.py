@@ -58,9 +58,7 @@ def find_cut(op: Op, reduction: Reduction, parts: Parts, made: TensorType, besid
     return _in_stretches(type_, reduction, wanted)
 
 
-def _in_turn(
-    type_: TensorType, reduction: Reduction, wanted: int, columns: int, made: TensorType, least: int
-) -> Cut | None:
+def _in_turn(type_: TensorType, reduction: Reduction, wanted: int, columns: int, made: TensorType, least: int) -> Cut | None:
     """Where neighbours belong to different rows: blocks at work together then read what lies together.
 
     Stretches a large power of two apart load few of the memory's channels at a time: batch norm's backward behind a threshold

@@ -104,5 +104,7 @@ def in_turn(compiler: Compiler) -> None:
 
 if __name__ == "__main__":
     by_dtype = {str(dtype).removeprefix("torch."): partial(sizes, dtype) for dtype in DTYPES}
-    {**by_dtype, "layouts": views, "special": specials, "batched": batched, "gathered": in_turn}[sys.argv[2]](Compiler(sys.argv[1], interpret=True))
+    {**by_dtype, "layouts": views, "special": specials, "batched": batched, "gathered": in_turn}[sys.argv[2]](
+        Compiler(sys.argv[1], interpret=True)
+    )
     print(n_kernels)
