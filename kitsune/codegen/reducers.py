@@ -2,6 +2,9 @@
 
 In a loop every place of the tile gathers the elements that come by there, and only at the end are the places of a row put
 together: a sum of long rows is as exact as one by pairs. What lies beyond a row's end must not count, whatever was loaded.
+
+The largest and smallest of floats are NaN where there is one, though `tl.max` and `tl.min` pass NaN over: comparing keeps it in a
+place of the tile, and it is looked for among the places.
 """
 
 from typing import Protocol
@@ -9,6 +12,9 @@ from typing import Protocol
 import torch
 
 from kitsune.codegen.dtypes import FLOATING, LANGUAGE
+
+# Larger than any position.
+NOWHERE = 2**31 - 1
 
 
 class Reduced(Protocol):
@@ -50,7 +56,10 @@ def at_once(s: Reduced) -> list[str]:
             f"{top}_near = {_finite(top)}",
             f"{total} = {_sum(f'libdevice.exp({x} - {top}_near)')}",
         ]
-    return [f"{names[0]} = {_of_rows(s, f'tl.where(in_columns, {x}, {identity(s.kind, s.dtype)})')}"]
+    inside = f"tl.where(in_columns, {x}, {identity(s.kind, s.dtype)})"
+    if s.kind.startswith("first "):
+        return _first(s, inside, "column")
+    return _extreme(s, inside) if s.kind != "sum" else [f"{names[0]} = {_of_rows(s, s.kind, inside)}"]
 
 
 def begin(s: Reduced) -> list[str]:
@@ -65,7 +74,8 @@ def begin(s: Reduced) -> list[str]:
             _full(f"{top}_each", "float('-inf')", s.dtype, places),
             _full(f"{total}_each", "0.0", s.dtype, places),
         ]
-    return [_full(f"{s.targets[0]}_each", identity(s.kind, s.dtype), s.dtype)]
+    places = [_full(f"{s.targets[1]}_each", str(NOWHERE), torch.int32)] if s.kind.startswith("first ") else []
+    return [_full(f"{s.targets[0]}_each", identity(s.kind, s.dtype), s.dtype), *places]
 
 
 def turn(s: Reduced) -> list[str]:
@@ -87,8 +97,8 @@ def turn(s: Reduced) -> list[str]:
         ]
     if s.kind == "softmax":
         top, total = each
-        # Neighbours have one maximum, so that what was gathered shrinks once for all of them: 17 instructions for an element of 16
-        # bits instead of 29 with a maximum for each place of the tile, and 16 keep up with an H200's memory.
+        # Neighbours have one maximum, so that what was gathered shrinks once for all of them: 16 instructions for an element of
+        # 16 bits instead of 29 with a maximum for each place of the tile.
         tile, now, near = (f"{s.targets[0]}_{word}" for word in ("tile", "now", "near"))
         shape = f"(XBLOCK, RBLOCK // {s.neighbours}, {s.neighbours})"
         return [
@@ -98,7 +108,17 @@ def turn(s: Reduced) -> list[str]:
             f"{total} = {total} * libdevice.exp({top} - {near}) + tl.sum(libdevice.exp({tile} - {near}[:, :, None]), 2)",
             f"{top} = {now}",
         ]
-    joined = f"{each[0]} + {x}" if s.kind == "sum" else f"tl.{s.kind}imum({each[0]}, {x})"
+    if s.kind.startswith("first "):
+        further = f"({x} {'>' if s.kind.endswith('max') else '<'} {each[0]})"
+        unordered = f" | (({x} != {x}) & ({each[0]} == {each[0]}))" if s.dtype in FLOATING else ""
+        better = f"{s.targets[0]}_better"
+        return [
+            f"{better} = in_columns & ({further}{unordered})",
+            f"{each[0]} = tl.where({better}, {x}, {each[0]})",
+            f"{each[1]} = tl.where({better}, column, {each[1]})",
+        ]
+    keeps = ", propagate_nan=tl.PropagateNan.ALL" if s.dtype in FLOATING else ""
+    joined = f"{each[0]} + {x}" if s.kind == "sum" else f"tl.{s.kind}imum({each[0]}, {x}{keeps})"
     return [f"{each[0]} = tl.where(in_columns, {joined}, {each[0]})"]
 
 
@@ -123,11 +143,42 @@ def end(s: Reduced) -> list[str]:
             f"{top}_near = {_finite(top)}",
             f"{total} = {_over('sum', f'{each[1]} * libdevice.exp({each[0]} - {top}_near)')}",
         ]
-    return [f"{s.targets[0]} = {_of_rows(s, each[0])}"]
+    if s.kind.startswith("first "):
+        # Of a place where nothing was better than nothing, all elements are alike, and the first is that of the first turn.
+        place = "tl.arange(0, RBLOCK)[None, :]"
+        return _first(s, each[0], f"tl.where({each[1]} == {NOWHERE}, {place}, {each[1]})")
+    return _extreme(s, each[0]) if s.kind != "sum" else [f"{s.targets[0]} = {_of_rows(s, s.kind, each[0])}"]
+
+
+def _extreme(s: Reduced, x: str) -> list[str]:
+    """The largest or smallest of a tile."""
+    if s.dtype not in FLOATING:
+        return [f"{s.targets[0]} = {_of_rows(s, s.kind, x)}"]
+    tile = f"{s.targets[0]}_tile"
+    unordered = _of_rows(s, "max", f"({tile} != {tile}).to(tl.int32)")
+    return [
+        f"{tile} = {x}",
+        f"{s.targets[0]} = tl.where({unordered} > 0, float('nan'), {_of_rows(s, s.kind, tile)})",
+    ]
+
+
+def _first(s: Reduced, x: str, position: str) -> list[str]:
+    """The extreme of a tile, and the first position where it is; of a NaN, where the first of those is."""
+    value, place = s.targets
+    kind, tile = s.kind.removeprefix("first "), f"{value}_tile"
+    lines, found, after = [f"{tile} = {x}", f"{value} = {_over(kind, tile)}"], f"{tile} == {value}", list[str]()
+    if s.dtype in FLOATING:
+        lines.append(f"{value}_nan = {_over('max', f'({tile} != {tile}).to(tl.int32)')} > 0")
+        found = f"tl.where({value}_nan, {tile} != {tile}, {found})"
+        after.append(f"{value} = tl.where({value}_nan, float('nan'), {value})")
+    # A tile may be wider than a row: what lies beyond it looks like the smallest.
+    counts = f"(tl.arange(0, RBLOCK)[None, :] < columns) & ({found})"
+    return [*lines, f"{place} = {_of_rows(s, 'min', f'tl.where({counts}, {position}, {NOWHERE})')}", *after]
 
 
 def identity(kind: str, dtype: torch.dtype) -> str:
     """What changes no result."""
+    kind = kind.removeprefix("first ")
     if kind == "sum":
         return "0.0" if dtype in FLOATING else "0"
     if dtype in FLOATING:
@@ -157,10 +208,10 @@ def _whole(kind: str, x: str, dtype: torch.dtype) -> str:
     return _over(kind, f"tl.where(in_columns, {x}, {identity(kind, dtype)})")
 
 
-def _of_rows(s: Reduced, x: str) -> str:
+def _of_rows(s: Reduced, kind: str, x: str) -> str:
     """A number of each row. Where only such are made of it, Triton 3.6 does not compile the form that can be spread over a row
     ("operand #1 does not dominate this use", in the pass that removes conversions between layouts)."""
-    return _over(s.kind, x) if s.spread else f"tl.reshape(tl.{s.kind}({x}, 1), (XBLOCK, 1))"
+    return _over(kind, x) if s.spread else f"tl.reshape(tl.{kind}({x}, 1), (XBLOCK, 1))"
 
 
 def _over(kind: str, x: str) -> str:

@@ -134,7 +134,7 @@ class Rows(Body):
         if kind == "sum" and text in self.lone:
             return (self.lone[text],)
         names = []
-        for _ in range(2 if kind in ("moments", "softmax") else 1):
+        for _ in range(2 if kind in ("moments", "softmax", "first max", "first min") else 1):
             names.append(f"a{self.n_temporaries}")
             self.n_temporaries += 1
             self.known[names[-1]] = (False, phase + 1)

@@ -6,9 +6,6 @@ import torch
 
 from kitsune.codegen.lowering import Lowering, Promotion, Rule, Typed, lower_rules
 
-# Larger than any position.
-NOWHERE = 2**31 - 1
-
 
 def _sum(c: Lowering) -> str:
     return c.reduce("sum", c.tensor("self", c.compute))
@@ -20,22 +17,16 @@ def _mean(c: Lowering) -> str:
 
 def _extreme(c: Lowering, kind: str) -> str:
     """The largest or smallest; NaN where there is one."""
-    x = c.let(c.tensor("self"))
     if c.common is torch.bool:
         raise c.refuse("compares booleans")
-    found = c.reduce(kind, x, c.compute)
-    if not c.is_float:
-        return found
-    unordered = c.reduce("max", f"({x} != {x}).to(tl.int32)", torch.int32)
-    return c.let(f"tl.where({unordered} > 0, float('nan'), {found})")
+    return c.reduce(kind, c.let(c.tensor("self")), c.compute)
 
 
 def _position(c: Lowering, kind: str) -> tuple[str, Typed]:
     """The extreme and where it first is."""
-    x = c.let(c.tensor("self"))
-    found = _extreme(c, kind)
-    # Only a NaN differs from itself, and the extreme is NaN then, which nothing equals.
-    first = c.reduce("min", f"tl.where(({x} == {found}) | ({x} != {x}), column, {NOWHERE})", torch.int32)
+    if c.common is torch.bool:
+        raise c.refuse("compares booleans")
+    found, first = c.reduce_to(f"first {kind}", c.let(c.tensor("self")), c.compute)
     return found, Typed(f"{first}.to(tl.int64)", torch.int64)
 
 
