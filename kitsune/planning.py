@@ -7,7 +7,7 @@ import torch
 
 from kitsune.codegen import keeps_rows, text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
-from kitsune.fusion import ANYTHING, Partition, Rules, batch, gather, in_rows, kernels_of, partition
+from kitsune.fusion import ANYTHING, Partition, Rules, batch, gather, in_long_rows, in_rows, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Launch, Op, Plan, Tile, happens_before, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
 from kitsune.runtime import out_form, takes_memory
@@ -141,8 +141,12 @@ class Planner:
 
     def _walking(self, kernel: Kernel) -> Kernel:
         """A kernel in the order in which it is best walked."""
-        rows = in_rows(kernel) if len(kernel.steps) > 1 else None
-        return kernel if rows is None or not self.costs.in_rows(kernel) else rows
+        if len(kernel.steps) == 1:
+            return kernel
+        rows, long = in_rows(kernel), in_long_rows(kernel)
+        if rows is not None and self.costs.in_rows(kernel):
+            return rows
+        return kernel if long is None or not self.costs.in_long_rows(kernel) else long
 
     def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
         """What a node becomes: a launch, or calls of the library."""

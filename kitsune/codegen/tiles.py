@@ -74,7 +74,7 @@ def tile_of(kernel: Kernel) -> Tile:
     if not kernel.reduced:
         return Tile(*ELEMENTS)
     rows, columns = max(kernel.n_rows, 1), max(kernel.n_columns, 1)
-    if not any(step.op.kind is Kind.REDUCTION for step in kernel.steps):
+    if not inner(kernel) and not any(step.op.kind is Kind.REDUCTION for step in kernel.steps):
         return Tile(_fitting(rows, 2 * NEIGHBOURS, 16), _power(columns), 4)
     if kernel.gathered:
         width = _power(columns)

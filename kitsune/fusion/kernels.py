@@ -11,6 +11,8 @@ from kitsune.ir import Access, Kernel, Kind, Load, Local, Step, Store, window_or
 MAX_NAME = 48
 # Elements of a row over which what is broadcast along it is kept in registers.
 ROW = 16
+# Neighbours that make a row of their own.
+LONG = 256
 
 
 def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
@@ -70,6 +72,18 @@ def in_rows(kernel: Kernel) -> Kernel | None:
 
     stores = tuple(Store(store.source, cut(store.access)) for store in kernel.stores)
     return replace(kernel, domain=(n // ROW, width, ROW), loads=tuple(map(cut, kernel.loads)), stores=stores, reduced=1)
+
+
+def in_long_rows(kernel: Kernel) -> Kernel | None:
+    """The kernel as one over rows of neighbours, for each of which what does not move along it is loaded once.
+
+    Such are the numbers of a channel in contiguous images: by elements, each takes two divisions to find its own. None where nothing
+    is broadcast so, or rows are short.
+    """
+    walks = {access.strides for access in (*kernel.loads, *(store.access for store in kernel.stores))}
+    if kernel.reduced or len(kernel.domain) < 2 or kernel.domain[-1] < LONG or any(walk[-1] not in (0, 1) for walk in walks):
+        return None
+    return replace(kernel, reduced=1) if any(walk[-1] == 0 and any(walk) for walk in walks) else None
 
 
 def kernels_of(p: Partition) -> dict[int, Kernel]:

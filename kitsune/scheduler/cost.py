@@ -108,7 +108,7 @@ REDUCED_BATCH_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What pays, on a device with these rates. Every answer of these three is correct; some are fast."""
+    """What pays, on a device with these rates. Every answer of these is correct; some are fast."""
 
     rates: Rates
 
@@ -150,6 +150,10 @@ class Costs:
             both[bool(access.strides[0])][bool(access.strides[-1])] += access.value.type.dtype.itemsize
         (_, broadcast), (_, moved) = both
         return broadcast >= BROADCAST * moved and kernel.nbytes >= BROADCAST_BYTES
+
+    def in_long_rows(self, kernel: Kernel) -> bool:
+        """Does it pay that a kernel goes through rows of neighbours, if it keeps what it broadcasts for each?"""
+        return kernel.nbytes >= BROADCAST_BYTES
 
     def windows(self, op: Op) -> bool:
         """Does it pay to have a pooling op in a kernel of ours?"""

@@ -14,6 +14,9 @@ MORE, FEWER = 4, 16
 # Elements of a row that a part must have where any number of parts above the wanted one would do: fewer are much to write. Those
 # that a kernel along rows may add up are read by nobody otherwise, so that more written pay.
 LEAST, LEAST_BESIDE = 32, 8
+# Neighbours from which on they are a row of their own, where a row consists of several such runs: to walk all of them in one row
+# takes a division for each element. Of fewer elements in all, that is faster than another launch.
+RUN, RUNS_FROM = 512, 1 << 20
 
 # The number of parts wanted for a reduction of `rows` rows of so many columns; then: do neighbours belong to one row, and may a
 # kernel along what are columns here make the parts beside what it does?
@@ -47,6 +50,8 @@ def find_cut(op: Op, reduction: Reduction, parts: Parts, made: TensorType, besid
         return None
     moving = [d for d in range(len(shape)) if shape[d] > 1 and stride[d]]
     inner = not moving or min(moving, key=lambda d: stride[d]) in reduction.dims
+    if inner and (cut := _in_runs(type_, reduction, parts)) is not None:
+        return cut
     beside = beside and not inner
     wanted = parts(type_.shape.numel() // columns, columns, inner, beside)
     if beside and wanted > 1:
@@ -58,7 +63,20 @@ def find_cut(op: Op, reduction: Reduction, parts: Parts, made: TensorType, besid
     return _in_stretches(type_, reduction, wanted)
 
 
-def _in_turn(type_: TensorType, reduction: Reduction, wanted: int, columns: int, made: TensorType, least: int) -> Cut | None:
+def _in_runs(type_: TensorType, reduction: Reduction, parts: Parts) -> Cut | None:
+    """Each run of neighbours by itself, where there are enough of them for the device: the channels of contiguous images."""
+    run, whole = 1, set[int]()
+    for d in sorted(reduction.dims, key=lambda d: type_.stride[d]):
+        n, step = type_.shape[d], type_.stride[d]
+        if n > 1 and (whole or step != run):
+            whole.add(d)
+        else:
+            run *= n
+    n = type_.shape.numel()
+    return _whole_cut(whole, reduction) if run >= RUN and n >= RUNS_FROM and parts(n // run, run, True, False) == 1 else None
+
+
+def _in_turn(type_, reduction: Reduction, wanted: int, columns: int, made: TensorType, least: int) -> Cut | None:
     """Where neighbours belong to different rows: blocks at work together then read what lies together.
 
     Stretches a large power of two apart load few of the memory's channels at a time: batch norm's backward behind a threshold
