@@ -74,8 +74,8 @@ def begin(s: Reduced) -> list[str]:
             _full(f"{top}_each", "float('-inf')", s.dtype, places),
             _full(f"{total}_each", "0.0", s.dtype, places),
         ]
-    places = [_full(f"{s.targets[1]}_each", str(NOWHERE), torch.int32)] if s.kind.startswith("first ") else []
-    return [_full(f"{s.targets[0]}_each", identity(s.kind, s.dtype), s.dtype), *places]
+    positions = [_full(f"{s.targets[1]}_each", str(NOWHERE), torch.int32)] if s.kind.startswith("first ") else []
+    return [_full(f"{s.targets[0]}_each", identity(s.kind, s.dtype), s.dtype), *positions]
 
 
 def turn(s: Reduced) -> list[str]:

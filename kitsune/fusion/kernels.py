@@ -77,8 +77,8 @@ def in_rows(kernel: Kernel) -> Kernel | None:
 def in_long_rows(kernel: Kernel) -> Kernel | None:
     """The kernel as one over rows of neighbours, for each of which what does not move along it is loaded once.
 
-    Such are the numbers of a channel in contiguous images: by elements, each takes two divisions to find its own. None where nothing
-    is broadcast so, or rows are short.
+    Such are the numbers of a channel in contiguous images: by elements, each takes two divisions to find its own. None where
+    nothing is broadcast so, or rows are short.
     """
     walks = {access.strides for access in (*kernel.loads, *(store.access for store in kernel.stores))}
     if kernel.reduced or len(kernel.domain) < 2 or kernel.domain[-1] < LONG or any(walk[-1] not in (0, 1) for walk in walks):
