@@ -26,6 +26,7 @@ from kitsune.scheduler import (
     joined_in_place,
     kernel_micros,
     layer_norm_backwards,
+    made_again,
     op_micros,
     padded_products,
     parts,
@@ -76,7 +77,7 @@ class Planner:
             if self.layouts
             else ()
         )
-        passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
+        passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart, self.made_again)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
@@ -132,6 +133,10 @@ class Planner:
         graph = bias_gradients(cross_entropies(graph, self.why_not_fused), self.why_not_fused)
         graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
+
+    def made_again(self, graph: Graph) -> Graph:
+        """The pass that makes values again where they are read, instead of keeping them."""
+        return dead_code(made_again(graph, self.why_not_fused, self.costs))
 
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""

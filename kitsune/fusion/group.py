@@ -5,6 +5,7 @@ tensors have the factors that are left. Sums across rows may be in it beside tha
 made of them before the last row is done.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -204,7 +205,7 @@ class Group:
             if value.type.offset != made.type.offset:
                 return "it reads a part of what the kernel writes"
             base = self.factors.strides(made.type, layout)
-            seen = self.factors.layout_of_view(base, value.type)
+            seen = self.factors.layout_of_view(base, value.type.shape, value.type.stride)
             if seen is None:
                 return "it reads what the kernel writes through a view that is not one to one"
             layout = self.factors.now(seen)
@@ -220,7 +221,19 @@ class Group:
             for known, layout in shapes:
                 if known == shape:
                     return self.factors.now(layout)
-        return "it works on another shape"
+        return self._in_the_same_order(shape)
+
+    def _in_the_same_order(self, shape: torch.Size) -> Layout | str:
+        """The layout of a shape whose elements are those of the first member's, counted in the same order."""
+        strides, step = dict[int, int](), 1
+        for factor in reversed([f for dim in self.factors.now(self.whole) for f in dim]):
+            strides[factor] = step
+            step *= self.factors.sizes[factor]
+        if step != shape.numel():
+            return "it works on another shape"
+        steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+        found = self.factors.layout_of_view(strides, shape, steps)
+        return "it works on another shape" if found is None else found
 
     def _operand(self, value: Value, layout: Layout) -> Use | Local | str:
         held = self.produced.get(value.storage)

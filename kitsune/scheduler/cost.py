@@ -90,6 +90,8 @@ ODD_CHANNELS = 10.0
 # in rows; the gradient behind them, which loads twice its other bytes, stayed at 73.
 BROADCAST, BROADCAST_BYTES = 2.5, 4 << 20
 
+# Making values again takes arithmetic in place of memory: it must save so much, and so many times what it reads.
+AGAIN_BYTES, AGAIN = 32 << 20, 4
 # What pooling must move for a kernel of ours to be worth its compilation.
 WINDOW_BYTES = 16 << 20
 
@@ -154,6 +156,10 @@ class Costs:
     def in_long_rows(self, kernel: Kernel) -> bool:
         """Does it pay that a kernel goes through rows of neighbours, if it keeps what it broadcasts for each?"""
         return kernel.nbytes >= BROADCAST_BYTES
+
+    def making_again(self, kept_bytes: int, read_bytes: int) -> bool:
+        """Does it pay to make values again instead of writing and reading them, if what they come from is read for it?"""
+        return kept_bytes - read_bytes >= AGAIN_BYTES and kept_bytes >= AGAIN * read_bytes
 
     def windows(self, op: Op) -> bool:
         """Does it pay to have a pooling op in a kernel of ours?"""
