@@ -89,7 +89,7 @@ class _Search:
         return Recipe(frozenset(sources), tuple(sorted(ops))) if len(sources) <= MOST_SOURCES and len(ops) <= MOST_OPS else None
 
     def far_readers(self) -> dict[int, set[int]]:
-        """Of each such storage the later stages in which it is read, by pointwise ops alone; none that is read there otherwise."""
+        """Of each such storage the later stages in which it is read, which none but pointwise ops do."""
         made = {v.storage: stage for op, stage in zip(self.graph.ops, self.stages, strict=True) for v in op.results}
         far: dict[int, set[int]] = {}
         for op, stage in zip(self.graph.ops, self.stages, strict=True):
