@@ -16,6 +16,10 @@ from kitsune.codegen.reducers import at_once
 from kitsune.codegen.rows import PLACES_IN_ROW, Rows, Statement
 from kitsune.ir.plan import Size, Step
 
+# Bytes of a turn up to which two more are under way: three blocks of a multiprocessor hold as much of its shared memory each. On an
+# H200 the backward of ViT-B/16's layer norms, with a residual and three sums, takes 44 us with turns ahead and 55 without, where
+# its bytes take 37; GPT-2's takes 29 instead of 36, of 24.
+AHEAD = 32 << 10
 _TURN = re.compile(r"\bturn\b")
 
 
@@ -68,4 +72,9 @@ class Turns(Rows):
                 (before if "tl.load(" in s.text and not _TURN.search(s.text) else inside).append(s.line)
         for _, s in stores:
             (inside if done.isdisjoint(self._words(s.text)) else after).append(s.text)
-        return [*before, "for turn in range(0, turns):", *(f"    {line}" for line in inside), *after]
+        # What a later turn reads is on its way while this one is worked on, if there is room for it.
+        each = sum(
+            a.value.type.dtype.itemsize for a in self.kernel.loads if a.strides[0] and any(a.strides[-self.kernel.reduced :])
+        )
+        stages = f"3 if XBLOCK * RBLOCK * {each} <= {AHEAD} else 1"
+        return [*before, f"for turn in tl.range(0, turns, num_stages={stages}):", *(f"    {line}" for line in inside), *after]

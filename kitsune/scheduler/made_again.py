@@ -43,7 +43,7 @@ class _Search:
 
     def __init__(self, graph: Graph, why_not: Callable[[Op], str | None]) -> None:
         self.graph = graph
-        self.fusible = [op.kind is Kind.VIEW or (op.kind is Kind.POINTWISE and why_not(op) is None) for op in graph.ops]
+        self.fusible = [op.kind is Kind.VIEW or (_is_pure(op) and why_not(op) is None) for op in graph.ops]
         self.types: dict[int, TensorType] = {v.storage: v.type for v in graph.inputs}
         self.written = {storage for op in graph.ops for storage in op.effects.writes}
         self.stages = self._stages()
@@ -70,7 +70,7 @@ class _Search:
         found: dict[int, Recipe] = {}
         for number, op in enumerate(self.graph.ops):
             own = {v.storage for v in op.results}
-            if op.kind is Kind.VIEW or not self.fusible[number] or op.rewritten or op.late or len(own) != 1 or own & kept:
+            if op.kind is Kind.VIEW or not self.fusible[number] or op.late or len(own) != 1 or own & kept:
                 continue
             if (recipe := self._recipe(number, op, found, kept - self.written)) is not None:
                 found[next(iter(own))] = recipe
@@ -105,6 +105,10 @@ class _Search:
         read = sum(self.types[storage].nbytes for storages in by_stage.values() for storage in storages)
         nbytes = sum(self.types[storage].nbytes for storage in kept)
         return nbytes >= again and costs.making_again(nbytes + read, again * len(by_stage))
+
+
+def _is_pure(op: Op) -> bool:
+    return op.kind is Kind.POINTWISE and not op.effects.writes and not op.effects.random
 
 
 def _rewritten(search: _Search, chosen: dict[int, set[int]]) -> Graph:
