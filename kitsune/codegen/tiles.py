@@ -17,8 +17,9 @@ PERSISTENT = 4096
 # A loop reads a row once more for what is written along it. Rows up to WRITTEN are held by MOST_WARPS instead, if all operands
 # together have HELD elements or fewer: a layer norm of 16384 takes 98 registers of a thread, one of 32768 would spill.
 WRITTEN, HELD = 16384, 49152
-# The same where neighbours in memory belong to different rows, a block having some dozens of them at a time. Fewer are held where a
-# loop would not read them again: the bias gradient behind ViT-B/16's activation took 104 us of an H200 with 64 held, 92 with 16.
+# The same where neighbours in memory belong to different rows, a block having some dozens of them at a time. Fewer are held
+# where a loop would not read them again: the bias gradient behind ViT-B/16's activation took 104 us of an H200 with 64 held, 92
+# with 16.
 PERSISTENT_OUTER, PERSISTENT_ONCE = 128, 32
 # Elements of a block where rows are short, and of a turn of the loop where they are long.
 SHORT, LONG = 1024, 2048
