@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,21 @@ def test_a_row_that_is_written_is_held_in_registers_while_it_fits(
     kitsune.reset()
     longer = only(program, *(torch.zeros(64, 2 * n) for _ in range(n_inputs)))
     assert "for start" in render(longer).text
+
+
+def test_rows_that_are_gone_through_in_turn_are_loaded_ahead(compiler: Compiler, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    inputs = [torch.zeros(4096, 768, dtype=torch.bfloat16) for _ in range(2)] + [torch.zeros(768, dtype=torch.bfloat16)] * 2
+    program = next(case.program for case in CASES if case.name == "layer norm backward, all")
+    (kernel,) = [kernel for kernel in kernels_of(program, inputs) if kernel.gathered]
+    assert tile_of(kernel) == Tile(1, 1024, 4)
+    for arch in (80, 90):
+        compiled = compiled_kernel(compiler, render(kernel), arch)
+        registers, stack = resources(compiled, tmp_path)
+        assert "cp.async" in compiled.asm["ptx"] and stack == 0 and registers <= 128
+    # A tile of 4096 elements would take too much shared memory, and three blocks are at work together.
+    wide = compiled_kernel(compiler, replace(render(kernel), tile=Tile(4, 1024, 16)), 90)
+    assert "cp.async" not in wide.asm["ptx"] or wide.metadata.shared <= 3 * 32 << 10
 
 
 def test_a_long_row_of_which_only_a_sum_is_written_is_read_in_a_loop() -> None:
