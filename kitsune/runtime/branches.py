@@ -77,7 +77,8 @@ class Branches:
         number = instruction.at
         launch = self._launches[number]
         stream = streams[launch.stream]
-        for n in self._waits[number]:
+        # What came before a Send has no event any more: there the streams have met.
+        for n in (n for n in self._waits[number] if n in done):
             stream.wait_event(done[n])
         with _on(stream, frame) if launch.stream else contextlib.nullcontext():
             instruction.run(frame)
