@@ -4,6 +4,7 @@ from kitsune.codegen.background import BackgroundCompiler
 from kitsune.codegen.choices import Choice, Choices, why_not_tried
 from kitsune.codegen.compile_pool import CompilePool, WorkerFailed, compile_pool, default_workers
 from kitsune.codegen.compiler import Compiler
+from kitsune.codegen.dtypes import HALF
 from kitsune.codegen.exactness import distance, why_not_exact
 from kitsune.codegen.keys import text_key, why_not_batched
 from kitsune.codegen.libdevice import toolkit_libdevice
@@ -11,8 +12,10 @@ from kitsune.codegen.lower import why_not_lowered
 from kitsune.codegen.lowering import NotLowered
 from kitsune.codegen.render import parameters_of, render
 from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, tile_of
+from kitsune.codegen.windows import is_window
 
 __all__ = [
+    "HALF",
     "BackgroundCompiler",
     "Choice",
     "Choices",
@@ -25,6 +28,7 @@ __all__ = [
     "default_workers",
     "distance",
     "is_looped",
+    "is_window",
     "keeps_bits",
     "parameters_of",
     "render",

@@ -101,6 +101,8 @@ class Lowering:
     let: Callable[[str], str]
     used: set[str] = field(default_factory=set)
     reducer: Reduce | None = None
+    # As eager, to 16 bits; else such values stay in float32.
+    rounds: bool = True
     arguments: dict[str, Any] = field(init=False)
     common: torch.dtype = field(init=False)
 
@@ -138,7 +140,11 @@ class Lowering:
         value = self.arguments[name]
         if type(value) is not Value:
             raise NotLowered(f"{name} of {self.op.target} is not a tensor")
-        return cast(self.registers[value.id], value.type.dtype, dtype or self.common, self.used)
+        return cast(self.registers[value.id], value.type.dtype, self.kept(dtype or self.common), self.used)
+
+    def kept(self, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor of a dtype is in registers."""
+        return dtype if self.rounds else opmath(dtype)
 
     def number(self, name: str, rounded: bool = False, dtype: torch.dtype | None = None) -> str:
         """A Python number as the op computes with it; `rounded` where eager takes it as the tensors' dtype."""
@@ -201,7 +207,7 @@ class Lowering:
 
     def rounded(self, text: str) -> str:
         """A step of an op that eager computes in the tensors' own dtype."""
-        return self.let(cast(text, self.compute, self.common, self.used))
+        return self.let(cast(text, self.compute, self.kept(self.common), self.used))
 
     def reduce(self, kind: str, text: str, dtype: torch.dtype | None = None) -> str:
         """The sum, max or min of a row."""

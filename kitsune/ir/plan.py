@@ -58,7 +58,7 @@ class Kernel:
 
     Every load happens before any store, element by element. `domain` is () for a single element; a size may be 0. The last
     `reduced` dimensions are the elements of a row, which its reductions reduce, where it has any. An access that does not move
-    along them is made once for each row.
+    along them is made once for each row. `rounds`: is each step rounded to its dtype, as in eager, or only what is stored?
     """
 
     name: str
@@ -67,6 +67,7 @@ class Kernel:
     steps: tuple[Step, ...]
     stores: tuple[Store, ...]
     reduced: int = 0
+    rounds: bool = True
 
     @property
     def n_elements(self) -> int:
