@@ -143,7 +143,8 @@ def accelerate(
     `warmup` is how often a region is observed, op by op, before it is recorded lazily; `device` what to record for, by
     default the current CUDA device or, without one, the CPU. Contexts nest. What was recorded is run at the latest when
     the context is left. `numerics` is the knob of that name: "strict" lets reductions be fused, which changes their order of
-    summation; "bitwise" does not; "fast" rounds to 16 bits less often, too. Raises TypeError for an unknown option, RuntimeError for a CUDA device that is not there.
+    summation; "bitwise" does not; "fast" rounds to 16 bits less often, too. Raises TypeError for an unknown option, RuntimeError
+    for a CUDA device that is not there.
 
     `@accelerate(static=True)` is for a training step that does the same each time: once it has, a few times over, its Python
     is skipped. Results, gradients, parameters, optimizer state, counts of writes and the random generator are as if it had
