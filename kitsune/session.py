@@ -14,6 +14,7 @@ from kitsune.contexts import close_context, everyone, here as _thread, open_cont
 from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
+from kitsune.numerics import numerics_now
 from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally, wait_for_kernels
 from kitsune.profiler import Report, report
 from kitsune.static import StaticFunction
@@ -226,9 +227,13 @@ def counters() -> dict[str, Any]:
     return tally.counters()
 
 
-def explain() -> Report:
-    """What was recorded, what flushed it and at which line, and what ran as eager and why."""
-    return report(tally)
+def explain(numerics: bool = False) -> Report:
+    """What was recorded, what flushed it and at which line, and what ran as eager and why.
+
+    With `numerics` it ends with the operators whose bits may differ from eager's in the grade of numerics of the last region,
+    each with the reason and, where that was measured, by how much; and how often the last plan has them so.
+    """
+    return report(tally, numerics_now() if numerics else None)
 
 
 def note(sentence: str) -> None:
