@@ -51,7 +51,8 @@ def chain() -> list[torch.Tensor]:
     """Three roundings to 16 bits and a choice, in one kernel."""
     x, y = NUMBERS
     z = (x * y + 1.5) * y
-    results = [z, z == EAGERS]
+    # Of numbers that nobody keeps, eager makes the choice itself.
+    results = [z, (y * x + 1.5) * y == EAGERS]
     kitsune.flush()
     return results
 
