@@ -20,6 +20,7 @@ held-out data than the farthest two of five seeds are from each other. Exits wit
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -84,6 +85,8 @@ def rows_of(model: str, precision: str, options: argparse.Namespace) -> list[Row
     how = (device, precision, options.steps)
 
     def run(column: str, seed: int = 0) -> Curve:
+        # A model, its graph and its optimizer refer to each other.
+        gc.collect()
         return curve(model, column, *how, seed, options.size)
 
     start = time.perf_counter()

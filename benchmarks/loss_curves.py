@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -138,7 +137,4 @@ def curve(name: str, column: str, device: torch.device, precision: str, steps: i
         counters = kitsune.counters()
         if column in GRADES and device.type == "cuda" and not counters["kernels"]:
             raise RuntimeError(f"{name}, {column}: no kernel of Kitsune's was run, so that there is nothing to compare.")
-        found = Curve(losses, evaluate(it), digest(it.model), counters["kernels"], counters["followed"])
-    del it
-    gc.collect()
-    return found
+        return Curve(losses, evaluate(it), digest(it.model), counters["kernels"], counters["followed"])
