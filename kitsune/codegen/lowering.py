@@ -193,6 +193,14 @@ class Lowering:
         """Correctly rounded division; Triton's own `/` of float32 is an approximation."""
         return f"({a} / {b})" if self.compute is torch.float64 else f"tl.div_rn({a}, {b})"
 
+    def reciprocal(self, name: str) -> str:
+        """1 / a Python number, divided in float64: 1 / 1.1 is another float32 than 1 / float32(1.1)."""
+        value = self.arguments[name]
+        if type(value) not in (Slot, float, int, bool):
+            raise NotLowered(f"{name} of {self.op.target} is no number that a kernel can take")
+        text = self.scalar_name(Scalar(value if type(value) is Slot else float(value), "fp64"))
+        return cast(f"({self.constant(1, torch.float64)} / {text})", torch.float64, self.compute, self.used)
+
     def square_root(self, x: str) -> str:
         """Correctly rounded square root."""
         return f"tl.sqrt({x})" if self.compute is torch.float64 else f"tl.sqrt_rn({x})"

@@ -61,9 +61,11 @@ def _quotient(c: Lowering) -> str:
         return c.divide(c.value("self"), c.tensor("other"))
     # Eager multiplies by the reciprocal that the host made, but for a list of numbers, by which it divides.
     name = next(name for name in ("other", "scalar", "scalars") if name in c.arguments)
-    if name != "scalars":
-        return f"{c.tensor('self')} * {c.divide(c.constant(1), c.number(name))}"
-    return c.divide(c.tensor("self"), c.number(name))
+    if name == "scalars":
+        return c.divide(c.tensor("self"), c.number(name))
+    if c.arguments.get("rounding_mode") is None and "scalar" not in c.arguments:
+        return f"{c.tensor('self')} * {c.reciprocal(name)}"
+    return f"{c.tensor('self')} * {c.divide(c.constant(1), c.number(name))}"
 
 
 def _floor_divide(c: Lowering) -> str:

@@ -78,6 +78,8 @@ def _rows() -> list[Sample]:
 def _numbers() -> list[Sample]:
     """Ops that take Python numbers."""
     rows = [Sample(n, _call(n, 0.3), 1, F + I[:1], moving=m) for n in ("add", "sub", "mul", "div") for m in ((), (0.3,))]
+    # Of 1.1 the reciprocal is another float32 if it is made of a float32.
+    rows += [Sample("div", _call("div", 1.1), 1, F + I[:1], moving=m) for m in ((), (1.1,))]
     rows += [
         Sample(n, _call(n, 3), 1, F + I)
         for n in ("add", "sub", "mul", "div", "remainder", "fmod", "floor_divide")

@@ -104,7 +104,10 @@ def test_on_a_gpu_a_chain_is_nearer_to_float64_than_eagers(dtype: torch.dtype) -
     x, y = (torch.randn(N, generator=torch.Generator().manual_seed(k)).to("cuda", dtype) for k in (0, 1))
 
     def program(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return ((x * y * 0.3).tanh() * y + x).exp() * x
+        z = x
+        for _ in range(8):
+            z = z * 0.9 + y * 0.3
+        return z
 
     exact, eager = program(x.double(), y.double()), program(x, y)
     for _ in range(2):
@@ -112,4 +115,5 @@ def test_on_a_gpu_a_chain_is_nearer_to_float64_than_eagers(dtype: torch.dtype) -
             got = program(x, y)
     assert kitsune.counters()["fused"] and not kitsune.explain().mended
     off, eagers = ((t.double() - exact).abs().mean() for t in (got * 1, eager))
-    assert off < 0.8 * eagers
+    # Of seventeen roundings one is left.
+    assert off < 0.5 * eagers
