@@ -1,4 +1,4 @@
-"""Functions of torch's that read a tensor, or ask for its address, from C++ before any dispatcher: what they are given instead."""
+"""Functions of torch's that read a tensor, or ask for its address, from C++ before any dispatcher: what they get instead."""
 
 import functools
 import threading
