@@ -28,12 +28,24 @@ WITHOUT_TOOLKIT: dict[str, tuple[int, str]] = {
 }
 
 # Reductions in kernels, in "strict" and "fast": how far results were from eager's, at most, in float32 and in 16 bits, in units
-# of the dtype's epsilon and of the largest result; None where that was not measured. By `python -m tests.parity.distances`.
-REDUCTIONS: dict[str, tuple[float, float] | None] = dict.fromkeys(
-    "sum mean amax amin max min argmax argmin var var_mean std std_mean norm linalg_vector_norm logsumexp _softmax _log_softmax "
-    "_softmax_backward_data _log_softmax_backward_data nll_loss_forward nll_loss_backward native_layer_norm "
-    "native_layer_norm_backward native_batch_norm native_batch_norm_backward".split()
-)
+# of the dtype's epsilon and of the largest result, over rows and columns of 33, 1023 and 50257 numbers. By
+# `python -m tests.parity.distances` on an H200; in the same units and cases, eager itself was up to 3.2 from float64.
+REDUCTIONS: dict[str, tuple[float, float]] = {
+    "sum": (2.21, 0.0),
+    "mean": (2.14, 0.0),
+    **dict.fromkeys("amax amin max min argmax argmin".split(), (0.0, 0.0)),
+    **dict.fromkeys("var var_mean".split(), (1.73, 0.0)),
+    **dict.fromkeys("std std_mean".split(), (2.21, 0.0)),
+    **dict.fromkeys("norm linalg_vector_norm".split(), (0.97, 0.0)),
+    "logsumexp": (0.53, 0.71),
+    "_softmax": (1.0, 0.0),
+    "_log_softmax": (0.7, 0.0),
+    **dict.fromkeys("_softmax_backward_data _log_softmax_backward_data".split(), (2.67, 0.67)),
+    **dict.fromkeys("nll_loss_forward nll_loss_backward".split(), (0.78, 0.0)),
+    "native_layer_norm": (2.65, 0.28),
+    "native_layer_norm_backward": (1.46, 0.37),
+    **dict.fromkeys("native_batch_norm native_batch_norm_backward".split(), (2.2, 0.74)),
+}
 # No order of a row's elements changes these.
 SAME_IN_ANY_ORDER = frozenset("amax amin max min argmax argmin".split())
 OWN_ORDER = "its kernel adds up in an order of its own, as near to float64 as eager's"
