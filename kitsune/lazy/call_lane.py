@@ -9,7 +9,6 @@ import weakref
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
 from kitsune.ir import Barrier
 from kitsune.lazy.advance import arrive, place, rewrite
@@ -24,6 +23,7 @@ from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
+from kitsune.lazy.write_counts import count_writes
 
 
 class CallLane(Learner):
@@ -181,7 +181,7 @@ class CallLane(Learner):
                 region.past.append(edge)
                 region.calls.append((edge, args, kwargs, flat, wrappers, undo, dirty, recorder.epoch))
             if edge.bumps:
-                increment_version([flat[k] for k in edge.bumps])
+                count_writes(region, [flat[k] for k in edge.bumps], edge)
             recorder.tally.followed += 1
             if edge.node.full:
                 recorder.flush(Barrier.BOUND)
@@ -228,14 +228,10 @@ class CallLane(Learner):
             return result
         edge = None
         if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.past is None):
-            # Does it spoil what a followed call has read? Where autograd knows of every call, its backward is to tell.
-            looked = not (writes and region.real)
-            edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result), looked)
+            edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result))
             if edge is not None:
                 matcher = self.know_by_heart(edge, key, args, kwargs)
-                if not looked and not edge.follows:
-                    region.unproven.append((edge, matcher))
-                elif edge.follows and matcher is not None:
+                if edge.follows and matcher is not None:
                     self.take_by(matcher, edge)
         if graded and (edge is None or edge.graded):
             # As when it is followed: one that gave back what it was given has made no node.

@@ -18,6 +18,7 @@ from kitsune.lazy.edges import Edge, path_between
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
+from kitsune.lazy.write_counts import Recount
 
 
 @dataclass(slots=True)
@@ -91,6 +92,7 @@ def realize(recorder: Any, region: Any) -> None:
     """Give every followed call of the region its place in the autograd graph."""
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
     now = region.dirty
+    recount = Recount(region)
     refs = [(cell, cell.ref) for call in calls for cell, _ in call.undo or ()]
     for call in reversed(calls):
         for cell, before in reversed(call.undo or ()):
@@ -99,7 +101,8 @@ def realize(recorder: Any, region: Any) -> None:
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk
     try:
         with torch._C.DisableTorchFunction(), recorder.above_autograd(), _modes(recorder) as adopt:
-            for call in calls:
+            for n, call in enumerate(calls):
+                recount.before_call(n)
                 adopt(call)
                 region.dirty = set(call.dirty)
                 walk.begin(call)
@@ -111,17 +114,18 @@ def realize(recorder: Any, region: Any) -> None:
                     if tensor_is_spent(tensor):
                         attach_spent(recorder, tensor)
                 with versions_kept([t for t in call.flat if type(t) is not LazyTensor]):
-                    hand_over(call.edge.func(*call.args, **(call.kwargs or {})), call)
+                    recount.replaced(hand_over(call.edge.func(*call.args, **(call.kwargs or {})), call))
     finally:
         recorder.walk, recorder.hook = None, hook
+        recount.rest()
         region.dirty = now
         for cell, ref in refs:
             cell.ref = ref
     region.real = True
 
 
-def hand_over(result: Any, call: Followed) -> None:
-    """Let the wrappers that the program holds be the tensors that the call has returned."""
+def hand_over(result: Any, call: Followed) -> Iterator[tuple[LazyTensor, LazyTensor]]:
+    """Let the wrappers that the program holds be the tensors that the call has returned; (now, before) of those replaced."""
     for made, held in zip(tensors_in(_results(result, call.edge.structure)), call.made, strict=True):
         if made is held or not made.requires_grad:
             continue
@@ -131,6 +135,8 @@ def hand_over(result: Any, call: Followed) -> None:
         except RuntimeError:
             with torch.enable_grad():
                 Same.apply(made, held)
+        else:
+            yield held, made
 
 
 def _results(result: Any, structure: Any) -> Any:

@@ -229,7 +229,6 @@ class Recording:
             self.tally.flushed[(cause, site)] += 1
             if end:
                 self.region = self._new_region()
-                region.hand_on(self.region, cause)
             live: tuple[int, ...] = ()
             if region.observed_from is None:
                 self.tally.recorded += node.depth
@@ -259,8 +258,8 @@ class Recording:
             for k, number, *_ in edge.arrivals:
                 values[number.id] = fresh[k] if type(fresh[k]) is not LazyTensor else fresh[k].cell.real
         self.running = True
-        graph = self._graph(region.node, live)
         try:
+            graph = self._graph(region.node, live)
             self.run(graph, values, region.scalars)
             if self.watcher is not None:
                 self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)

@@ -174,7 +174,7 @@ def copies(b: Builder, i: int, j: int, k: int) -> str:
         f"import copy; {t} = copy.copy({x})",
         f"import io; buffer = io.BytesIO(); torch.save({x}.detach(), buffer); seen = len(buffer.getvalue()) > 0",
         f"import copy; other = copy.deepcopy(net); {t} = other[0].weight",
-        f"import copy; state = copy.deepcopy(opt.state_dict())",
+        "import copy; state = copy.deepcopy(opt.state_dict())",
         "opt.load_state_dict(state)",
     )
     return pick(calls, k)
@@ -191,7 +191,7 @@ def under_mode(b: Builder, i: int, j: int, k: int) -> str:
         f"with torch.enable_grad(): {t} = {x} * 2",
         f"with kitsune.disable(): {t} = {x} + 1",
         f"with torch.no_grad(): {x}.mul_(0.5)",
-        f"with torch.autocast('cpu', torch.bfloat16): (net(t3).float().square().mean()).backward()",
+        "with torch.autocast('cpu', torch.bfloat16): (net(t3).float().square().mean()).backward()",
         f"with torch.random.fork_rng(devices=[]): {t} = torch.rand_like({x})",
     )
     return pick(calls, k)
