@@ -201,10 +201,15 @@ def _before_fork() -> None:
 
 
 def _in_forked_child() -> None:
+    global _lock, _n_open
+    # Another thread, which is not there, may have held it; and the contexts of other threads are not open here.
+    _lock, _n_open = threading.Lock(), len(here.depth)
     # A DataLoader's worker inherits the mode of its parent's thread, but not the parent's consumer of the regions.
     for pipeline in list(everyone):
         pipeline.recorder.renew_lock()
         pipeline.recorder.pause()
+    # A context that the child enters itself gets a pipeline of its own.
+    here.pipelines.clear()
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_in_forked_child)

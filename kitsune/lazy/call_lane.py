@@ -210,7 +210,7 @@ class CallLane(Learner):
         if graph:
             recorder.known.forget()
         graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
-        writes = may_write(func) or "out" in kwargs
+        writes = may_write(func, args, kwargs)
         wrong = writes and self.spoils(tensors_in((args[:1], kwargs.get("out"))))
         if graded or wrong or (writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)):
             self.own_up(flat)
@@ -219,11 +219,15 @@ class CallLane(Learner):
         learns = key is not None and not graph and not wrong and not self.part_of_update
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
+        leaves = [t for t in flat if not t.requires_grad] if graded else []
         result = self.made(lambda: func(*args, **kwargs))
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.
             recorder.region.real, recorder.region.past = True, None
+        if any(t.requires_grad for t in leaves):
+            # It was written, and has got a history; so have those that share its memory.
+            recorder.known.forget()
         if recorder.region is not region:
             return result
         edge = None

@@ -18,7 +18,7 @@ from kitsune.lazy.edges import Edge, path_between
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
-from kitsune.lazy.write_counts import Recount
+from kitsune.lazy.write_counts import Recount, is_owed
 
 
 @dataclass(slots=True)
@@ -93,6 +93,7 @@ def realize(recorder: Any, region: Any) -> None:
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
     now = region.dirty
     recount = Recount(region)
+    owed = {id(t) for call in calls for t in call.made if is_owed(t)}
     refs = [(cell, cell.ref) for call in calls for cell, _ in call.undo or ()]
     for call in reversed(calls):
         for cell, before in reversed(call.undo or ()):
@@ -113,7 +114,7 @@ def realize(recorder: Any, region: Any) -> None:
                 for tensor in call.flat:
                     if tensor_is_spent(tensor):
                         attach_spent(recorder, tensor)
-                with versions_kept([t for t in call.flat if type(t) is not LazyTensor]):
+                with versions_kept([t for t in call.flat if id(t) not in owed]):
                     recount.replaced(hand_over(call.edge.func(*call.args, **(call.kwargs or {})), call))
     finally:
         recorder.walk, recorder.hook = None, hook

@@ -13,9 +13,14 @@ def count_writes(region: Any, tensors: list[Any], edge: Any) -> None:
     """A call that was followed writes these tensors."""
     increment_version(tensors)
     if region.calls:
-        # One that is owed itself counts wrappers when it is made again.
-        mine = [t for t in tensors if type(t) is not LazyTensor] if edge.graded else tensors
+        # A call that is owed itself counts its writes to what other calls owe when it is made again.
+        mine = [t for t in tensors if not is_owed(t)] if edge.graded else tensors
         region.counted.append((len(region.calls), mine))
+
+
+def is_owed(tensor: Any) -> bool:
+    """Is this what a call has made that is to be made again?"""
+    return type(tensor) is LazyTensor and tensor.cell.owed is not None and not tensor.cell.spent
 
 
 class Recount:

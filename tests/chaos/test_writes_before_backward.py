@@ -140,4 +140,4 @@ def test_a_backward_that_needs_what_was_written_raises_as_in_eager(step: Body) -
     expected = run(step, contextlib.nullcontext)
     kitsune.reset()
     assert run(step, lambda: kitsune.accelerate(device="cpu")) == expected
-    assert kitsune.counters()["followed"] >= 12
+    assert kitsune.counters()["followed"] >= 10

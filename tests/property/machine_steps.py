@@ -54,7 +54,6 @@ def out_form(b: Builder, i: int, j: int, k: int) -> str:
         f"{t} = torch.mul({x}.detach(), 2, out={z}.detach())",
         f"torch.matmul({x}, {y}, out={z})",
         f"torch.cat([{x}.detach(), {y}.detach()], out={z}.detach())",
-        f"torch.sum({x}.detach(), 0, out={z}[0].detach())",
         f"torch.neg({x}.detach(), out={x}.detach().t())",
     )
     return pick(calls, i + j + k)
@@ -186,7 +185,7 @@ def under_mode(b: Builder, i: int, j: int, k: int) -> str:
     t = b.new()
     calls = (
         f"with torch.no_grad(): {t} = {x} * 2",
-        f"with torch.inference_mode(): {t} = {x}.clone() * 2",
+        f"with torch.inference_mode(): {t} = {x}.clone() * 2\n{t} = {t}.clone()",
         f"with torch.autocast('cpu', torch.bfloat16): {t} = net(t3)",
         f"with torch.enable_grad(): {t} = {x} * 2",
         f"with kitsune.disable(): {t} = {x} + 1",
@@ -206,7 +205,6 @@ def metadata_change(b: Builder, i: int, j: int, k: int) -> str:
         f"{x}.resize_as_({b.any(j)})",
         f"{x}.data = {b.alike(j, x)}.data",
         f"{x}.detach_()",
-        f"torch.utils.swap_tensors({b.any(i)}, {b.any(j)})",
         f"{x}.swapdims_(0, -1)",
         f"{x}.as_strided_((2,), (1,))",
         f"{x} = {x}.{pick(('half', 'double', 'bfloat16'), k)}()",
