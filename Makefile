@@ -2,6 +2,8 @@
 # make test    lint and types where the tools are there, then the tests
 # make test-full  every sample of torch's databases of operators, modules and optimizers, some 100,000; SHARD=2/4 runs the second
 #                 of four shards, and `python -m tests.parity.sweep --merge sweep-*.jsonl` adds up what they wrote
+# make chaos   what users do besides training in a straight line, and what may befall a process, at length: tests/chaos, and 2,000
+#              scripts of 2,000 lines in two worlds; SHARD=2/8 runs every eighth of them, MACHINE="--runs 100" fewer
 # make lint    ruff and mypy alone
 # make setup   .venv with all that the above need (each of them does it first)
 #
@@ -29,7 +31,7 @@ endif
 # $(call has,module): is it importable by the python that runs?
 has = $(RUN) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
 
-.PHONY: demo test test-full lint setup clean
+.PHONY: demo test test-full chaos lint setup clean
 
 demo: $(READY)
 	@$(RUN) -m kitsune demo
@@ -43,6 +45,10 @@ test: lint
 SHARD ?= 1/1
 test-full: $(READY)
 	@OMP_NUM_THREADS=1 $(RUN) -m tests.parity.sweep --shard $(SHARD) --out sweep-$(subst /,-of-,$(SHARD)).jsonl $(ARGS)
+
+chaos: $(READY)
+	@CHAOS=full OMP_NUM_THREADS=1 $(RUN) -m pytest tests/chaos -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m tests.property.machine --shard $(SHARD) $(MACHINE)
 
 lint: $(READY)
 	@if $(call has,ruff); then $(RUN) -m ruff check .; else echo "ruff is not installed: skipped"; fi

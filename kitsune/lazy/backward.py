@@ -20,22 +20,29 @@ from kitsune.lazy.write_counts import count_writes
 def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradients: list[Any], plain: bool) -> Any:
     """Take one backward: follow it, or have autograd run it. `plain`: with no option that asks for more than gradients."""
     recorder = lane.recorder
-    region, call = recorder.region, Incoming()
-    region.unfold()
-    leaves = dict(_leaves(region))
-    key = None
-    if plain and region.past is not None and not _runs_python(leaves.values()) and not lane.hooked(leaves.values()):
-        named = [leaf.grad for leaf in leaves.values()]
-        tree = (losses, gradients, named)
-        key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves), lane.modes[False]), call)
-    if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
-        edge = region.node.calls.get(key)
-        numbers = None if edge is None else edge.sources.numbers(region.scalars)
-        if numbers is not None and _is_whole(region, edge, losses):
-            with recorder.lock:
+    call = Incoming()
+    # From the look at the region to the step along it: another thread may end the region.
+    with recorder.lock:
+        region = recorder.region
+        region.unfold()
+        leaves = dict(_leaves(region))
+        key = _key(lane, region, losses, gradients, leaves, call) if plain else None
+        if key is not None and not region.real and region.observed_from is None and not region.slow:
+            edge = region.node.calls.get(key)
+            numbers = None if edge is None else edge.sources.numbers(region.scalars)
+            if numbers is not None and _is_whole(region, edge, losses):
                 return _follow(recorder, edge, call, leaves, numbers)
     lane.own_up([*losses, *gradients])
-    return _run(lane, run, None if call.unknown else key, call, leaves)
+    return _run(lane, run, key, call, leaves)
+
+
+def _key(lane: Any, region: Any, losses: list[Any], gradients: list[Any], leaves: dict[int, Any], call: Incoming) -> Any:
+    """By what this backward is known; None if it may do more than what it does by itself."""
+    if region.past is None or _runs_python(leaves.values()) or lane.hooked(leaves.values()):
+        return None
+    tree = (losses, gradients, [leaf.grad for leaf in leaves.values()])
+    key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves), lane.modes[False]), call)
+    return None if call.unknown else key
 
 
 def _leaves(region: Any) -> Iterator[tuple[int, Any]]:

@@ -244,17 +244,19 @@ class CallLane(Learner):
 
     def own_up(self, tensors: Any = ()) -> None:
         """From here on autograd is to know of every call so far."""
-        region = self.recorder.region
-        region.unfold()
-        if region.calls:
-            # Another thread may flush too, which is no call of this one's.
-            here = threading.get_ident() == self.thread
-            self.inside += here
-            try:
-                self.recorder.tally.realized += 1
-                realize(self.recorder, region)
-            finally:
-                self.inside -= here
+        # Another thread may flush, and do it at this moment.
+        with self.recorder.lock:
+            region = self.recorder.region
+            region.unfold()
+            if region.calls:
+                # That is no call of this thread's.
+                here = threading.get_ident() == self.thread
+                self.inside += here
+                try:
+                    self.recorder.tally.realized += 1
+                    realize(self.recorder, region)
+                finally:
+                    self.inside -= here
         for tensor in tensors:
             if tensor_is_spent(tensor):
                 attach_spent(self.recorder, tensor)

@@ -168,10 +168,10 @@ def tensor_is_spent(tensor: Any) -> bool:
 
 
 class Gone(torch.autograd.Function):
-    """The history of a wrapper whose graph is used up: it says so when it is asked for gradients."""
+    """The history of a wrapper whose graph is used up: it says so when it is asked for gradients of any of the leaves."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, wrapper: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, wrapper: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
         ctx.mark_dirty(wrapper)
         return wrapper
 
@@ -189,7 +189,7 @@ def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
     hook, recorder.hook = recorder.hook, None
     try:
         with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad(), versions_kept([tensor]):
-            Gone.apply(_anchor, tensor)
+            Gone.apply(_anchor, tensor, *recorder.living_leaves())
     finally:
         recorder.hook = hook
 

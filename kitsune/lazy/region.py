@@ -141,6 +141,18 @@ class Region:
             arrive(self, edge, list(call.fresh.items()))
             rewrite(self, edge, call.flat)
 
+    def put_inputs(self, values: list[Any]) -> None:
+        """Put the tensors that came in to their numbers."""
+        for cell in self.plain.values():
+            values[cell.came.id] = cell.real  # type: ignore[union-attr]
+        for number, tensor in self.inputs:
+            values[number] = tensor
+        if self.deferred is not None:
+            edge, call = self.deferred
+            fresh = list(call.fresh.values())
+            for k, number, *_ in edge.arrivals:
+                values[number.id] = fresh[k] if type(fresh[k]) is not LazyTensor else fresh[k].cell.real
+
     def extend_past(self, edge: Any) -> None:
         """A call has made a graph; None if it is not known which."""
         if edge is None or self.past is None:

@@ -27,7 +27,8 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
         lane.failures[name] = n_failures + 1
         return func(*args, **kwargs)
     # Reading 200 tensors' `requires_grad` would be 200 calls of the API.
-    with torch._C.DisableTorchFunction():
+    # And from the look at the region to the step along it, another thread may end the region.
+    with torch._C.DisableTorchFunction(), recorder.lock:
         recorder.region.unfold()
         key, call = _key(lane, func, args, kwargs)
         counts = host_counts(func, args, kwargs)
@@ -38,8 +39,7 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
         if edge is not None and numbers is not None:
             if counts is not None:
                 counts.advance()
-            with recorder.lock:
-                return _follow(recorder, edge, call, numbers)
+            return _follow(recorder, edge, call, numbers)
         mark = None if key is None else Mark(recorder, key, call, before, aside=counts is not None)
     lists = [list(map(id, a)) for a in args if type(a) is list]
     lane.part_of_update = mark is not None

@@ -58,7 +58,7 @@ class Counts:
 def _difference(a: Any, b: Any) -> str | None:
     if isinstance(a, (list, tuple)):
         if type(a) is not type(b) or len(a) != len(b):
-            return f"{b!r} instead of {a!r}"
+            return f"{str(b)[:200]} instead of {str(a)[:200]}"
         return next((f"[{i}] {told}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if (told := _difference(x, y))), None)
     return _compare.difference(a, b, skip=("history",))
 
@@ -73,8 +73,8 @@ class Loop:
             for parameter in self.model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=momentum)
-        self.xs = torch.randn(16, 4, 6, generator=generator)
-        self.ys = torch.randint(0, 3, (16, 4), generator=generator)
+        self.xs = [torch.randn(4, 6, generator=generator) for _ in range(16)]
+        self.ys = [torch.randint(0, 3, (4,), generator=generator) for _ in range(16)]
         self.losses: list[Tensor] = []
 
     def loss(self, i: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What autograd did not know yet is told before somebody needs it. Each was once a gradient that was silently missing or wrong."""
+"""What autograd did not know yet is told before somebody needs it. Each was once a gradient silently missing or wrong."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def five_steps(step: Callable[[Tensor, list[Any]], None], context: Callable[[], 
     return seen
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forward derivatives are scripted by torch itself
 @pytest.mark.parametrize("warmup", [0, 1])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_transform_is_given_results_with_their_history(name: str, warmup: int, counts: Counts) -> None:

@@ -5,12 +5,21 @@ living tensor is at that point, and `look()` what can be told of them without a 
 data and maybe with one line more, so that what was recorded is followed.
 
     python -m tests.property.machine --shard 1/8 --runs 2000 --steps 2000
+
+runs every eighth of 2,000 scripts of 2,000 lines, each in a process of its own, and prints how many were run, equal, different and
+crashed; of those that are not equal it prints the seed and the shortest part that still shows it.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import multiprocessing
+import sys
+import time
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -23,6 +32,7 @@ from tests.property.strategies import MOST_TENSORS, Builder, make
 from tests.property.world import World, differences
 
 NAMES = sorted(MACHINE)
+COUNTS = ("run", "equal", "different", "crashed")
 # torch's words for a graph that is used up. Kitsune says so of every graph that a followed backward has used, eager only of those
 # that have saved something: what a script does after that tells nothing.
 USED_UP = "Trying to backward through the graph a second time"
@@ -65,7 +75,7 @@ class TwoWorlds(World):
 
     def execute(self, line: str) -> None:
         super().execute(line)
-        if self.error is not None and str(self.error).startswith(USED_UP):
+        if self.words.startswith(USED_UP):
             self.used_up.append(len(self.seen) - 1)
 
     def check(self) -> None:
@@ -244,3 +254,87 @@ def scripted(seed: int, steps: int) -> list[str]:
     finally:
         torch.set_grad_enabled(True)
     return list(machine.script)
+
+
+Found = tuple[str, list[str]]
+SECONDS, TO_SHORTEN = 900, 300
+
+
+def verdict(script: list[str], warmup: int) -> Found:
+    """equal, different or crashed, and in which way."""
+    try:
+        expected = run(script, None)
+        if differences(expected, run(script, None)):
+            return "unstable", []  # memory that nobody has written
+        found = compare(script, warmup, expected)
+    except BaseException as error:
+        return "crashed", [f"{type(error).__name__}: {error}"]
+    return ("different" if found else "equal"), found[:3]
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in a process of its own; None where that dies or does not end."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        there.send(function(*args))
+
+    process = context.Process(target=work)
+    process.start()
+    there.close()
+    try:
+        return here.recv() if here.poll(SECONDS) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join()
+
+
+def shortened(script: list[str], warmup: int, kind: str) -> list[str]:
+    """The script without the lines that it does not need to end in the same way."""
+    size, until = len(script) // 2, time.monotonic() + TO_SHORTEN
+    while size and time.monotonic() < until:
+        start, shorter = 0, False
+        while start < len(script) and time.monotonic() < until:
+            candidate = script[:start] + script[start + size :]
+            if (apart(verdict, candidate, warmup) or ("crashed", []))[0] == kind:
+                script, shorter = candidate, True
+            else:
+                start += size
+        size = size // 2 if size > 1 or not shorter else 1
+    return script
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shard", default="1/1")
+    parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    options = parser.parse_args()
+    k, n = map(int, options.shard.split("/"))
+    counts: Counter[str] = Counter()
+    for seed in range(options.first + k - 1, options.first + options.runs, n):
+        script = apart(scripted, seed, options.steps)
+        kind, found = (script and apart(verdict, script, seed % 2)) or ("crashed", ["the process died or did not end"])
+        counts["run"] += 1
+        counts[kind] += 1
+        if found:
+            print(
+                f"seed {seed}, warmup {seed % 2}: {kind}",
+                *shortened(script or [], seed % 2, kind),
+                *found,
+                sep="\n  ",
+                flush=True,
+            )
+    print(f"machine {options.shard}:", ", ".join(f"{counts[name]} {name}" for name in (*COUNTS, "unstable")))
+    return int(bool(counts["different"] + counts["crashed"]))
+
+
+if __name__ == "__main__":
+    import tests.conftest  # noqa: F401  (its settings are those of the tests)
+
+    sys.exit(main())

@@ -200,9 +200,8 @@ def under_mode(b: Builder, i: int, j: int, k: int) -> str:
 def metadata_change(b: Builder, i: int, j: int, k: int) -> str:
     x = b.any(i)
     calls = (
-        f"{x}.resize_(2, 2)",
+        f"{x}.resize_({x}.numel())",
         f"{x}.set_({b.alike(j, x)})",
-        f"{x}.resize_as_({b.any(j)})",
         f"{x}.data = {b.alike(j, x)}.data",
         f"{x}.detach_()",
         f"{x}.swapdims_(0, -1)",

@@ -48,8 +48,8 @@ class World:
     # (F.linear adds a bias), and out of place on a wrapper.
     births: dict[str, int] = field(default_factory=dict)
     ids: dict[str, int] = field(default_factory=dict)
-    # Of the last line.
-    error: Exception | None = None
+    # Of the exception of the last line.
+    words: str = ""
     # What the program saw of versions on the way.
     noted: list[tuple[str, tuple[int, int]]] = field(default_factory=list)
 
@@ -60,11 +60,11 @@ class World:
 
     def execute(self, line: str) -> None:
         """Run one line; note the value that it read, or the type of its exception."""
-        self.names["seen"] = self.error = None
+        self.names["seen"], self.words = None, ""
         try:
             exec(compile(line, "<program>", "exec"), self.names)
         except Exception as error:
-            self.error = error
+            self.words = str(error)
             self.seen.append(f"{type(error).__name__} at {line!r}")
         else:
             self.seen.append(f"{self.names['seen']!r} at {line!r}")
