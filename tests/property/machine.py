@@ -6,8 +6,8 @@ data and maybe with one line more, so that what was recorded is followed.
 
     python -m tests.property.machine --shard 1/8 --runs 2000 --steps 2000
 
-runs every eighth of 2,000 scripts of 2,000 lines, each in a process of its own, and prints how many were run, equal, different and
-crashed; of those that are not equal it prints the seed and the shortest part that still shows it.
+runs every eighth of 2,000 scripts of 2,000 lines, each in a process of its own, and prints how many were run, equal, different
+and crashed; of those that are not equal it prints the seed and the shortest part that still shows it.
 """
 
 from __future__ import annotations
