@@ -9,6 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
+from kitsune.lazy import recorders
 from kitsune.lazy.arrivals import Arrivals
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.early_reads import EarlyReads, memory_changed
@@ -53,7 +54,7 @@ class Recording:
         self.max_ops, self.max_bytes = max_ops, max_bytes
         self.describe, self.infer, self.below_autograd = describe, infer, below_autograd
         self.run, self.tally, self.on_close = run, tally, on_close
-        self.renew_lock()
+        self.use_lock(recorders.lock)
         # Can another thread record or read here? Autograd has one for each CUDA device. The lock costs 0.25 us per op.
         self.shared = True
         self.paused = 0
@@ -87,11 +88,9 @@ class Recording:
         self.forget()
         EVERY.add(self)
 
-    def renew_lock(self) -> None:
-        """A new lock: in a forked child, the old one may be held by a thread that is not there."""
-        self.lock = threading.RLock()
-        # Bound once: `with` costs 0.1 us more per op.
-        self._acquire, self._release = self.lock.acquire, self.lock.release
+    def use_lock(self, lock: Any) -> None:
+        """The lock that all recorders share. Its methods are bound once: `with` costs 0.1 us more per op."""
+        self.lock, self._acquire, self._release = lock, lock.acquire, lock.release
 
     def forget(self) -> None:
         """Drop every region seen so far; to be called between regions."""
@@ -187,9 +186,13 @@ class Recording:
             # Another tensor may get the id of one that is gone.
             leaves[number] = weakref.ref(tensor, lambda _: leaves.pop(number, None))
 
+    def living_leaves(self) -> list[torch.Tensor]:
+        """The leaves that came in since they were last taken, and are still alive."""
+        return [leaf for known in list(self.leaves.values()) if (leaf := known()) is not None]
+
     def take_leaves(self) -> list[torch.Tensor]:
-        """The leaves that came in since the last call and are still alive."""
-        leaves = [leaf for known in self.leaves.values() if (leaf := known()) is not None]
+        """Take them."""
+        leaves = self.living_leaves()
         self.leaves.clear()
         self.outer_graph = False
         return leaves
@@ -218,7 +221,6 @@ class Recording:
             self.early.ends(region)
             if end:
                 self.region = self._new_region()
-                region.hand_on(self.region, cause)
             live: tuple[int, ...] = ()
             if region.observed_from is None:
                 self.tally.recorded += node.depth
@@ -234,21 +236,14 @@ class Recording:
 
     def _run(self, region: Region) -> tuple[int, ...]:
         """Compute what is pending; returns the numbers of the values that can still be read."""
-        cells = living(region.produced)
-        live = tuple(sorted({cell.ref.id for cell in cells}))
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
-        for cell in region.plain.values():
-            values[cell.came.id] = cell.real  # type: ignore[union-attr]
-        for number, tensor in region.inputs:
-            values[number] = tensor
-        if region.deferred is not None:
-            edge, call = region.deferred
-            fresh = list(call.fresh.values())
-            for k, number, *_ in edge.arrivals:
-                values[number.id] = fresh[k] if type(fresh[k]) is not LazyTensor else fresh[k].cell.real
-        self.running = True
+        cells: list[Cell] = []
         try:
+            cells = living(region.produced)
+            live = tuple(sorted({cell.ref.id for cell in cells}))
+            region.put_inputs(values)
+            self.running = True
             if self.watcher is not None or not self.early.foreseen(region, live, values):
                 self._run_now(region, self._graph(region.node, live), values)
         except BaseException as error:
