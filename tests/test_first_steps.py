@@ -1,0 +1,147 @@
+"""The first steps of a training: what an optimizer makes in the first one, and updates that are new in the second."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, RMSprop
+
+import kitsune
+from kitsune.ir import Barrier
+from kitsune.lazy.new_state import collect
+from kitsune.lazy.recorders import OPEN
+
+COUNTS = ("observed", "regions", "recorded")
+
+
+def steps(optimizer: Callable[..., Any]) -> Any:
+    """Parameters, the optimizer's state and what was counted in each of four steps; and the same in eager."""
+
+    def run(context: Any) -> Any:
+        torch.manual_seed(0)
+        model, xs = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(4, 5, 6)
+        made, counted = optimizer(model.parameters()), []
+        with context:
+            for x in xs:
+                before = kitsune.counters()
+                model(x).square().sum().backward()
+                made.step()
+                made.zero_grad()
+                counted.append([kitsune.counters()[name] - before[name] for name in COUNTS])
+        state = [v for held in made.state.values() for v in held.values() if isinstance(v, torch.Tensor)]
+        return [p.detach().clone() for p in model.parameters()], state, counted
+
+    expected = run(contextlib.nullcontext())
+    kitsune.reset()
+    return run(kitsune.accelerate(device="cpu")), expected
+
+
+def same(got: Any, expected: Any) -> bool:
+    """Are parameters and state equal to the bit, and plain tensors?"""
+    tensors, others = [*got[0], *got[1]], [*expected[0], *expected[1]]
+    plain = {type(t) for t in tensors} == {torch.Tensor}
+    return plain and len(tensors) == len(others) and all(map(torch.equal, tensors, others))
+
+
+OPTIMIZERS = {
+    "adamw-fused": lambda ps: AdamW(ps, lr=0.1, fused=True),
+    "adamw-foreach": lambda ps: AdamW(ps, lr=0.1, foreach=True),
+    "adamw-loop": lambda ps: AdamW(ps, lr=0.1, foreach=False),
+    "adam-amsgrad": lambda ps: Adam(ps, lr=0.1, amsgrad=True, fused=True),
+    "adagrad": lambda ps: Adagrad(ps, lr=0.1, foreach=False),
+    "rmsprop": lambda ps: RMSprop(ps, lr=0.1, momentum=0.9, centered=True),
+    "asgd-foreach": lambda ps: ASGD(ps, lr=0.1, foreach=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_second_step_is_the_region_of_the_first(optimizer: Any) -> None:
+    got, expected = steps(optimizer)
+    assert same(got, expected)
+    n_ops = got[2][0][0]
+    assert n_ops > 20 and got[2] == [[n_ops, 1, 0], *[[0, 0, n_ops]] * 3]
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": True, "nesterov": True}], ids=str)
+def test_an_update_that_is_new_does_not_end_its_region(options: Any) -> None:
+    got, expected = steps(lambda ps: SGD(ps, lr=0.1, momentum=0.9, **options))
+    assert same(got, expected)
+    # A momentum's first step is another one than all later ones.
+    (n_first, *_), *others = got[2]
+    n_ops = others[0][2]
+    assert n_first > 20 and n_ops > 20 and others == [[0, 1, n_ops], [0, 0, n_ops], [0, 0, n_ops]]
+
+
+def halved(p: Any) -> None:
+    p.mul_(0.5)
+
+
+def noisy(p: Any) -> None:
+    p.add_(torch.rand_like(p))
+
+
+def untouched(p: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "pending", "apart"),
+    [
+        pytest.param(torch.clone, untouched, 4, id="reads what is there"),
+        # The first ends what is pending: from there on all is made at once.
+        pytest.param(torch.clone, halved, 3, id="reads what is pending"),
+        pytest.param(torch.rand_like, noisy, 0, id="draws in turn"),
+        pytest.param(lambda p: torch.zeros_like(p).add_(p), halved, 3, id="writes"),
+        pytest.param(lambda p: torch.full_like(p.grad, 0.3), halved, 0, id="a gradient"),
+    ],
+)
+def test_state_is_made_apart_where_that_is_the_same(make: Any, pending: Any, apart: int) -> None:
+    def run(context: Any, collects: Callable[[Any], Any]) -> Any:
+        torch.manual_seed(0)
+        model, xs, state = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(5, 5, 6), []
+        optimizer = SGD(model.parameters(), lr=1e-3)
+        with context:
+            for i, x in enumerate(xs):
+                model(x).square().sum().backward()
+                with torch.no_grad():
+                    for p in model.parameters():
+                        pending(p)
+                    # When all before it is known and pending.
+                    state = collects(lambda: [make(p) for p in model.parameters()]) if i == 4 else []
+                optimizer.step()
+                optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()] + [t * 1 for t in state]
+
+    expected = run(contextlib.nullcontext(), lambda collected: collected())
+    kitsune.reset()
+    got = run(kitsune.accelerate(device="cpu"), lambda collected: collect(OPEN[-1], collected))
+    assert len(got) == 8 and all(map(torch.equal, got, expected))
+    assert n_apart() == apart
+
+
+def n_apart() -> int:
+    n: int = kitsune.counters()["passed_through"].get(Barrier.NEW_STATE.name, 0)
+    return n
+
+
+def test_who_fails_while_it_collects_leaves_things_as_they_were() -> None:
+    with kitsune.accelerate(device="cpu"):
+        with pytest.raises(ZeroDivisionError):
+            collect(OPEN[-1], lambda: torch.zeros(3) + 1 / 0)
+        kitsune.reset()
+        torch.zeros(3)
+    assert kitsune.counters()["observed"] == 1 and not n_apart()
+
+
+def test_recording_that_is_switched_off_by_who_collects_stays_off() -> None:
+    off = kitsune.disable()
+    kitsune.reset()
+    with kitsune.accelerate(device="cpu"):
+        collect(OPEN[-1], off.__enter__)
+        (torch.ones(3) * 2).sum().item()
+        off.__exit__()
+    counters = kitsune.counters()
+    assert not counters["observed"] and not counters["recorded"] and not n_apart()
