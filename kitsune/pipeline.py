@@ -145,12 +145,16 @@ class Pipeline:
             return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
-        """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""
+        """A region ended. One that was observed is made ready for its first run, and for the thread that will run it: its
+        backward has run in autograd's, the next time it is this one."""
         close(graph, cause, site, self.runner.options)
         n_new, self.n_nodes = self.recorder.n_nodes - self.n_nodes, self.recorder.n_nodes
         if n_new >= MANY_NODES:
             look_at_new()
-        if observed and self.device.type == "cuda":
+        if not observed:
+            return
+        self.runner.expect(graph)
+        if self.device.type == "cuda":
             with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 self.thread_plans.make(graph)
 

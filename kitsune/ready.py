@@ -1,13 +1,15 @@
 """A region that has been looked at, and how it is run from then on."""
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kitsune.background import later
+from kitsune.config import KitsuneWarning
 from kitsune.ir import Graph, Plan
-from kitsune.profiler import PlanTally, plan_tally
+from kitsune.profiler import PlanTally, Tally, plan_tally
 from kitsune.runtime import PlanExecutor, Prepared, Schedule, Steady, current_stream, prepare, views_of_inputs
 from kitsune.scheduler import dead_code, run_passes
 from kitsune.tuning import Subject, Tuner
@@ -95,3 +97,15 @@ def runs_by_ops(graph: Graph, error: Exception) -> str:
         f"A region of {len(graph.ops)} operators could not be planned and is run op by op ({type(error).__name__}: {error}). "
         "This is a bug in Kitsune: please report it."
     )
+
+
+def tell(sentences: list[str], tally: Tally, error: BaseException | None = None) -> None:
+    """Warn of what was mended. Where warnings are errors, none takes the place of the `error` that ended the run."""
+    while sentences:
+        sentence = sentences.pop(0)
+        tally.mended.append(sentence)
+        try:
+            warnings.warn(sentence, KitsuneWarning, stacklevel=2)
+        except KitsuneWarning:
+            if error is None:
+                raise

@@ -1,7 +1,6 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
 import threading
-import warnings
 import weakref
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,20 +12,21 @@ from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, work
 from kitsune.background import later
 from kitsune.benefits import gains_enough
 from kitsune.codegen import WorkerFailed
-from kitsune.config import KitsuneWarning, config
+from kitsune.config import config
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.plan_files import kept_plan
 from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import Tally
-from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, try_tiles, unfused
+from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, tell, try_tiles, unfused
 from kitsune.runtime import (
     Arenas,
     PlanExecutor,
     Prepared,
     Schedule,
     SlotTable,
+    Steady,
     SteadyState,
     Work,
     adopt_views,
@@ -68,7 +68,8 @@ class Runner:
         # A quarter of the device's memory.
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
-            self.steady = SteadyState(device, recorder, self._limits, self._relieve, self.sentences.append, tally)
+            limits = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget)  # noqa: E731
+            self.steady = SteadyState(device, recorder, limits, self._relieve, self.sentences.append, tally)
         if isinstance(backend, Backend):
             self.arch = backend.arch
             self.pool = MemoryPool(options.pool_bytes or self._budget)
@@ -82,12 +83,8 @@ class Runner:
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a closed region: `values` has the inputs by number and receives the outputs."""
         key = self.key(graph)
-        ready = self.ready.get(key)
-        if ready is None:
-            if len(self.ready) >= MAX_READY:
-                self.forget()
-            ready = self.ready[key] = self._prepare(graph)
-        elif (coming := ready.arrived()) is not None:
+        ready = self.ready.get(key) or self._met(key, graph)
+        if (coming := ready.arrived()) is not None:
             ready = self.ready[key] = self._arrived(graph, ready, coming)
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
@@ -100,7 +97,7 @@ class Runner:
                 self.executor.run(ready.work, values, scalars)
             adopt_views(ready.views, values)
         except BaseException as error:
-            self._say(error)
+            tell(self.sentences, self.tally, error)
             raise
         finally:
             if self.executor is not None and not config.pool:
@@ -110,11 +107,25 @@ class Runner:
             self._ask(graph, ready)
         elif ready.n_runs == 1:
             self._look_up(graph, ready)
-        self._say()
+        tell(self.sentences, self.tally)
 
     def key(self, graph: Graph) -> tuple[Any, ...]:
         """What a region is kept by, ready to run."""
         return graph, *self.options.knobs, numeric_settings() if self.steady is not None else None
+
+    def expect(self, graph: Graph) -> None:
+        """A region was observed: what its first run needs is made now, where it is little: 9 ms of BERT's second step (H200)."""
+        if (self._in_background() or self.executor is None) and (key := self.key(graph)) not in self.ready:
+            self._met(key, graph)
+
+    def _met(self, key: Any, graph: Graph) -> Ready:
+        """A region that is new here."""
+        if len(self.ready) >= MAX_READY:
+            self.forget()
+        ready = self.ready[key] = self._prepare(graph)
+        if self.steady is not None and self.options.captures:
+            ready.steady = self._steady_of(ready, self.steady)
+        return ready
 
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
@@ -163,8 +174,8 @@ class Runner:
 
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
+        planner = self.planner()
         assert self.executor is not None
-        planner = self.planner(self.arch)
         if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
             return made
         return by_plan(show_plan(graph, planner), graph, self.executor)
@@ -234,7 +245,7 @@ class Runner:
                 raise
             self.sentences.append(runs_by_ops(ready.graph, error))
         if ready.steady is not None and self.steady is not None:
-            new.steady = self.steady.region(new.graph, lambda *of: self._work(new, *of), before=ready.steady)
+            new.steady = self._steady_of(new, self.steady, ready.steady)
         if config.debug and new.plan is not None:
             shows().fused(new.n_ops, new.plan.n_kernels)
         return new
@@ -249,12 +260,15 @@ class Runner:
         if self.steady is None or not self.options.captures:
             return False
         if ready.steady is None:
-            ready.steady = self.steady.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits)
+            ready.steady = self._steady_of(ready, self.steady)
         n_captured = self.tally.n_captured
         done = self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
             shows().captured(ready.n_ops, ready.steady.captured.nbytes)
         return done
+
+    def _steady_of(self, ready: Ready, all_of_them: SteadyState, before: Steady | None = None) -> Steady:
+        return all_of_them.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits, before)
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
         """What is captured of a region. Only kernels can read moving numbers from memory."""
@@ -274,25 +288,11 @@ class Runner:
         planner = slot_planner_for(self.arch, self.options.n_streams)
         return self.executor.prepare(planner.plan(graph)) if any(map(reads_slots, graph.ops)) else None
 
-    def _limits(self) -> tuple[int, int]:
-        return config.max_graphs, config.graph_memory or 2 * self._budget
-
     def _relieve(self, hard: bool) -> None:
         if self.executor is not None:
             self.executor.pool.free_all()
         if hard and torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-    def _say(self, error: BaseException | None = None) -> None:
-        """Warn of what was mended. Where warnings are errors, none takes the place of the `error` that ended the run."""
-        while self.sentences:
-            sentence = self.sentences.pop(0)
-            self.tally.mended.append(sentence)
-            try:
-                warnings.warn(sentence, KitsuneWarning, stacklevel=2)
-            except KitsuneWarning:
-                if error is None:
-                    raise
 
 
 # Of all threads; `wait_for_kernels` asks them.

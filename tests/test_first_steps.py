@@ -1,6 +1,7 @@
 """The first steps of a training: what an optimizer makes in the first one, and updates that are new in the second."""
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import kitsune
 from kitsune.ir import Barrier
 from kitsune.lazy.new_state import collect
 from kitsune.lazy.recorders import OPEN
+from kitsune.running import Runner
+from kitsune.session import trace_regions
 
 COUNTS = ("observed", "regions", "recorded")
 
@@ -73,6 +76,45 @@ def test_an_update_that_is_new_does_not_end_its_region(options: Any) -> None:
     (n_first, *_), *others = got[2]
     n_ops = others[0][2]
     assert n_first > 20 and n_ops > 20 and others == [[0, 1, n_ops], [0, 0, n_ops], [0, 0, n_ops]]
+
+
+def test_the_first_run_of_a_region_finds_it_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    prepare = Runner._prepare
+    monkeypatch.setattr(Runner, "_prepare", lambda self, graph: (made.append(graph), prepare(self, graph))[1])
+    with trace_regions() as graphs:
+        steps(OPTIMIZERS["adamw-fused"])
+    assert len(graphs) == 4 and len(set(graphs)) == 1 and made == graphs[:1]
+
+
+def test_what_is_alive_after_observed_ops_is_known() -> None:
+    def program(new: bool) -> Any:
+        held = x * 2
+        kept = held + 1
+        kept = kept * 3
+        written = (held * 3).add_(1) if new else None
+        kitsune.flush()
+        return held, kept, written
+
+    x = torch.ones(4)
+    with kitsune.accelerate(device="cpu"), trace_regions() as graphs:
+        for new in (False, False, True, True):
+            held, kept, written = program(new)
+    seen, known, diverged, followed = graphs
+    # Not the sum, and the last product as it is after the write. Of the third region the last two ops were made at once.
+    assert [v.id for v in seen.outputs] == [1, 3] and known is seen
+    assert [v.id for v in diverged.outputs] == [1, 3, 5] and followed is diverged
+    assert held.tolist() == [2] * 4 and kept.tolist() == [9] * 4 and written.tolist() == [7] * 4
+
+
+def test_what_was_observed_is_not_kept_alive() -> None:
+    kitsune.reset()
+    with kitsune.accelerate(device="cpu"):
+        big = torch.ones(64) * 2
+        storage = weakref.ref(big.untyped_storage())
+        assert kitsune.counters()["observed"] == 2
+        del big
+        assert storage() is None
 
 
 def halved(p: Any) -> None:

@@ -156,6 +156,7 @@ class Recorder(Recording):
                 region.produced.append(cell)
             else:
                 cell.real = reals[len(made)]
+                region.see([cell])
                 region.storages.setdefault(serial_of(cell.real), storage)
             made.append(wrap(cell))
         if node.form == ONE:

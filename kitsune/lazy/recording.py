@@ -13,7 +13,7 @@ from kitsune.lazy.arrivals import Arrivals
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.recorders import EVERY, OPEN
-from kitsune.lazy.region import Region, is_strided, living
+from kitsune.lazy.region import Region, is_strided, living, numbers_of
 from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
@@ -58,8 +58,7 @@ class Recording:
         self.paused = 0
         # While torch infers for the recorder, or a region runs, its Python may pass a door: that is no act of the program's, and
         # a region that goes on after its flush (at a divergence) would be run twice.
-        self.inferring = False
-        self.running = False
+        self.inferring = self.running = False
         # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
         self.lane: Any = None
         self.hook: Any = None
@@ -236,6 +235,7 @@ class Recording:
                 live = self._run(region)
             elif end:
                 self.tally.observed += node.depth - region.observed_from
+                live = numbers_of(cell for seen in region.seen if (cell := seen()) is not None)
                 region.release()
             if end:
                 self._close(node, live, cause, site, region.observed_from is not None)
@@ -246,7 +246,7 @@ class Recording:
     def _run(self, region: Region) -> tuple[int, ...]:
         """Compute what is pending; returns the numbers of the values that can still be read."""
         cells = living(region.produced)
-        live = tuple(sorted({cell.ref.id for cell in cells}))
+        live = numbers_of(cells)
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
         for cell in region.plain.values():
@@ -275,6 +275,7 @@ class Recording:
                 cell.real = values[cell.ref.id]
             region.produced.clear()
             region.inputs.clear()
+            region.see(cells)
             if region is not self.region:
                 region.release()
         return live
