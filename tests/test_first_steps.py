@@ -1,6 +1,7 @@
 """The first steps of a training: what an optimizer makes in the first one, and updates that are new in the second."""
 
 import contextlib
+import importlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -132,27 +133,27 @@ def untouched(p: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "pending", "apart"),
     [
-        pytest.param(torch.clone, untouched, 4, id="reads what is there"),
+        pytest.param(lambda p, _: p.clone(), untouched, 4, id="reads what is there"),
         # The first ends what is pending: from there on all is made at once.
-        pytest.param(torch.clone, halved, 3, id="reads what is pending"),
-        pytest.param(torch.rand_like, noisy, 0, id="draws in turn"),
-        pytest.param(lambda p: torch.zeros_like(p).add_(p), halved, 3, id="writes"),
-        pytest.param(lambda p: torch.full_like(p.grad, 0.3), halved, 0, id="a gradient"),
+        pytest.param(lambda p, _: p.clone(), halved, 3, id="reads what is pending"),
+        pytest.param(lambda p, _: torch.rand_like(p), noisy, 0, id="draws in turn"),
+        pytest.param(lambda _, scale: scale.add_(1), untouched, 0, id="writes what is read"),
+        pytest.param(lambda p, _: torch.full_like(p.grad, 0.3), halved, 0, id="a gradient"),
     ],
 )
 def test_state_is_made_apart_where_that_is_the_same(make: Any, pending: Any, apart: int) -> None:
     def run(context: Any, collects: Callable[[Any], Any]) -> Any:
         torch.manual_seed(0)
-        model, xs, state = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(5, 5, 6), []
-        optimizer = SGD(model.parameters(), lr=1e-3)
+        model, xs, scale = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(5, 5, 6), torch.ones(())
+        optimizer, state = SGD(model.parameters(), lr=1e-3), []
         with context:
             for i, x in enumerate(xs):
-                model(x).square().sum().backward()
+                (model(x) * scale).square().sum().backward()
                 with torch.no_grad():
                     for p in model.parameters():
                         pending(p)
                     # When all before it is known and pending.
-                    state = collects(lambda: [make(p) for p in model.parameters()]) if i == 4 else []
+                    state = collects(lambda: [make(p, scale) for p in model.parameters()]) if i == 4 else []
                 optimizer.step()
                 optimizer.zero_grad()
         return [p.detach().clone() for p in model.parameters()] + [t * 1 for t in state]
@@ -162,6 +163,20 @@ def test_state_is_made_apart_where_that_is_the_same(make: Any, pending: Any, apa
     got = run(kitsune.accelerate(device="cpu"), lambda collected: collect(OPEN[-1], collected))
     assert len(got) == 8 and all(map(torch.equal, got, expected))
     assert n_apart() == apart
+
+
+WRONG = {"one too few": [torch.zeros(3)], "another shape": [torch.zeros(3), torch.zeros(2)]}
+
+
+@pytest.mark.parametrize("averages", WRONG.values(), ids=WRONG)
+def test_an_update_that_cannot_be_is_refused_where_it_is_called(averages: Any) -> None:
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
+    module, parameters, x = importlib.import_module("torch.optim.sgd"), [torch.ones(3), torch.ones(3)], torch.ones(3)
+    with kitsune.accelerate(device="cpu"), torch.no_grad():
+        module.sgd(parameters, [x * 2, x * 3], [torch.zeros(3), torch.zeros(3)], foreach=True, **options)
+        kitsune.flush()
+        with pytest.raises(RuntimeError):
+            module.sgd(parameters, [x * 2, x * 3], averages, foreach=True, **options)
 
 
 def n_apart() -> int:
