@@ -16,7 +16,7 @@ from kitsune.config import config
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
-from kitsune.plan_files import kept_plan
+from kitsune.plan_files import kept_plan, may_be_kept
 from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import Tally
 from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, tell, try_tiles, unfused
@@ -43,8 +43,8 @@ from kitsune.tuning import Tuner
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
-# is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
-PLAN_AFTER = 3
+# may be another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
+PLAN_AFTER = 2
 # Regions that are looked up on disk in vain, 0.03 s each for one like BERT's: a program that keeps changing has no end of them.
 MAX_MISSED = 8
 
@@ -105,8 +105,6 @@ class Runner:
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
             self._ask(graph, ready)
-        elif ready.n_runs == 1:
-            self._look_up(graph, ready)
         tell(self.sentences, self.tally)
 
     def key(self, graph: Graph) -> tuple[Any, ...]:
@@ -125,6 +123,7 @@ class Runner:
         ready = self.ready[key] = self._prepare(graph)
         if self.steady is not None and self.options.captures:
             ready.steady = self._steady_of(ready, self.steady)
+        self._look_up(graph, ready)
         return ready
 
     def ask_all(self) -> None:
@@ -206,7 +205,7 @@ class Runner:
 
     def _look_up(self, graph: Graph, now: Ready) -> None:
         """A plan that lies on disk is had before the region comes back: nothing is lost if it does not."""
-        if not now.waits or not self.options.fuses or self._n_missed >= MAX_MISSED or shows().wanted:
+        if not now.waits or not self.options.fuses or self._n_missed >= MAX_MISSED or shows().wanted or not may_be_kept(graph):
             return
         planner = self.planner()
 

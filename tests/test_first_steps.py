@@ -82,10 +82,15 @@ def test_an_update_that_is_new_does_not_end_its_region(options: Any) -> None:
 def test_the_first_run_of_a_region_finds_it_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     prepare = Runner._prepare
-    monkeypatch.setattr(Runner, "_prepare", lambda self, graph: (made.append(graph), prepare(self, graph))[1])
+
+    def noted(self: Any, graph: Any) -> Any:
+        made.append((graph, kitsune.counters()["recorded"]))
+        return prepare(self, graph)
+
+    monkeypatch.setattr(Runner, "_prepare", noted)
     with trace_regions() as graphs:
         steps(OPTIMIZERS["adamw-fused"])
-    assert len(graphs) == 4 and len(set(graphs)) == 1 and made == graphs[:1]
+    assert len(graphs) == 4 and len(set(graphs)) == 1 and made == [(graphs[0], 0)]
 
 
 def test_what_is_alive_after_observed_ops_is_known() -> None:
