@@ -1,11 +1,14 @@
 """Hearing of the calls that one thread makes: those of its own, in code that was told of."""
 
+import importlib
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 
+import kitsune
 from kitsune import hearing
 
 SOURCE = """
@@ -48,6 +51,14 @@ def test_all_code_of_a_module_is_found_and_none_of_others() -> None:
     wanted = {"plain", "<lambda>", "cached", "inside", "managed", "shown", "made", "static", "method"}
     # A comprehension has code of its own until Python 3.11.
     assert wanted <= names <= {*wanted, "<listcomp>"}
+
+
+@pytest.mark.parametrize("name", hearing.HEARD)
+def test_what_is_heard_of_is_there_and_has_code(name: str) -> None:
+    path = Path(kitsune.__file__).parent.joinpath(*name.split(".")[1:])
+    files = [*path.parent.glob(f"{path.name}*.py"), *path.glob("*.py")]
+    names = [".".join(file.relative_to(Path(kitsune.__file__).parent.parent).with_suffix("").parts) for file in files]
+    assert any(list(hearing.codes_of(importlib.import_module(one))) for one in names if not one.endswith("__init__"))
 
 
 def heard_in(run: types.FunctionType) -> int:
