@@ -39,6 +39,8 @@ class Ready:
     n_runs: int = 0
     # Of one that is run by plan: its kernels, once other tiles are tried for them.
     subject: Subject | None = None
+    # What is to come as far as it is known: its kernels are still being compiled.
+    planned: Graph | None = None
     # What takes its place, if its plan lies on disk, which is looked up before it is known whether the region comes back.
     kept: "Future[Ready | None] | None" = None
 

@@ -28,6 +28,7 @@ from kitsune.runtime import (
     SlotTable,
     Steady,
     SteadyState,
+    ThreadPlans,
     Work,
     adopt_views,
     current_stream,
@@ -61,7 +62,7 @@ class Runner:
         self.pool: MemoryPool | None = None
         self.steady: SteadyState | None = None
         self.tuner: Tuner | None = None
-        self._n_missed = 0
+        self._n_missed, self.thread_plans = 0, ThreadPlans()
         runners.add(self)
         backend, recorder = backend_of(device), recorder_of(device)
         self.backend = backend
@@ -105,6 +106,8 @@ class Runner:
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
             self._ask(graph, ready)
+        if ready.planned is not None and self.thread_plans.go_on(ready.planned):
+            ready.planned = None
         tell(self.sentences, self.tally)
 
     def key(self, graph: Graph) -> tuple[Any, ...]:
@@ -115,6 +118,8 @@ class Runner:
         """A region was observed: what its first run needs is made now, where it is little: 9 ms of BERT's second step (H200)."""
         if (self._in_background() or self.executor is None) and (key := self.key(graph)) not in self.ready:
             self._met(key, graph)
+        if self.steady is not None:
+            self.thread_plans.make(graph)
 
     def _met(self, key: Any, graph: Graph) -> Ready:
         """A region that is new here."""
@@ -198,7 +203,7 @@ class Runner:
                 prepared = executor.prepare(planner.plan(now.graph))
                 made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, in_graph=prepared)
             assert isinstance(prepared, Prepared)
-            made.asked = self._warm(prepared)
+            made.asked, now.planned = self._warm(prepared), prepared.plan.graph
             return made, made.asked
 
         now.coming = later(make)
@@ -216,7 +221,7 @@ class Runner:
                 return None, []
             made = by_plan(plan, graph, self.executor)
             assert isinstance(made.work, Prepared)
-            made.asked = self._warm(made.work)
+            made.asked, now.planned = self._warm(made.work), made.graph
             return made, made.asked
 
         now.kept = later(make)
@@ -273,19 +278,15 @@ class Runner:
         """What is captured of a region. Only kernels can read moving numbers from memory."""
         backend, prepared = self.backend, ready.work
         if isinstance(prepared, Schedule):
-            if ready.in_graph is None and isinstance(backend, Backend) and not self._in_background():
-                ready.in_graph = self._slot_plan(ready.graph)
+            executor = None if self._in_background() else self.executor
+            if ready.in_graph is None and executor is not None and any(map(reads_slots, ready.graph.ops)):
+                ready.in_graph = executor.prepare(slot_planner_for(self.arch, self.options.n_streams).plan(ready.graph))
             if ready.in_graph is None:
                 return schedule_work(prepared, table, ready.graph, moved)
             prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
         return plan_work(self.executor, prepared, in_graph, table, self.arenas, current_stream(prepared.device), moved)
-
-    def _slot_plan(self, graph: Graph) -> Prepared | None:
-        assert self.executor is not None
-        planner = slot_planner_for(self.arch, self.options.n_streams)
-        return self.executor.prepare(planner.plan(graph)) if any(map(reads_slots, graph.ops)) else None
 
     def _relieve(self, hard: bool) -> None:
         if self.executor is not None:

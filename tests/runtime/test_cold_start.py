@@ -19,7 +19,8 @@ from kitsune.backends import Backend
 from kitsune.background import thread
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
-from kitsune.ir import Launch, Pending
+from kitsune.ir import Graph, Launch, Pending
+from kitsune.runtime import ThreadPlans
 from tests.runtime.backends import assert_equal, chain, lazily, loop, runner
 from tests.runtime.checked import forget
 from tests.runtime.repeated import Repeater, WalkInGraph, counts
@@ -143,6 +144,20 @@ def test_only_what_comes_back_is_planned_and_after_its_capture() -> None:
             assert idle() and not workers.asked and counts("captured") == [0]
             assert torch.equal(step(), chain()) and counts("unfused") == [n]
         assert idle() and len(workers.asked) == 1 and counts("captured", "replayed") == [1, 1]
+
+
+def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(ThreadPlans, "go_on", lambda self, graph: (given.append(graph), len(given) > 1)[1])
+    with cold() as (workers, _):
+        for n in range(1, 7):
+            assert torch.equal(step(), chain()) and idle() and counts("unfused") == [n]
+            # Planned after the second run; twice something is left to do for it, and then no more.
+            assert len(given) == min(max(n - 2, 0), 2)
+        (graph,) = set(given)
+        assert isinstance(graph, Graph)
+        workers.release()
+        assert torch.equal(step(), chain()) and counts("kernels") == [1] and len(given) == 2
 
 
 def test_no_step_waits_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:

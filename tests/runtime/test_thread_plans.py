@@ -39,6 +39,24 @@ def test_each_shape_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [values[v.id].stride() for v in op.inputs] == [v.type.stride for v in op.inputs]
 
 
+def test_those_of_a_region_to_come_are_made_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    clock = iter(range(100))
+    monkeypatch.setattr(thread_plans, "call", lambda op, values, scalars: made.append(op.target._opname))
+    monkeypatch.setattr(thread_plans.time, "perf_counter", lambda: next(clock) * thread_plans.SECONDS * 0.4)
+    graph, plans = convolutions(), ThreadPlans()
+    n_made = []
+    while not plans.go_on(graph):
+        n_made.append(len(made))
+    # Two layers and their backwards are alike but for the gradient of the first one's input.
+    assert n_made == [3] and sorted(made) == ["convolution"] * 2 + ["convolution_backward"] * 3
+    assert plans.go_on(graph) and len(made) == 5
+    # What has run in this thread needs none.
+    others = ThreadPlans()
+    others.make(graph)
+    assert len(made) == 8 and others.go_on(graph) and len(made) == 8
+
+
 def test_an_operator_that_fails_is_left_to_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory")
@@ -56,4 +74,4 @@ def test_the_first_step_makes_the_plans_that_the_second_needs() -> None:
         conv(torch.randn(4, 8, 16, 16, device="cuda")).sum().backward()
         optimizer.step()
         pipeline = next(iter(kitsune.contexts.here.depth))
-        assert len(pipeline.thread_plans._known) == 1
+        assert sorted(op._opname for op, *_ in pipeline.runner.thread_plans._known) == ["convolution", "convolution_backward"]
