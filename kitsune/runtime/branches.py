@@ -7,7 +7,7 @@ import torch
 
 from kitsune.ir import Launch, happens_before
 from kitsune.runtime.frame import Frame
-from kitsune.runtime.instructions import Call, CallInto, Drop, Instruction, Start, StartInGraph
+from kitsune.runtime.instructions import Allocate, Call, CallInto, Drop, Instruction, Start, StartInGraph
 
 # By device: streams from torch's pool, which has 32 of them, taken once.
 _side_streams: dict[int, list[torch.cuda.Stream]] = {}
@@ -16,8 +16,8 @@ _side_streams: dict[int, list[torch.cuda.Stream]] = {}
 class Branches:
     """The streams of a plan: 0 is the one that captures, the others fork from it and join it at the end.
 
-    All memory is allocated on stream 0, but for what library calls allocate themselves. What is let go of is let go of when the
-    streams have met, so that no stream can be given memory that another one still reads.
+    All memory is allocated on stream 0, but for what library calls allocate themselves. It is allocated and let go of when the
+    streams have met, so that no stream can be given memory that another one still uses.
     """
 
     def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
@@ -39,20 +39,34 @@ class Branches:
         for side in streams[1:]:
             side.wait_stream(main)
         try:
-            for position, instruction in enumerate(instructions):
-                frame.position = position
-                if instruction.at in self._met:
-                    _run_all(dropped, frame)
-                if isinstance(instruction, Drop):
-                    dropped.append(instruction)
-                elif not _reaches_device(instruction):
-                    instruction.run(frame)
-                else:
-                    self._launch(instruction, frame, streams, done)
+            for together in self._between_meetings(instructions):
+                _run_all(dropped, frame)
+                # Memory for all of them first. What a library call needs for itself goes back to torch as soon as it has been
+                # called, to whoever asks next: that may be a kernel of another stream, which runs at the same time.
+                _run_all([i for i in together if isinstance(i, Allocate)], frame)
+                for instruction in together:
+                    if isinstance(instruction, Drop):
+                        dropped.append(instruction)
+                    elif _reaches_device(instruction):
+                        self._launch(instruction, frame, streams, done)
+                    elif not isinstance(instruction, Allocate):
+                        instruction.run(frame)
         finally:
             for side in streams[1:]:
                 main.wait_stream(side)
         _run_all(dropped, frame)
+
+    def _between_meetings(self, instructions: Sequence[Instruction]) -> Iterator[list[Instruction]]:
+        """The instructions in order, from each launch that waits for all before it to the next one."""
+        together: list[Instruction] = []
+        at = -1
+        for instruction in instructions:
+            if instruction.at != at and instruction.at in self._met:
+                yield together
+                together = []
+            at = instruction.at
+            together.append(instruction)
+        yield together
 
     def _launch(
         self, instruction: Instruction, frame: Frame, streams: list[torch.cuda.Stream], done: dict[int, torch.cuda.Event]
@@ -70,10 +84,10 @@ class Branches:
             done[number] = stream.record_event()
 
 
-def _run_all(dropped: list[Instruction], frame: Frame) -> None:
-    for instruction in dropped:
+def _run_all(instructions: list[Instruction], frame: Frame) -> None:
+    for instruction in instructions:
         instruction.run(frame)
-    dropped.clear()
+    instructions.clear()
 
 
 def _reaches_device(instruction: Instruction) -> bool:
