@@ -6,12 +6,14 @@ a plan with kernels has convolutions in another layout, of which this thread has
 """
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch.cuda import is_current_stream_capturing
 
 from kitsune.ir import Graph, Op, TensorType, Value
-from kitsune.runtime.calls import call
+from kitsune.runtime.calls import try_out
 
 BACKWARD = frozenset({"convolution_backward", "_scaled_dot_product_cudnn_attention_backward"})
 # Not attention, which may draw random numbers.
@@ -28,6 +30,9 @@ class ThreadPlans:
 
     def make(self, graph: Graph) -> None:
         """Make those of a region that was observed: its forward has run in this thread, and its backward in another one."""
+        if is_current_stream_capturing():
+            # By the program, whose graph would do this as well.
+            return
         for op in graph.ops:
             if op.target._opname in BACKWARD and self._is_new(op):
                 _run_once(op)
@@ -36,6 +41,8 @@ class ThreadPlans:
 
     def go_on(self, graph: Graph) -> bool:
         """Make a few of those of a region that is to come; True once it has them all."""
+        if is_current_stream_capturing():
+            return False
         until = time.perf_counter() + SECONDS
         for op in graph.ops:
             if (op.target._opname in BACKWARD or op.target._opname in FORWARD) and self._is_new(op):
@@ -53,12 +60,9 @@ class ThreadPlans:
 
 def _run_once(op: Op) -> None:
     """Each operator once per shape, on memory without content."""
-    values: Any = {value.id: _empty(value.type) for value in op.inputs}
-    try:
-        call(op, values, [])
-    except RuntimeError:
-        # Also for want of memory. Nothing but time is lost: the call that is in the program will say what is wrong.
-        return
+    # Whatever fails, also for want of memory: only time is lost, and the call that is in the program will say what is wrong.
+    with suppress(Exception):
+        try_out(op, {value.id: _empty(value.type) for value in op.inputs})
 
 
 def _empty(type_: TensorType) -> torch.Tensor:
