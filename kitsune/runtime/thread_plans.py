@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch.cuda import is_current_stream_capturing
 
 from kitsune.ir import Graph, Op, TensorType, Value
 from kitsune.runtime.calls import try_out
@@ -30,7 +29,7 @@ class ThreadPlans:
 
     def make(self, graph: Graph) -> None:
         """Make those of a region that was observed: its forward has run in this thread, and its backward in another one."""
-        if is_current_stream_capturing():
+        if _captured():
             # By the program, whose graph would do this as well.
             return
         for op in graph.ops:
@@ -41,7 +40,7 @@ class ThreadPlans:
 
     def go_on(self, graph: Graph) -> bool:
         """Make a few of those of a region that is to come; True once it has them all."""
-        if is_current_stream_capturing():
+        if _captured():
             return False
         until = time.perf_counter() + SECONDS
         for op in graph.ops:
@@ -56,6 +55,10 @@ class ThreadPlans:
         is_new = key not in self._known
         self._known.add(key)
         return is_new
+
+
+def _captured() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _run_once(op: Op) -> None:

@@ -65,7 +65,7 @@ def test_nothing_is_run_into_a_graph_that_the_program_captures(monkeypatch: pyte
     monkeypatch.setattr(thread_plans, "try_out", lambda op, values: made.append(op.target._opname))
     graph, plans = convolutions(), ThreadPlans()
     with monkeypatch.context() as patch:
-        patch.setattr(thread_plans, "is_current_stream_capturing", lambda: True)
+        patch.setattr(thread_plans, "_captured", lambda: True)
         plans.make(graph)
         assert not plans.go_on(graph) and not made
     while not plans.go_on(graph):
