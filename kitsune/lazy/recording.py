@@ -15,7 +15,7 @@ from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.early_reads import EarlyReads, memory_changed
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.recorders import EVERY, OPEN
-from kitsune.lazy.region import Region, is_strided, living
+from kitsune.lazy.region import Region, is_strided, living, numbers_of
 from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
@@ -60,8 +60,7 @@ class Recording:
         self.paused = 0
         # While torch infers for the recorder, or a region runs, its Python may pass a door: that is no act of the program's, and
         # a region that goes on after its flush (at a divergence) would be run twice.
-        self.inferring = False
-        self.running = False
+        self.inferring = self.running = False
         # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
         self.lane: Any = None
         self.hook: Any = None
@@ -227,6 +226,7 @@ class Recording:
                 live = self._run(region)
             elif end:
                 self.tally.observed += node.depth - region.observed_from
+                live = numbers_of(cell for seen in region.seen if (cell := seen()) is not None)
                 region.release()
             if end:
                 self._close(node, live, cause, site, region.observed_from is not None)
@@ -241,7 +241,7 @@ class Recording:
         cells: list[Cell] = []
         try:
             cells = living(region.produced)
-            live = tuple(sorted({cell.ref.id for cell in cells}))
+            live = numbers_of(cells)
             region.put_inputs(values)
             self.running = True
             if self.watcher is not None or not self.early.foreseen(region, live, values):
@@ -257,6 +257,7 @@ class Recording:
                 cell.real = values[cell.ref.id]
             region.produced.clear()
             region.inputs.clear()
+            region.see(cells)
             if region is not self.region:
                 region.release()
         return live
@@ -283,6 +284,9 @@ class Recording:
         graph = self._graph(node, live)
         if self.watcher is not None:
             self.watcher.closed(graph)
+        elif observed:
+            # It will be made ready as it is going to be run.
+            graph = self.early.run_of(node, graph, []).graph
         self.on_close(graph, cause, site, observed)
 
 
