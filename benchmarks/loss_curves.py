@@ -133,7 +133,7 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 
 def curve(name: str, column: str, device: torch.device, precision: str, steps: int, seed: int = 0, size: Size = "full") -> Curve:
-    """One column of a model in this process: a grade of numerics, "compile", "again" (eager without determinism), "nudged" or "eager"."""
+    """One column of a model, here: a grade of numerics, "compile", "again" (without determinism), "nudged" or "eager"."""
     kitsune.reset()
     it = training(name, device, precision, steps, seed, size)
     if column == "nudged":

@@ -11,7 +11,7 @@ from kitsune.codegen.libdevice import toolkit_libdevice
 from kitsune.codegen.lower import why_not_lowered
 from kitsune.codegen.lowering import NotLowered, base_name
 from kitsune.codegen.render import parameters_of, render
-from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, tile_of
+from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, keeps_rows, tile_of
 from kitsune.codegen.windows import is_window
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "is_looped",
     "is_window",
     "keeps_bits",
+    "keeps_rows",
     "parameters_of",
     "render",
     "text_key",

@@ -1,7 +1,7 @@
 """The nouns that every stage shares. This package imports nothing of Kitsune."""
 
 from kitsune.ir.barrier import Barrier, Site
-from kitsune.ir.edges import bits, happens_before, predecessors, roots
+from kitsune.ir.edges import awaited, bits, happens_before, meetings, predecessors, roots
 from kitsune.ir.graph import (
     OVERWRITES,
     Effects,
@@ -42,13 +42,12 @@ from kitsune.ir.plan import (
     Stride,
     Tile,
     touched_bytes,
-    window_order,
 )
 from kitsune.ir.plan_serial import dump_plan, graph_digest, load_plan
 from kitsune.ir.plan_text import plan_text
 from kitsune.ir.reductions import Reduction, argument_names, left_of, named, reduction_of
 from kitsune.ir.serial import dump_graph, load_graph
-from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_type, type_of
+from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_type, type_of, window_order
 from kitsune.ir.text import graph_text
 from kitsune.ir.verify import verify
 from kitsune.ir.verify_plan import storages_of, verify_plan
@@ -90,6 +89,7 @@ __all__ = [
     "Tile",
     "Value",
     "argument_names",
+    "awaited",
     "bits",
     "default_type",
     "describe_result",
@@ -105,6 +105,7 @@ __all__ = [
     "load_graph",
     "load_plan",
     "mark_lent",
+    "meetings",
     "n_values",
     "named",
     "own",

@@ -58,7 +58,9 @@ class Kernel:
 
     Every load happens before any store, element by element. `domain` is () for a single element; a size may be 0. The last
     `reduced` dimensions are the elements of a row, which its reductions reduce, where it has any. An access that does not move
-    along them is made once for each row. `rounds`: is each step rounded to its dtype, as in eager, or only what is stored?
+    along them is made once for each row. Unless it `rounds`, only what it stores is rounded to 16 bits, and not what each step
+    makes. With `gathered`, numbers of steps, the first dimension is one that a block goes through in turn: it has the same places
+    of one row after the other in hand, and adds up over them what these steps are sums of.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Kernel:
     steps: tuple[Step, ...]
     stores: tuple[Store, ...]
     reduced: int = 0
+    gathered: tuple[int, ...] = ()
     rounds: bool = True
 
     @property
@@ -76,8 +79,13 @@ class Kernel:
 
     @property
     def n_rows(self) -> int:
-        """Rows, each of which a reduction makes a single number of; elements where there is none."""
-        return math.prod(self.domain[: len(self.domain) - self.reduced])
+        """Rows, each of which a reduction makes a single number of; elements where there is none. Rows in turn count once."""
+        return math.prod(self.domain[self.first : len(self.domain) - self.reduced])
+
+    @property
+    def first(self) -> int:
+        """The first dimension of the rows that blocks share among them."""
+        return 1 if self.gathered else 0
 
     @property
     def n_columns(self) -> int:
@@ -104,11 +112,6 @@ def touched_bytes(access: Access, domain: tuple[int, ...]) -> int:
     return n if all(domain) else 0
 
 
-def window_order(type_: TensorType) -> tuple[int, ...]:
-    """The dimensions of a kernel over windows: those of its result, as it lies in memory."""
-    return tuple(sorted(range(len(type_.shape)), key=lambda d: (-type_.stride[d], d)))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Launch:
     """Kernels that are started together, or a call of the library: exactly one of `kernels` and `op` is there.
@@ -129,6 +132,11 @@ class Launch:
     def host_only(self) -> bool:
         """Starts nothing on the device."""
         return self.op is not None and self.op.starts_nothing
+
+    @property
+    def is_empty(self) -> bool:
+        """Has kernels over no elements only, and is not made."""
+        return self.op is None and not any(kernel.n_elements for kernel in self.kernels)
 
     @property
     def name(self) -> str:

@@ -32,6 +32,13 @@ class TensorType:
         object.__setattr__(self, "canonical", self.stride == tuple(reversed(strides)))
         object.__setattr__(self, "expanded", self.shape.numel() > 1 and not any(self.stride))
 
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes from the first to the last element."""
+        if not self.nbytes:
+            return 0
+        return (sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) + 1) * self.dtype.itemsize
+
     def at_start(self) -> "TensorType":
         """The same at the beginning of its memory."""
         if not self.offset:
@@ -82,3 +89,8 @@ def default_type(dtype: torch.dtype, shape: tuple[int, ...], device: str = "cpu"
     """A contiguous type; for tests and for reading."""
     like = torch.empty(shape, dtype=dtype, device="meta")
     return type_of(like, torch.device(device))
+
+
+def window_order(type_: TensorType) -> tuple[int, ...]:
+    """The dimensions of a kernel over windows: those of its result, as it lies in memory."""
+    return tuple(sorted(range(len(type_.shape)), key=lambda d: (-type_.stride[d], d)))
