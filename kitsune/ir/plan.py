@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from kitsune.ir.graph import Graph, Kind, Op, Slot, Value
-from kitsune.ir.tensor_type import TensorType
 
 
 @dataclass(frozen=True, slots=True)
