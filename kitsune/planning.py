@@ -89,7 +89,8 @@ class Planner:
             if self.layouts
             else ()
         )
-        prepared = (awaited_first, dead_code, *self.shared, self.lists_taken_apart)
+        first = (awaited_first,) if graph.awaited else ()
+        prepared = (*first, dead_code, *self.shared, self.lists_taken_apart)
         passes = (*prepared, *layouts, self.reductions_taken_apart, self.made_again)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)

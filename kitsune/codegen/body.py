@@ -11,7 +11,8 @@ from kitsune.codegen.lowering import Reduce
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.walks import operands_by_value
 from kitsune.ir.graph import Op, Slot
-from kitsune.ir.plan import Kernel, Load, Local, Parameter, Pointer, Scalar, SlotAddress, Step
+from kitsune.ir.plan import Kernel, Load, Local, Step
+from kitsune.ir.program import Parameter, Pointer, Scalar, SlotAddress
 
 
 @dataclass(frozen=True, slots=True)

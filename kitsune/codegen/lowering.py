@@ -10,7 +10,7 @@ import torch
 
 from kitsune.codegen.dtypes import FLOATING, HALF, LANGUAGE, cast, common_dtype, opmath
 from kitsune.ir import Op, Slot, Value, named
-from kitsune.ir.plan import Scalar
+from kitsune.ir.program import Scalar
 
 
 class NotLowered(Exception):

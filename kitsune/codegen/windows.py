@@ -14,9 +14,9 @@ from kitsune.codegen.dtypes import HALF, cast
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.walks import coordinates
 from kitsune.ir.graph import Kind, Op, Value
-from kitsune.ir.plan import Kernel, Local, Scalar, Size, Stride
+from kitsune.ir.plan import Kernel, Local, window_order
+from kitsune.ir.program import Scalar, Size, Stride
 from kitsune.ir.reductions import named
-from kitsune.ir.tensor_type import window_order
 
 aten = torch.ops.aten
 

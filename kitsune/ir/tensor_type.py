@@ -89,8 +89,3 @@ def default_type(dtype: torch.dtype, shape: tuple[int, ...], device: str = "cpu"
     """A contiguous type; for tests and for reading."""
     like = torch.empty(shape, dtype=dtype, device="meta")
     return type_of(like, torch.device(device))
-
-
-def window_order(type_: TensorType) -> tuple[int, ...]:
-    """The dimensions of a kernel over windows: those of its result, as it lies in memory."""
-    return tuple(sorted(range(len(type_.shape)), key=lambda d: (-type_.stride[d], d)))

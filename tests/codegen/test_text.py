@@ -13,7 +13,7 @@ from kitsune.codegen import parameters_of, render, text_key, why_not_batched, wh
 from kitsune.codegen.keys import call_key
 from kitsune.codegen.render import _rendered, body_of
 from kitsune.ir import Slot
-from kitsune.ir.plan import Pointer, Scalar, Size, SlotAddress, Stride
+from kitsune.ir.program import Pointer, Scalar, Size, SlotAddress, Stride
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs
 from tests.codegen.build import Built, build
