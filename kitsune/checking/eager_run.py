@@ -161,13 +161,15 @@ class EagerRun:
             # A choice between numbers that were not rounded alike may fall out otherwise.
             eager.copy_(got)
             return
-        sentence = far_from(got, eager, origin, self.scalars) if may_differ else difference(got, eager)
+        sentence = far_from(got, eager, origin, self.scalars, self.numerics) if may_differ else difference(got, eager)
         if sentence is not None:
             raise Wrong(op, value, origin, sentence)
         eager.copy_(got)
 
 
-def far_from(got: torch.Tensor, eager: torch.Tensor, origin: Origin, scalars: list[float]) -> str | None:
+def far_from(
+    got: torch.Tensor, eager: torch.Tensor, origin: Origin, scalars: list[float], numerics: str = "strict"
+) -> str | None:
     """Why a value with sums in another order is too far from eager's; None if it is not."""
     several = sum(op.kind not in (Kind.POINTWISE, Kind.VIEW) for op in chain(origin)) > 1
     exact = exactly(origin, scalars)
@@ -176,7 +178,8 @@ def far_from(got: torch.Tensor, eager: torch.Tensor, origin: Origin, scalars: li
         return told
     # Where terms cancel, as in the gradient of a bias before a batch norm, nothing is left but their rounding: eager's own, which
     # may be small by chance, says little. Then the distance counts that another rounding of the operands makes.
-    return too_far(got, eager, exact, coarsest(origin), several, exactly(origin, scalars, rounded_otherwise))
+    again = exactly(origin, scalars, lambda a: rounded_otherwise(a, numerics))
+    return too_far(got, eager, exact, coarsest(origin), several, again)
 
 
 def coarsest(origin: Origin) -> torch.dtype | None:
@@ -236,11 +239,12 @@ def wide(a: Any) -> Any:
     return a
 
 
-def rounded_otherwise(a: Any) -> Any:
-    """Floats in float64, each off by the epsilon of what eager adds it up in, up or down at random: the same each time."""
+def rounded_otherwise(a: Any, numerics: str) -> Any:
+    """Floats in float64, each off by the epsilon of what eager adds it up in, up or down at random: the same each time. In "fast"
+    a kernel may have had it before it was rounded to 16 bits."""
     if not isinstance(a, torch.Tensor) or not a.is_floating_point():
         return a
-    eps = torch.finfo(torch.promote_types(a.dtype, torch.float32)).eps
+    eps = torch.finfo(a.dtype if numerics == "fast" else torch.promote_types(a.dtype, torch.float32)).eps
     signs = torch.randint(0, 2, a.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     return a.double() * (1 + eps * (2 * signs - 1).to(a.device))
 

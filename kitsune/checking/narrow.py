@@ -120,7 +120,7 @@ def shows_it(part: Part, origin: Origin, plan: MakePlan, start: PrepareLaunch, s
     got, eager = values[number], part.eager[number]
     if same_bits(got, eager):
         return False
-    return numerics == "bitwise" or not origin.loose or far_from(got, eager, origin, scalars) is not None
+    return numerics == "bitwise" or not origin.loose or far_from(got, eager, origin, scalars, numerics) is not None
 
 
 def first_of(ran: Ran, fault: Fault, plan: MakePlan) -> Fault:

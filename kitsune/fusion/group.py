@@ -12,7 +12,7 @@ import torch
 
 from kitsune.fusion.factors import Factors, Layout
 from kitsune.fusion.members import Member, Use, base_name, shape_of, written
-from kitsune.ir import OVERWRITES, Kind, Local, Op, Reduction, Value, left_of, named, reduction_of
+from kitsune.ir import OVERWRITES, UNREAD, Kind, Local, Op, Reduction, Value, left_of, named, reduction_of
 
 # The bound on a kernel's registers and parameters; 64 is where compilers of the field stop too.
 MAX_OPS = 64
@@ -87,7 +87,7 @@ class Group:
         reduction = reduction_of(op)
         operands: list[Use | Local | None] = []
         for k, value in enumerate(op.inputs):
-            if k == 0 and base_name(op) in OVERWRITES:
+            if (k == 0 and base_name(op) in OVERWRITES) or UNREAD.get(base_name(op)) == k:
                 operands.append(None)
                 continue
             along = None if reduction is None else reduction.along.get(k)

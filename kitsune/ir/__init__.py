@@ -4,6 +4,7 @@ from kitsune.ir.barrier import Barrier, Site
 from kitsune.ir.edges import awaited, bits, happens_before, meetings, predecessors, roots
 from kitsune.ir.graph import (
     OVERWRITES,
+    UNREAD,
     Effects,
     Graph,
     Kind,
@@ -36,6 +37,7 @@ from kitsune.ir.versions import versions_kept
 
 __all__ = [
     "OVERWRITES",
+    "UNREAD",
     "Access",
     "Barrier",
     "Effects",

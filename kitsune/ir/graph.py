@@ -92,6 +92,9 @@ PURE = Effects()
 # The first operand is overwritten, or asked for its shape only, and not read.
 OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "ones_like", "zeros_like", "full_like"}
 
+# Number of an operand that no kernel of ours reads: a buffer that torch's CPU kernels leave, and that is empty elsewhere.
+UNREAD = {"log_sigmoid_backward": 2}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Op:

@@ -50,12 +50,13 @@ def lengths_door(original: Any) -> Any:
 
 
 def recurrent_door(original: Any) -> Any:
-    """Under autocast, weights for cuDNN are cast into one piece of memory, in which C++ asks for places: as in `disable()`."""
+    """C++ has the dispatcher make a tensor over all weights for cuDNN, under autocast one that they are cast into, and asks for
+    places in its memory: as in `disable()`. Recorded, they were packed at each call, or written where there was no memory."""
 
     @functools.wraps(original)
     def door(*args: Any, **kwargs: Any) -> Any:
         on_cuda = any(t.device.type == "cuda" for t in tensors_in((args, kwargs)))
-        recorders = _of_this_thread() if on_cuda and torch.is_autocast_enabled("cuda") else []
+        recorders = _of_this_thread() if on_cuda else []
         for recorder in recorders:
             recorder.flush(Barrier.DOOR)
             recorder.pause()

@@ -11,6 +11,8 @@ _READS = frozenset(
     "_linalg_check_errors nonzero _unique2 unique_dim unique_consecutive bincount histc _ctc_loss _cudnn_ctc_loss "
     "masked_select repeat_interleave _assert_scalar _local_scalar_dense is_nonzero equal".split()
 )
+# Their library's handle is of no use any more once a capture has met it: "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED".
+_BREAKS = frozenset({"_linalg_eigh"})
 _BY_MASK = frozenset("index index_put index_put_ _index_put_impl_ _unsafe_index_put _unsafe_index".split())
 
 
@@ -31,6 +33,8 @@ def _why_not_op(op: Op, device: torch.device) -> str | None:
     name = op.target._opname
     if name in _READS:
         return "looks at values on the host"
+    if name in _BREAKS:
+        return "calls a library that does not survive a capture"
     if name in _BY_MASK and any(v.type.dtype in (torch.bool, torch.uint8) for v in op.inputs[1:]):
         return "counts a mask on the host"
     if any(v.type.device.type != device.type for v in op.outputs) and not name.startswith(_SEEDED):

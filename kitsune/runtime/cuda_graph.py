@@ -147,7 +147,11 @@ class CudaGraphs:
             end()
             begin()
 
-        with _one_capture, _no_collection(), torch.cuda.device(self.index), torch.cuda.stream(self._stream):
+        user = torch.cuda.current_stream(self.index)
+        # To begin a capture sets the generator's offset, on the stream that captures: replays that are still under way read it,
+        # and the next one sets it to its own.
+        self._stream.wait_stream(user)
+        with _one_capture, _no_collection(), torch.cuda.device(self.index), torch.cuda.stream(self._stream), _then(user):
             # Not a MemPool, which ends the process if it dies before its graph.
             pool, before = torch.cuda.graph_pool_handle(), torch.cuda.memory_reserved(self.index)
             # A workspace from outside could be in use on another stream when the graph runs, and one from inside must not be
@@ -203,6 +207,16 @@ class CudaGraphs:
             generator.graphsafe_set_state(fresh)
         else:
             generator.set_offset(fresh.get_offset())
+
+
+@contextlib.contextmanager
+def _then(user: torch.cuda.Stream) -> Iterator[None]:
+    """What comes next on a stream waits for the current one, whatever happens on that."""
+    stream = torch.cuda.current_stream(user.device)
+    try:
+        yield
+    finally:
+        user.wait_stream(stream)
 
 
 def _reset(graphs: list[Any]) -> None:

@@ -20,8 +20,9 @@ data_ptr = torch._C.TensorBase.data_ptr
 RUNS = 1
 # Passes that an input may take until it stays where it is: those of another region's outputs, until that is captured.
 PATIENCE = 8
-# A region that does not stay captured, or is pushed out again and again, costs more than it saves.
-MAX_CAPTURES = 6
+# A region that does not stay captured, or is pushed out again and again, costs more than it saves. Not counted are captures
+# because a graph whose results come in was captured anew, up to so many.
+MAX_CAPTURES, MAX_FOLLOWED = 6, 24
 # Replays after which a capture has paid.
 WORTH = 100
 MakeWork = Callable[[SlotTable, frozenset[int]], Work]
@@ -68,6 +69,7 @@ class Steady:
     n_runs: int = 0
     n_waits: int = 0
     n_captures: int = 0
+    n_followed: int = 0
     n_baked_changes: int = 0
     # Addresses of the inputs at the ordinary run before, if that was the last run.
     addresses: list[int] | None = None
@@ -172,6 +174,8 @@ class SteadyState:
     def _inputs_moved(self, region: Steady, values: list[Any], numbers: list[int]) -> Outcome:
         foreign = [n for n in numbers if lent_memory(values[n]) is None]
         region.changes.update(foreign)
+        region.n_followed += not foreign
+        region.n_captures -= not foreign and region.n_followed <= MAX_FOLLOWED
         movable = all(region.changes[n] > 1 and why_not_moving(region.graph, n, values[n]) is None for n in numbers)
         if movable:
             region.moving.update(numbers)

@@ -167,5 +167,9 @@ def not_fused(samples: list[Sample], plans: list[Plan]) -> Counter[str]:
     steps = [step.op for plan in plans for launch in plan.launches for kernel in launch.kernels for step in kernel.steps]
     fused = Counter(base_name(op).removesuffix(".mode") for op in steps)
     refusals = [refusal for plan in plans for refusal in plan.refusals]
-    refused = Counter(r.before for r in refusals if "every bit" in r.reason or r.reason.endswith("is extern"))
+    refused = Counter(
+        r.before
+        for r in refusals
+        if any(why in r.reason for why in ("every bit", "reciprocal")) or r.reason.endswith("is extern")
+    )
     return Counter(OTHER_NAMES.get(sample.rule, sample.rule) for sample in samples) - fused - refused
