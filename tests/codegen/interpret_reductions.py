@@ -34,7 +34,9 @@ from tests.codegen.reductions import (
     exactly,
     gathered,
     layouts,
+    numbers_of_special,
     of_special,
+    rows_of_special,
     special,
     tensors,
 )
@@ -83,8 +85,9 @@ def views(compiler: Compiler) -> None:
 
 def specials(compiler: Compiler) -> None:
     for dtype in DTYPES:
-        for n in (33, 5000):  # in registers, and in loops
-            compare(f"special {n} {dtype}", of_special, [special(dtype, n)], compiler)
+        compare(f"special 33 {dtype}", of_special, [special(dtype, 33)], compiler)
+        compare(f"special 5000 {dtype}", numbers_of_special, [special(dtype, 5000)], compiler)
+    compare("special 16500", rows_of_special, [special(torch.float32, 16500)], compiler)
 
 
 def batched(compiler: Compiler) -> None:

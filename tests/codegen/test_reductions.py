@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import kitsune
-from kitsune.codegen import Compiler, render, text_key, tile_of, why_not_batched
+from kitsune.codegen import Compiler, is_looped, render, text_key, tile_of, why_not_batched
 from kitsune.codegen.lowering import lower_rules
 from kitsune.ir import Kernel
 from kitsune.ir.program import Program, Tile
@@ -135,6 +135,25 @@ def test_rows_that_are_gone_through_in_turn_are_loaded_ahead(compiler: Compiler,
     # A tile of 4096 elements would take too much shared memory, and three blocks are at work together.
     wide = compiled_kernel(compiler, replace(render(kernel), tile=Tile(4, 1024, 16)), 90)
     assert "cp.async" not in wide.asm["ptx"] or wide.metadata.shared <= 3 * 32 << 10
+
+
+def test_rows_of_odd_length_are_read_128_bits_at_a_time_where_they_begin_aligned(compiler: Compiler) -> None:
+    pytest.importorskip("triton")
+    whole = torch.zeros(64, 8320, dtype=torch.bfloat16)
+    kernel = only(lambda x: x[:, :8191].float().logsumexp(1), whole)
+    multiples = [line for line in render(kernel).text.splitlines() if line.startswith("MULTIPLES")]
+    assert "in0_row" in multiples[0] and "columns" not in multiples[0]
+    assert re.search(r"ld\.global\S*\.v4\.b32", compiled_kernel(compiler, render(kernel), 90).asm["ptx"])
+    # Where the length of a row says where the next one begins, it counts.
+    other = only(lambda x: x.float().logsumexp(1), whole)
+    assert '"columns"' in next(line for line in render(other).text.splitlines() if line.startswith("MULTIPLES"))
+
+
+def test_columns_are_held_only_where_a_loop_would_read_them_again() -> None:
+    x = torch.zeros(64, 132 * 128)
+    assert is_looped(only(lambda x: x.sum(0), x)) and is_looped(only(lambda x: (x * 2, (x * 2).sum(0)), x))
+    assert not is_looped(only(lambda x: x.softmax(0), x)) and not is_looped(only(lambda x: x.sub(x.amax(0)).sum(0), x))
+    assert not is_looped(only(lambda x: x.sum(0), x[:32]))
 
 
 def test_a_long_row_of_which_only_a_sum_is_written_is_read_in_a_loop() -> None:

@@ -99,7 +99,7 @@ def test_a_dump_has_graphs_plan_and_kernels_of_each_region(tmp_path: Path, plann
     assert region.name.startswith("region_")
     passes = [path.name.split("_", 1) for path in sorted(region.glob("*0_*.txt"))]
     assert passes[0] == ["00", "recorded.txt"] and ["10", "dead_code.txt"] in passes
-    assert [number for number, _ in passes] == ["00", "10", "20", "30", "40"]
+    assert [number for number, _ in passes] == ["00", "10", "20", "30", "40", "50"]
     assert (region / "00_recorded.txt").read_text().startswith("$0: f32[")
     assert "  s0  mm " in (region / "plan.txt").read_text()
     assert " | mm: " in (region / "refusals.txt").read_text()
