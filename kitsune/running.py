@@ -21,7 +21,9 @@ from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import Tally
 from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, tell, try_tiles, unfused
 from kitsune.runtime import (
+    Answers,
     Arenas,
+    Captured,
     PlanExecutor,
     Prepared,
     Schedule,
@@ -81,15 +83,15 @@ class Runner:
         elif device.type == "cuda":
             self.sentences.append(backend)
 
-    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
-        """Run a closed region: `values` has the inputs by number and receives the outputs."""
+    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
+        """Run a closed region: `values` has the inputs by number and receives the outputs, of which the answers know early."""
         key = self.key(graph)
         ready = self.ready.get(key) or self._met(key, graph)
         if (coming := ready.arrived()) is not None:
             ready = self.ready[key] = self._arrived(graph, ready, coming)
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
-            if self._replayed(ready, values, scalars):
+            if (captured := self._replayed(ready, values, scalars)) is not None:
                 self._tune(ready)
             elif isinstance(ready.work, Schedule):
                 replay(ready.work, values, scalars)
@@ -109,6 +111,7 @@ class Runner:
         if ready.planned is not None and self.thread_plans.go_on(ready.planned):
             ready.planned = None
         tell(self.sentences, self.tally)
+        return None if captured is None else captured.answers(values)
 
     def key(self, graph: Graph) -> tuple[Any, ...]:
         """What a region is kept by, ready to run."""
@@ -201,10 +204,10 @@ class Runner:
                 prepared = made.work
             else:
                 prepared = executor.prepare(planner.plan(now.graph))
-                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, in_graph=prepared)
+                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, in_graph=prepared)
             assert isinstance(prepared, Prepared)
-            made.asked, now.planned = self._warm(prepared), prepared.plan.graph
-            return made, made.asked
+            made.compiling, now.planned = self._warm(prepared), prepared.plan.graph
+            return made, made.compiling
 
         now.coming = later(make)
 
@@ -221,8 +224,8 @@ class Runner:
                 return None, []
             made = by_plan(plan, graph, self.executor)
             assert isinstance(made.work, Prepared)
-            made.asked, now.planned = self._warm(made.work), made.graph
-            return made, made.asked
+            made.compiling, now.planned = self._warm(made.work), made.graph
+            return made, made.compiling
 
         now.kept = later(make)
 
@@ -234,14 +237,14 @@ class Runner:
     def _arrived(self, graph: Graph, ready: Ready, coming: Future[Ready]) -> Ready:
         """A region's plan and kernels are there, or will not be."""
         ready.coming, ready.waits, new = None, False, ready
-        if ready.plan is not None and (coming.exception() or any(one.exception() for one in coming.result().asked)):
+        if ready.plan is not None and (coming.exception() or any(one.exception() for one in coming.result().compiling)):
             # It has a plan, with other tiles.
             return ready
         try:
             made = coming.result()
-            if failed := [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]:
+            if failed := [error for future in made.compiling if isinstance(error := future.exception(), WorkerFailed)]:
                 raise failed[0]
-            new, made.asked = self._worthwhile(graph, made), []
+            new, made.compiling = self._worthwhile(graph, made), []
         except WorkerFailed as error:
             self.sentences.append(stays_unfused(ready, error))
         except Exception as error:
@@ -259,17 +262,16 @@ class Runner:
         if self.tuner is not None and self.executor is not None and config.tuning == "on" and self._in_background():
             try_tiles(ready, self.tuner, self.executor, self._warm, until)
 
-    def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> bool:
-        """Was the region run as a CUDA graph?"""
+    def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> Captured | None:
+        """The CUDA graph as which the region was run, if it was."""
         if self.steady is None or not self.options.captures:
-            return False
+            return None
         if ready.steady is None:
             ready.steady = self._steady_of(ready, self.steady)
-        n_captured = self.tally.n_captured
-        done = self.steady.run(ready.steady, values, scalars)
-        if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
-            shows().captured(ready.n_ops, ready.steady.captured.nbytes)
-        return done
+        n_captured, captured = self.tally.n_captured, self.steady.run(ready.steady, values, scalars)
+        if config.debug and self.tally.n_captured > n_captured and captured is not None:
+            shows().captured(ready.n_ops, captured.nbytes)
+        return captured
 
     def _steady_of(self, ready: Ready, all_of_them: SteadyState, before: Steady | None = None) -> Steady:
         return all_of_them.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits, before)
@@ -282,11 +284,12 @@ class Runner:
             if ready.in_graph is None and executor is not None and any(map(reads_slots, ready.graph.ops)):
                 ready.in_graph = executor.prepare(slot_planner_for(self.arch, self.options.n_streams).plan(ready.graph))
             if ready.in_graph is None:
-                return schedule_work(prepared, table, ready.graph, moved)
+                return schedule_work(prepared, table, ready.graph, moved, ready.awaited)
             prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
-        return plan_work(self.executor, prepared, in_graph, table, self.arenas, current_stream(prepared.device), moved)
+        where = self.arenas, current_stream(prepared.device)
+        return plan_work(self.executor, prepared, in_graph, table, *where, moved, ready.awaited)
 
     def _relieve(self, hard: bool) -> None:
         if self.executor is not None:
