@@ -17,7 +17,7 @@ from kitsune.runtime.calls import try_out
 BACKWARD = frozenset({"convolution_backward", "_scaled_dot_product_cudnn_attention_backward"})
 # Not attention, which may draw random numbers.
 FORWARD = frozenset({"convolution"})
-# Beside one step. ResNet-50 has some 50 shapes, and steps in which the host waits for the device for 27 ms (H200, unfused).
+# Beside one step. ResNet-50 has 46 of them, and steps in which the host waits for the device for 27 ms (H200, unfused).
 SECONDS = 0.004
 
 

@@ -293,6 +293,13 @@ def test_a_plan_on_disk_is_had_before_the_region_comes_back(tmp_path: Path) -> N
             assert counts("kernels")[0] == (2 if known else 1) and not kitsune.explain().mended
 
 
+def test_where_none_is_kept_none_is_looked_up(tmp_path: Path) -> None:
+    with plans_in(tmp_path), cold():
+        step()
+        (ready,) = runner().ready.values()
+        assert ready.waits and ready.kept is None
+
+
 def test_a_plan_on_disk_waits_for_its_kernels_as_any_other(tmp_path: Path) -> None:
     for known in (False, True):
         with plans_in(tmp_path), cold() as (workers, _):
