@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +31,12 @@ def fake_tensors(loop: Loop, i: int) -> Any:
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = torch.ones(3, 4) @ torch.ones(4, 2)
     return (tuple(made.shape), type(made).__name__)
+
+
+@visitor
+def a_tracer(loop: Loop, i: int) -> Any:
+    traced = make_fx(lambda x: x.sin() + 1)(loop.xs[i])
+    return ([str(node.target) for node in traced.graph.nodes], traced(loop.xs[i]).clone())
 
 
 @visitor
