@@ -1,7 +1,7 @@
 """The nouns that every stage shares. This package imports nothing of Kitsune."""
 
 from kitsune.ir.barrier import Barrier, Site
-from kitsune.ir.edges import bits, happens_before, predecessors, roots
+from kitsune.ir.edges import awaited, bits, happens_before, meetings, predecessors, roots
 from kitsune.ir.graph import (
     OVERWRITES,
     Effects,
@@ -22,30 +22,10 @@ from kitsune.ir.graph import (
 from kitsune.ir.lent import LentMemory, lent_memory, mark_lent, own
 from kitsune.ir.output_spec import describe_result
 from kitsune.ir.own_threads import in_own_thread, is_own
-from kitsune.ir.plan import (
-    Access,
-    Extent,
-    Kernel,
-    Launch,
-    Load,
-    Local,
-    Pending,
-    Plan,
-    Pointer,
-    Program,
-    Refusal,
-    Scalar,
-    Size,
-    SlotAddress,
-    Step,
-    Store,
-    Stride,
-    Tile,
-    touched_bytes,
-    window_order,
-)
+from kitsune.ir.plan import Access, Kernel, Launch, Load, Local, Plan, Refusal, Step, Store, touched_bytes, window_order
 from kitsune.ir.plan_serial import dump_plan, graph_digest, load_plan
 from kitsune.ir.plan_text import plan_text
+from kitsune.ir.program import Extent, Pending, Pointer, Program, Scalar, Size, SlotAddress, Stride, Tile
 from kitsune.ir.reductions import Reduction, argument_names, left_of, named, reduction_of
 from kitsune.ir.serial import dump_graph, load_graph
 from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_type, type_of
@@ -90,6 +70,7 @@ __all__ = [
     "Tile",
     "Value",
     "argument_names",
+    "awaited",
     "bits",
     "default_type",
     "describe_result",
@@ -105,6 +86,7 @@ __all__ = [
     "load_graph",
     "load_plan",
     "mark_lent",
+    "meetings",
     "n_values",
     "named",
     "own",

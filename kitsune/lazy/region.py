@@ -1,6 +1,7 @@
 """The region in progress: a position in the trie, the tensors that came in, the values still pending."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from sys import getrefcount
 from typing import Any
 
@@ -34,6 +35,7 @@ class Region:
         "real",
         "recorder",
         "scalars",
+        "seen",
         "slow",
         "storages",
     )
@@ -49,6 +51,8 @@ class Region:
         self.inputs: list[tuple[int, torch.Tensor]] = []
         # Every new value; that of a wrapper which is gone is told by its reference count (`living`).
         self.produced: list[Cell] = []
+        # Those of ops that were made at once, which are not kept alive: a step's activations would be.
+        self.seen: list[weakref.ref[Cell]] = []
         self.scalars: list[float] = []
         # Storages that the region writes: reading one of them from outside must wait for the region.
         self.dirty: set[int] = set()
@@ -74,6 +78,10 @@ class Region:
     def cell(self, tensor: Any) -> Cell:
         """The cell of a tensor that has come in."""
         return tensor.cell if type(tensor) is LazyTensor else self.plain[id(tensor)]
+
+    def see(self, cells: Iterable[Cell]) -> None:
+        """These have their values; who still holds them at the end is to be known."""
+        self.seen += map(weakref.ref, cells)
 
     def refuse(self, reason: Barrier) -> None:
         """The op at hand cannot be recorded."""
@@ -165,6 +173,7 @@ class Region:
         self.plain.clear()
         self.inputs.clear()
         self.produced.clear()
+        self.seen.clear()
         self.admitted.clear()
         self.calls.clear()
         self.counted.clear()
@@ -213,6 +222,11 @@ def living(cells: list[Cell]) -> list[Cell]:
     cells.pop()
     alone = counts.pop()
     return [cell for cell, count in zip(cells, counts, strict=True) if count > alone]
+
+
+def numbers_of(cells: Iterable[Cell]) -> tuple[int, ...]:
+    """What the cells stand for now, in order."""
+    return tuple(sorted({cell.ref.id for cell in cells}))
 
 
 _NO_TYPE: Any = None
