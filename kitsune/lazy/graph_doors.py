@@ -102,7 +102,7 @@ def _mode_entered(original: Any) -> Any:
             lane.lose_track()
             aside += [(lane, lane)] * lane.leave()
             # Torch's own (fake tensors, tracing) stand below all others, and would see no op that is recorded.
-            if getattr(mode, "_mode_key", None) is not None:
+            if getattr(mode, "_mode_key", None) is not None and lane.recorder.is_on_top():
                 lane.recorder.flush(Barrier.FOREIGN_MODE)
                 aside += [(lane, lane.recorder)] * lane.recorder.leave()
         _here.aside = [*getattr(_here, "aside", ()), aside]

@@ -126,3 +126,23 @@ def test_a_view_whose_history_autograd_cannot_tell_can_be_read(counts: Counts) -
             return [column.detach().numpy().tolist()]
 
     counts.check("column", program)
+
+
+def test_gradients_of_what_is_used_up_are_refused_also_where_they_may_be_missing(counts: Counts) -> None:
+    """With `allow_unused`, the engine goes only where a leaf is asked for: the refusal must lie on the way to it."""
+
+    def program(context: Callable[[], Any]) -> list[Any]:
+        w, seen = nn.Parameter(torch.arange(3.0)), []
+        for _ in range(5):
+            with context():
+                loss = w.exp().sum()
+                loss.backward()
+                try:
+                    seen.append(torch.autograd.grad(loss.exp(), w, allow_unused=True)[0])
+                except RuntimeError as error:
+                    seen.append(str(error)[:50])
+            w.grad = None
+        return seen
+
+    counts.check("used up", program)
+    assert kitsune.counters()["backwards_followed"] > 0
