@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch._functorch.eager_transforms
 import torch._functorch.vmap
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitsune.ir import Barrier
@@ -226,9 +225,8 @@ def _doors() -> Iterator[Door]:
     yield from ((module, name, _lost_track) for module, name in FUNCTORCH if hasattr(module, name))
     yield torch.autograd, "backward", _backward
     yield torch._C._autograd, "_push_saved_tensors_default_hooks", _lost_track
-    for modes in (TorchDispatchMode, FakeTensorMode):
-        yield modes, "__enter__", _mode_entered
-        yield modes, "__exit__", _mode_left
+    yield TorchDispatchMode, "__enter__", _mode_entered
+    yield TorchDispatchMode, "__exit__", _mode_left
     yield torch, "clear_autocast_cache", _casts
     for name in "enabled dtype cpu_enabled gpu_dtype cpu_dtype xla_enabled xla_dtype ipu_enabled ipu_dtype".split():
         if hasattr(torch, f"set_autocast_{name}"):
