@@ -26,6 +26,11 @@ class RecordMode(TorchDispatchMode):
         if self not in _get_current_dispatch_mode_stack():
             _push_mode(self)
 
+    def is_on_top(self) -> bool:
+        """Would the next op come here? Then this mode can be taken off and put back in its place."""
+        stack = _get_current_dispatch_mode_stack()
+        return bool(stack) and stack[-1] is self
+
     @contextlib.contextmanager
     def above_autograd(self) -> Iterator[None]:
         """A context for calls that autograd and this mode are to see, also where an op is handled or somebody hides modes."""

@@ -12,6 +12,7 @@ import torch._functorch.eager_transforms
 import torch._functorch.vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.doors import OPENINGS
 from kitsune.lazy.matchers import MISS
@@ -94,10 +95,16 @@ def _mode_entered(original: Any) -> Any:
     @functools.wraps(original)
     def door(mode: Any) -> Any:
         # Torch's inference for the recorder enters one too.
-        open_lanes = [lane for lane in lanes() if not lane.recorder.inferring]
+        open_lanes = [lane for lane in lanes() if not lane.recorder.inferring and not lane.recorder.running]
+        aside: list[tuple[Any, Any]] = []
         for lane in open_lanes:
             lane.lose_track()
-        _here.aside = [*getattr(_here, "aside", ()), [lane for lane in open_lanes if lane.leave()]]
+            aside += [(lane, lane)] * lane.leave()
+            # Torch's own (fake tensors, tracing) stand below all others, and would see no op that is recorded.
+            if getattr(mode, "_mode_key", None) is not None and lane.recorder.is_on_top():
+                lane.recorder.flush(Barrier.FOREIGN_MODE)
+                aside += [(lane, lane.recorder)] * lane.recorder.leave()
+        _here.aside = [*getattr(_here, "aside", ()), aside]
         return original(mode)
 
     return door
@@ -110,9 +117,9 @@ def _mode_left(original: Any) -> Any:
             return original(*args)
         finally:
             aside = getattr(_here, "aside", ())
-            for lane in aside.pop() if aside else ():
+            for lane, one in aside.pop() if aside else ():
                 if lane in lanes():
-                    lane.enter()
+                    one.enter()
 
     return door
 
@@ -215,9 +222,7 @@ Door = tuple[Any, str, Callable[[Any], Any]]
 def _doors() -> Iterator[Door]:
     # `Function.apply` asks this first, also where a program has bound it beforehand.
     yield torch._C, "_are_functorch_transforms_active", _lost_track
-    for module, name in FUNCTORCH:
-        if hasattr(module, name):
-            yield module, name, _lost_track
+    yield from ((module, name, _lost_track) for module, name in FUNCTORCH if hasattr(module, name))
     yield torch.autograd, "backward", _backward
     yield torch._C._autograd, "_push_saved_tensors_default_hooks", _lost_track
     yield TorchDispatchMode, "__enter__", _mode_entered

@@ -134,6 +134,10 @@ class Recorder(Recording):
         """A context for calls that autograd and this recorder are to see; the pipeline's mode has it."""
         raise NotImplementedError
 
+    def is_on_top(self) -> bool:
+        """Would the next op come here? The pipeline's mode knows."""
+        raise NotImplementedError
+
     def after_follow(self) -> None:
         """The region has grown by a whole call."""
         if self.region.node.full:

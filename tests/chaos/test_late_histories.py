@@ -89,14 +89,16 @@ def test_a_function_that_writes_because_it_is_asked_to(call: Callable[[Tensor], 
         for i in range(6):
             with context(), contextlib.suppress(RuntimeError):
                 y = w.exp()
-                with torch.no_grad():
-                    call(y)
+                if i > 2:  # by then what comes before it is followed
+                    with torch.no_grad():
+                        call(y)
                 (y if i > 3 else w * 2).sum().backward()
             seen += [None if w.grad is None else w.grad.clone(), y._version]
             w.grad = None
         return seen
 
-    counts.check("in place", program)
+    for warmup in (0, 1):
+        counts.check("in place", program, lambda warmup=warmup: kitsune.accelerate(warmup=warmup, device="cpu"))
 
 
 def test_an_update_takes_gradients_that_are_plain_at_one_time_and_recorded_at_another(counts: Counts) -> None:
@@ -126,3 +128,23 @@ def test_a_view_whose_history_autograd_cannot_tell_can_be_read(counts: Counts) -
             return [column.detach().numpy().tolist()]
 
     counts.check("column", program)
+
+
+def test_gradients_of_what_is_used_up_are_refused_also_where_they_may_be_missing(counts: Counts) -> None:
+    """With `allow_unused`, the engine goes only where a leaf is asked for: the refusal must lie on the way to it."""
+
+    def program(context: Callable[[], Any]) -> list[Any]:
+        w, seen = nn.Parameter(torch.arange(3.0)), []
+        for _ in range(5):
+            with context():
+                loss = w.exp().sum()
+                loss.backward()
+                try:
+                    seen.append(torch.autograd.grad(loss.exp(), w, allow_unused=True)[0])
+                except RuntimeError as error:
+                    seen.append(str(error)[:50])
+            w.grad = None
+        return seen
+
+    counts.check("used up", program)
+    assert kitsune.counters()["backwards_followed"] > 0
