@@ -110,6 +110,8 @@ def _numbers() -> list[Sample]:
         Sample("lerp", _call("lerp"), 3)
     ]
     rows += [Sample("logaddexp", _call("logaddexp"), 2, F[:1]), Sample("nan_to_num", _call("nan_to_num"), 1)]
+    # Infinities of one sign, of which the difference is none.
+    rows += [Sample("logaddexp", lambda x: aten.logaddexp(aten.div(x, 0.0), aten.div(x, 0.0)), 1, F[:1])]
     rows += [Sample("nan_to_num", _call("nan_to_num", 1.5, 2.5, -2.5), 1), Sample("hardtanh", _call("hardtanh", -1.0, 1.5), 1)]
     return rows
 
@@ -142,6 +144,7 @@ def _activations() -> list[Sample]:
     rows += [Sample("gelu_backward", _call("gelu_backward", approximate=a), 2, F + D) for a in ("none", "tanh")]
     rows += [
         Sample("threshold", _call("threshold", 0.1, 2.0), 1),
+        Sample("threshold", lambda x: aten.threshold(aten.round(x), 1.0, 7.0), 1),
         Sample("threshold_backward", _call("threshold_backward", 0), 2, F + D),
     ]
     rows += [
