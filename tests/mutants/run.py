@@ -51,6 +51,7 @@ INTERPRETER = tuple(
         "interpreted.py::test_kernels_compute_what_aten_does",
         "windows.py::test_pooling_computes_what_aten_does",
         "reductions.py::test_results_are_as_near_to_float64_as_eagers[float32]",
+        "reductions.py::test_results_are_as_near_to_float64_as_eagers[float64]",
         "reductions.py::test_results_are_as_near_to_float64_as_eagers[layouts]",
         "reductions.py::test_results_are_as_near_to_float64_as_eagers[special]",
         "reductions.py::test_results_are_as_near_to_float64_as_eagers[batched]",
