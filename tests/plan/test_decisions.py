@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import kitsune
 import kitsune.planning
 from kitsune.codegen.dtypes import LANGUAGE, MEMORY
 from kitsune.codegen.tiles import _turn
 from kitsune.fusion import FusionConfig, Rules, partition, rules
+from kitsune.fusion.group import written
 from kitsune.ir import (
     Access,
     Effects,
@@ -34,6 +37,7 @@ from kitsune.ir import (
 from kitsune.memory import Lifetime, assign_offsets
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs, dead_code, in_channels_last, padded_products, parts, split_reductions
+from kitsune.scheduler.channels_last import _ChannelsLast, _Parts
 from tests.corpus import FILES, load, name_of
 from tests.plan.recorded import plan_of, recorded_again
 from tests.plan.test_padding import COSTS
@@ -214,3 +218,36 @@ def test_a_reduction_whose_parts_no_kernel_can_hold_stays_whole() -> None:
     assert len(split_reductions(graph, parts, lambda op: None).ops) > len(graph.ops)
     refused = split_reductions(graph, parts, lambda op: None if op in graph.ops else "its parts are refused")
     assert refused.ops == graph.ops and {op.target for op in refused.ops} == recorded
+
+
+def test_only_copies_between_calls_of_the_library_count_as_moved() -> None:
+    image, weight = torch.ones(2, 8, 6, 6, dtype=torch.bfloat16), torch.ones(8, 8, 3, 3, dtype=torch.bfloat16)
+
+    def copied(program: Any) -> int:
+        graph = dead_code(recorded_again(program))
+        chosen = {n for n, op in enumerate(graph.ops) if op.target is aten.convolution.default}
+        rewriting, parts_of = _ChannelsLast(graph, chosen), _Parts(graph, chosen)
+        return sum(rewriting.copied_bytes(rewriting.rewritten(), parts_of).values())
+
+    assert copied(lambda: torch.conv2d(image * 2, weight * 2) * 2) == 0
+    assert copied(lambda: torch.conv2d(image, weight * 2) * 2) == 2 * image.nbytes
+
+
+def adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, update: Any = torch._fused_adam_) -> None:
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8, "amsgrad": False, "maximize": False}
+    update([p], [g], [m], [v], [], [step], **numbers)
+
+
+def sgd(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor) -> None:
+    numbers = {"weight_decay": 0.0, "momentum": 0.9, "lr": 0.1, "dampening": 0.0}
+    torch._fused_sgd_([p], [g], [m], **numbers, nesterov=False, maximize=False, is_first_step=False)
+
+
+@pytest.mark.parametrize("update", [adam, partial(adam, update=torch._fused_adamw_), sgd], ids=["adam", "adamw", "sgd"])
+def test_an_update_leaves_its_gradients_as_they_are(update: Any) -> None:
+    """It declares that it writes them, which it would where they are to be unscaled."""
+    graph = recorded_again(lambda: update(*(torch.ones(8) for _ in range(4)), torch.ones(())))
+    (op,) = [op for op in graph.ops if "_fused_" in op.target._opname]
+    really = {before.storage for _, before, _ in written(op)}
+    assert {op.args[0][0].storage} <= really < set(op.effects.writes)
+    assert op.args[1][0].storage not in really
