@@ -20,11 +20,11 @@ from kitsune.fusion import ANYTHING, Rules
 from kitsune.garbage import MANY_NODES, look_at_new
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
-from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a_step, open_graph_doors
+from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a_step, memory_changed, open_graph_doors
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
-from kitsune.runtime import ThreadPlans
+from kitsune.runtime import Answers
 from kitsune.standing import Standing, standing
 
 tally = Tally()
@@ -67,7 +67,6 @@ class Pipeline:
 
     def __init__(self, device: torch.device, warmup: int, options: EngineOptions = DEFAULT) -> None:
         self.runner = Runner(device, tally, options)
-        self.thread_plans = ThreadPlans()
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False
         self.recorder = Listener(
@@ -98,6 +97,7 @@ class Pipeline:
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
         self.recorder.enter()
+        self.recorder.early.on = config.early_reads
         self.follow()
 
     def follow(self) -> None:
@@ -124,15 +124,16 @@ class Pipeline:
         self.stop_following(for_good)
         return self.recorder.leave()
 
-    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
-        """Run a flushed region: `values` has the inputs by number and receives the outputs."""
+    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
+        """Run a flushed region: `values` has the inputs by number and receives the outputs, of which the answers know something
+        before they are there."""
         # A region that ends outside of a call of the API would have its own ops looked at as calls.
         seen = span(f"kitsune::run[{len(graph.ops)} operators]") if profiled() else NO_SPAN
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), seen:
             if config.check:
                 checked_run(self.runner, self.device, graph, values, scalars)
-            else:
-                self.runner.run(graph, values, scalars)
+                return None
+            return self.runner.run(graph, values, scalars)
 
     def standing(self, graph: Graph, values: list[Any], sure: Collection[int]) -> Standing | None:
         """A region that will be replayed as it was, to be passed to `again`; None where that cannot be said."""
@@ -141,18 +142,20 @@ class Pipeline:
 
     def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
         """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
+        memory_changed()
         with below_autograd():
             return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
-        """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""
+        """A region ended. One that was observed is made ready for its first run, and for the thread that will run it: its
+        backward has run in autograd's, the next time it is this one."""
         close(graph, cause, site, self.runner.options)
         n_new, self.n_nodes = self.recorder.n_nodes - self.n_nodes, self.recorder.n_nodes
         if n_new >= MANY_NODES:
             look_at_new()
-        if observed and self.device.type == "cuda":
+        if observed:
             with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-                self.thread_plans.make(graph)
+                self.runner.expect(graph)
 
     def forget(self) -> None:
         """Drop every region seen so far, and its plan."""

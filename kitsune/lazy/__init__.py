@@ -3,10 +3,11 @@
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.doors import close_doors, open_doors
+from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.graph_doors import close_graph_doors, open_graph_doors
 from kitsune.lazy.realize import attach_spent
 from kitsune.lazy.recorder import Recorder
-from kitsune.lazy.recorders import in_a_step
+from kitsune.lazy.recorders import in_a_step, renew_lock
 from kitsune.lazy.region import is_strided
 from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.settle import settle_grads, settle_state
@@ -24,8 +25,10 @@ __all__ = [
     "close_graph_doors",
     "in_a_step",
     "is_strided",
+    "memory_changed",
     "open_doors",
     "open_graph_doors",
+    "renew_lock",
     "serial_of",
     "settle_grads",
     "settle_state",

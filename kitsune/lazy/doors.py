@@ -23,11 +23,9 @@ from kitsune.lazy.door_makers import (
     flush_door,
     generator_door,
     kernel_door,
-    lengths_door,
     make_subclass_door,
     memory_door,
     parameter_door,
-    places_door,
     plain_items,
     property_door,
     random_door,
@@ -35,6 +33,7 @@ from kitsune.lazy.door_makers import (
     swap_door,
     thread_door,
 )
+from kitsune.lazy.function_doors import lengths_door, places_door, recurrent_door
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import OPEN
 from kitsune.lazy.tensor import METHOD_DOORS
@@ -128,6 +127,7 @@ def _doors() -> Iterator[Door]:
         (((threading.Thread, "start join"), (_thread, "start_new_thread")), thread_door),
         (_DEFAULTS, default_door),
         (_GENERATOR, generator_door),
+        (_RECURRENT, recurrent_door),
     ):
         for owner, names in table:
             yield from ((owner, name, make) for name in names.split() if hasattr(owner, name))
@@ -143,6 +143,7 @@ _GENERATOR: Table = (
         "__reduce__ __setstate__",
     ),
 )
+_RECURRENT: Table = ((torch, "lstm gru rnn_tanh rnn_relu"), (torch._VF, "lstm gru rnn_tanh rnn_relu"))
 _RANDOM: Table = (
     (torch, _SEEDS),
     (torch.random, _SEEDS),

@@ -76,8 +76,6 @@ class Edge:
     free_matcher: bool | None = None
     # Of a backward: which of the calls before it lead to its loss, once known.
     spent: Any = None
-    # Of an update: (position, value afterwards) of the wrappers among the tensors that it writes, once known.
-    wrapped: Any = None
     # Of a backward or an update: where its numbers come from.
     sources: Any = None
     floats: list[float] = field(default_factory=list)

@@ -1,9 +1,12 @@
 """Functions of torch's API that are no part of what is followed, by what they could tell or change."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kitsune.lazy.tensor import LazyTensor
 
 _PROPERTIES = (
     "shape dtype device layout ndim itemsize nbytes is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_nested is_meta is_mps "
@@ -81,8 +84,25 @@ def is_foreign(func: object) -> bool:
     return isinstance(module, str) and module.partition(".")[0] not in ("torch", "kitsune")
 
 
-def may_write(func: object) -> bool:
-    """Does a function write its first argument, by its name?"""
+def stays(func: object, args: Any, kwargs: Any) -> bool:
+    """Is this `x.to(device)` of an x that is there? It returns x and nothing is recorded: clipping asks so for each gradient."""
+    if func is not Tensor.to or kwargs or len(args) != 2 or type(args[1]) is not torch.device:
+        return False
+    return type(args[0]) is LazyTensor and bool(args[0].device == args[1])
+
+
+# They write their first argument if they are asked to.
+IN_PLACE = frozenset(
+    function
+    for function in vars(torch.nn.functional).values()
+    if inspect.isfunction(function) and "inplace" in inspect.signature(function).parameters
+)
+
+
+def may_write(func: object, args: Any, kwargs: Any) -> bool:
+    """Does a call write its first argument, by its name?"""
+    if "out" in kwargs or (func in IN_PLACE and (kwargs.get("inplace") or any(a is True for a in args[1:]))):
+        return True
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         reads = ("__invert__", "__index__", "__int__", "__iter__")

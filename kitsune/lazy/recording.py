@@ -9,11 +9,13 @@ import torch
 from torch.nn import Parameter
 
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
+from kitsune.lazy import recorders
 from kitsune.lazy.arrivals import Arrivals
 from kitsune.lazy.cell import Cell, ref, serial_of
+from kitsune.lazy.early_reads import EarlyReads, memory_changed
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.recorders import EVERY, OPEN
-from kitsune.lazy.region import Region, is_strided, living
+from kitsune.lazy.region import Region, is_strided, living, numbers_of
 from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
@@ -29,8 +31,8 @@ class Recording:
 
     The stages before and after come in as functions, put together by the pipeline: `describe(func)` gives an op's row;
     `infer(...)` the OutputSpec of a call without making it; `below_autograd()` is a context for running kernels;
-    `run(graph, values, scalars)` runs a closed region; `tally` counts; `on_close` hears of each region,
-    and whether it was observed.
+    `run(graph, values, scalars)` runs a closed region and returns what it can answer before its end; `tally` counts; `on_close`
+    hears of each region, and whether it was observed.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Recording:
         describe: Callable[[Any], OpRow],
         infer: Callable[..., OutputSpec | None],
         below_autograd: Callable[[], Any],
-        run: Callable[[Graph, list[Any], list[float]], None],
+        run: Callable[[Graph, list[Any], list[float]], Any],
         tally: Any,
         on_close: Callable[[Graph, Barrier, Site | None, bool], None],
     ) -> None:
@@ -52,14 +54,13 @@ class Recording:
         self.max_ops, self.max_bytes = max_ops, max_bytes
         self.describe, self.infer, self.below_autograd = describe, infer, below_autograd
         self.run, self.tally, self.on_close = run, tally, on_close
-        self.renew_lock()
+        self.use_lock(recorders.lock)
         # Can another thread record or read here? Autograd has one for each CUDA device. The lock costs 0.25 us per op.
         self.shared = True
         self.paused = 0
         # While torch infers for the recorder, or a region runs, its Python may pass a door: that is no act of the program's, and
         # a region that goes on after its flush (at a divergence) would be run twice.
-        self.inferring = False
-        self.running = False
+        self.inferring = self.running = False
         # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
         self.lane: Any = None
         self.hook: Any = None
@@ -80,16 +81,15 @@ class Recording:
         self.arrivals = self.known.tensors
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.early = EarlyReads(tally)
         # A tensor came in whose graph was built outside, from leaves that were not seen.
         self.outer_graph = False
         self.forget()
         EVERY.add(self)
 
-    def renew_lock(self) -> None:
-        """A new lock: in a forked child, the old one may be held by a thread that is not there."""
-        self.lock = threading.RLock()
-        # Bound once: `with` costs 0.1 us more per op.
-        self._acquire, self._release = self.lock.acquire, self.lock.release
+    def use_lock(self, lock: Any) -> None:
+        """The lock that all recorders share. Its methods are bound once: `with` costs 0.1 us more per op."""
+        self.lock, self._acquire, self._release = lock, lock.acquire, lock.release
 
     def forget(self) -> None:
         """Drop every region seen so far; to be called between regions."""
@@ -144,6 +144,7 @@ class Recording:
 
     def before_door(self, tensor: torch.Tensor, cause: Barrier) -> None:
         """Somebody asks for the memory of a tensor and may write it: a region that has to do with it ends."""
+        memory_changed()
         with self.lock:
             if self.watcher is not None and not self.running:
                 self.watcher.flushes(cause)
@@ -160,6 +161,7 @@ class Recording:
 
     def materialize(self, cell: Cell, cause: Barrier) -> torch.Tensor:
         """The computed tensor of a cell, whose region ends if it is still open."""
+        memory_changed()
         with self.lock:
             self.region.unfold()
             if self.watcher is not None:
@@ -183,28 +185,16 @@ class Recording:
             # Another tensor may get the id of one that is gone.
             leaves[number] = weakref.ref(tensor, lambda _: leaves.pop(number, None))
 
+    def living_leaves(self) -> list[torch.Tensor]:
+        """The leaves that came in since they were last taken, and are still alive."""
+        return [leaf for known in list(self.leaves.values()) if (leaf := known()) is not None]
+
     def take_leaves(self) -> list[torch.Tensor]:
-        """The leaves that came in since the last call and are still alive."""
-        leaves = [leaf for known in self.leaves.values() if (leaf := known()) is not None]
+        """Take them."""
+        leaves = self.living_leaves()
         self.leaves.clear()
         self.outer_graph = False
         return leaves
-
-    def replace_data(self, tensor: LazyTensor, value: torch.Tensor) -> None:
-        """`wrapper.data = value`: from now on the wrapper stands for the value's memory."""
-        with self.lock:
-            self.flush(Barrier.DOOR)
-            if type(value) is LazyTensor:
-                real = value.cell.region.recorder.materialize(value.cell, Barrier.DOOR)
-            else:
-                with torch._C._DisableTorchDispatch(), torch.no_grad():
-                    real = value.detach()
-            if real.dtype is not tensor.dtype or real.device != tensor.device:
-                raise RuntimeError(
-                    f".data of a {tensor.dtype} tensor on {tensor.device}, recorded by Kitsune, cannot become {real.dtype} on "
-                    f"{real.device}: make a new tensor instead, or put the assignment under kitsune.disable()."
-                )
-            self.stand_for(tensor, real)
 
     def stand_for(self, wrapper: LazyTensor, real: torch.Tensor) -> None:
         """Let a wrapper stand for another tensor of its dtype, whose geometry it takes on."""
@@ -227,15 +217,16 @@ class Recording:
                 self.lane.own_up()
             site = user_site()
             self.tally.flushed[(cause, site)] += 1
+            self.early.ends(region)
             if end:
                 self.region = self._new_region()
-                region.hand_on(self.region, cause)
             live: tuple[int, ...] = ()
             if region.observed_from is None:
                 self.tally.recorded += node.depth
                 live = self._run(region)
             elif end:
                 self.tally.observed += node.depth - region.observed_from
+                live = numbers_of(cell for seen in region.seen if (cell := seen()) is not None)
                 region.release()
             if end:
                 self._close(node, live, cause, site, region.observed_from is not None)
@@ -245,25 +236,16 @@ class Recording:
 
     def _run(self, region: Region) -> tuple[int, ...]:
         """Compute what is pending; returns the numbers of the values that can still be read."""
-        cells = living(region.produced)
-        live = tuple(sorted({cell.ref.id for cell in cells}))
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
-        for cell in region.plain.values():
-            values[cell.came.id] = cell.real  # type: ignore[union-attr]
-        for number, tensor in region.inputs:
-            values[number] = tensor
-        if region.deferred is not None:
-            edge, call = region.deferred
-            fresh = list(call.fresh.values())
-            for k, number, *_ in edge.arrivals:
-                values[number.id] = fresh[k] if type(fresh[k]) is not LazyTensor else fresh[k].cell.real
-        self.running = True
-        graph = self._graph(region.node, live)
+        cells: list[Cell] = []
         try:
-            self.run(graph, values, region.scalars)
-            if self.watcher is not None:
-                self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)
+            cells = living(region.produced)
+            live = numbers_of(cells)
+            region.put_inputs(values)
+            self.running = True
+            if self.watcher is not None or not self.early.foreseen(region, live, values):
+                self._run_now(region, self._graph(region.node, live), values)
         except BaseException as error:
             region.error = error
             if region is self.region:
@@ -275,9 +257,19 @@ class Recording:
                 cell.real = values[cell.ref.id]
             region.produced.clear()
             region.inputs.clear()
+            region.see(cells)
             if region is not self.region:
                 region.release()
         return live
+
+    def _run_now(self, region: Region, graph: Graph, values: list[Any]) -> None:
+        if self.watcher is None:
+            run = self.early.run_of(region.node, graph, values)
+            self.early.ran(region.node, run, values, self.run(run.graph, values, region.scalars))
+        else:
+            memory_changed()
+            self.run(graph, values, region.scalars)
+            self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)
 
     def _graph(self, node: Node, live: tuple[int, ...]) -> Graph:
         graph = self.graphs.get((node, live))
@@ -292,6 +284,9 @@ class Recording:
         graph = self._graph(node, live)
         if self.watcher is not None:
             self.watcher.closed(graph)
+        elif observed:
+            # It will be made ready as it is going to be run.
+            graph = self.early.run_of(node, graph, []).graph
         self.on_close(graph, cause, site, observed)
 
 

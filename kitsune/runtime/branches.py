@@ -7,7 +7,7 @@ import torch
 
 from kitsune.ir import Launch, awaited, meetings
 from kitsune.runtime.frame import Frame
-from kitsune.runtime.instructions import Allocate, Call, CallInto, Drop, Instruction, Start, StartInGraph
+from kitsune.runtime.instructions import Allocate, Call, CallInto, Drop, Instruction, Send, Start, StartInGraph
 
 # By device: streams from torch's pool, which has 32 of them, taken once.
 _side_streams: dict[int, list[torch.cuda.Stream]] = {}
@@ -32,10 +32,13 @@ class Branches:
         streams = [main, *_sides(self._device, max(launch.stream for launch in self._launches))]
         done: dict[int, torch.cuda.Event] = {}
         dropped: list[Instruction] = []
-        for side in streams[1:]:
-            side.wait_stream(main)
+        _fork(streams)
         try:
             for together in self._between_meetings(instructions):
+                if isinstance(together[0], Send):
+                    # Here the capture ends and the next begins: no event of the one means anything in the other.
+                    _join(streams)
+                    done.clear()
                 _run_all(dropped, frame)
                 # Memory for all of them first. What a library call needs for itself goes back to torch as soon as it has been
                 # called, to whoever asks next: that may be a kernel of another stream, which runs at the same time.
@@ -43,26 +46,30 @@ class Branches:
                 for instruction in together:
                     if isinstance(instruction, Drop):
                         dropped.append(instruction)
-                    elif _reaches_device(instruction):
+                    elif reaches_device(instruction):
                         self._launch(instruction, frame, streams, done)
                     elif not isinstance(instruction, Allocate):
                         instruction.run(frame)
+                if isinstance(together[0], Send):
+                    _fork(streams)
         finally:
-            for side in streams[1:]:
-                main.wait_stream(side)
+            _join(streams)
         _run_all(dropped, frame)
 
     def _between_meetings(self, instructions: Sequence[Instruction]) -> Iterator[list[Instruction]]:
-        """The instructions in order, from each launch that waits for all before it to the next one."""
+        """The instructions in order, from each launch that waits for all before it to the next one; a Send waits, too, and is by
+        itself."""
         together: list[Instruction] = []
         at = -1
         for instruction in instructions:
-            if instruction.at != at and instruction.at in self._met:
+            sends = isinstance(instruction, Send)
+            if together and (sends or isinstance(together[0], Send) or (instruction.at != at and instruction.at in self._met)):
                 yield together
                 together = []
-            at = instruction.at
+            at = at if sends else instruction.at
             together.append(instruction)
-        yield together
+        if together:
+            yield together
 
     def _launch(
         self, instruction: Instruction, frame: Frame, streams: list[torch.cuda.Stream], done: dict[int, torch.cuda.Event]
@@ -70,12 +77,23 @@ class Branches:
         number = instruction.at
         launch = self._launches[number]
         stream = streams[launch.stream]
-        for n in self._waits[number]:
+        # What came before a Send has no event any more: there the streams have met.
+        for n in (n for n in self._waits[number] if n in done):
             stream.wait_event(done[n])
         with _on(stream, frame) if launch.stream else contextlib.nullcontext():
             instruction.run(frame)
         if number in self._awaited:
             done[number] = stream.record_event()
+
+
+def _fork(streams: list[torch.cuda.Stream]) -> None:
+    for side in streams[1:]:
+        side.wait_stream(streams[0])
+
+
+def _join(streams: list[torch.cuda.Stream]) -> None:
+    for side in streams[1:]:
+        streams[0].wait_stream(side)
 
 
 def _run_all(instructions: list[Instruction], frame: Frame) -> None:
@@ -84,7 +102,8 @@ def _run_all(instructions: list[Instruction], frame: Frame) -> None:
     instructions.clear()
 
 
-def _reaches_device(instruction: Instruction) -> bool:
+def reaches_device(instruction: Instruction) -> bool:
+    """Does it put work on a stream?"""
     if isinstance(instruction, Call):
         return not instruction.op.starts_nothing
     return isinstance(instruction, (CallInto, Start, StartInGraph))
