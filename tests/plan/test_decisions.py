@@ -205,9 +205,9 @@ def test_few_operands_that_move_along_rows_and_columns_leave_room_for_fewer_colu
 
     def kernel(n_full: int) -> Kernel:
         value = Value(0, F4, 0)
-        full, row, column = (Access(value, walk) for walk in ((1, 64), (1, 0), (0, 1)))
+        full, row, column = (Access(value, walk) for walk in ((1, 0, 64), (1, 0, 0), (0, 0, 1)))
         step = Step(Op(aten.sum.default, Kind.REDUCTION, (), (), (), Result(0), (value,)), ())
-        return Kernel("k", (64, 4096), (full,) * n_full + (row,) * 4 + (column,) * 4, (step,), (), 1)
+        return Kernel("k", (64, 64, 64), (full,) * n_full + (row,) * 4 + (column,) * 4, (step,), (), 2)
 
     assert [_turn(kernel(n)) for n in (1, 4, 5)] == [16, 16, 32]
 
