@@ -57,6 +57,7 @@ def _rows() -> list[Sample]:
     rows += [Sample("acosh", _call("acosh"), 1, F, "positive")]
     rows += [Sample("special_expit", _call("special_expit"), 1)]
     rows += [Sample(name, _call(name), 1, F + I[:1]) for name in TESTS if name in ("signbit", "isnan", "isinf")]
+    rows += [Sample("signbit", _call("signbit"), 1, (*I[1:], *B))]
     rows += [Sample(name, _call(name), 1, F[:1]) for name in TESTS if hasattr(aten, name) and name != "isfinite"]
     rows += [Sample(name, _call(name), 2, F + D) for name in BINARY]
     rows += [
@@ -109,9 +110,13 @@ def _numbers() -> list[Sample]:
     rows += [Sample("addcmul", _call("addcmul", value=v), 3, F + D, moving=(0.3,)) for v in (1, 0.3, 2)]
     rows += [Sample("addcdiv", _call("addcdiv", value=v), 3, F + D, moving=(0.3,)) for v in (1, 0.3)]
     rows += [Sample("lerp", _call("lerp", w), 2, F + D, moving=(0.3, 0.8)) for w in (0.3, 0.8)] + [
-        Sample("lerp", _call("lerp"), 3)
+        Sample("lerp", _call("lerp"), 3),
+        # At a weight of a half, a difference that overflows says from which end eager begins.
+        Sample("lerp", lambda x: aten.lerp(x * 3e38, x * -3e38, 0.5), 1, F[:1]),
     ]
     rows += [Sample("logaddexp", _call("logaddexp"), 2, F[:1]), Sample("nan_to_num", _call("nan_to_num"), 1)]
+    # Infinities of one sign, of which the difference is none.
+    rows += [Sample("logaddexp", lambda x: aten.logaddexp(aten.div(x, 0.0), aten.div(x, 0.0)), 1, F[:1])]
     rows += [Sample("nan_to_num", _call("nan_to_num", 1.5, 2.5, -2.5), 1), Sample("hardtanh", _call("hardtanh", -1.0, 1.5), 1)]
     return rows
 
@@ -144,6 +149,7 @@ def _activations() -> list[Sample]:
     rows += [Sample("gelu_backward", _call("gelu_backward", approximate=a), 2, F + D) for a in ("none", "tanh")]
     rows += [
         Sample("threshold", _call("threshold", 0.1, 2.0), 1),
+        Sample("threshold", lambda x: aten.threshold(aten.round(x), 1.0, 7.0), 1),
         Sample("threshold_backward", _call("threshold_backward", 0), 2, F + D),
     ]
     rows += [
@@ -169,6 +175,8 @@ def _activations() -> list[Sample]:
     rows += [
         Sample("_prelu_kernel", _call("_prelu_kernel"), 2),
         Sample("_prelu_kernel_backward", _call("_prelu_kernel_backward"), 3),
+        # Infinite gradients at zero.
+        Sample("_prelu_kernel_backward", lambda g, x, w: aten._prelu_kernel_backward(g / 0.0, x * 0.0, w), 3, F[:1]),
     ]
     return rows
 

@@ -166,6 +166,18 @@ def test_why_not_lowered(call: Any, inputs: list[torch.Tensor], reason: str) -> 
     assert any(re.search(reason, why_not_lowered(op) or "") for op in ops)
 
 
+def test_small_powers_are_products_and_quotients() -> None:
+    texts = {e: render(build(lambda x, e=e: torch.pow(x, e), [torch.ones(4)]).kernel).text for e in (0, 1, 2, 3, -1, -2, 4)}
+    assert [e for e, text in texts.items() if "pow(" in text] == [4]
+
+
+@pytest.mark.parametrize(("dtype", "loses"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, False)])
+def test_a_nan_loses_its_sign_in_float16_alone(dtype: torch.dtype, loses: bool) -> None:
+    """As in eager on a device, which widens it; a CPU does not, so that the interpreter's results say nothing."""
+    text = render(build(torch.signbit, [torch.ones(4, dtype=dtype)]).kernel).text
+    assert ("x0 == x0" in text) is loses
+
+
 @pytest.mark.parametrize("mode", ["floor", "trunc"])
 @pytest.mark.parametrize(("number", "sure"), [(0.7, True), (3.0, True), (0.0, True), (1.1, False)])
 def test_a_quotient_that_is_rounded_is_a_kernels_where_its_reciprocal_is_one_number(mode: str, number: float, sure: bool) -> None:

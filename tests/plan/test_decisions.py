@@ -4,19 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import kitsune
 import kitsune.planning
 from kitsune.codegen.dtypes import LANGUAGE, MEMORY
+from kitsune.codegen.tiles import _turn
 from kitsune.fusion import FusionConfig, Rules, partition, rules
-from kitsune.ir import Effects, Graph, Kind, Launch, Op, Operand, Plan, Result, Value, default_type, happens_before, reduction_of
+from kitsune.fusion.group import written
+from kitsune.ir import (
+    Access,
+    Effects,
+    Graph,
+    Kernel,
+    Kind,
+    Launch,
+    Op,
+    Operand,
+    Plan,
+    Result,
+    Step,
+    Value,
+    default_type,
+    happens_before,
+    reduction_of,
+)
 from kitsune.memory import Lifetime, assign_offsets
 from kitsune.planning import Planner
-from kitsune.scheduler import RATES, Costs, dead_code, in_channels_last, padded_products
+from kitsune.scheduler import RATES, Costs, dead_code, in_channels_last, padded_products, parts, split_reductions
+from kitsune.scheduler.channels_last import _ChannelsLast, _Parts
 from tests.corpus import FILES, load, name_of
 from tests.plan.recorded import plan_of, recorded_again
 from tests.plan.test_padding import COSTS
@@ -162,4 +183,71 @@ def test_a_triangle_of_an_image_in_channels_last_lies_as_eager_has_it() -> None:
         graph = dead_code(recorded_again(lambda name=name: getattr(torch.conv2d(image, weight), name)() * 2))
         (op,) = [op for op in in_channels_last(graph, COSTS).ops if op.target._opname == name]
         eager = getattr(torch.ones(2, 8, 6, 6).to(memory_format=torch.channels_last), name)()
-        assert op.kind is not Kind.POINTWISE or op.results[0].type.stride == eager.stride()
+        assert op.results[0].type.stride == eager.stride()
+
+
+def test_a_transposed_tensor_is_walked_as_it_lies() -> None:
+    turned = torch.ones(6, 8).t()
+    (kernel,) = kernels(plan_of(lambda: turned * 2 + 1))
+    assert kernel.domain == (48,)
+
+
+def test_a_sum_over_images_needs_no_copy_of_them() -> None:
+    """Of whole channels, as the gradient of a bias is, the result lies alike whatever the images lie like."""
+    image, weight = torch.ones(2, 8, 6, 6, dtype=torch.bfloat16), torch.ones(8, 8, 3, 3, dtype=torch.bfloat16)
+    graph = in_channels_last(dead_code(recorded_again(lambda: torch.conv2d(image, weight).sum((0, 2, 3)))), COSTS)
+    (total,) = [op for op in graph.ops if op.kind is Kind.REDUCTION]
+    assert total.inputs[0].type.stride[1] == 1
+
+
+def test_few_operands_that_move_along_rows_and_columns_leave_room_for_fewer_columns_a_turn() -> None:
+    """Numbers of a row or of a column alone do not count."""
+
+    def kernel(n_full: int) -> Kernel:
+        value = Value(0, F4, 0)
+        full, row, column = (Access(value, walk) for walk in ((1, 0, 64), (1, 0, 0), (0, 0, 1)))
+        step = Step(Op(aten.sum.default, Kind.REDUCTION, (), (), (), Result(0), (value,)), ())
+        return Kernel("k", (64, 64, 64), (full,) * n_full + (row,) * 4 + (column,) * 4, (step,), (), 2)
+
+    assert [_turn(kernel(n)) for n in (1, 4, 5)] == [16, 16, 32]
+
+
+def test_a_reduction_whose_parts_no_kernel_can_hold_stays_whole() -> None:
+    graph = dead_code(recorded_again(lambda: torch.ones(4, 1 << 20).sum(1)))
+    recorded = {op.target for op in graph.ops}
+    assert len(split_reductions(graph, parts, lambda op: None).ops) > len(graph.ops)
+    refused = split_reductions(graph, parts, lambda op: None if op in graph.ops else "its parts are refused")
+    assert refused.ops == graph.ops and {op.target for op in refused.ops} == recorded
+
+
+def test_only_copies_between_calls_of_the_library_count_as_moved() -> None:
+    image, weight = torch.ones(2, 8, 6, 6, dtype=torch.bfloat16), torch.ones(8, 8, 3, 3, dtype=torch.bfloat16)
+
+    def copied(program: Any) -> int:
+        graph = dead_code(recorded_again(program))
+        chosen = {n for n, op in enumerate(graph.ops) if op.target is aten.convolution.default}
+        rewriting, parts_of = _ChannelsLast(graph, chosen), _Parts(graph, chosen)
+        return sum(rewriting.copied_bytes(rewriting.rewritten(), parts_of).values())
+
+    assert copied(lambda: torch.conv2d(image * 2, weight * 2) * 2) == 0
+    assert copied(lambda: torch.conv2d(image, weight * 2) * 2) == 2 * image.nbytes
+
+
+def adam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, update: Any = torch._fused_adam_) -> None:
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8, "amsgrad": False, "maximize": False}
+    update([p], [g], [m], [v], [], [step], **numbers)
+
+
+def sgd(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor) -> None:
+    numbers = {"weight_decay": 0.0, "momentum": 0.9, "lr": 0.1, "dampening": 0.0}
+    torch._fused_sgd_([p], [g], [m], **numbers, nesterov=False, maximize=False, is_first_step=False)
+
+
+@pytest.mark.parametrize("update", [adam, partial(adam, update=torch._fused_adamw_), sgd], ids=["adam", "adamw", "sgd"])
+def test_an_update_leaves_its_gradients_as_they_are(update: Any) -> None:
+    """It declares that it writes them, which it would where they are to be unscaled."""
+    graph = recorded_again(lambda: update(*(torch.ones(8) for _ in range(4)), torch.ones(())))
+    (op,) = [op for op in graph.ops if "_fused_" in op.target._opname]
+    really = {before.storage for _, before, _ in written(op)}
+    assert {op.args[0][0].storage} <= really < set(op.effects.writes)
+    assert op.args[1][0].storage not in really
