@@ -102,7 +102,10 @@ class CallLane(Learner):
         device = self.recorder.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # One object for each: matchers compare by identity.
-        self.modes = {graded: self.known_modes.setdefault(modes := (graded, autocast), modes) for graded in (False, True)}
+        known = self.known_modes.get(autocast)
+        if known is None:
+            known = self.known_modes[autocast] = {graded: (graded, autocast) for graded in (False, True)}
+        self.modes = known
 
     def stray(self, args: Any, kwargs: Any) -> bool:
         """An op comes that no call of the API has brought: may autograd know of its operands? True if it must come again."""

@@ -78,6 +78,8 @@ class Recording:
         # The plain tensors that came in, and the first of its tables, which the hot path reads.
         self.known = Arrivals()
         self.arrivals = self.known.tensors
+        # The lists that were filled for an update which is still to come: by whom, and with what.
+        self.filled: Any = None
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
         # A tensor came in whose graph was built outside, from leaves that were not seen.
@@ -221,6 +223,7 @@ class Recording:
                 return
             if self.watcher is not None:
                 self.watcher.flushes(cause)
+            self.filled = None
             if not node.depth:
                 return
             if region.calls and self.lane is not None:
@@ -249,15 +252,7 @@ class Recording:
         live = tuple(sorted({cell.ref.id for cell in cells}))
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
-        for cell in region.plain.values():
-            values[cell.came.id] = cell.real  # type: ignore[union-attr]
-        for number, tensor in region.inputs:
-            values[number] = tensor
-        if region.deferred is not None:
-            edge, call = region.deferred
-            fresh = list(call.fresh.values())
-            for k, number, *_ in edge.arrivals:
-                values[number.id] = fresh[k] if type(fresh[k]) is not LazyTensor else fresh[k].cell.real
+        region.put_inputs(values)
         self.running = True
         graph = self._graph(region.node, live)
         try:

@@ -69,7 +69,8 @@ class Region:
         self.real = False
         # Writes that autograd knew of (edge and matcher): to be followed once a backward has found nothing spoilt by them.
         self.unproven: list[Any] = []
-        # An update that was followed (its edge and what it brought), of which the region's tensors do not know yet.
+        # An update that was followed, of which the region's tensors do not know yet: its edge, its tensors, and those of them
+        # that are new with the serials of their storages.
         self.deferred: Any = None
         # What went wrong when the region was run: its values were never computed.
         self.error: BaseException | None = None
@@ -140,9 +141,21 @@ class Region:
     def unfold(self) -> None:
         """Let the tensors of the region know of the update that was followed: somebody asks for them after all."""
         if self.deferred is not None:
-            (edge, call), self.deferred = self.deferred, None
-            arrive(self, edge, list(call.fresh.items()))
-            rewrite(self, edge, call.flat)
+            (edge, flat, serials, fresh), self.deferred = self.deferred, None
+            arrive(self, edge, list(zip(serials, fresh, strict=True)))
+            rewrite(self, edge, flat)
+
+    def put_inputs(self, values: list[Any]) -> None:
+        """Put the tensors that came in where their numbers are."""
+        for cell in self.plain.values():
+            values[cell.came.id] = cell.real  # type: ignore[union-attr]
+        for number, tensor in self.inputs:
+            values[number] = tensor
+        if self.deferred is not None:
+            edge, _, _, fresh = self.deferred
+            for k, number in edge.places:
+                tensor = fresh[k]
+                values[number] = tensor if type(tensor) is not LazyTensor else tensor.cell.real
 
     def extend_past(self, edge: Any) -> None:
         """A call has made a graph; None if it is not known which."""
