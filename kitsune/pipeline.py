@@ -25,7 +25,7 @@ from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
 from kitsune.runtime import ThreadPlans
-from kitsune.standing import Standing, standing
+from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
 tally.n_compiling = n_awaited
@@ -67,6 +67,7 @@ class Pipeline:
 
     def __init__(self, device: torch.device, warmup: int, options: EngineOptions = DEFAULT) -> None:
         self.runner = Runner(device, tally, options)
+        self.replays = Replays(self.runner)
         self.thread_plans = ThreadPlans()
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False
@@ -126,6 +127,9 @@ class Pipeline:
 
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
         """Run a flushed region: `values` has the inputs by number and receives the outputs."""
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            if not profiled() and self.replays.replay(graph, values, scalars):
+                return
         # A region that ends outside of a call of the API would have its own ops looked at as calls.
         seen = span(f"kitsune::run[{len(graph.ops)} operators]") if profiled() else NO_SPAN
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), seen:
@@ -133,6 +137,7 @@ class Pipeline:
                 checked_run(self.runner, self.device, graph, values, scalars)
             else:
                 self.runner.run(graph, values, scalars)
+                self.replays.learn(graph)
 
     def standing(self, graph: Graph, values: list[Any], sure: Collection[int]) -> Standing | None:
         """A region that will be replayed as it was, to be passed to `again`; None where that cannot be said."""
@@ -141,6 +146,8 @@ class Pipeline:
 
     def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
         """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
+        if region.is_bare:
+            return region.replay(values, scalars)
         with below_autograd():
             return region.replay(values, scalars)
 
@@ -163,6 +170,7 @@ class Pipeline:
         self.n_forgotten += 1
         latest.clear()
         self.runner.forget()
+        self.replays.forget()
         self.gate.restart()
 
     def progress(self) -> Progress:

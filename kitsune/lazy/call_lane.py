@@ -61,7 +61,7 @@ class CallLane(Learner):
             return self._asked(func, args, kwargs)
         if func in FLAGS and type(args[0]) in PLAIN and id(args[0]) not in region.plain:
             recorder.known.drop(args[0])
-            return self.made(lambda: func(*args, **kwargs))
+            return self.made(func, args, kwargs)
         if func is torch.Tensor.backward:
             return self._backward_of_method(*args, **kwargs)
         if func is torch.autograd.backward:
@@ -75,12 +75,12 @@ class CallLane(Learner):
             edge = region.node.calls.get(key)
             if edge is not None and edge.follows and self._may_follow(edge, region, func, kwargs, call):
                 if edge.plain:
-                    return self.made(lambda: func(*args, **kwargs))
+                    return self.made(func, args, kwargs)
                 return self._follow(region, edge, args, kwargs, call)
         if is_foreign(func):
             # A library's function, which asks before it does what it likes: also with the graph.
             self.lose_track()
-            return self.made(lambda: func(*args, **kwargs))
+            return self.made(func, args, kwargs)
         return self._make(func, args, kwargs, None if call.unknown else plain_key, call, modes)
 
     def at_sight(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -143,7 +143,7 @@ class CallLane(Learner):
         if func in SHOWS_GRAPH and self.recorder.region.real:
             # What the backward of this region does need not be what it does the next time.
             self.recorder.region.past = None
-        return self.made(lambda: func(*args, **kwargs))
+        return self.made(func, args, kwargs)
 
     def _backward_of_method(
         self, loss: Any, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False, inputs: Any = None
@@ -194,13 +194,13 @@ class CallLane(Learner):
             return flat[edge.structure.index]
         return None if edge.form == NOTHING else fill(edge.structure, wrappers, flat)
 
-    def made(self, run: Any) -> Any:
+    def made(self, func: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Have torch make a call."""
         recorder = self.recorder
         hook, recorder.hook = recorder.hook, None
         self.inside += 1
         try:
-            return run()
+            return func(*args, **kwargs) if kwargs else func(*args)
         finally:
             self.inside -= 1
             recorder.hook = hook
@@ -222,7 +222,7 @@ class CallLane(Learner):
         learns = key is not None and not graph and not wrong and not self.part_of_update
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
-        result = self.made(lambda: func(*args, **kwargs))
+        result = self.made(func, args, kwargs)
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.
