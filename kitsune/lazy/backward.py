@@ -32,7 +32,7 @@ def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradient
         numbers = None if edge is None else edge.sources.numbers(region.scalars)
         if numbers is not None and _is_whole(region, edge, losses):
             if BackwardMatcher.suits(edge, call, losses, gradients, named):
-                region.node.matchers[torch.Tensor.backward] = BackwardMatcher(lane, edge, call, leaves)
+                lane.take_by(BackwardMatcher(lane, edge, call, leaves), edge)
             with recorder.lock:
                 return _follow(recorder, edge, call, leaves, numbers)
     lane.own_up([*losses, *gradients])
