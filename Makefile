@@ -2,6 +2,10 @@
 # make test    lint and types where the tools are there, then the tests
 # make test-full  every sample of torch's databases of operators, modules and optimizers, some 100,000; SHARD=2/4 runs the second
 #                 of four shards, and `python -m tests.parity.sweep --merge sweep-*.jsonl` adds up what they wrote
+# make schedules  the plans of 10,000 random graphs on several streams, and of each with one wait after the other left out
+# make mutants    320 small mistakes in the planner and in what renders kernels: does a test find each? an hour or two on one core
+# make coverage   which lines of Kitsune the tests run, on one core
+# make figures    what all of these have found, anchor by anchor, in one table
 # make lint    ruff and mypy alone
 # make setup   .venv with all that the above need (each of them does it first)
 #
@@ -29,7 +33,7 @@ endif
 # $(call has,module): is it importable by the python that runs?
 has = $(RUN) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
 
-.PHONY: demo test test-full lint setup clean
+.PHONY: demo test test-full schedules mutants coverage figures lint setup clean
 
 demo: $(READY)
 	@$(RUN) -m kitsune demo
@@ -43,6 +47,19 @@ test: lint
 SHARD ?= 1/1
 test-full: $(READY)
 	@OMP_NUM_THREADS=1 $(RUN) -m tests.parity.sweep --shard $(SHARD) --out sweep-$(subst /,-of-,$(SHARD)).jsonl $(ARGS)
+
+schedules: $(READY)
+	@OMP_NUM_THREADS=1 $(RUN) -W ignore -m tests.property.schedules --graphs 10000 --out schedules.jsonl $(ARGS)
+
+mutants: $(READY)
+	@$(RUN) -W ignore -m tests.mutants.run $(ARGS)
+
+coverage: $(READY)
+	@OMP_NUM_THREADS=1 $(RUN) -m coverage run --source kitsune -m pytest tests -q -p no:xdist --deselect tests/benchmarks $(ARGS)
+	@$(RUN) -m coverage json -q -o coverage.json
+
+figures: $(READY)
+	@$(RUN) -m tests.figures $(ARGS)
 
 lint: $(READY)
 	@if $(call has,ruff); then $(RUN) -m ruff check .; else echo "ruff is not installed: skipped"; fi

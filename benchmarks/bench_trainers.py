@@ -4,7 +4,7 @@
 
 `eager` passes a fused AdamW (foreach on a CPU), `kitsune` wraps it (one graph, no fusion: eager's bits), and `fusion` wraps it
 with enable_fusion=True. bf16 autocast is the trainer's own; batches come from the host. A figure is the median of the blocks of
-a run, once all kernels are there; a step holds all that the trainer does, its callbacks and the reading of the loss included.
+a run, once all kernels are there and tuned; a step holds all that the trainer does, its callbacks and the reading of the loss included.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Stopwatch:
     def __call__(self) -> None:
         self.steps += 1
         if self.steps == self.warm:
-            kitsune.wait_for_kernels()
+            kitsune.wait_for_kernels(tuned=True)
         # Another block settles what the kernels changed.
         since = self.steps - self.warm - self.block
         if since >= 0 and since % self.block == 0:

@@ -39,6 +39,12 @@ class Options:
     )
     gate: bool = knob(True, "KITSUNE_GATE", flag, "leave to eager what keeps changing, is slower than eager or runs on a CPU")
     follow: bool = knob(True, "KITSUNE_FOLLOW", flag, "follow whole calls of torch's API, and `backward()`, once they are known")
+    early_reads: bool = knob(
+        True,
+        "KITSUNE_EARLY_READS",
+        flag,
+        "values that the program reads as numbers are computed first, and sent to the host at once",
+    )
     audit: int = knob(100, "KITSUNE_AUDIT", whole(0), "one call in so many of a static function goes through Python; 0: none")
     fuse: bool = knob(True, "KITSUNE_FUSE", flag, "0 runs every region op by op: no planning, no kernels of Kitsune's own")
     numerics: str = knob(
@@ -129,6 +135,7 @@ class Config:
     max_pending_bytes: int | None
     gate: bool
     follow: bool
+    early_reads: bool
     audit: int
     fuse: bool
     numerics: str

@@ -20,11 +20,11 @@ from kitsune.fusion import ANYTHING, Rules
 from kitsune.garbage import MANY_NODES, look_at_new
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
-from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a_step, open_graph_doors
+from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a_step, memory_changed, open_graph_doors
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
-from kitsune.runtime import ThreadPlans
+from kitsune.runtime import Answers, ThreadPlans
 from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
@@ -99,6 +99,7 @@ class Pipeline:
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
         self.recorder.enter()
+        self.recorder.early.on = config.early_reads
         self.follow()
 
     def follow(self) -> None:
@@ -125,19 +126,22 @@ class Pipeline:
         self.stop_following(for_good)
         return self.recorder.leave()
 
-    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
-        """Run a flushed region: `values` has the inputs by number and receives the outputs."""
+    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
+        """Run a flushed region: `values` has the inputs by number and receives the outputs, of which the answers know something
+        before they are there."""
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            if not profiled() and self.replays.replay(graph, values, scalars):
-                return
+            region = None if profiled() else self.replays.replay(graph, values, scalars)
+        if region is not None:
+            return region.answers(values)
         # A region that ends outside of a call of the API would have its own ops looked at as calls.
         seen = span(f"kitsune::run[{len(graph.ops)} operators]") if profiled() else NO_SPAN
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), seen:
             if config.check:
                 checked_run(self.runner, self.device, graph, values, scalars)
-            else:
-                self.runner.run(graph, values, scalars)
-                self.replays.learn(graph)
+                return None
+            answers = self.runner.run(graph, values, scalars)
+            self.replays.learn(graph)
+            return answers
 
     def standing(self, graph: Graph, values: list[Any], sure: Collection[int]) -> Standing | None:
         """A region that will be replayed as it was, to be passed to `again`; None where that cannot be said."""
@@ -146,9 +150,8 @@ class Pipeline:
 
     def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
         """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
-        if region.is_bare:
-            return region.replay(values, scalars)
-        with below_autograd():
+        memory_changed()
+        with NO_SPAN if region.is_bare else below_autograd():
             return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:

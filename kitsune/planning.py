@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kitsune.codegen import text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
+from kitsune.codegen import keeps_rows, text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
 from kitsune.config import config
-from kitsune.fusion import ANYTHING, Partition, Rules, batch, in_rows, kernels_of, partition
+from kitsune.fusion import ANYTHING, Partition, Rules, batch, gather, in_long_rows, in_rows, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Launch, Op, Plan, Tile, happens_before, reads_slots, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
 from kitsune.runtime import out_form, takes_memory
@@ -16,6 +16,7 @@ from kitsune.scheduler import (
     Costs,
     Work,
     assign_streams,
+    awaited_first,
     batch_norms,
     bias_gradients,
     common_subexpressions,
@@ -26,6 +27,7 @@ from kitsune.scheduler import (
     joined_in_place,
     kernel_micros,
     layer_norm_backwards,
+    made_again,
     op_micros,
     padded_products,
     parts,
@@ -76,10 +78,12 @@ class Planner:
             if self.layouts
             else ()
         )
-        passes = (dead_code, *self.shared, self.lists_taken_apart, *layouts, self.reductions_taken_apart)
+        prepared = (awaited_first, dead_code, *self.shared, self.lists_taken_apart)
+        passes = (*prepared, *layouts, self.reductions_taken_apart, self.made_again)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
+        gather(parts, keeps_rows)
         kernels = {n: self._walking(kernel) for n, kernel in kernels_of(parts).items()}
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
@@ -99,7 +103,7 @@ class Planner:
             n_unplanned=sum(op.kind is not Kind.VIEW for op in dead_code(graph).ops),
         )
         if self.verify:
-            verify_plan(plan, before, {life.storage: life.nbytes for life in lives})
+            verify_plan(plan)
         return plan.with_tiles(self.tiles)
 
     def lists_taken_apart(self, graph: Graph) -> Graph:
@@ -132,6 +136,10 @@ class Planner:
         graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
 
+    def made_again(self, graph: Graph) -> Graph:
+        """The pass that makes values again where they are read, instead of keeping them."""
+        return dead_code(made_again(graph, self.why_not_fused, self.costs))
+
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
         if op.kind is Kind.REDUCTION and self.numerics == "bitwise":
@@ -140,8 +148,12 @@ class Planner:
 
     def _walking(self, kernel: Kernel) -> Kernel:
         """A kernel in the order in which it is best walked."""
-        rows = in_rows(kernel) if len(kernel.steps) > 1 else None
-        return kernel if rows is None or not self.costs.in_rows(kernel) else rows
+        if len(kernel.steps) == 1:
+            return kernel
+        rows, long = in_rows(kernel), in_long_rows(kernel)
+        if rows is not None and self.costs.in_rows(kernel):
+            return rows
+        return kernel if long is None or not self.costs.in_long_rows(kernel) else long
 
     def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
         """What a node becomes: a launch, or calls of the library."""

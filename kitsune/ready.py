@@ -1,15 +1,17 @@
 """A region that has been looked at, and how it is run from then on."""
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kitsune.background import later
+from kitsune.config import KitsuneWarning
 from kitsune.ir import Graph, Plan
 from kitsune.profiler import PlanTally, plan_tally
 from kitsune.runtime import PlanExecutor, Prepared, Schedule, Steady, current_stream, prepare, views_of_inputs
-from kitsune.scheduler import dead_code, run_passes
+from kitsune.scheduler import awaited_first, dead_code, run_passes
 from kitsune.tuning import Subject, Tuner
 
 # Asks for the programs that a prepared plan will need.
@@ -27,13 +29,15 @@ class Ready:
     graph: Graph
     # Outputs that lie in an input's memory.
     views: tuple[int, ...] = ()
+    # Outputs whose numbers the program waits for.
+    awaited: tuple[int, ...] = ()
     steady: Steady | None = None
     # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
     in_graph: Prepared | None = None
     # Is another way to run it to be made in the background? What takes its place, once it is there, and what that waited for.
     waits: bool = False
     coming: "Future[Ready] | None" = None
-    asked: list[Future[Any]] = field(default_factory=list)
+    compiling: list[Future[Any]] = field(default_factory=list)
     n_runs: int = 0
     # Of one that is run by plan: its kernels, once other tiles are tried for them.
     subject: Subject | None = None
@@ -52,8 +56,9 @@ class Ready:
 
 def unfused(graph: Graph, check: bool) -> Ready:
     """A region that is run op by op."""
-    alive = run_passes(graph, (dead_code,), check)
-    return Ready(prepare(alive), None, len(alive.ops), len(graph.ops) - len(alive.ops), alive, views_of_inputs(alive))
+    alive = run_passes(graph, (awaited_first, dead_code), check)
+    n_dead = len(graph.ops) - len(alive.ops)
+    return Ready(prepare(alive), None, len(alive.ops), n_dead, alive, views_of_inputs(alive), awaited=graph.awaited)
 
 
 def by_plan(plan: Plan, graph: Graph, executor: PlanExecutor | None) -> Ready:
@@ -61,7 +66,8 @@ def by_plan(plan: Plan, graph: Graph, executor: PlanExecutor | None) -> Ready:
     assert executor is not None, "plans are made where something runs them"
     n_ops = sum(len(launch.ops) for launch in plan.launches)
     n_dead = len(graph.ops) - len(dead_code(graph).ops)
-    return Ready(executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views_of_inputs(plan.graph))
+    views = views_of_inputs(plan.graph)
+    return Ready(executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views, awaited=graph.awaited)
 
 
 def try_tiles(ready: Ready, tuner: Tuner, executor: PlanExecutor, warm: Warm, until: float | None) -> None:
@@ -73,8 +79,8 @@ def try_tiles(ready: Ready, tuner: Tuner, executor: PlanExecutor, warm: Warm, un
     def changed() -> tuple[Ready, list[Future[Any]]]:
         tallied.plan = tuner.changed(tallied.plan)
         prepared = executor.prepare(tallied.plan)
-        made = replace(ready, work=prepared, coming=None, steady=None, asked=warm(prepared))
-        return made, made.asked
+        made = replace(ready, work=prepared, coming=None, steady=None, compiling=warm(prepared))
+        return made, made.compiling
 
     ready.subject = ready.subject or Subject(tallied.plan)
     if tuner.turn(ready.subject, current_stream(work.device), until):
@@ -95,3 +101,12 @@ def runs_by_ops(graph: Graph, error: Exception) -> str:
         f"A region of {len(graph.ops)} operators could not be planned and is run op by op ({type(error).__name__}: {error}). "
         "This is a bug in Kitsune: please report it."
     )
+
+
+def warn_of(sentence: str, error: BaseException | None) -> None:
+    """Warn of what was mended. Where warnings are errors, none takes the place of the `error` that ended the run."""
+    try:
+        warnings.warn(sentence, KitsuneWarning, stacklevel=3)
+    except KitsuneWarning:
+        if error is None:
+            raise

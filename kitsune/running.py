@@ -1,7 +1,6 @@
 """How regions are run on a device: by plan with kernels where there is a GPU and Triton, op by op elsewhere."""
 
 import threading
-import warnings
 import weakref
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,16 +12,18 @@ from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, work
 from kitsune.background import later
 from kitsune.benefits import gains_enough
 from kitsune.codegen import WorkerFailed
-from kitsune.config import KitsuneWarning, config
+from kitsune.config import config
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.plan_files import kept_plan
 from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import Tally
-from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, try_tiles, unfused
+from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, try_tiles, unfused, warn_of
 from kitsune.runtime import (
+    Answers,
     Arenas,
+    Captured,
     PlanExecutor,
     Prepared,
     Schedule,
@@ -79,8 +80,8 @@ class Runner:
         elif device.type == "cuda":
             self.sentences.append(backend)
 
-    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> None:
-        """Run a closed region: `values` has the inputs by number and receives the outputs."""
+    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
+        """Run a closed region: `values` has the inputs by number and receives the outputs, of which the answers know early."""
         key = self.key(graph)
         ready = self.ready.get(key)
         if ready is None:
@@ -91,7 +92,7 @@ class Runner:
             ready = self.ready[key] = self._arrived(graph, ready, coming)
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
-            if self._replayed(ready, values, scalars):
+            if (captured := self._replayed(ready, values, scalars)) is not None:
                 self._tune(ready)
             elif isinstance(ready.work, Schedule):
                 replay(ready.work, values, scalars)
@@ -111,6 +112,7 @@ class Runner:
         elif ready.n_runs == 1:
             self._look_up(graph, ready)
         self._say()
+        return None if captured is None else captured.answers(values)
 
     def key(self, graph: Graph) -> tuple[Any, ...]:
         """What a region is kept by, ready to run."""
@@ -186,10 +188,10 @@ class Runner:
                 prepared = made.work
             else:
                 prepared = executor.prepare(planner.plan(now.graph))
-                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, in_graph=prepared)
+                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, in_graph=prepared)
             assert isinstance(prepared, Prepared)
-            made.asked = self._warm(prepared)
-            return made, made.asked
+            made.compiling = self._warm(prepared)
+            return made, made.compiling
 
         now.coming = later(make)
 
@@ -206,8 +208,8 @@ class Runner:
                 return None, []
             made = by_plan(plan, graph, self.executor)
             assert isinstance(made.work, Prepared)
-            made.asked = self._warm(made.work)
-            return made, made.asked
+            made.compiling = self._warm(made.work)
+            return made, made.compiling
 
         now.kept = later(make)
 
@@ -219,14 +221,14 @@ class Runner:
     def _arrived(self, graph: Graph, ready: Ready, coming: Future[Ready]) -> Ready:
         """A region's plan and kernels are there, or will not be."""
         ready.coming, ready.waits, new = None, False, ready
-        if ready.plan is not None and (coming.exception() or any(one.exception() for one in coming.result().asked)):
+        if ready.plan is not None and (coming.exception() or any(one.exception() for one in coming.result().compiling)):
             # It has a plan, with other tiles.
             return ready
         try:
             made = coming.result()
-            if failed := [error for future in made.asked if isinstance(error := future.exception(), WorkerFailed)]:
+            if failed := [error for future in made.compiling if isinstance(error := future.exception(), WorkerFailed)]:
                 raise failed[0]
-            new, made.asked = self._worthwhile(graph, made), []
+            new, made.compiling = self._worthwhile(graph, made), []
         except WorkerFailed as error:
             self.sentences.append(stays_unfused(ready, error))
         except Exception as error:
@@ -244,17 +246,17 @@ class Runner:
         if self.tuner is not None and self.executor is not None and config.tuning == "on" and self._in_background():
             try_tiles(ready, self.tuner, self.executor, self._warm, until)
 
-    def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> bool:
-        """Was the region run as a CUDA graph?"""
+    def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> Captured | None:
+        """The CUDA graph as which the region was run, if it was."""
         if self.steady is None or not self.options.captures:
-            return False
+            return None
         if ready.steady is None:
             ready.steady = self.steady.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits)
         n_captured = self.tally.n_captured
-        done = self.steady.run(ready.steady, values, scalars)
+        captured = self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
             shows().captured(ready.n_ops, ready.steady.captured.nbytes)
-        return done
+        return captured
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
         """What is captured of a region. Only kernels can read moving numbers from memory."""
@@ -263,11 +265,12 @@ class Runner:
             if ready.in_graph is None and isinstance(backend, Backend) and not self._in_background():
                 ready.in_graph = self._slot_plan(ready.graph)
             if ready.in_graph is None:
-                return schedule_work(prepared, table, ready.graph, moved)
+                return schedule_work(prepared, table, ready.graph, moved, ready.awaited)
             prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
-        return plan_work(self.executor, prepared, in_graph, table, self.arenas, current_stream(prepared.device), moved)
+        stream = current_stream(prepared.device)
+        return plan_work(self.executor, prepared, in_graph, table, self.arenas, stream, moved, ready.awaited)
 
     def _slot_plan(self, graph: Graph) -> Prepared | None:
         assert self.executor is not None
@@ -284,15 +287,9 @@ class Runner:
             torch.cuda.empty_cache()
 
     def _say(self, error: BaseException | None = None) -> None:
-        """Warn of what was mended. Where warnings are errors, none takes the place of the `error` that ended the run."""
         while self.sentences:
-            sentence = self.sentences.pop(0)
-            self.tally.mended.append(sentence)
-            try:
-                warnings.warn(sentence, KitsuneWarning, stacklevel=2)
-            except KitsuneWarning:
-                if error is None:
-                    raise
+            self.tally.mended.append(self.sentences[0])
+            warn_of(self.sentences.pop(0), error)
 
 
 # Of all threads; `wait_for_kernels` asks them.

@@ -33,6 +33,7 @@ class Standing:
         # Needs a replay no modes of torch to be off? And is no other tile to be tried after it?
         self.is_bare = captured.is_bare
         is_tried = ready.subject is not None and ready.subject.is_over
+        self.answers = captured.answers
         self.is_settled = runner.tuner is None or config.tuning != "on" or ready.plan is None or is_tried
 
     def replay(self, values: list[Any], scalars: tuple[float, ...]) -> bool:
@@ -84,22 +85,22 @@ class Replays:
         # What held when each stood, and its numbers at the last replay: the same tuple again is the same numbers.
         self._known: dict[Graph, tuple[Any, Standing, tuple[float, ...]]] = {}
 
-    def replay(self, graph: Graph, values: list[Any], scalars: Sequence[float]) -> bool:
-        """Replay, beneath all modes of Python. False if the region has to be run at length: nothing has happened."""
+    def replay(self, graph: Graph, values: list[Any], scalars: Sequence[float]) -> Standing | None:
+        """Replay, beneath all modes of Python. None if the region has to be run at length: nothing has happened."""
         known = self._known.get(graph)
         if known is None:
-            return False
+            return None
         stamp, region, numbers = known
         if stamp != _stamp() or torch.is_inference_mode_enabled():
             del self._known[graph]
-            return False
+            return None
         if len(numbers) != len(scalars) or not all(map(is_, numbers, scalars)):
             numbers = tuple(scalars)
             self._known[graph] = stamp, region, numbers
         if region.replay(values, numbers):
-            return True
+            return region
         del self._known[graph]
-        return False
+        return None
 
     def learn(self, graph: Graph) -> None:
         """A region has been run at length: is it to be replayed from now on?"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import io
@@ -218,3 +219,37 @@ def test_tensors_of_pending_numbers() -> None:
 @pytest.fixture(autouse=True)
 def forgotten() -> None:
     kitsune.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("network", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
+@pytest.mark.parametrize("follow", [True, False])
+def test_a_recurrent_network_packs_its_weights_under_autocast(network: Any, dtype: Any, follow: bool) -> None:
+    def train(context: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList([torch.nn.Embedding(50, 32), network(32, 32, 2, batch_first=True), torch.nn.Linear(32, 50)])
+        model.cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        losses = []
+        with context:
+            for ids in torch.randint(0, 50, (12, 8, 16), device="cuda"):
+                optimizer.zero_grad()
+                with torch.autocast("cuda", dtype, enabled=dtype is not None):
+                    out = model[2](model[1](model[0](ids))[0])
+                    loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), ids.flatten())
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+        return [*losses, *model.parameters()]
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        expected = train(contextlib.nullcontext())
+        kitsune.reset()
+        with kitsune.config.patch(follow=follow):
+            got = train(kitsune.accelerate())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kitsune.counters()["recorded"] > 200
+    assert all(map(torch.equal, got, expected))

@@ -438,3 +438,22 @@ def test_a_flush_in_another_thread_is_no_call_of_this_one(monkeypatch: pytest.Mo
             training.update(loss)
     # Where nothing was followed, nothing is made again.
     assert [0] in insides and all(inside in ([], [0]) for inside in insides), insides
+
+
+def test_a_gradient_that_is_on_the_device_stays_without_being_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kitsune.lazy import call_lane
+
+    asked: list[Any] = []
+    key_of = call_lane.key_of
+    monkeypatch.setattr(call_lane, "key_of", lambda region, func, *rest: asked.append(func) or key_of(region, func, *rest))
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    with kitsune.accelerate(device="cpu"):
+        for x in torch.randn(5, 3, 4):
+            model.zero_grad()
+            model(x).sum().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            y = x * 2
+            assert y.to(y.device) is y and y.to(torch.device("cpu")) is y
+            assert y.to(y.device, copy=True) is not y and y.to(y.device, torch.float64).dtype is torch.float64
+            assert y.to("meta").is_meta
+    assert asked.count(torch.Tensor.to) <= 3 * 5

@@ -22,6 +22,7 @@ EXAMPLES = {
     "max_pending_bytes": ("2GB", 2 * 2**30, 4096, "2 parsecs"),
     "gate": ("0", False, True, 3),
     "follow": ("0", False, True, 3),
+    "early_reads": ("0", False, True, 3),
     "audit": ("7", 7, 0, -1),
     "fuse": ("0", False, True, 3),
     "numerics": ("BITWISE", "bitwise", "strict", "loose"),

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "shown": {"backends", "config", "ir", "plan_files", "planning", "profiler"},
     "benefits": {"fusion", "ir", "planning", "runtime"},
     "tuning": {"background", "backends", "ir", *STAGES},
-    "ready": {"background", "ir", "tuning", *STAGES},
+    "ready": {"background", "config", "ir", "tuning", *STAGES},
     "running": {
         "background",
         "backends",

@@ -52,10 +52,16 @@ def difference(got: torch.Tensor, eager: torch.Tensor) -> str:
 
 
 def too_far(
-    got: torch.Tensor, eager: torch.Tensor, exact: Any, dtype: torch.dtype | None = None, several: bool = False
+    got: torch.Tensor,
+    eager: torch.Tensor,
+    exact: Any,
+    dtype: torch.dtype | None = None,
+    several: bool = False,
+    rounded: torch.Tensor | None = None,
 ) -> str | None:
     """Why a value that may be summed in another order is no such value; None if it may be. `exact` is eager's in float64, None
-    where that cannot be had; `dtype` is that of coarser steps on the way, of which there may be `several`."""
+    where that cannot be had; `dtype` is that of coarser steps on the way, of which there may be `several`; `rounded` is `exact`
+    of operands that were rounded otherwise."""
     got, eager = plain(got), plain(eager)
     if not got.is_floating_point():
         return None if torch.equal(got, eager) else difference(got, eager)
@@ -72,6 +78,8 @@ def too_far(
     units = UNKNOWN if not known else OF_DOUBLES if dtype is torch.float64 else OTHERWISE
     off, allowed = float((here - there).abs().max()), float((near - there).abs().max()) * (AS_FAR if several else 1.0)
     allowed += units * torch.finfo(dtype).eps * max(scale, 1.0 if dtype is torch.float64 else 0.0)
+    if known and rounded is not None:
+        allowed += units * float((rounded[finite] - precise[finite]).abs().max())
     if off <= allowed:
         return None
     return f"{difference(got, eager)}; it is {off:.3g} from {'float64' if known else 'eager'}, where {allowed:.3g} is allowed"

@@ -108,11 +108,14 @@ def _search(ran: Ran, numbers: list[Value]) -> Fault | None:
     apart = [v for v in numbers if not same_bits(ran.values[v.id], walk.values[v.id])]
     if not apart:
         return None
-    # Does the plan differ from run to run by itself? Some kernels of the libraries do.
+    # Some kernels of the libraries differ from run to run by themselves, now and then in a few elements only.
+    may_differ = ran.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
     again = Search(ran).walk()
     for v in apart:
         got, one, other = ran.values[v.id], walk.values[v.id], again.values[v.id]
-        if not same_bits(one, other) and too_far(got, other, one.double() if one.is_floating_point() else None) is None:
+        if (may_differ or not same_bits(one, other)) and too_far(
+            got, other, one.double() if one.is_floating_point() else None
+        ) is None:
             continue
         sentence = f"run launch by launch the plan agrees with eager, and run {ran.how} it does not: {difference(got, one)}"
         return _fault(ran, v, sentence)

@@ -10,7 +10,7 @@ from kitsune.codegen.libdevice import toolkit_libdevice
 from kitsune.codegen.lower import why_not_lowered
 from kitsune.codegen.lowering import NotLowered
 from kitsune.codegen.render import parameters_of, render
-from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, tile_of
+from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, keeps_rows, tile_of
 
 __all__ = [
     "BackgroundCompiler",
@@ -26,6 +26,7 @@ __all__ = [
     "distance",
     "is_looped",
     "keeps_bits",
+    "keeps_rows",
     "parameters_of",
     "render",
     "text_key",

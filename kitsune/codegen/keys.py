@@ -6,7 +6,7 @@ from typing import Any
 import kitsune.codegen.rules  # noqa: F401 -- fills the table
 from kitsune.codegen.lowering import arguments_of, base_name, lower_rules
 from kitsune.codegen.tiles import inner, is_looped
-from kitsune.codegen.walks import ONE, accesses, counted, is_read, operands_by_value, tile_walk, walk, walks
+from kitsune.codegen.walks import ONE, accesses, counted, form_of, is_read, operands_by_value, walk, walks
 from kitsune.codegen.windows import is_window, window_key
 from kitsune.ir import Slot, Value
 from kitsune.ir.plan import Kernel, Step
@@ -44,16 +44,17 @@ def call_key(kernel: Kernel) -> Hashable:
 
 
 def _rows_key(kernel: Kernel) -> tuple[Any, ...]:
-    forms = [tile_walk(kernel.domain, kernel.reduced, a.strides) for a in accesses(kernel)]
+    forms = [form_of(kernel, a) for a in accesses(kernel)]
     cut = len(kernel.domain) - kernel.reduced
-    n_rows = len(counted(kernel.domain[:cut])) if any(type(form.rows) is tuple for form in forms) else 0
+    n_rows = len(counted(kernel.domain[kernel.first : cut])) if any(type(form.rows) is tuple for form in forms) else 0
     n_columns = len(counted(kernel.domain[cut:])) if any(type(form.columns) is tuple for form in forms) else 0
     types = tuple(a.value.type.dtype for a in accesses(kernel))
     sources = tuple(store.source for store in kernel.stores)
     # Whether the loop's stores may come early depends on what else is read of their memory.
     again = tuple(is_read(kernel, store) for store in kernel.stores) if is_looped(kernel) else ()
     steps = tuple(_step_key(step) for step in kernel.steps)
-    return (inner(kernel), is_looped(kernel), n_rows, n_columns, tuple(forms), types, sources, again, steps)
+    turns = (kernel.gathered, tuple(a.strides[0] != 0 for a in accesses(kernel))) if kernel.gathered else ()
+    return (inner(kernel), is_looped(kernel), n_rows, n_columns, tuple(forms), types, sources, again, steps, turns)
 
 
 def _step_key(step: Step) -> tuple[Any, ...]:

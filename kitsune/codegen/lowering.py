@@ -209,7 +209,7 @@ class Lowering:
 
     def reduce_to(self, kind: str, text: str, dtype: torch.dtype | None = None) -> tuple[str, ...]:
         """A reduction with several results: "moments" are a row's mean and its sum of squared distances from that, "softmax" its
-        maximum and its sum of exp(x - maximum)."""
+        maximum and its sum of exp(x - maximum), or of exp(x) where the maximum is infinite: NaN only where x has one."""
         if self.reducer is None:
             raise self.refuse("reduces, in a kernel that does not")
         return self.reducer(kind, dtype or self.compute, text)
@@ -219,6 +219,12 @@ class Lowering:
         if self.reducer is None:
             raise self.refuse("picks an element, in a kernel without rows")
         return self.reducer(f"pick {position}", self.compute, text)[0]
+
+    def place(self, text: str, position: str) -> str:
+        """A row of zeros but for a number at a position, an int32; of zeros if that is beyond the row."""
+        if self.reducer is None:
+            raise self.refuse("places an element, in a kernel without rows")
+        return self.reducer(f"place {position}", self.compute, text)[0]
 
     @property
     def count(self) -> str:

@@ -11,6 +11,7 @@ from kitsune.codegen.keys import call_key, why_not_batched
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.rows import Rows
 from kitsune.codegen.tiles import tile_of
+from kitsune.codegen.turns import Turns
 from kitsune.codegen.walks import LINEAR, ONE, Walk, accesses, coordinates, counted, walk
 from kitsune.codegen.windows import Windows, is_window
 from kitsune.ir.plan import Access, Kernel, Parameter, Program, Size, Stride
@@ -74,7 +75,8 @@ def _rendered(kernel: Kernel, batched: bool, slots_in_memory: bool) -> Program:
 
 def body_of(kernel: Kernel, slots_in_memory: bool) -> Body:
     """A kernel's statements and parameters."""
-    kind = Windows if is_window(kernel) else Rows if kernel.reduced else _Pointwise
+    rows = Turns if kernel.gathered else Rows
+    kind = Windows if is_window(kernel) else rows if kernel.reduced else _Pointwise
     body = kind(kernel, slots_in_memory)
     body.write()
     return body

@@ -2,7 +2,9 @@
 
 Each statement is made for every element or once for a row, and belongs to a phase: the number of reductions after each other
 that it depends on. Where rows are held in registers the statements stand as they come. Where they are too long, each phase
-goes through the row in a loop of its own, and makes what it needs of the elements anew from what it loads.
+goes through the row in a loop of its own, and makes what it needs of the elements anew from what it loads. The loop is written
+twice: over whole tiles, without a comparison of any column, and over what is left. So a row of 50257 elements is read 128 bits at
+a time where its beginning is aligned.
 """
 
 import re
@@ -17,9 +19,11 @@ from kitsune.codegen.lowering import Reduce
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.reducers import at_once, begin, end, turn
 from kitsune.codegen.tiles import inner, is_looped
-from kitsune.codegen.walks import Part, accesses, coordinates, counted, is_read, tile_walk
+from kitsune.codegen.walks import Part, accesses, coordinates, counted, form_of, is_read
 from kitsune.ir.plan import Access, Extent, Size, Stride
 
+# Bytes that a thread loads together.
+VECTOR = 16
 _WORD = re.compile(r"[A-Za-z_]\w*")
 # A coordinate along one of several dimensions of a row.
 _CUT = re.compile(r"\bj\d")
@@ -29,7 +33,8 @@ _CUT = re.compile(r"\bj\d")
 class Statement:
     """What gives `targets` their values: a text, or a reduction (`kind`) of it. `full`: it is made for every element.
 
-    `phase` is the first in which it can be made. Of a reduction, `spread` says whether elements are made of its result.
+    `phase` is the first in which it can be made. Of a reduction, `spread` says whether elements are made of its result, and
+    `neighbours` how many elements of a row a thread loads together.
     """
 
     targets: tuple[str, ...]
@@ -40,6 +45,7 @@ class Statement:
     kind: str = ""
     dtype: torch.dtype = torch.float32
     spread: bool = False
+    neighbours: int = 1
 
     @property
     def line(self) -> str:
@@ -57,14 +63,18 @@ class Rows(Body):
     statements: list[Statement] = field(default_factory=list)
     # Of each name: is it a value for every element, and since which phase is it known?
     known: dict[str, tuple[bool, int]] = field(default_factory=lambda: {"column": (True, 0)})
+    # Names of rows of zeros but for a number at a position, and that number, or 0 if it is beyond the row: their sum.
+    lone: dict[str, str] = field(default_factory=dict)
     inner: bool = True
+    # Where neighbours are loaded together only if the length of a row is a multiple of them.
+    counts_columns: bool = True
 
     @property
     def extents(self) -> list[Named]:
         """The numbers of rows and of columns."""
         return [
             Named("rows", INDEX, Extent(False, not self.inner)),
-            Named("columns", INDEX, Extent(True, self.inner)),
+            Named("columns", INDEX, Extent(True, self.counts_columns)),
         ]
 
     @property
@@ -75,15 +85,16 @@ class Rows(Body):
     def write(self) -> None:
         """Loads, steps and stores."""
         self.inner = inner(self.kernel)
-        self.multiples.add("columns" if self.inner else "rows")
-        forms = [tile_walk(self.kernel.domain, self.kernel.reduced, a.strides) for a in accesses(self.kernel)]
+        forms = [form_of(self.kernel, a) for a in accesses(self.kernel)]
+        self.counts_columns = self.inner and (not is_looped(self.kernel) or any(form.rows == "columns" for form in forms))
+        self.multiples |= {"columns"} if self.counts_columns else set() if self.inner else {"rows"}
         offsets = [self._offset(i, a) for i, a in enumerate(accesses(self.kernel))]
         for i in range(len(self.kernel.loads)):
             self.load(i, offsets[i], _mask(forms[i].rows != 0, forms[i].columns != 0))
         for number, step in enumerate(self.kernel.steps):
             self.step(number, step)
         cut = len(self.kernel.domain) - self.kernel.reduced
-        rows = self._coordinates(0, cut, "row", "i", [form.rows for form in forms])
+        rows = self._coordinates(self.kernel.first, cut, "row", "i", [form.rows for form in forms])
         columns = self._coordinates(cut, len(self.kernel.domain), "column", "j", [form.columns for form in forms])
         stores = []
         for i in range(len(self.kernel.stores)):
@@ -96,17 +107,20 @@ class Rows(Body):
             phase = max((self.known[w][1] for w in self._words(text)), default=0)
             stores.append((i, Statement((), f"tl.store(out{i} + {offset}, {text}, mask={mask})", full, phase)))
         self._spread([s for _, s in stores])
-        if is_looped(self.kernel):
-            self.lines = [*rows, *self._loops(stores, columns)]
-        else:
-            self.lines = [*rows, "column = tl.arange(0, RBLOCK)[None, :]", *_INSIDE, *columns]
-            self.lines += [line for s in self.statements for line in (at_once(s) if s.kind else [s.line])]
-            self.lines += [s.text for _, s in stores]
+        self.lines = [*rows, *(self._loops(stores, columns) if is_looped(self.kernel) else self._held(stores, columns))]
+
+    def _held(self, stores: list[tuple[int, Statement]], columns: list[str]) -> list[str]:
+        """The statements as they stand, of rows that lie in registers."""
+        lines = [*PLACES_IN_ROW, *columns]
+        lines += [line for s in self.statements for line in (at_once(s) if s.kind else [s.line])]
+        return lines + [s.text for _, s in stores]
 
     def say(self, target: str, text: str, comment: str = "") -> None:
         """The statement that gives `target` its value."""
         full, phase = self._nature(text)
         self.known[target] = (full, phase)
+        if text in self.lone:
+            self.lone[target] = self.lone[text]
         self.statements.append(Statement((target,), text, full, phase, comment))
 
     def reduce(self, kind: str, dtype: torch.dtype, text: str) -> tuple[str, ...]:
@@ -115,13 +129,22 @@ class Rows(Body):
         _, phase = self._nature(text)
         if kind.startswith("pick "):
             return (self._pick(text, kind.removeprefix("pick "), dtype, phase),)
+        if kind.startswith("place "):
+            return (self._place(text, kind.removeprefix("place ")),)
+        if kind == "sum" and text in self.lone:
+            return (self.lone[text],)
         names = []
-        for _ in range(2 if kind in ("moments", "softmax") else 1):
+        for _ in range(2 if kind in ("moments", "softmax", "first max", "first min") else 1):
             names.append(f"a{self.n_temporaries}")
             self.n_temporaries += 1
             self.known[names[-1]] = (False, phase + 1)
-        self.statements.append(Statement(tuple(names), text, True, phase, "", kind, dtype))
+        self.statements.append(Statement(tuple(names), text, True, phase, "", kind, dtype, neighbours=self._neighbours()))
         return tuple(names)
+
+    def _neighbours(self) -> int:
+        cut = len(self.kernel.domain) - self.kernel.reduced
+        sizes = [a.value.type.dtype.itemsize for a in self.kernel.loads if any(a.strides[cut:])]
+        return VECTOR // max(min(sizes), 2) if self.inner and sizes else 1
 
     def _pick(self, text: str, position: str, dtype: torch.dtype, phase: int) -> str:
         """The element of a row at a position: where there is a loop, from what is loaded there alone."""
@@ -139,6 +162,12 @@ class Rows(Body):
             self.known[name] = (False, s.phase)
             self.statements.append(Statement((name,), there, False, s.phase, s.comment))
         return names[text]
+
+    def _place(self, text: str, position: str) -> str:
+        """A row of zeros but for a number at a position, whose sum need not be added up."""
+        name = self.let(f"tl.where(column == {position}, {text}, 0.0)")
+        self.lone[name] = self.let(f"tl.where(({position} >= 0) & ({position} < columns), {text}, 0.0)")
+        return name
 
     def _made_of(self, text: str) -> list[Statement]:
         """The statements for every element behind a text, in order."""
@@ -168,12 +197,14 @@ class Rows(Body):
 
     def _offset(self, index: int, access: Access) -> str:
         name = self.pointer(index, access.value.type.dtype)
-        form = tile_walk(self.kernel.domain, self.kernel.reduced, access.strides)
+        form = form_of(self.kernel, access)
         if form.rows != 0 or form.columns != 0:
             self.multiples.add(name)
         cut = len(self.kernel.domain) - self.kernel.reduced
-        terms = [*self._terms(index, name, form.rows, 0, cut, "row", "i")]
+        terms = [*self._terms(index, name, form.rows, self.kernel.first, cut, "row", "i")]
         terms += self._terms(index, name, form.columns, cut, len(self.kernel.domain), "column", "j")
+        if self.kernel.gathered and access.strides[0]:
+            terms.append(f"turn * {self.size(f'{name}_turn', Stride(index, 0, form.columns != 0))}")
         return " + ".join(terms)
 
     def _terms(self, index: int, name: str, part: Part, first: int, end: int, whole: str, letter: str) -> Iterable[str]:
@@ -212,7 +243,7 @@ class Rows(Body):
             if store.full:
                 # What is still to be read of this memory must be what was there before.
                 due.setdefault(last if is_read(self.kernel, self.kernel.stores[i]) else store.phase, []).append(store)
-        lines: list[str] = []
+        lines = ["whole = columns // RBLOCK * RBLOCK"]
         for phase in range(last + 1):
             lines += [s.line for s in self.statements if not s.full and not s.kind and s.phase == phase]
             reductions = [s for s in self.statements if s.kind and s.phase == phase]
@@ -222,15 +253,19 @@ class Rows(Body):
         return lines + [s.text for _, s in stores if not s.full]
 
     def _loop(self, reductions: list[Statement], stores: list[Statement], columns: list[str]) -> list[str]:
-        body = [s.line for s in self._made_of(" ".join(s.text for s in (*reductions, *stores)))]
-        body = ["column = start + tl.arange(0, RBLOCK)[None, :]", *_INSIDE, *columns, *body]
+        body = [*columns, *(s.line for s in self._made_of(" ".join(s.text for s in (*reductions, *stores))))]
         body += [line for s in reductions for line in turn(s)] + [s.text for s in stores]
-        before = [line for s in reductions for line in begin(s)]
-        after = [line for s in reductions for line in end(s)]
-        return [*before, "for start in range(0, columns, RBLOCK):", *(f"    {line}" for line in body), *after]
+        lines = [line for s in reductions for line in begin(s)]
+        for turns, places in (("0, whole", _WHOLE), ("whole, columns", _INSIDE)):
+            lines.append(f"for start in range({turns}, RBLOCK):")
+            lines += [f"    {line}" for line in ("column = start + tl.arange(0, RBLOCK)[None, :]", *places, *body)]
+        return lines + [line for s in reductions for line in end(s)]
 
 
 _INSIDE = ["in_columns = column < columns", "inside = in_rows & in_columns"]
+# What the compiler sees to be true it does not compare.
+_WHOLE = ["in_columns = tl.full([1, RBLOCK], 1, tl.int1)", _INSIDE[1]]
+PLACES_IN_ROW = ["column = tl.arange(0, RBLOCK)[None, :]", *_INSIDE]
 
 
 def _mask(along_rows: bool, along_columns: bool) -> str:

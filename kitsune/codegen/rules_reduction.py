@@ -6,9 +6,6 @@ import torch
 
 from kitsune.codegen.lowering import Lowering, Promotion, Rule, Typed, lower_rules
 
-# Larger than any position.
-NOWHERE = 2**31 - 1
-
 
 def _sum(c: Lowering) -> str:
     return c.reduce("sum", c.tensor("self", c.compute))
@@ -20,22 +17,16 @@ def _mean(c: Lowering) -> str:
 
 def _extreme(c: Lowering, kind: str) -> str:
     """The largest or smallest; NaN where there is one."""
-    x = c.let(c.tensor("self"))
     if c.common is torch.bool:
         raise c.refuse("compares booleans")
-    found = c.reduce(kind, x, c.compute)
-    if not c.is_float:
-        return found
-    unordered = c.reduce("max", f"({x} != {x}).to(tl.int32)", torch.int32)
-    return c.let(f"tl.where({unordered} > 0, float('nan'), {found})")
+    return c.reduce(kind, c.let(c.tensor("self")), c.compute)
 
 
 def _position(c: Lowering, kind: str) -> tuple[str, Typed]:
     """The extreme and where it first is."""
-    x = c.let(c.tensor("self"))
-    found = _extreme(c, kind)
-    # Only a NaN differs from itself, and the extreme is NaN then, which nothing equals.
-    first = c.reduce("min", f"tl.where(({x} == {found}) | ({x} != {x}), column, {NOWHERE})", torch.int32)
+    if c.common is torch.bool:
+        raise c.refuse("compares booleans")
+    found, first = c.reduce_to(f"first {kind}", c.let(c.tensor("self")), c.compute)
     return found, Typed(f"{first}.to(tl.int64)", torch.int64)
 
 
@@ -67,24 +58,28 @@ def _norm(c: Lowering) -> str:
     return c.square_root(c.reduce("sum", f"{x} * {x}"))
 
 
+def _largest_and_total(c: Lowering, x: str) -> tuple[str, str]:
+    """Of a softmax. A row with an infinity has no distances from it: eager's are NaN, and so is their sum."""
+    top, total = c.reduce_to("softmax", x)
+    return top, c.let(f"tl.where({top} == float('inf'), float('nan'), {total})")
+
+
 def _softmax(c: Lowering) -> str:
     x = c.let(c.tensor("self", c.compute))
-    top, total = c.reduce_to("softmax", x)
+    top, total = _largest_and_total(c, x)
     return c.divide(f"libdevice.exp({x} - {top})", total)
 
 
 def _log_softmax(c: Lowering) -> str:
     x = c.let(c.tensor("self", c.compute))
-    top, total = c.reduce_to("softmax", x)
+    top, total = _largest_and_total(c, x)
     return f"{x} - {top} - {c.let(f'libdevice.log({total})')}"
 
 
 def _log_sum_exp(c: Lowering) -> str:
     x = c.let(c.tensor("self", c.compute))
     top, total = c.reduce_to("softmax", x)
-    unordered = c.reduce("max", f"({x} != {x}).to(tl.int32)", torch.int32)
-    # An infinity has no distance from itself, which would be summed.
-    return f"tl.where((tl.abs({top}) == float('inf')) & ({unordered} == 0), {top}, {top} + libdevice.log({total}))"
+    return f"tl.where(tl.abs({top}) == float('inf'), 0.0, {top}) + libdevice.log({total})"
 
 
 def _loss(c: Lowering) -> str:
@@ -100,8 +95,8 @@ def _loss_backward(c: Lowering) -> str:
     target, grad = c.let(c.tensor("target", torch.int64)), c.tensor("grad_output", c.compute)
     if c.arguments["reduction"] == 1:
         grad = c.divide(grad, c.tensor("total_weight", c.compute))
-    found = f"(column == {target}) & ({target} != {c.number('ignore_index', dtype=torch.int64)})"
-    return f"tl.where({found}, {c.let(c.negative(grad))}, 0.0)"
+    known = f"({target} != {c.number('ignore_index', dtype=torch.int64)}) & ({target} >= 0) & ({target} < columns)"
+    return c.place(c.let(c.negative(grad)), c.let(f"tl.where({known}, {target}, -1).to(tl.int32)"))
 
 
 def _softmax_backward(c: Lowering) -> str:

@@ -67,6 +67,11 @@ def tile_walk(domain: tuple[int, ...], reduced: int, strides: tuple[int, ...]) -
     return TileWalk("columns" if whole else _passed(rows), _passed(columns))
 
 
+def form_of(kernel: Kernel, access: Access) -> TileWalk:
+    """The form of an access of a kernel with reductions; what a turn adds to it is told apart."""
+    return tile_walk(kernel.domain[kernel.first :], kernel.reduced, access.strides[kernel.first :])
+
+
 def _passed(part: int | tuple[int | None, ...]) -> Part:
     return None if type(part) is int and part > 1 else part
 

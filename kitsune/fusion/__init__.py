@@ -3,9 +3,10 @@
 from kitsune.fusion.batches import batch
 from kitsune.fusion.config import FusionConfig
 from kitsune.fusion.engine import FusedGroup, FusionEngine
+from kitsune.fusion.gathering import gather
 from kitsune.fusion.group import Group, why_not
 from kitsune.fusion.grouping import Node, Partition, partition
-from kitsune.fusion.kernels import as_kernel, in_rows, kernels_of
+from kitsune.fusion.kernels import as_kernel, in_long_rows, in_rows, kernels_of
 from kitsune.fusion.patterns import FusionDetector, FusionPattern, FusionType, Match
 from kitsune.fusion.rules import ANYTHING, MEASURED, Rules, benefit_key
 
@@ -26,6 +27,8 @@ __all__ = [
     "as_kernel",
     "batch",
     "benefit_key",
+    "gather",
+    "in_long_rows",
     "in_rows",
     "kernels_of",
     "partition",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from kitsune.fusion.group import base_name
+from kitsune.fusion.members import base_name
 from kitsune.ir import Kind, Op, TensorType
 
 

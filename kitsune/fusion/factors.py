@@ -6,6 +6,7 @@ kernel's domain is cut into factors (here 4 and 6), and each shape is said as a 
 """
 
 import math
+from collections.abc import Sequence
 
 from kitsune.ir import TensorType
 
@@ -70,13 +71,13 @@ class Factors:
                 step *= self.sizes[factor]
         return found
 
-    def layout_of_view(self, base: dict[int, int], view: TensorType) -> Layout | None:
+    def layout_of_view(self, base: dict[int, int], shape: Sequence[int], strides: Sequence[int]) -> Layout | None:
         """The layout of a view of a tensor with strides `base` along the factors; may split factors. None if not one to one."""
         free = {stride: factor for factor, stride in base.items() if stride}
-        layout: list[tuple[int, ...]] = [()] * len(view.shape)
+        layout: list[tuple[int, ...]] = [()] * len(shape)
         # From the innermost out: what a dimension leaves of a factor is found under its stride by the next one.
-        for d in sorted(range(len(layout)), key=lambda d: view.stride[d]):
-            dim = self._factors_along(free, view.shape[d], view.stride[d])
+        for d in sorted(range(len(layout)), key=lambda d: strides[d]):
+            dim = self._factors_along(free, shape[d], strides[d])
             if dim is None:
                 return None
             layout[d] = dim

@@ -1,65 +1,24 @@
 """A group: ops that may become one kernel. `why_not` is the law; it never reads a clock, a device or a cost.
 
 With a reduction in it, the group's elements are rows. Its ops are then of two levels: of every element, or of a row, whose
-tensors have the factors that are left.
+tensors have the factors that are left. Sums across rows may be in it beside that, gathered while rows come by: nothing can be
+made of them before the last row is done.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from kitsune.fusion.factors import Factors, Layout
+from kitsune.fusion.members import Member, Use, base_name, shape_of, written
 from kitsune.ir import OVERWRITES, Kind, Local, Op, Reduction, Value, left_of, named, reduction_of
 
 # The bound on a kernel's registers and parameters; 64 is where compilers of the field stop too.
 MAX_OPS = 64
 MAX_LOADS = 24
-# Declares that it writes the gradients (argument 1), but does so only where they are to be unscaled.
-KEEPS_GRADIENTS = {"_fused_adam_", "_fused_adamw_", "_fused_sgd_"}
-
 # Which value a value is a view of.
 Roots = Mapping[int, Value]
-
-
-def base_name(op: Op) -> str:
-    """The op's name without its overload."""
-    name: str = op.target._opname
-    return name
-
-
-def shape_of(op: Op) -> torch.Size:
-    """The shape that an op works on: of its first output, or what it reduces."""
-    reduction = reduction_of(op)
-    return op.outputs[0].type.shape if reduction is None else reduction.shape
-
-
-def written(op: Op) -> list[tuple[int, Value, Value]]:
-    """What an op really writes: output number, value before, value after."""
-    first = len(op.results)
-    pairs = [(first + k, before, after) for k, (before, after) in enumerate(op.rewritten)]
-    if base_name(op) in KEEPS_GRADIENTS:
-        gradients = op.args[1]
-        pairs = [pair for pair in pairs if pair[1] not in gradients]
-    return pairs
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """A tensor that the group reads or writes in memory, with the factors that its last dimensions run over."""
-
-    value: Value
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """An op of the group: where it stands in the graph, and where each of its operands comes from."""
-
-    number: int
-    op: Op
-    layout: Layout
-    operands: tuple[Use | Local | None, ...]
 
 
 def why_not(group: "Group", number: int, op: Op) -> str | None:
@@ -71,7 +30,9 @@ class Group:
     """Ops in program order, and what is known of every tensor that they touch."""
 
     __slots__ = (
+        "across",
         "factors",
+        "gathered",
         "loaded",
         "max_ops",
         "members",
@@ -80,11 +41,15 @@ class Group:
         "reduced",
         "roots",
         "shared_bytes",
+        "totals",
         "whole",
     )
 
-    def __init__(self, roots: Roots, max_ops: int = MAX_OPS) -> None:
+    def __init__(self, roots: Roots, max_ops: int = MAX_OPS, across: frozenset[int] = frozenset()) -> None:
         self.roots, self.max_ops = roots, max_ops
+        # The numbers of ops that are sums across rows, the factors that these reduce, and the storages of what they make.
+        self.across, self.gathered = across, tuple[int, ...]()
+        self.totals: frozenset[int] = frozenset()
         self.factors = Factors()
         self.members: list[Member] = []
         # The layout of the first op's shape, with which every other shape must agree.
@@ -100,7 +65,8 @@ class Group:
 
     def copy(self) -> "Group":
         """An independent copy, to try something on."""
-        twin = Group(self.roots, self.max_ops)
+        twin = Group(self.roots, self.max_ops, self.across)
+        twin.gathered, twin.totals = self.gathered, self.totals
         twin.factors, twin.members, twin.whole = self.factors.copy(), self.members.copy(), self.whole
         twin.produced, twin.reduced, twin.positional = self.produced.copy(), self.reduced, self.positional
         twin.loaded = {storage: list(uses) for storage, uses in self.loaded.items()}
@@ -113,7 +79,9 @@ class Group:
             return f"the kernel would have more than {self.max_ops} operators"
         if Kind.WINDOW in (op.kind, *(member.op.kind for member in self.members[:1])):
             return self._add_window(number, op)
-        layout = self._layout_of(op)
+        if any(v.storage in self.totals for v in op.inputs):
+            return "it reads a sum that is complete only after the last row"
+        layout = self._layout_of(op, number in self.across)
         if isinstance(layout, str):
             return layout
         reduction = reduction_of(op)
@@ -144,7 +112,7 @@ class Group:
         self.produced = {v.storage: (Local(0, k), v, ()) for k, v in enumerate(op.results)}
         return None
 
-    def _layout_of(self, op: Op) -> Layout | str:
+    def _layout_of(self, op: Op, gathers: bool) -> Layout | str:
         """The shape that the op works on, in the group's factors."""
         reduction = reduction_of(op)
         shape = shape_of(op)
@@ -159,7 +127,7 @@ class Group:
             return found
         level = {f for dim in found for f in dim}
         if reduction is not None:
-            return self._reduce(reduction, found)
+            return self._gather(op, reduction, found) if gathers else self._reduce(reduction, found)
         if level != set(self.factors.sizes) and not (self.reduced and level == self._kept()):
             return "it works on another number of elements"
         return found
@@ -207,8 +175,21 @@ class Group:
         known = self.factors.now((self.reduced,))[0]
         if self.reduced and (set(known) != set(reduced) or (reduction.positional and known != reduced)):
             return "it reduces other dimensions"
+        if not set(reduced).isdisjoint(self.factors.now((self.gathered,))[0]):
+            return "it reduces what is gathered of all rows"
         self.reduced = self.reduced or reduced
         self.positional = self.positional or reduction.positional
+        return layout
+
+    def _gather(self, op: Op, reduction: Reduction, layout: Layout) -> Layout | str:
+        summed = tuple(f for d in reduction.dims for f in layout[d])
+        known = self.factors.now((self.gathered,))[0]
+        if base_name(op) != "sum" or {f for dim in layout for f in dim} != set(self.factors.sizes):
+            return "it is no sum of all rows"
+        if not summed or not set(summed).isdisjoint(self.factors.now((self.reduced,))[0]) or set(known or summed) != set(summed):
+            return "it adds up other rows"
+        self.gathered = self.gathered or summed
+        self.totals |= {v.storage for v in op.results}
         return layout
 
     def _kept(self) -> set[int]:
@@ -224,7 +205,7 @@ class Group:
             if value.type.offset != made.type.offset:
                 return "it reads a part of what the kernel writes"
             base = self.factors.strides(made.type, layout)
-            seen = self.factors.layout_of_view(base, value.type)
+            seen = self.factors.layout_of_view(base, value.type.shape, value.type.stride)
             if seen is None:
                 return "it reads what the kernel writes through a view that is not one to one"
             layout = self.factors.now(seen)
@@ -234,13 +215,25 @@ class Group:
         """Of an op that reads nothing of the group's registers: that of a member of the same shape, the first above all."""
         if shape == shape_of(self.members[0].op):
             return self.factors.now(self.whole)
-        if self.reduced:
+        if self.reduced or self.gathered:
             shapes = [(shape_of(member.op), member.layout) for member in self.members]
             shapes += [(value.type.shape, layout) for _, value, layout in self.produced.values()]
             for known, layout in shapes:
                 if known == shape:
                     return self.factors.now(layout)
-        return "it works on another shape"
+        return self._in_the_same_order(shape)
+
+    def _in_the_same_order(self, shape: torch.Size) -> Layout | str:
+        """The layout of a shape whose elements are those of the first member's, counted in the same order."""
+        strides, step = dict[int, int](), 1
+        for factor in reversed([f for dim in self.factors.now(self.whole) for f in dim]):
+            strides[factor] = step
+            step *= self.factors.sizes[factor]
+        if step != shape.numel():
+            return "it works on another shape"
+        steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+        found = self.factors.layout_of_view(strides, shape, steps)
+        return "it works on another shape" if found is None else found
 
     def _operand(self, value: Value, layout: Layout) -> Use | Local | str:
         held = self.produced.get(value.storage)

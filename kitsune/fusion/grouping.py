@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from kitsune.fusion.directions import directions
 from kitsune.fusion.eligible import why_not_fusible
-from kitsune.fusion.group import MAX_OPS, Group, base_name
+from kitsune.fusion.group import MAX_OPS, Group
+from kitsune.fusion.members import base_name
 from kitsune.ir import Graph, Op, Refusal, bits, predecessors, roots
 
 # An op looks this many nodes back for one that reads the same: further away, results would only be held longer.
@@ -112,13 +113,14 @@ def _candidates(p: Partition, op: Op, preds: set[int]) -> list[int]:
     siblings: Counter[int] = Counter()
     for value in op.inputs:
         for n in p.readers.get(value.storage, [])[-2:]:
-            n = _alive(p, n)
+            n = alive(p, n)
             if n not in preds and p.nodes[n].group is not None and len(p.nodes) - n <= NEAR:
                 siblings[n] += value.type.nbytes
     return producers + [n for n, _ in siblings.most_common(2)]
 
 
-def _alive(p: Partition, n: int) -> int:
+def alive(p: Partition, n: int) -> int:
+    """The node that a node has become."""
     while p.nodes[n].merged:
         n = p.node_of[p.nodes[n].numbers[0]]
     return n
@@ -141,7 +143,7 @@ def _join(p: Partition, n: int, number: int, op: Op, preds: set[int]) -> bool:
     node.numbers.append(number)
     p.node_of[number] = n
     _add_ancestors(p, n, _closure(p, preds) & ~(1 << n))
-    _burn(p)
+    burn(p)
     return True
 
 
@@ -150,7 +152,7 @@ def _merge(p: Partition, home: int, other: int, op: Op) -> None:
     a, b = p.nodes[home], p.nodes[other]
     assert a.group is not None and b.group is not None
     reason: str | None = None
-    if _path_through_third(p, home, other) or _path_through_third(p, other, home):
+    if lies_between(p, home, other) or lies_between(p, other, home):
         reason = "another operator lies between them"
     trial = Group(a.group.roots, a.group.max_ops)
     saved = 0
@@ -168,7 +170,7 @@ def _merge(p: Partition, home: int, other: int, op: Op) -> None:
         return
     a.group = trial
     contract(p, home, [other])
-    _burn(p)
+    burn(p)
 
 
 def _go_apart(p: Partition, some: list[int], others: list[int]) -> bool:
@@ -196,7 +198,7 @@ def contract(p: Partition, home: int, others: Iterable[int]) -> None:
                 p.anc[n] = (found | before | 1 << home) & ~(mask ^ 1 << home)
 
 
-def _path_through_third(p: Partition, first: int, last: int) -> bool:
+def lies_between(p: Partition, first: int, last: int) -> bool:
     """Does a node between lie on a path from the one to the other?"""
     return any(p.anc[n] >> first & 1 for n in bits(p.anc[last]) if n != first) if p.anc[last] >> first & 1 else False
 
@@ -226,7 +228,8 @@ def _add_ancestors(p: Partition, n: int, more: int) -> None:
                 p.anc[m] = found | more
 
 
-def _burn(p: Partition) -> None:
+def burn(p: Partition) -> None:
+    """One fusion less is left."""
     if p.fuel is not None:
         p.fuel -= 1
 

@@ -3,13 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from kitsune.fusion.group import Group, Use, base_name
+from kitsune.fusion.group import Group
 from kitsune.fusion.grouping import Partition
+from kitsune.fusion.members import Use, base_name
 from kitsune.ir import Access, Kernel, Kind, Load, Local, Step, Store, window_order
 
 MAX_NAME = 48
 # Elements of a row over which what is broadcast along it is kept in registers.
 ROW = 16
+# Neighbours that make a row of their own.
+LONG = 256
 
 
 def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
@@ -22,13 +25,22 @@ def as_kernel(group: Group, needed: Iterable[int]) -> Kernel:
     if group.members[0].op.kind is Kind.WINDOW:
         return _over_windows(group, uses, results, steps)
     strides = [group.strides(use) for use in uses]
-    rows, columns = _order(group, strides[len(loads) :] + strides[: len(loads)])
-    domain, walks = _coalesced(group, rows, strides)
-    reduced, steps_in_row = _coalesced(group, columns, strides)
-    walks = [of_row + in_row for of_row, in_row in zip(walks, steps_in_row, strict=True)]
+    parts = [_coalesced(group, part, strides) for part in _order(group, strides[len(loads) :] + strides[: len(loads)])]
+    domain = tuple(n for sizes, _ in parts for n in sizes)
+    walks = [tuple(s for walk in of_use for s in walk) for of_use in zip(*(found for _, found in parts), strict=True)]
     accesses = [Access(use.value, walk) for use, walk in zip(uses, walks, strict=True)]
-    stores = [Store(local, access) for (local, _), access in zip(results, accesses[len(loads) :], strict=True)]
-    return Kernel(_name(group), domain + reduced, tuple(accesses[: len(loads)]), tuple(steps), tuple(stores), len(reduced))
+    stores = tuple(Store(local, access) for (local, _), access in zip(results, accesses[len(loads) :], strict=True))
+    gathered = tuple(k for k, member in enumerate(group.members) if member.number in group.across)
+    return Kernel(_name(group), domain, tuple(accesses[: len(loads)]), tuple(steps), stores, len(parts[-1][0]), gathered)
+
+
+def is_in_turn(group: Group) -> bool:
+    """Do the rows that a group adds up lie evenly in everything that it reads and makes, so that one step leads to the next?"""
+    uses = [use for found in group.loaded.values() for use in found]
+    uses += [Use(value, layout) for _, value, layout in group.produced.values()]
+    strides = [group.strides(use) for use in uses]
+    turns, _, columns = _order(group, strides)
+    return bool(columns) and len(_coalesced(group, turns, strides)[0]) == 1
 
 
 def _over_windows(group: Group, uses: list[Use], results: list[tuple[Local, Use]], steps: list[Step]) -> Kernel:
@@ -62,6 +74,18 @@ def in_rows(kernel: Kernel) -> Kernel | None:
     return replace(kernel, domain=(n // ROW, width, ROW), loads=tuple(map(cut, kernel.loads)), stores=stores, reduced=1)
 
 
+def in_long_rows(kernel: Kernel) -> Kernel | None:
+    """The kernel as one over rows of neighbours, for each of which what does not move along it is loaded once.
+
+    Such are the numbers of a channel in contiguous images: by elements, each takes two divisions to find its own. None where
+    nothing is broadcast so, or rows are short.
+    """
+    walks = {access.strides for access in (*kernel.loads, *(store.access for store in kernel.stores))}
+    if kernel.reduced or len(kernel.domain) < 2 or kernel.domain[-1] < LONG or any(walk[-1] not in (0, 1) for walk in walks):
+        return None
+    return replace(kernel, reduced=1) if any(walk[-1] == 0 and any(walk) for walk in walks) else None
+
+
 def kernels_of(p: Partition) -> dict[int, Kernel]:
     """The kernel of each node that is a group, in the order of their last ops."""
     alive = {v.storage for v in (*p.graph.inputs, *p.graph.outputs)}
@@ -88,12 +112,13 @@ def _operand(operand: Use | Local | None, loads: list[Use]) -> Load | Local | No
     return Load(len(loads) - 1)
 
 
-def _order(group: Group, strides: list[dict[int, int]]) -> tuple[list[int], list[int]]:
+def _order(group: Group, strides: list[dict[int, int]]) -> tuple[list[int], list[int], list[int]]:
     """The factors, outermost first, as the tensors lie in memory: the first store decides, the next ones break ties.
 
-    Those that are reduced are apart. Of a group with both, what is stored for each element decides, or else what is loaded.
+    Those of rows that are gathered come first, those that are reduced last. Of a group with rows and elements, what is stored for
+    each element decides, or else what is loaded.
     """
-    reduced = group.factors.now((group.reduced,))[0]
+    gathered, reduced = group.factors.now((group.gathered, group.reduced))
     if reduced:
         strides = sorted(strides, key=lambda s: not any(s.get(f) for f in reduced))
 
@@ -101,7 +126,8 @@ def _order(group: Group, strides: list[dict[int, int]]) -> tuple[list[int], list
         return tuple(-s.get(factor, 0) for s in strides)
 
     columns = list(reduced) if group.positional else sorted(reduced, key=key)
-    return sorted([f for f in group.factors.sizes if f not in reduced], key=key), columns
+    rows = sorted([f for f in group.factors.sizes if f not in reduced and f not in gathered], key=key)
+    return sorted(gathered, key=key), rows, columns
 
 
 def _coalesced(group: Group, order: list[int], strides: list[dict[int, int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

@@ -1,7 +1,7 @@
 """The nouns that every stage shares. This package imports nothing of Kitsune."""
 
 from kitsune.ir.barrier import Barrier, Site
-from kitsune.ir.edges import bits, happens_before, predecessors, roots
+from kitsune.ir.edges import awaited, bits, happens_before, meetings, predecessors, roots
 from kitsune.ir.graph import (
     OVERWRITES,
     Effects,
@@ -90,6 +90,7 @@ __all__ = [
     "Tile",
     "Value",
     "argument_names",
+    "awaited",
     "bits",
     "default_type",
     "describe_result",
@@ -105,6 +106,7 @@ __all__ = [
     "load_graph",
     "load_plan",
     "mark_lent",
+    "meetings",
     "n_values",
     "named",
     "own",

@@ -82,3 +82,37 @@ def happens_before(launches: Sequence[Launch]) -> list[int]:
         found.append(mask)
         last[launch.stream] = k
     return found
+
+
+def meetings(launches: Sequence[Launch]) -> set[int]:
+    """The launches from which on every launch starts after all those before it, whatever their streams."""
+    found: set[int] = set()
+    on_device = [k for k, launch in enumerate(launches) if not launch.host_only]
+    before = happens_before(launches)
+    common = -1
+    earlier = sum(1 << k for k in on_device)
+    for k in reversed(on_device):
+        earlier ^= 1 << k
+        common &= before[k]
+        if not earlier & ~common:
+            found.add(k)
+    return found
+
+
+def awaited(launches: Sequence[Launch]) -> list[tuple[int, ...]]:
+    """For each launch those whose events it waits for. A launch over no elements is not made: who comes after it on its stream,
+    or waits for it, waits for what it would have waited for, and for what it would have followed."""
+    found: list[tuple[int, ...]] = []
+    # What a stream has come to: its last launch that is made and, of those after it, what they would have waited for.
+    behind: dict[int, set[int]] = {}
+    for launch in launches:
+        waits = {n for m in launch.waits for n in (found[m] if launches[m].is_empty else (m,))}
+        here = behind.setdefault(launch.stream, set())
+        if launch.is_empty:
+            here |= waits
+            found.append(tuple(sorted(here)))
+        else:
+            found.append(tuple(sorted(waits | {n for n in here if launches[n].stream != launch.stream})))
+            if not launch.host_only:
+                behind[launch.stream] = {len(found) - 1}
+    return found

@@ -145,11 +145,16 @@ def reads_slots(op: Op) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """One flushed region. `outputs` are the values that somebody could still read when it was flushed."""
+    """One flushed region. `outputs` are the values that somebody could still read when it was flushed.
+
+    `awaited` are the numbers of outputs whose numbers the program reads as soon as it can: they are computed before all that they
+    do not need.
+    """
 
     inputs: tuple[Value, ...]
     ops: tuple[Op, ...]
     outputs: tuple[Value, ...]
+    awaited: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         from kitsune.ir.text import graph_text

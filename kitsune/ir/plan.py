@@ -59,6 +59,9 @@ class Kernel:
     Every load happens before any store, element by element. `domain` is () for a single element; a size may be 0. The last
     `reduced` dimensions are the elements of a row, which its reductions reduce, where it has any. An access that does not move
     along them is made once for each row.
+
+    With `gathered`, numbers of steps, the first dimension is one that a block goes through in turn: it has the same places of one
+    row after the other in hand, and adds up over them what these steps are sums of.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Kernel:
     steps: tuple[Step, ...]
     stores: tuple[Store, ...]
     reduced: int = 0
+    gathered: tuple[int, ...] = ()
 
     @property
     def n_elements(self) -> int:
@@ -75,8 +79,13 @@ class Kernel:
 
     @property
     def n_rows(self) -> int:
-        """Rows, each of which a reduction makes a single number of; elements where there is none."""
-        return math.prod(self.domain[: len(self.domain) - self.reduced])
+        """Rows, each of which a reduction makes a single number of; elements where there is none. Rows in turn count once."""
+        return math.prod(self.domain[self.first : len(self.domain) - self.reduced])
+
+    @property
+    def first(self) -> int:
+        """The first dimension of the rows that blocks share among them."""
+        return 1 if self.gathered else 0
 
     @property
     def n_columns(self) -> int:
@@ -128,6 +137,11 @@ class Launch:
     def host_only(self) -> bool:
         """Starts nothing on the device."""
         return self.op is not None and self.op.starts_nothing
+
+    @property
+    def is_empty(self) -> bool:
+        """Has kernels over no elements only, and is not made."""
+        return self.op is None and not any(kernel.n_elements for kernel in self.kernels)
 
     @property
     def name(self) -> str:

@@ -34,8 +34,9 @@ def dump_graph(graph: Graph) -> str:
     values = [_spell_value(v, types) for v in graph.inputs]
     ops = [_spell_op(op, types) for op in graph.ops]
     outputs = [v.id for v in graph.outputs]
+    awaited = {"awaited": graph.awaited} if graph.awaited else {}
     lines = [
-        json.dumps({"types": [_spell_type(t) for t in types], "inputs": values, "outputs": outputs}),
+        json.dumps({"types": [_spell_type(t) for t in types], "inputs": values, "outputs": outputs, **awaited}),
         *(json.dumps(op) for op in ops),
     ]
     return "\n".join(lines) + "\n"
@@ -54,7 +55,7 @@ def load_graph(text: str) -> Graph:
 
     inputs = tuple(define(entry) for entry in head["inputs"])
     ops = tuple(_read_op(row, values, define) for row in rows)
-    return Graph(inputs, ops, tuple(values[number] for number in head["outputs"]))
+    return Graph(inputs, ops, tuple(values[number] for number in head["outputs"]), tuple(head.get("awaited", ())))
 
 
 def _spell_value(value: Value, types: dict[TensorType, int]) -> list[int]:

@@ -32,6 +32,13 @@ class TensorType:
         object.__setattr__(self, "canonical", self.stride == tuple(reversed(strides)))
         object.__setattr__(self, "expanded", self.shape.numel() > 1 and not any(self.stride))
 
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes from the first to the last element."""
+        if not self.nbytes:
+            return 0
+        return (sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) + 1) * self.dtype.itemsize
+
     def at_start(self) -> "TensorType":
         """The same at the beginning of its memory."""
         if not self.offset:

@@ -11,6 +11,8 @@ def graph_text(graph: Graph) -> str:
     lines = [f"{_define(v, names)} = input" for v in graph.inputs]
     lines += [_op_text(op, names) for op in graph.ops]
     lines.append(f"return ({', '.join(_name(v, names) for v in graph.outputs)})")
+    if graph.awaited:
+        lines[-1] += f"  # awaited: {', '.join(_name(v, names) for v in graph.outputs if v.id in graph.awaited)}"
     return "\n".join(lines)
 
 

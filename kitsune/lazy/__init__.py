@@ -3,6 +3,7 @@
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.doors import close_doors, open_doors
+from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.graph_doors import close_graph_doors, open_graph_doors
 from kitsune.lazy.realize import attach_spent
 from kitsune.lazy.recorder import Recorder
@@ -24,6 +25,7 @@ __all__ = [
     "close_graph_doors",
     "in_a_step",
     "is_strided",
+    "memory_changed",
     "open_doors",
     "open_graph_doors",
     "serial_of",

@@ -6,6 +6,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from kitsune.ir import Barrier, OpRow, own, type_of, versions_kept
+from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
 from kitsune.lazy.tensor import LazyTensor
@@ -22,7 +23,10 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
                 own(real)
     by_id = {id(t): real for t, real in zip(tensors, reals, strict=True)}
     real_args, real_kwargs = replace_tensors((args, kwargs), by_id)
-    if func.namespace != "aten" or any(type(real) not in PLAIN for real in reals):
+    foreign = func.namespace != "aten" or any(type(real) not in PLAIN for real in reals)
+    if row.writes or foreign:
+        memory_changed()
+    if foreign:
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
         with recorder.with_bits():
             return func(*real_args, **real_kwargs), reals
@@ -42,7 +46,8 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     flush_for(recorder, row, args, kwargs, tensors, reason)
     if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER):
         recorder.n_unrecorded += 1
-    result, reals = call(recorder, row, args, kwargs, tensors)
+    early = recorder.early.answer(row, tensors[0], recorder.below_autograd) if reason is Barrier.ITEM else None
+    result, reals = call(recorder, row, args, kwargs, tensors) if early is None else (early, tensors)
     if recorder.watcher is not None:
         recorder.watcher.passed(row, args, kwargs, reason)
     return hand_out(recorder, row, result, tensors, reals, reason)

@@ -16,7 +16,18 @@ from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.edges import Before, Edge, Incoming
-from kitsune.lazy.hands_off import ASKS, DETACHES, FLAGS, HARMLESS, REACHES_GRAPH, SHOWS_GRAPH, VALUES, is_foreign, may_write
+from kitsune.lazy.hands_off import (
+    ASKS,
+    DETACHES,
+    FLAGS,
+    HARMLESS,
+    REACHES_GRAPH,
+    SHOWS_GRAPH,
+    VALUES,
+    is_foreign,
+    may_write,
+    stays,
+)
 from kitsune.lazy.learning import Learner, Sight
 from kitsune.lazy.matchers import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
@@ -56,6 +67,8 @@ class CallLane(Learner):
                 return result
         if func in HARMLESS or recorder.paused:
             return func(*args, **kwargs) if kwargs else func(*args)
+        if stays(func, args, kwargs):
+            return args[0]
         kwargs = kwargs or {}
         if func in ASKS:
             return self._asked(func, args, kwargs)

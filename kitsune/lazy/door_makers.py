@@ -40,39 +40,6 @@ def plain_items(original: Any) -> Any:
     return door
 
 
-def places_door(original: Any) -> Any:
-    """torch.tensor_split reads a tensor of places from C++."""
-
-    @functools.wraps(original)
-    def door(*args: Any, **kwargs: Any) -> Any:
-        name = "tensor_indices_or_sections"
-        places: Any = args[1] if len(args) > 1 else kwargs.get(name)
-        # Any other tensor makes it raise, in words of its own.
-        fits = isinstance(places, torch.Tensor) and places.dtype is torch.int64 and places.dim() < 2
-        if fits and places.device.type == "cpu" and listening():
-            numbers = places.tolist()
-            args, kwargs = replace_tensors((args, {**kwargs}), {id(places): numbers})
-            if name in kwargs:
-                kwargs["indices" if isinstance(numbers, list) else "sections"] = kwargs.pop(name)
-        return original(*args, **kwargs)
-
-    return door
-
-
-def lengths_door(original: Any) -> Any:
-    """On a CPU, the mean of torch.ctc_loss makes a tensor of a list of lengths, and fills its memory from C++."""
-
-    @functools.wraps(original)
-    def door(log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any, *args: Any, **kwargs: Any) -> Any:
-        given = (input_lengths, target_lengths)
-        mean = (args[1] if len(args) > 1 else kwargs.get("reduction", 1)) == 1
-        if mean and log_probs.device.type == "cpu" and all(isinstance(lengths, (list, tuple)) for lengths in given):
-            input_lengths, target_lengths = (torch.tensor(lengths, dtype=torch.int64) for lengths in given)
-        return original(log_probs, targets, input_lengths, target_lengths, *args, **kwargs)
-
-    return door
-
-
 def kernel_door(original: Any) -> Any:
     """A launch that takes its tensors in a tuple, and not through the dispatcher."""
 

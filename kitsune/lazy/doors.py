@@ -15,6 +15,7 @@ import torch
 import torch.utils._python_dispatch as python_dispatch
 
 from kitsune.ir import Barrier
+from kitsune.lazy.argument_doors import lengths_door, packing_door, places_door
 from kitsune.lazy.door_makers import (
     data_door,
     deepcopy_door,
@@ -23,11 +24,9 @@ from kitsune.lazy.door_makers import (
     flush_door,
     generator_door,
     kernel_door,
-    lengths_door,
     make_subclass_door,
     memory_door,
     parameter_door,
-    places_door,
     plain_items,
     property_door,
     random_door,
@@ -127,6 +126,7 @@ def _doors() -> Iterator[Door]:
         (_SYNCHRONIZE, flush_door(Barrier.SYNCHRONIZE)),
         (((threading.Thread, "start join"), (_thread, "start_new_thread")), thread_door),
         (_DEFAULTS, default_door),
+        (_RECURRENT, packing_door),
         (_GENERATOR, generator_door),
     ):
         for owner, names in table:
@@ -162,6 +162,7 @@ _DEFAULTS: Table = (
         "_set_sdp_use_mem_efficient _set_sdp_use_math _set_sdp_use_cudnn _set_sdp_use_overrideable _set_sdp_priority_order",
     ),
 )
+_RECURRENT: Table = tuple((owner, "lstm gru rnn_tanh rnn_relu") for owner in (torch, torch._VF))
 _SYNCHRONIZE: Table = (
     (torch.cuda, "synchronize set_stream set_device"),
     (torch.cuda.Event, "record wait query elapsed_time synchronize"),

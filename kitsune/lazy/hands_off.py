@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitsune.lazy.tensor import LazyTensor
+
 _PROPERTIES = (
     "shape dtype device layout ndim itemsize nbytes is_cuda is_cpu is_sparse is_sparse_csr is_quantized is_nested is_meta is_mps "
     "is_xpu is_ipu is_xla is_mkldnn is_mtia is_vulkan is_maia requires_grad is_leaf names"
@@ -79,6 +81,13 @@ def is_foreign(func: object) -> bool:
     module = getattr(func, "__module__", None)
     # A door of ours goes by the name of what it stands before.
     return isinstance(module, str) and module.partition(".")[0] not in ("torch", "kitsune")
+
+
+def stays(func: object, args: Any, kwargs: Any) -> bool:
+    """Is this `x.to(device)` of an x that is there? It returns x and nothing is recorded: clipping asks so for each gradient."""
+    if func is not Tensor.to or kwargs or len(args) != 2 or type(args[1]) is not torch.device:
+        return False
+    return type(args[0]) is LazyTensor and bool(args[0].device == args[1])
 
 
 def may_write(func: object) -> bool:

@@ -231,6 +231,8 @@ class Recorder(Recording):
         node, found = self.region.node, constant(self.region, row, args, kwargs)
         if found is not UNKNOWN and found is not MOVES:
             return found
+        if found is MOVES:
+            self.early.asks(args[0] if args else None, self.region)
         result = pass_through(self, row, args, kwargs, Barrier.ITEM)
         if found is UNKNOWN:
             node.constants[row, args[0].cell.ref] = result

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
 from kitsune.lazy.arrivals import Arrivals
 from kitsune.lazy.cell import Cell, ref, serial_of
+from kitsune.lazy.early_reads import EarlyReads, memory_changed
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.recorders import EVERY, OPEN
 from kitsune.lazy.region import Region, is_strided, living
@@ -29,8 +30,8 @@ class Recording:
 
     The stages before and after come in as functions, put together by the pipeline: `describe(func)` gives an op's row;
     `infer(...)` the OutputSpec of a call without making it; `below_autograd()` is a context for running kernels;
-    `run(graph, values, scalars)` runs a closed region; `tally` counts; `on_close` hears of each region,
-    and whether it was observed.
+    `run(graph, values, scalars)` runs a closed region and returns what it can answer before its end; `tally` counts; `on_close`
+    hears of each region, and whether it was observed.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Recording:
         describe: Callable[[Any], OpRow],
         infer: Callable[..., OutputSpec | None],
         below_autograd: Callable[[], Any],
-        run: Callable[[Graph, list[Any], list[float]], None],
+        run: Callable[[Graph, list[Any], list[float]], Any],
         tally: Any,
         on_close: Callable[[Graph, Barrier, Site | None, bool], None],
     ) -> None:
@@ -82,6 +83,7 @@ class Recording:
         self.filled: Any = None
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.early = EarlyReads(tally)
         # A tensor came in whose graph was built outside, from leaves that were not seen.
         self.outer_graph = False
         self.forget()
@@ -146,6 +148,7 @@ class Recording:
 
     def before_door(self, tensor: torch.Tensor, cause: Barrier) -> None:
         """Somebody asks for the memory of a tensor and may write it: a region that has to do with it ends."""
+        memory_changed()
         with self.lock:
             if self.watcher is not None and not self.running:
                 self.watcher.flushes(cause)
@@ -162,6 +165,7 @@ class Recording:
 
     def materialize(self, cell: Cell, cause: Barrier) -> torch.Tensor:
         """The computed tensor of a cell, whose region ends if it is still open."""
+        memory_changed()
         with self.lock:
             self.region.unfold()
             if self.watcher is not None:
@@ -192,22 +196,6 @@ class Recording:
         self.outer_graph = False
         return leaves
 
-    def replace_data(self, tensor: LazyTensor, value: torch.Tensor) -> None:
-        """`wrapper.data = value`: from now on the wrapper stands for the value's memory."""
-        with self.lock:
-            self.flush(Barrier.DOOR)
-            if type(value) is LazyTensor:
-                real = value.cell.region.recorder.materialize(value.cell, Barrier.DOOR)
-            else:
-                with torch._C._DisableTorchDispatch(), torch.no_grad():
-                    real = value.detach()
-            if real.dtype is not tensor.dtype or real.device != tensor.device:
-                raise RuntimeError(
-                    f".data of a {tensor.dtype} tensor on {tensor.device}, recorded by Kitsune, cannot become {real.dtype} on "
-                    f"{real.device}: make a new tensor instead, or put the assignment under kitsune.disable()."
-                )
-            self.stand_for(tensor, real)
-
     def stand_for(self, wrapper: LazyTensor, real: torch.Tensor) -> None:
         """Let a wrapper stand for another tensor of its dtype, whose geometry it takes on."""
         fresh = self.settled(real)
@@ -230,6 +218,7 @@ class Recording:
                 self.lane.own_up()
             site = user_site()
             self.tally.flushed[(cause, site)] += 1
+            self.early.ends(region)
             if end:
                 self.region = self._new_region()
                 region.hand_on(self.region, cause)
@@ -254,11 +243,9 @@ class Recording:
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
         region.put_inputs(values)
         self.running = True
-        graph = self._graph(region.node, live)
         try:
-            self.run(graph, values, region.scalars)
-            if self.watcher is not None:
-                self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)
+            if self.watcher is not None or not self.early.foreseen(region, live, values):
+                self._run_now(region, self._graph(region.node, live), values)
         except BaseException as error:
             region.error = error
             if region is self.region:
@@ -273,6 +260,15 @@ class Recording:
             if region is not self.region:
                 region.release()
         return live
+
+    def _run_now(self, region: Region, graph: Graph, values: list[Any]) -> None:
+        if self.watcher is None:
+            run = self.early.run_of(region.node, graph, values)
+            self.early.ran(region.node, run, values, self.run(run.graph, values, region.scalars))
+        else:
+            memory_changed()
+            self.run(graph, values, region.scalars)
+            self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)
 
     def _graph(self, node: Node, live: tuple[int, ...]) -> Graph:
         graph = self.graphs.get((node, live))

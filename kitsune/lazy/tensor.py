@@ -105,7 +105,24 @@ class LazyTensor(torch.Tensor):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        self.cell.region.recorder.replace_data(self, value)
+        _replace_data(self.cell.region.recorder, self, value)
+
+
+def _replace_data(recorder: Any, tensor: LazyTensor, value: torch.Tensor) -> None:
+    """From now on the wrapper stands for the value's memory."""
+    with recorder.lock:
+        recorder.flush(Barrier.DOOR)
+        if type(value) is LazyTensor:
+            real = value.cell.region.recorder.materialize(value.cell, Barrier.DOOR)
+        else:
+            with torch._C._DisableTorchDispatch(), torch.no_grad():
+                real = value.detach()
+        if real.dtype is not tensor.dtype or real.device != tensor.device:
+            raise RuntimeError(
+                f".data of a {tensor.dtype} tensor on {tensor.device}, recorded by Kitsune, cannot become {real.dtype} on "
+                f"{real.device}: make a new tensor instead, or put the assignment under kitsune.disable()."
+            )
+        recorder.stand_for(tensor, real)
 
 
 _requires_grad: Any = torch._C.TensorBase.requires_grad

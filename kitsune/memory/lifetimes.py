@@ -27,24 +27,16 @@ def lifetimes(graph: Graph, launches: Sequence[Launch], writes_into: Callable[[O
     empty = {v.storage: v.type for op in graph.ops if op.allocates for v in op.results}
     for k, launch in enumerate(launches):
         for storage in () if launch.host_only else storages_of(launch) & empty.keys():
-            made.setdefault(storage, (k, extent_bytes(empty[storage]), storage not in alive))
+            made.setdefault(storage, (k, empty[storage].extent_bytes, storage not in alive))
         for storage, type_ in _made_by(launch):
             ours = bool(launch.kernels) or (launch.op is not None and writes_into(launch.op))
-            made.setdefault(storage, (k, extent_bytes(type_), ours and storage not in alive))
+            made.setdefault(storage, (k, type_.extent_bytes, ours and storage not in alive))
         for storage in storages_of(launch):
             uses[storage] = uses.get(storage, 0) | 1 << k
     # What is returned is held until the end.
     end = 1 << len(launches) - 1 if launches else 0
     held = {s: uses.get(s, 0) | 1 << first | (end if s in alive else 0) for s, (first, _, _) in made.items()}
     return [Lifetime(s, nbytes, first, held[s], ours) for s, (first, nbytes, ours) in made.items()]
-
-
-def extent_bytes(type_: TensorType) -> int:
-    """Bytes from the first to the last element of a tensor."""
-    if not type_.nbytes:
-        return 0
-    extent = sum((n - 1) * s for n, s in zip(type_.shape, type_.stride, strict=True)) + 1
-    return extent * type_.dtype.itemsize
 
 
 def _made_by(launch: Launch) -> list[tuple[int, TensorType]]:

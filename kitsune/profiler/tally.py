@@ -100,6 +100,9 @@ class Tally:
         self.backwards = 0
         self.updates = 0
         self.realized = 0
+        # Numbers that were read before their region had ended, and regions that were run with the one before.
+        self.answered = 0
+        self.foreseen = 0
         # Steps that the gate left to eager, how often it looked again, and what it decided, as sentences.
         self.gate_left = 0
         self.gate_revisited = 0
@@ -201,6 +204,8 @@ class Tally:
             "backwards_followed": self.backwards,
             "updates_followed": self.updates,
             "realized": self.realized,
+            "answered": self.answered,
+            "foreseen": self.foreseen,
             "captured": self.n_captured,
             "replayed": self.n_replayed,
             "moved": self.n_moved,

@@ -1,5 +1,6 @@
 """Run: executors of closed regions and of their plans, and their replay as CUDA graphs."""
 
+from kitsune.runtime.answers import Answers
 from kitsune.runtime.captured import Captured, NotCaptured, Work
 from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
 from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
@@ -15,6 +16,7 @@ from kitsune.runtime.timing import device_seconds, in_turn
 from kitsune.runtime.trials import Timer, Trial
 
 __all__ = [
+    "Answers",
     "Arenas",
     "Captured",
     "CudaGraphs",

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kitsune.ir import Launch, happens_before
+from kitsune.ir import Launch, awaited, meetings
 from kitsune.runtime.frame import Frame
-from kitsune.runtime.instructions import Call, CallInto, Drop, Instruction, Start, StartInGraph
+from kitsune.runtime.instructions import Allocate, Call, CallInto, Drop, Instruction, Send, Start, StartInGraph
 
 # By device: streams from torch's pool, which has 32 of them, taken once.
 _side_streams: dict[int, list[torch.cuda.Stream]] = {}
@@ -16,19 +16,15 @@ _side_streams: dict[int, list[torch.cuda.Stream]] = {}
 class Branches:
     """The streams of a plan: 0 is the one that captures, the others fork from it and join it at the end.
 
-    All memory is allocated on stream 0, but for what library calls allocate themselves. What is let go of is let go of when the
-    streams have met, so that no stream can be given memory that another one still reads.
+    All memory is allocated on stream 0, but for what library calls allocate themselves. It is allocated and let go of when the
+    streams have met, so that no stream can be given memory that another one still uses.
     """
 
     def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
         self._launches, self._device = launches, device
-        self._awaited = {n for launch in launches for n in launch.waits}
-        on_device, self._met = 0, set[int]()
-        for k, before in enumerate(happens_before(launches)):
-            if not launches[k].host_only:
-                if not on_device & ~before:
-                    self._met.add(k)
-                on_device |= 1 << k
+        self._waits = awaited(launches)
+        self._awaited = {n for launch, waits in zip(launches, self._waits, strict=True) if not launch.is_empty for n in waits}
+        self._met = meetings(launches)
 
     def run(self, instructions: Sequence[Instruction], frame: Frame) -> None:
         """Raises what the instructions raise, with the streams joined."""
@@ -36,23 +32,44 @@ class Branches:
         streams = [main, *_sides(self._device, max(launch.stream for launch in self._launches))]
         done: dict[int, torch.cuda.Event] = {}
         dropped: list[Instruction] = []
-        for side in streams[1:]:
-            side.wait_stream(main)
+        _fork(streams)
         try:
-            for position, instruction in enumerate(instructions):
-                frame.position = position
-                if instruction.at in self._met:
-                    _run_all(dropped, frame)
-                if isinstance(instruction, Drop):
-                    dropped.append(instruction)
-                elif not _reaches_device(instruction):
-                    instruction.run(frame)
-                else:
-                    self._launch(instruction, frame, streams, done)
+            for together in self._between_meetings(instructions):
+                if isinstance(together[0], Send):
+                    # Here the capture ends and the next begins: no event of the one means anything in the other.
+                    _join(streams)
+                    done.clear()
+                _run_all(dropped, frame)
+                # Memory for all of them first. What a library call needs for itself goes back to torch as soon as it has been
+                # called, to whoever asks next: that may be a kernel of another stream, which runs at the same time.
+                _run_all([i for i in together if isinstance(i, Allocate)], frame)
+                for instruction in together:
+                    if isinstance(instruction, Drop):
+                        dropped.append(instruction)
+                    elif reaches_device(instruction):
+                        self._launch(instruction, frame, streams, done)
+                    elif not isinstance(instruction, Allocate):
+                        instruction.run(frame)
+                if isinstance(together[0], Send):
+                    _fork(streams)
         finally:
-            for side in streams[1:]:
-                main.wait_stream(side)
+            _join(streams)
         _run_all(dropped, frame)
+
+    def _between_meetings(self, instructions: Sequence[Instruction]) -> Iterator[list[Instruction]]:
+        """The instructions in order, from each launch that waits for all before it to the next one; a Send waits, too, and is by
+        itself."""
+        together: list[Instruction] = []
+        at = -1
+        for instruction in instructions:
+            sends = isinstance(instruction, Send)
+            if together and (sends or isinstance(together[0], Send) or (instruction.at != at and instruction.at in self._met)):
+                yield together
+                together = []
+            at = at if sends else instruction.at
+            together.append(instruction)
+        if together:
+            yield together
 
     def _launch(
         self, instruction: Instruction, frame: Frame, streams: list[torch.cuda.Stream], done: dict[int, torch.cuda.Event]
@@ -60,23 +77,33 @@ class Branches:
         number = instruction.at
         launch = self._launches[number]
         stream = streams[launch.stream]
-        for n in launch.waits:
-            # A launch over no elements was not made: then all that its stream has been given so far.
-            event = done.get(n) or streams[self._launches[n].stream].record_event()
-            stream.wait_event(event)
+        # What came before a Send has no event any more: there the streams have met.
+        for n in (n for n in self._waits[number] if n in done):
+            stream.wait_event(done[n])
         with _on(stream, frame) if launch.stream else contextlib.nullcontext():
             instruction.run(frame)
         if number in self._awaited:
             done[number] = stream.record_event()
 
 
-def _run_all(dropped: list[Instruction], frame: Frame) -> None:
-    for instruction in dropped:
+def _fork(streams: list[torch.cuda.Stream]) -> None:
+    for side in streams[1:]:
+        side.wait_stream(streams[0])
+
+
+def _join(streams: list[torch.cuda.Stream]) -> None:
+    for side in streams[1:]:
+        streams[0].wait_stream(side)
+
+
+def _run_all(instructions: list[Instruction], frame: Frame) -> None:
+    for instruction in instructions:
         instruction.run(frame)
-    dropped.clear()
+    instructions.clear()
 
 
-def _reaches_device(instruction: Instruction) -> bool:
+def reaches_device(instruction: Instruction) -> bool:
+    """Does it put work on a stream?"""
     if isinstance(instruction, Call):
         return not instruction.op.starts_nothing
     return isinstance(instruction, (CallInto, Start, StartInGraph))

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from kitsune.ir import Graph, Value, n_values, storage_of
+from kitsune.runtime.answers import Answers
 from kitsune.runtime.calls import call
 from kitsune.runtime.capturable import distinct, reader_of, used_inputs
-from kitsune.runtime.cuda_graph import GraphRecorder, Recorded
+from kitsune.runtime.cuda_graph import GraphRecorder, Recorded, Sending
 from kitsune.runtime.lent_outputs import Lent
 from kitsune.runtime.places import Places
 from kitsune.runtime.raw_copy import is_solid, raw_copy
@@ -27,15 +28,17 @@ class NotCaptured(Exception):
 
 @dataclass(slots=True)
 class Work:
-    """What is captured: `run(values, scalars)` does all of a region's work once, `finish` what had to wait for the end of it.
+    """What is captured: `run(values, scalars, send)` does all of a region's work once, `finish` what had to wait for its end.
 
+    In between `run` calls `send` once with the tensors of the values `sent`, whose numbers the program waits for, if any.
     `keep` is what the work refers to by address; `tail` is work that follows each replay.
     """
 
-    run: Callable[[list[Any], list[float]], None]
+    run: Callable[[list[Any], list[float], Sending], None]
     finish: Callable[[], None] = lambda: None
     keep: list[Any] = field(default_factory=list)
     tail: Tail | None = None
+    sent: tuple[int, ...] = ()
 
 
 class Miss(Exception):
@@ -121,14 +124,14 @@ class Captured:
         aliases = {v.id for v in self._aliases}
         made = tuple(dict.fromkeys(v.id for v in self.graph.outputs if v.id not in aliases))
 
-        def work(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        def work(inputs: Sequence[torch.Tensor], send: Sending) -> list[torch.Tensor]:
             inside: list[Any] = [None] * self._n_values
             for n, tensor in (*zip(self._fixed, inputs, strict=True), *self._statics.items()):
                 inside[n] = tensor
-            self._work.run(inside, numbers)
+            self._work.run(inside, numbers, send)
             return [self._last(n, inside) for n in (*made, *self._kept)]
 
-        self._recorded: Recorded = self._recorder.record(work, [values[n] for n in self._fixed])
+        self._recorded: Recorded = self._recorder.record(work, [values[n] for n in self._fixed], len(self._work.sent))
         self.baked = {n: struct.pack("d", scalars[n]) for n in numbers.read}
         self._kept = dict(zip(self._kept, self._recorded.outputs[len(made) :], strict=True))
         outputs = dict(zip(made, self._recorded.outputs, strict=False))
@@ -182,6 +185,13 @@ class Captured:
                 raise NumberChanged(self._sentence(n), n)
         # What is in a tuple stays as it is; of a list nobody can say.
         self._fitting = scalars if type(scalars) is tuple else None
+
+    def answers(self, values: list[Any]) -> Answers | None:
+        """The numbers of a replay that can be read before its end, for the tensors that it has put into `values`."""
+        if not self._work.sent:
+            return None
+        n_replays, recorded = self.n_replays, self._recorded
+        return Answers([values[n] for n in self._work.sent], lambda k: recorded.sent(k) if self.n_replays == n_replays else None)
 
     def fixed(self) -> dict[int, int]:
         """The inputs that must be where they were, by number, and where that is."""

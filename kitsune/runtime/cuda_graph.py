@@ -9,8 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
+from kitsune.runtime.letter import Letter
+
+# Hears of tensors of one element whose numbers the host waits for.
+Sending = Callable[[list[torch.Tensor]], None]
 # From the inputs to the outputs. What it is called with must not be kept: the inputs' holders decide when they die.
-Work = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+Work = Callable[[Sequence[torch.Tensor], Sending], list[torch.Tensor]]
 
 
 class Recorded(Protocol):
@@ -23,6 +27,10 @@ class Recorded(Protocol):
         """Do the work, on the current stream."""
         ...
 
+    def sent(self, k: int) -> Any:
+        """Wait until the last replay has sent tensor number k; returns its number."""
+        ...
+
     def destroy(self) -> None:
         """Let go of it and of its memory; what others hold of its outputs stays."""
         ...
@@ -31,8 +39,11 @@ class Recorded(Protocol):
 class GraphRecorder(Protocol):
     """What makes work repeatable."""
 
-    def record(self, work: Work, inputs: Sequence[torch.Tensor]) -> Recorded:
-        """Take down what `work` does to the memory of `inputs`. It has no effect yet, on none of the inputs that it writes."""
+    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0) -> Recorded:
+        """Take down what `work` does to the memory of `inputs`. It has no effect yet, on none of the inputs that it writes.
+
+        `work` sends `n_sent` tensors to the host, at one place in the middle; none if that is 0.
+        """
         ...
 
     def follow_stream(self) -> bool:
@@ -54,23 +65,35 @@ _generator_changes: dict[int, int] = {}
 
 
 class CudaGraph:
-    """A captured graph of one device."""
+    """Work of one device: a captured graph or, where the host waits for something in the middle, two that follow each other."""
 
-    def __init__(self, graph: Any, outputs: list[torch.Tensor], nbytes: int, recorder: "CudaGraphs") -> None:
+    def __init__(
+        self, graphs: list[Any], letter: Letter | None, outputs: list[torch.Tensor], nbytes: int, recorder: "CudaGraphs"
+    ) -> None:
         self.outputs, self.nbytes = outputs, nbytes
-        self._graph, self._recorder = graph, recorder
+        self._graphs, self._letter, self._recorder = graphs, letter, recorder
         self._generator = _generator_changes.get(recorder.index, 0)
 
     def replay(self) -> None:
         """Start it on the current stream. Raises RuntimeError if it can no longer draw random numbers as eager would."""
         if _generator_changes and self._generator != _generator_changes.get(self._recorder.index, 0):
             raise RuntimeError("the state of the device's generator was replaced after a capture that broke off")
-        self._graph.replay()
+        first, *rest = self._graphs
+        first.replay()
+        if self._letter is not None:
+            self._letter.sent.record()
+        for graph in rest:
+            graph.replay()
+
+    def sent(self, k: int) -> Any:
+        """The number is on the host as soon as the first graph has ended."""
+        assert self._letter is not None
+        return self._letter.read(k)
 
     def destroy(self) -> None:
         """The memory of outputs stays as long as they do."""
         self.outputs = []
-        self._graph.reset()
+        _reset(self._graphs)
         self._recorder.gave_up(self.nbytes)
 
 
@@ -100,12 +123,30 @@ class CudaGraphs:
         self._last = (handle, stream)
         return True
 
-    def record(self, work: Work, inputs: Sequence[torch.Tensor]) -> CudaGraph:
+    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0) -> CudaGraph:
         """Capture. Raises what `work` raises and what CUDA says of it; memory and generator are then as before."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.index)
-        # Instantiated apart, to know what is to be undone where that fails.
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.device(self.index):
+            letter = Letter(n_sent) if n_sent else None
+        graphs: list[Any] = []
+
+        def begin() -> None:
+            # Instantiated apart, to know what is to be undone where that fails.
+            graphs.append(torch.cuda.CUDAGraph(keep_graph=True))
+            # Not "global", which breaks off when another thread, such as a loader's, pins memory.
+            graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+
+        def end() -> None:
+            torch._C._cuda_clearCublasWorkspaces()
+            _end(graphs[-1])
+
+        def send(tensors: list[torch.Tensor]) -> None:
+            assert letter is not None
+            letter.write(tensors)
+            end()
+            begin()
+
         with _one_capture, _no_collection(), torch.cuda.device(self.index), torch.cuda.stream(self._stream):
             # Not a MemPool, which ends the process if it dies before its graph.
             pool, before = torch.cuda.graph_pool_handle(), torch.cuda.memory_reserved(self.index)
@@ -113,21 +154,21 @@ class CudaGraphs:
             # found by others.
             torch._C._cuda_clearCublasWorkspaces()
             try:
-                # Not "global", which breaks off when another thread, such as a loader's, pins memory.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                outputs = work(inputs)
-                torch._C._cuda_clearCublasWorkspaces()
-                _end(graph)
+                begin()
+                outputs = work(inputs, send)
+                end()
             except BaseException:
-                self._break_off(graph, pool)
+                self._break_off(graphs.pop(), pool)
+                _reset(graphs)
                 raise
             try:
-                graph.instantiate()
+                for graph in graphs:
+                    graph.instantiate()
             except BaseException:
-                graph.reset()
+                _reset(graphs)
                 raise
             nbytes = max(torch.cuda.memory_reserved(self.index) - before, 0)
-        return CudaGraph(graph, outputs, nbytes, self)
+        return CudaGraph(graphs, letter, outputs, nbytes, self)
 
     def gave_up(self, nbytes: int) -> None:
         """A graph was destroyed. torch keeps its pool's memory, for nobody, until its caches are emptied."""
@@ -162,6 +203,11 @@ class CudaGraphs:
             generator.graphsafe_set_state(fresh)
         else:
             generator.set_offset(fresh.get_offset())
+
+
+def _reset(graphs: list[Any]) -> None:
+    for graph in graphs:
+        graph.reset()
 
 
 def _end(graph: Any) -> None:

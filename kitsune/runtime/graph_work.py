@@ -8,15 +8,19 @@ from typing import Any, Protocol
 import torch
 
 from kitsune.ir import Graph, Kind, Launch, Op, Value
+from kitsune.runtime.branches import reaches_device
 from kitsune.runtime.captured import Work
+from kitsune.runtime.cuda_graph import Sending
 from kitsune.runtime.frame import Frame, Pool, Startable
-from kitsune.runtime.instructions import Alias, Call, CallInto, Drop, Instruction, Publish, Start, StartInGraph
+from kitsune.runtime.instructions import Alias, Call, CallInto, Drop, Instruction, Publish, Send, Start, StartInGraph
 from kitsune.runtime.places import Places
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared
 from kitsune.runtime.replay import Schedule, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.tail import Tail, may_stay_outside, needs_of, reads
 
+# Launches that are left when the last awaited value is there. A second graph costs the host what a few launches cost the device.
+WORTH_SENDING = 8
 # The launch, what starts it in an ordinary run, and the table that its moving numbers are read from.
 PrepareInGraph = Callable[[Launch, Any, SlotTable], "StartableInGraph"]
 
@@ -70,10 +74,12 @@ def plan_work(
     arenas: Arenas,
     stream: int,
     moved: frozenset[int] = frozenset(),
+    awaited: tuple[int, ...] = (),
 ) -> Work:
     """A plan's launches and library calls. Kernels that ordinary runs have given up are run op by op here, too.
 
-    A library call that takes one of the numbers in `moved` is left to the tail.
+    A library call that takes one of the numbers in `moved` is left to the tail. The values `awaited` are sent as soon as all of
+    them are there.
     """
     started: list[StartableInGraph] = []
 
@@ -88,11 +94,17 @@ def plan_work(
 
     instructions = tuple(in_graph(i) for i in prepared.instructions)
     head, rest = _divided(prepared, instructions, moved) if moved else (instructions, ())
-    inside = replace(prepared, instructions=head)
+    there = _when_there(awaited, [_left_by(i) for i in head])
+    if there is None or sum(map(reaches_device, head[there:])) < WORTH_SENDING:
+        there, awaited = None, ()
+    sending: list[Sending] = []
+    sends = () if there is None else (Send(awaited, lambda tensors: sending[0](tensors)),)
+    inside = replace(prepared, instructions=(*head[:there], *sends, *head[there:]) if sends else head)
     arena = arenas.arena(prepared.plan.arena, prepared.device, stream) if prepared.layout.arena else None
     left = _LeftOut(rest) if rest else None
 
-    def run(values: list[Any], scalars: list[float]) -> None:
+    def run(values: list[Any], scalars: list[float], send: Sending) -> None:
+        sending[:] = [send]
         frame = executor.trace(inside, arena, values, scalars)
         if left is not None:
             left.follows(frame)
@@ -102,7 +114,7 @@ def plan_work(
             startable.fill_tables()
 
     tail = None if left is None else Tail(_needs(rest, prepared.plan.graph), left.run)
-    return Work(run, finish, [arena, table], tail)
+    return Work(run, finish, [arena, table], tail, awaited)
 
 
 class _LeftOut:
@@ -130,6 +142,17 @@ class _LeftOut:
 
 def _calls(instruction: Instruction) -> tuple[Op, ...]:
     return (instruction.op,) if isinstance(instruction, (Call, CallInto)) else ()
+
+
+def _left_by(instruction: Instruction) -> set[int]:
+    """The values of which there are tensors after it."""
+    return {instruction.number} if isinstance(instruction, Publish) else _made_by(instruction)
+
+
+def _when_there(awaited: tuple[int, ...], made: Sequence[set[int]]) -> int | None:
+    """How many steps it takes until all of these values are there; None if they never are, or there are none."""
+    places = [next((k + 1 for k, values in enumerate(made) if number in values), None) for number in awaited]
+    return max(places, default=None) if None not in places else None  # type: ignore[type-var]
 
 
 def _needs(instructions: Sequence[Instruction], graph: Graph) -> tuple[Value, ...]:
@@ -169,7 +192,13 @@ def _divided(
     return instructions, ()
 
 
-def schedule_work(schedule: Schedule, table: SlotTable, graph: Graph, moved: frozenset[int] = frozenset()) -> Work:
+def schedule_work(
+    schedule: Schedule,
+    table: SlotTable,
+    graph: Graph,
+    moved: frozenset[int] = frozenset(),
+    awaited: tuple[int, ...] = (),
+) -> Work:
     """A region's ops one by one; from the first that takes one of the numbers in `moved`, they are the tail if they can be."""
     instructions = schedule.instructions
     cut = next((k for k, i in enumerate(instructions) if moved and reads(i.op, moved)), len(instructions))
@@ -178,4 +207,14 @@ def schedule_work(schedule: Schedule, table: SlotTable, graph: Graph, moved: fro
         left = Schedule(instructions[cut:])
         schedule = Schedule(instructions[:cut])
         tail = Tail(needs_of(rest), lambda values, scalars: replay(left, values, scalars))
-    return Work(lambda values, scalars: replay(schedule, values, scalars), keep=[table], tail=tail)
+    there = _when_there(awaited, [{v.id for v in i.op.outputs} for i in schedule.instructions])
+    if there is None or sum(not i.op.starts_nothing for i in schedule.instructions[there:]) < WORTH_SENDING:
+        return Work(lambda values, scalars, send: replay(schedule, values, scalars), keep=[table], tail=tail)
+    head, then = Schedule(schedule.instructions[:there]), Schedule(schedule.instructions[there:])
+
+    def run(values: list[Any], scalars: list[float], send: Sending) -> None:
+        replay(head, values, scalars)
+        send([values[number] for number in awaited])
+        replay(then, values, scalars)
+
+    return Work(run, keep=[table], tail=tail, sent=awaited)

@@ -143,6 +143,18 @@ class Alias(Instruction):
 
 
 @dataclass(eq=False, slots=True)
+class Send(Instruction):
+    """Values that the program waits for are there: their numbers can be read while the rest is done."""
+
+    numbers: tuple[int, ...]
+    send: Callable[[list[torch.Tensor]], None]
+
+    def run(self, frame: Frame) -> None:
+        """Raises what `send` raises."""
+        self.send([frame.values[number] for number in self.numbers])
+
+
+@dataclass(eq=False, slots=True)
 class Drop(Instruction):
     """Let go of tensors."""
 

@@ -115,16 +115,16 @@ class SteadyState:
             self._refuse(region, reason)
         return region
 
-    def run(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> bool:
-        """Replay the region, or capture it first where it is time. False if it has to be run in the ordinary way."""
+    def run(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> Captured | None:
+        """Replay the region, or capture it first where it is time. None if it has to be run in the ordinary way."""
         if not self.recorder.follow_stream() or region.refusal is not None:
-            return False
+            return None
         outcome = Outcome.OBSERVE if region.captured is None else self._replay(region, values, scalars)
         if outcome is Outcome.OBSERVE and region.refusal is None and self._agrees(region, values, scalars):
             outcome = Outcome.CAPTURE
         if outcome is Outcome.CAPTURE and self._capture(region, values, scalars):
             outcome = self._replay(region, values, scalars)
-        return outcome is Outcome.DONE
+        return region.captured if outcome is Outcome.DONE else None
 
     def forget(self) -> None:
         """Destroy every graph."""

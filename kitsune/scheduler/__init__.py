@@ -1,11 +1,13 @@
 """From a Graph to the order, the streams and the costs of its Plan: passes, cost model, order."""
 
+from kitsune.scheduler.awaited import awaited_first
 from kitsune.scheduler.batch_norms import batch_norms
 from kitsune.scheduler.bias_gradients import bias_gradients
 from kitsune.scheduler.channels_last import in_channels_last
 from kitsune.scheduler.cost import RATES, Costs, Load, Rates, graph_micros, kernel_micros, op_micros, parts
 from kitsune.scheduler.cross_entropy import cross_entropies
 from kitsune.scheduler.joining import joined_in_place
+from kitsune.scheduler.made_again import made_again
 from kitsune.scheduler.norms import layer_norm_backwards
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
@@ -26,6 +28,7 @@ __all__ = [
     "StreamConfig",
     "Work",
     "assign_streams",
+    "awaited_first",
     "batch_norms",
     "bias_gradients",
     "common_subexpressions",
@@ -37,6 +40,7 @@ __all__ = [
     "joined_in_place",
     "kernel_micros",
     "layer_norm_backwards",
+    "made_again",
     "needed_ops",
     "op_micros",
     "padded_products",

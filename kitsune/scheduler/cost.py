@@ -90,6 +90,8 @@ ODD_CHANNELS = 10.0
 # in rows; the gradient behind them, which loads twice its other bytes, stayed at 73.
 BROADCAST, BROADCAST_BYTES = 2.5, 4 << 20
 
+# Making values again takes arithmetic in place of memory: it must save so much, and so many times what it reads.
+AGAIN_BYTES, AGAIN = 32 << 20, 4
 # What pooling must move for a kernel of ours to be worth its compilation.
 WINDOW_BYTES = 16 << 20
 
@@ -108,7 +110,7 @@ REDUCED_BATCH_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What pays, on a device with these rates. Every answer of these three is correct; some are fast."""
+    """What pays, on a device with these rates. Every answer of these is correct; some are fast."""
 
     rates: Rates
 
@@ -151,6 +153,14 @@ class Costs:
         (_, broadcast), (_, moved) = both
         return broadcast >= BROADCAST * moved and kernel.nbytes >= BROADCAST_BYTES
 
+    def in_long_rows(self, kernel: Kernel) -> bool:
+        """Does it pay that a kernel goes through rows of neighbours, if it keeps what it broadcasts for each?"""
+        return kernel.nbytes >= BROADCAST_BYTES
+
+    def making_again(self, kept_bytes: int, read_bytes: int) -> bool:
+        """Does it pay to make values again instead of writing and reading them, if what they come from is read for it?"""
+        return kept_bytes - read_bytes >= AGAIN_BYTES and kept_bytes >= AGAIN * read_bytes
+
     def windows(self, op: Op) -> bool:
         """Does it pay to have a pooling op in a kernel of ours?"""
         return op.nbytes >= WINDOW_BYTES
@@ -183,17 +193,24 @@ class Costs:
 BUSY, WANTED, WANTED_ACROSS, NEIGHBOURS = 132, 512, 1024, 64
 # Elements of a row that a part must have at least: below, the parts themselves would be much to write.
 LEAST_INNER, LEAST_OUTER = 1024, 32
+# Parts of rows that a kernel along them adds up beside what it does: three blocks of rows of 1024 elements for each of an H200's
+# 132 multiprocessors, and more of shorter rows. A part is to be of so many rows.
+BESIDE, BESIDE_ROWS, BESIDE_COLUMNS, BESIDE_MOST = 396, 8, 1024, 4096
 # What a single block is done with before another launch would have begun.
 ONE_BLOCK = 1 << 15
 
 
-def parts(rows: int, columns: int, inner: bool) -> int:
+def parts(rows: int, columns: int, inner: bool, beside: bool = False) -> int:
     """Into how many parts to cut each of so many rows, so that a reduction fills the device; 1: leave them whole.
 
-    `inner`: neighbours in memory belong to one row.
+    `inner`: neighbours in memory belong to one row. `beside`: a kernel along what are columns here may make the parts.
     """
     if rows * columns <= ONE_BLOCK:
         return 1
+    if beside and rows <= BESIDE_MOST:
+        wanted = BESIDE * max(BESIDE_COLUMNS // (1 << max(rows - 1, 0).bit_length()), 1)
+        if columns >= wanted * BESIDE_ROWS:
+            return wanted
     blocks = rows if inner else -(-rows // NEIGHBOURS)
     if blocks >= BUSY:
         return 1

@@ -42,14 +42,14 @@ def _take_apart(b: Builder, op: Op, makers: dict[int, Op]) -> bool:
     wide = torch.float64 if x.type.dtype is torch.float64 else torch.float32
     # Products and sums of a 16-bit type and float32 are float32: nothing wide need be written for two kernels to read.
     source = _before_cast(b, op, grad, makers)
+    if wanted[0]:
+        b.ops.append(_input_gradient(op, results[0]))
     if wanted[1]:
         centred = _pointwise(b, aten.sub.Tensor, _widened(b, op, x, wide), arguments["mean"], wide, shape, op)
         unit = _pointwise(b, aten.mul.Tensor, centred, arguments["rstd"], wide, shape, op)
         _sum_of_rows(b, op, _pointwise(b, aten.mul.Tensor, source, unit, wide, shape, op), wide, n, results[1])
     if wanted[2]:
         _sum_of_rows(b, op, source, wide, n, results[2])
-    if wanted[0]:
-        b.ops.append(_input_gradient(op, results[0]))
     return True
 
 

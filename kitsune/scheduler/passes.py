@@ -25,7 +25,7 @@ def run_passes(
 def dead_code(graph: Graph) -> Graph:
     """Without the ops whose effects nobody can see."""
     kept = needed_ops(graph)
-    return graph if len(kept) == len(graph.ops) else Graph(graph.inputs, tuple(kept), graph.outputs)
+    return graph if len(kept) == len(graph.ops) else Graph(graph.inputs, tuple(kept), graph.outputs, graph.awaited)
 
 
 def needed_ops(graph: Graph) -> list[Op]:

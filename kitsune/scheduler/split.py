@@ -8,6 +8,7 @@ import torch
 from torch._ops import OpOverload
 
 from kitsune.ir import Graph, Kind, Op, Reduction, TensorType, Value, named, reduction_of
+from kitsune.scheduler.beside import along_rows
 from kitsune.scheduler.build import Builder, Made
 from kitsune.scheduler.cuts import HALF, Cut, Parts, find_cut
 
@@ -24,12 +25,16 @@ def split_reductions(graph: Graph, parts: Parts, why_not: Callable[[Op], str | N
         return graph
     b = Builder(graph)
     made: dict[int, TensorType] = {v.storage: v.type for v in graph.inputs}
+    held = along_rows(graph, why_not)
     for op in graph.ops:
         start = len(b.ops)
         for value in op.results:
             made.setdefault(value.storage, value.type)
         reduction = reduction_of(op) if op.target._opname in _STAGES or _is_moments(op) else None
-        cut = None if reduction is None else find_cut(op, reduction, parts, made[op.inputs[0].storage])
+        cut = None
+        if reduction is not None:
+            x = op.inputs[0].storage
+            cut = find_cut(op, reduction, parts, made[x], x in held and op.target._opname == "sum")
         if reduction is None or cut is None or why_not(op) is not None:
             b.ops.append(op)
             continue

@@ -1,7 +1,7 @@
 """Run in a process of its own, for Triton's interpreter must be chosen before Triton is imported: prints a line per difference,
 then the number of kernels that were run.
 
-Usage: python -m tests.codegen.interpret_reductions <folder for sources> <float32 | ... | layouts | special | batched>
+Usage: python -m tests.codegen.interpret_reductions <folder for sources> <float32 | ... | layouts | special | batched | gathered>
 A dtype stands for every case of the table in all sizes.
 """
 
@@ -20,13 +20,27 @@ import tests.conftest  # noqa: F401  (it sets what tests share)
 import torch  # isort: skip
 
 from kitsune.backends import program_of
-from kitsune.codegen import Compiler
+from kitsune.codegen import Compiler, tiles
 from kitsune.ir import Launch
 from kitsune.runtime.kernel_launch import PreparedLaunch
-from tests.codegen.reductions import CASES, DTYPES, SIZES, differs, draw, exactly, layouts, of_special, special, tensors
+from kitsune.scheduler import cost
+from tests.codegen.known import is_known
+from tests.codegen.reductions import (
+    CASES,
+    DTYPES,
+    SIZES,
+    differs,
+    draw,
+    exactly,
+    gathered,
+    layouts,
+    of_special,
+    special,
+    tensors,
+)
 from tests.runtime.planned import planned
 
-n_kernels = 0
+n_kernels = n_gathered = 0
 
 
 def compare(
@@ -37,13 +51,15 @@ def compare(
     precision: torch.dtype | None = None,
 ) -> None:
     """Run a program by plan, eagerly and in float64."""
-    global n_kernels
+    global n_gathered, n_kernels
 
-    def start(launch: Launch) -> PreparedLaunch:
-        return PreparedLaunch(launch, program_of(launch), compiler)
+    def start(launch: Launch) -> PreparedLaunch | None:
+        text = program_of(launch)
+        return None if is_known(launch, text) else PreparedLaunch(launch, text, compiler)
 
     found, plans = planned(lambda: tensors(program(*inputs)), start)
     n_kernels += sum(bool(launch.kernels and launch.kernels[0].reduced) for plan in plans for launch in plan.launches)
+    n_gathered += sum(bool(launch.kernels and launch.kernels[0].gathered) for plan in plans for launch in plan.launches)
     eager, exact = tensors(program(*inputs)), exactly(program, inputs)
     for k, (a, b, c) in enumerate(zip(found, eager, exact, strict=True)):
         if difference := differs(a.detach() * 1, b, c, precision):
@@ -77,7 +93,20 @@ def batched(compiler: Compiler) -> None:
         compare(f"batched {dtype}", lambda x, y: [x.sum(0), y.sum(0)], [x, y], compiler)
 
 
+def in_turn(compiler: Compiler) -> None:
+    """Rows that blocks go through in turn, in so few blocks that each has many, and the last one fewer than the others."""
+    cost.BESIDE, cost.ONE_BLOCK, tiles.ENOUGH = 1, 0, 1
+    for dtype in DTYPES[:2]:
+        for name, program, inputs in gathered(dtype):
+            before = n_gathered
+            compare(f"{name} {dtype}", program, inputs, compiler)
+            if n_gathered == before:
+                print(f"{name} {dtype}: no kernel adds up rows in turn")
+
+
 if __name__ == "__main__":
     by_dtype = {str(dtype).removeprefix("torch."): partial(sizes, dtype) for dtype in DTYPES}
-    {**by_dtype, "layouts": views, "special": specials, "batched": batched}[sys.argv[2]](Compiler(sys.argv[1], interpret=True))
+    {**by_dtype, "layouts": views, "special": specials, "batched": batched, "gathered": in_turn}[sys.argv[2]](
+        Compiler(sys.argv[1], interpret=True)
+    )
     print(n_kernels)

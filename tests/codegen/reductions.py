@@ -167,6 +167,32 @@ def layouts(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list[
     yield "written in place", _in_place, [x]
 
 
+def gathered(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list[torch.Tensor]]]:
+    """Sums across rows beside reductions along them: of operands, of what is made of both, of several dimensions, in place."""
+    grad, x, rest = draw([(200, 33)] * 3, dtype)
+    weight, bias = draw([(33,)] * 2, dtype, 1)
+    images = [t.reshape(4, 50, 33) for t in (grad, x, rest)]
+    norm = _layer_norm_backward([True, True, True])
+
+    def layer(grad: torch.Tensor, x: torch.Tensor, rest: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
+        found, *others = norm(grad.to(x.dtype), x, weight, bias)
+        total = found + rest
+        return [total, *others, total.to(grad.dtype).flatten(0, -2).sum(0).float()]
+
+    def update(grad: torch.Tensor, x: torch.Tensor, rest: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
+        found, *others = norm(grad, x, weight, bias)
+        return [(rest * 1).add_(found), *others, grad.sum(0, keepdim=True)]
+
+    def softmax(grad: torch.Tensor, x: torch.Tensor) -> Any:
+        found = aten._softmax_backward_data(grad, x.sigmoid(), -1, x.dtype)
+        return [found * 2, found.sum(0), grad - grad.sum(0)]
+
+    yield "layer norm, residual and bias", layer, [grad, x, rest, weight, bias]
+    yield "the same of three dimensions", layer, [*images, weight, bias]
+    yield "in place", update, [grad, x, rest, weight, bias]
+    yield "softmax backward", softmax, [grad, x]
+
+
 def _in_place(x: torch.Tensor) -> list[torch.Tensor]:
     y, total = x * 1, x[:, 0] * 1
     y.sub_(y.sum(1, keepdim=True)).mul_(0.5)

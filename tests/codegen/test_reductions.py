@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def only(program: Callable[..., Any], *inputs: torch.Tensor) -> Kernel:
 
 
 # At least so many kernels are run of each part; a dtype stands for every case of the table.
-PARTS = {**{str(dtype).removeprefix("torch."): 75 for dtype in DTYPES}, "layouts": 60, "special": 20, "batched": 6}
+PARTS = {**{str(dtype).removeprefix("torch."): 75 for dtype in DTYPES}, "layouts": 60, "special": 20, "batched": 6, "gathered": 8}
 
 
 @pytest.mark.parametrize("what", PARTS)
@@ -96,7 +97,8 @@ def test_a_long_row_has_another_text_with_a_loop_for_each_phase() -> None:
     short, long = layer(64, 768), layer(64, 50000)
     assert text_key(short) != text_key(long)
     assert "for start" not in render(short).text
-    assert render(long).text.count("for start in range(0, columns, RBLOCK):") == 2
+    assert render(long).text.count("for start in range(0, whole, RBLOCK):") == 2
+    assert render(long).text.count("for start in range(whole, columns, RBLOCK):") == 2, "and one for what is left of a row"
 
 
 LONG_ROWS: list[tuple[Callable[..., Any], int, int]] = [
@@ -120,15 +122,30 @@ def test_a_row_that_is_written_is_held_in_registers_while_it_fits(
     assert "for start" in render(longer).text
 
 
+def test_rows_that_are_gone_through_in_turn_are_loaded_ahead(compiler: Compiler, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    inputs = [torch.zeros(4096, 768, dtype=torch.bfloat16) for _ in range(2)] + [torch.zeros(768, dtype=torch.bfloat16)] * 2
+    program = next(case.program for case in CASES if case.name == "layer norm backward, all")
+    (kernel,) = [kernel for kernel in kernels_of(program, inputs) if kernel.gathered]
+    assert tile_of(kernel) == Tile(1, 1024, 4)
+    for arch in (80, 90):
+        compiled = compiled_kernel(compiler, render(kernel), arch)
+        registers, stack = resources(compiled, tmp_path)
+        assert "cp.async" in compiled.asm["ptx"] and stack == 0 and registers <= 128
+    # A tile of 4096 elements would take too much shared memory, and three blocks are at work together.
+    wide = compiled_kernel(compiler, replace(render(kernel), tile=Tile(4, 1024, 16)), 90)
+    assert "cp.async" not in wide.asm["ptx"] or wide.metadata.shared <= 3 * 32 << 10
+
+
 def test_a_long_row_of_which_only_a_sum_is_written_is_read_in_a_loop() -> None:
     assert "for start" in render(only(lambda x: x.sum(1), torch.zeros(512, 8192))).text
 
 
 def test_maximum_and_sum_of_a_softmax_take_one_loop() -> None:
     kernel = only(lambda x: x.softmax(1), torch.zeros(256, 50000))
-    assert render(kernel).text.count("for start") == 2, "one for both, and one that writes the result"
+    assert render(kernel).text.count("range(0, whole") == 2, "one for both, and one that writes the result"
     chain = only(lambda x: x.log_softmax(1).exp().sum(1), torch.zeros(256, 50000))
-    assert render(chain).text.count("for start") == 2, "nobody reads what is between"
+    assert render(chain).text.count("range(0, whole") == 2, "nobody reads what is between"
 
 
 def test_a_text_is_told_from_others_by_its_key() -> None:
@@ -164,7 +181,7 @@ def test_stores_into_memory_that_a_later_loop_reads_come_last() -> None:
     plan = plan_of(program, numerics="strict")
     (kernel,) = [kernel for launch in plan.launches for kernel in launch.kernels if kernel.reduced]
     text = render(kernel).text
-    loops = text.split("for start")
+    loops = text.split("range(0, whole")
     assert len(loops) == 3 and "tl.store" not in loops[1] and "tl.store" in loops[2]
 
 

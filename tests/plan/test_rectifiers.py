@@ -78,11 +78,14 @@ def test_what_passed_is_worked_out_for_the_sums_and_for_the_gradient(in_place: b
         block(lambda weight, **_: weight.mul_(2) * 1),
         block(lambda bias, **_: bias.mul_(2) * 1),
         block(lambda image, **_: image.mul_(2) * 1),
+        block(lambda saved, **_: saved[0].mul_(2) * 1),
         block(lambda saved, **_: saved[1].mul_(2) * 1),
         block(level=0.5),
         block(bias=False),
     ],
-    ids=["read too", "seen", "weight written", "bias written", "image written", "statistic written", "another level", "no bias"],
+    ids=("read too,seen,weight written,bias written,image written,mean written,deviation written,another level,no bias").split(
+        ","
+    ),
 )
 def test_otherwise_the_gradient_is_written(program: Any) -> None:
     assert len(thresholds(taken_apart(program))) == 1

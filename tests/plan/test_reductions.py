@@ -110,6 +110,15 @@ def test_statistics_of_channels_are_made_in_parts():
     assert kernels(plan)[0].domain == (512, 1024)
 
 
+def test_each_plane_of_contiguous_images_is_a_row_where_there_are_many():
+    x = torch.zeros(64, 16, 32, 32)
+    first, second = kernels(strict(lambda: torch.var_mean(x, (0, 2, 3), correction=0)))
+    assert first.domain == (64 * 16, 1024) and second.n_rows == 16
+    # Planes of 256 are short rows, and two images have too few elements for another launch to pay.
+    assert kernels(strict(lambda: x.view(16, 256, 16, 16).sum((0, 2, 3))))[0].domain == (256, 16, 256)
+    assert kernels(strict(lambda: torch.zeros(2, 256, 32, 32).sum((0, 2, 3))))[0].domain == (256, 2, 1024)
+
+
 @pytest.mark.filterwarnings("ignore:var.*degrees of freedom is <= 0")
 def test_a_deviation_of_long_rows_is_made_in_parts_too():
     x = torch.zeros(4096, 64, dtype=HALF)
@@ -139,8 +148,8 @@ def norm_backward(rows: int, dtype: torch.dtype):
 
 def test_the_gradients_of_a_layer_norm_are_a_kernel_along_rows_and_one_across():
     plan = strict(norm_backward(4096, torch.float32))
-    assert launched(plan) == ["sub_mul_sum", "sum x 2", "to_copy_native_layer_norm_backward"]
-    across, *_, along = kernels(plan)
+    assert launched(plan) == ["to_copy_native_layer_norm_backward", "sub_mul_sum", "sum x 2"]
+    along, across, *_ = kernels(plan)
     # Nobody needs the gradient in float32: each of the two widens it.
     assert all(HALF in [access.value.type.dtype for access in kernel.loads] for kernel in (across, along))
     assert len(along.stores) == 1
@@ -208,8 +217,11 @@ def test_what_is_broadcast_along_large_images_is_loaded_once_for_a_row():
     kernel = last(32, "channels_last")
     assert (kernel.domain, kernel.reduced) == ((2048, 64, 16), 1)
     assert [access.strides for access in kernel.loads] == [(1024, 1, 64)] + 3 * [(0, 1, 0)]
-    # A small one is not worth another text, and planes have their channel's numbers in one place.
-    assert last(4, "channels_last").reduced == 0 and last(32, "contiguous_format").reduced == 0
+    planes = last(32, "contiguous_format")
+    assert (planes.domain, planes.reduced) == ((32, 64, 1024), 1)
+    assert [access.strides for access in planes.loads] == [(65536, 1024, 1)] + 3 * [(0, 1, 0)]
+    # A small one is not worth another text.
+    assert last(4, "channels_last").reduced == 0 and last(4, "contiguous_format").reduced == 0
 
 
 def test_a_bias_alone_is_broadcast_for_each_element():

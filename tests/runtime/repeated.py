@@ -27,13 +27,19 @@ class Repeated:
         self._memory = list(outputs)
         self.nbytes = sum(storage_of(t).nbytes() for t in outputs)
         self.destroyed = False
+        # What the last replay has sent to the host.
+        self.numbers: list[Any] = []
 
     def replay(self) -> None:
         assert not self.destroyed
         self.recorder.fail_if("replay")
-        again = self.work([place() for place in self.places])
+        self.numbers = []
+        again = self.work([place() for place in self.places], lambda tensors: self.numbers.extend(t.item() for t in tensors))
         for storage, fresh in {storage_of(a)._cdata: (storage_of(a), storage_of(b)) for a, b in self._pairs(again)}.values():
             storage.copy_(fresh)
+
+    def sent(self, k: int) -> Any:
+        return self.numbers[k]
 
     def _pairs(self, again: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(self._memory, again, strict=True))
@@ -41,7 +47,7 @@ class Repeated:
     def destroy(self) -> None:
         self.destroyed = True
         self.recorder.n_alive -= 1
-        self.work = lambda inputs: []
+        self.work = lambda inputs, send: []
         self._memory = []
 
 
@@ -60,14 +66,16 @@ class Repeater:
     def follow_stream(self) -> bool:
         return True
 
-    def record(self, work: Work, inputs: Sequence[torch.Tensor]) -> Repeated:
+    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0) -> Repeated:
         state = get_state(torch.default_generator)
         storages = {storage_of(t)._cdata: storage_of(t) for t in inputs}
         before = [(storage, storage.clone()) for storage in storages.values()]
         # By address: a graph does not keep its inputs alive.
         places = [place_of(t) for t in inputs]
         try:
-            outputs = work([place() for place in places])
+            sent: list[int] = []
+            outputs = work([place() for place in places], lambda tensors: sent.append(len(tensors)))
+            assert sent == ([n_sent] if n_sent else [])
             self.fail_if("record")
         finally:
             for storage, content in before:

@@ -184,10 +184,17 @@ def memory_of_this_process() -> int | None:
     return None if "PYTEST_XDIST_WORKER" in os.environ else total - free
 
 
-def test_a_thousand_captures_leave_nothing_behind() -> None:
+@pytest.mark.parametrize("sends", [False, True])
+def test_a_thousand_captures_leave_nothing_behind(sends: bool) -> None:
+    def work(inputs: Any, send: Any) -> list[torch.Tensor]:
+        y = F.dropout(inputs[0] @ inputs[0], 0.5)
+        if sends:
+            send([y[0, 0]])
+        return [F.dropout(y @ y, 0.5)]
+
     recorder, x = CudaGraphs(torch.device("cuda", 0)), torch.ones(512, 512, device="cuda")
     for k in range(1010):
-        graph = recorder.record(lambda inputs: [F.dropout(inputs[0] @ inputs[0], 0.5)], [x])
+        graph = recorder.record(work, [x], int(sends))
         graph.replay()
         graph.destroy()
         if k == 9:

@@ -15,7 +15,6 @@ import kitsune
 from kitsune.lazy.backward_matchers import BackwardMatcher
 from kitsune.lazy.matchers import MISS
 from kitsune.lazy.update_matchers import UpdateMatcher
-from kitsune.runtime.captured import Captured
 from kitsune.standing import Replays
 from tests.runtime.repeated import graphs
 
@@ -101,7 +100,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[bool]]]:
 
     watch(BackwardMatcher, "__call__", "backward", lambda result: result is not MISS)
     watch(UpdateMatcher, "match", "update", lambda result: result is not None)
-    watch(Replays, "replay", "replay", bool)
+    watch(Replays, "replay", "replay", lambda result: result is not None)
     with graphs(kernels=False), kitsune.config.patch(gate=False):
         yield found
 

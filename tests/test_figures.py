@@ -1,0 +1,99 @@
+"""The table of figures counts what result files hold, and says "not run" of the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import figures
+
+JUNIT = """<testsuites><testsuite>
+  <testcase classname="tests.golden.test_kernels" name="test_kernel[cast]"/>
+  <testcase classname="tests.golden.test_kernels" name="test_kernel[mask]"><failure/></testcase>
+  <testcase classname="tests.golden.test_kernels" name="test_kernel[gpu]"><skipped/></testcase>
+  <testcase classname="tests.chaos.test_threads" name="test_two"><error/></testcase>
+</testsuite></testsuites>"""
+ROW = {"entry": "add", "part": "int64", "run": 5, "equal": 3, "different": 2, "crashed": 0, "left_out": 7}
+PLANS = {"graphs": 2, "plans": 4, "needed": 5, "caught": 5, "spare": 1, "implied": 2, "wrong": 1}
+MUTANTS = [
+    {"mutant": name, "verdict": verdict}
+    for name, verdict in (("a", "survived"), ("a", "killed"), ("b", "timed out"), ("c", "survived"), ("d", "equivalent"))
+]
+
+
+def lines(folder: Path) -> dict[str, list[str]]:
+    """The columns of each row that has run, by the words that it begins with."""
+    files = sorted(folder.iterdir())
+    rows = figures.table(figures.read(files)).splitlines()
+    return {row[:72].strip(): row[72:].split() for row in rows}
+
+
+def test_outcomes_of_tests_are_counted_by_anchor(tmp_path: Path) -> None:
+    (tmp_path / "tests-cpu.xml").write_text(JUNIT)
+    found = lines(tmp_path)
+    assert found["16    text of kernels, as it was written down"] == ["2", "1", "1", "0", "0", "1"]
+    assert found["chaos threads"] == ["1", "0", "0", "1", "0", "0"]
+    assert found["14    random programs"] == ["not", "run"]
+    assert figures.main([str(tmp_path / "tests-cpu.xml")]) == 1
+
+
+def test_what_one_machine_skips_another_may_run(tmp_path: Path) -> None:
+    (tmp_path / "tests-cpu.xml").write_text(JUNIT)
+    (tmp_path / "tests-gpu.xml").write_text(JUNIT.replace("<skipped/>", ""))
+    assert lines(tmp_path)["16    text of kernels, as it was written down"] == ["3", "2", "1", "0", "0", "0"]
+
+
+def test_sweeps_are_added_up_and_expected_differences_are_told_apart(tmp_path: Path) -> None:
+    expected = {**ROW, "entry": "prod", "part": "float16", "equal": 4, "different": 1}
+    (tmp_path / "sweep-1-of-2.jsonl").write_text(json.dumps(ROW))
+    (tmp_path / "sweep-2-of-2.jsonl").write_text(json.dumps(expected) + "\n" + json.dumps({**ROW, "part": "errors"}))
+    found = lines(tmp_path)
+    assert found["1     every sample of every operator, eight dtypes, on the CPU"] == ["10", "7", "3", "0", "1", "14"]
+    assert found["2     errors of operators: the same type, the same text"] == ["5", "3", "2", "0", "0", "7"]
+
+
+def test_only_expected_differences_pass(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.jsonl"
+    file.write_text(json.dumps({**ROW, "entry": "prod", "part": "float16"}))
+    assert figures.main([str(file)]) == 0
+    file.write_text(json.dumps(ROW))
+    assert figures.main([str(file)]) == 1
+
+
+def test_plans_and_waits_are_counted_together(tmp_path: Path) -> None:
+    (tmp_path / "schedules.jsonl").write_text(json.dumps(PLANS))
+    found = lines(tmp_path)["11    plans of random graphs, and of each with a wait left out"]
+    assert found == ["12", "11", "1", "0", "0", "0"]
+
+
+def test_of_several_runs_of_a_mutant_the_last_counts(tmp_path: Path) -> None:
+    (tmp_path / "mutants.jsonl").write_text("\n".join(map(json.dumps, MUTANTS)))
+    assert "mutants of the planner: 2 of 3 found (66.7%), 1 equivalent" in figures.table(figures.read(tmp_path.iterdir()))
+
+
+def test_lines_are_counted_by_folder(tmp_path: Path) -> None:
+    files = {
+        f"kitsune/{name}": {"summary": {"covered_lines": covered, "num_statements": 10}}
+        for name, covered in (("lazy/a.py", 9), ("lazy/b.py", 10), ("planning.py", 5))
+    }
+    (tmp_path / "coverage.json").write_text(json.dumps({"files": files}))
+    rows = [row.split() for row in figures.table(figures.read(tmp_path.iterdir())).splitlines() if row.startswith("lines")]
+    assert ["lines", "covered:", "lazy", "19", "of", "20", "(95.0%)"] in rows
+    assert ["lines", "covered:", "planning.py", "5", "of", "10", "(50.0%)"] in rows
+
+
+@pytest.mark.parametrize("anchor", figures.ANCHORS, ids=lambda anchor: f"{anchor.name} {anchor.says}")
+def test_every_pattern_names_tests_that_are_there(anchor: figures.Anchor) -> None:
+    root = Path(figures.__file__).parents[1]
+    names = [
+        f"{path.relative_to(root)}::{line.split('(')[0].removeprefix('def ')}"
+        for path in root.glob("tests/**/test_*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("def test_")
+    ]
+    results = figures.Results(tests=dict.fromkeys(names, "passed"))
+    for source in anchor.sources:
+        pattern = getattr(source, "args", (None,))[0] if getattr(source, "func", None) is figures._passed else None
+        assert pattern is None or source(results)["run"], f"no test is called like {pattern.pattern}"
