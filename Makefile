@@ -6,6 +6,8 @@
 # make mutants    320 small mistakes in the planner and in what renders kernels: does a test find each? an hour or two on one core
 # make coverage   which lines of Kitsune the tests run, on one core
 # make figures    what all of these have found, anchor by anchor, in one table
+# make chaos   what users do besides training in a straight line, and what may befall a process, at length: tests/chaos, and 2,000
+#              scripts of 2,000 lines in two worlds; SHARD=2/8 runs every eighth of them, MACHINE="--runs 100" fewer
 # make lint    ruff and mypy alone
 # make setup   .venv with all that the above need (each of them does it first)
 #
@@ -33,7 +35,7 @@ endif
 # $(call has,module): is it importable by the python that runs?
 has = $(RUN) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
 
-.PHONY: demo test test-full schedules mutants coverage figures lint setup clean
+.PHONY: demo test test-full chaos schedules mutants coverage figures lint setup clean
 
 demo: $(READY)
 	@$(RUN) -m kitsune demo
@@ -60,6 +62,10 @@ coverage: $(READY)
 
 figures: $(READY)
 	@$(RUN) -m tests.figures $(ARGS)
+
+chaos: $(READY)
+	@CHAOS=full OMP_NUM_THREADS=1 $(RUN) -m pytest tests/chaos -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m tests.property.machine --shard $(SHARD) $(MACHINE)
 
 lint: $(READY)
 	@if $(call has,ruff); then $(RUN) -m ruff check .; else echo "ruff is not installed: skipped"; fi

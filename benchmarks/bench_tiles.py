@@ -22,7 +22,7 @@ from benchmarks.environment import keep
 from kitsune.backends import nearest_arch, program_of
 from kitsune.codegen import Compiler, candidates, compile_pool, is_looped, tile_of
 from kitsune.ir import Launch
-from kitsune.ir.plan import Tile
+from kitsune.ir.program import Tile
 from kitsune.planning import planner_for
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from kitsune.runtime.timing import in_turn

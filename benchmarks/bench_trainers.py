@@ -4,7 +4,8 @@
 
 `eager` passes a fused AdamW (foreach on a CPU), `kitsune` wraps it (one graph, no fusion: eager's bits), and `fusion` wraps it
 with enable_fusion=True. bf16 autocast is the trainer's own; batches come from the host. A figure is the median of the blocks of
-a run, once all kernels are there and tuned; a step holds all that the trainer does, its callbacks and the reading of the loss included.
+a run, once all kernels are there and tuned; a step holds all that the trainer does, its callbacks and the reading of the loss
+included.
 """
 
 import argparse

@@ -4,7 +4,6 @@ import atexit
 import heapq
 import itertools
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -12,13 +11,14 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from kitsune.hearing import hearing
 from kitsune.ir import is_own
 
 # Python runs one thread at a time. An operator of the program lets go of Python's lock and waits up to 5 ms to have it back
 # from a thread that computes: a step of 1,000 would take seconds. So this thread computes for a moment and then looks who else
 # wants to: it rests three times as long if the program does, which then runs at three quarters of its speed in the worst case,
 # and goes on at once while the program waits for its device.
-WORK_S = 0.001
+WORK_S = 0.0005
 REST = 3
 # While a step is recorded or run it rests until that is over, ten times as long if need be: a step of ResNet-50 has 9 ms of
 # Python and then 27 ms of waiting for the device, and with rests of three times it had 17 ms of Python (H200, unfused).
@@ -81,20 +81,16 @@ class PacedThread:
                 self._tokens.get()
                 if self._calls:
                     call = heapq.heappop(self._calls)[-1]
-                    # The hook sees every call that this thread makes in Python, so that no stage has to offer places to rest. It
-                    # makes those of all threads slower from Python 3.12 on, steps by 40 %: only while there is something to do.
-                    sys.setprofile(pace)
-                    try:
+                    # It hears of every call that this thread makes in Python, so that no stage has to offer places to rest.
+                    with hearing(pace):
                         call()
-                    finally:
-                        sys.setprofile(None)
                     del call
 
-    def _pace(self) -> Callable[[Any, str, Any], None]:
+    def _pace(self) -> Callable[..., None]:
         """Rests whenever this thread has computed for WORK_S; waiting does not count."""
         start, n = time.thread_time(), 0
 
-        def hook(frame: Any, event: str, argument: Any) -> None:
+        def hook(*_: Any) -> None:
             nonlocal start, n
             n += 1
             if n < EVENTS:

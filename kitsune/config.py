@@ -50,8 +50,9 @@ class Options:
     numerics: str = knob(
         "strict",
         "KITSUNE_NUMERICS",
-        one_of("strict", "bitwise"),
-        "strict: eager's bits but for reductions, which are fused in an order of their own; bitwise: no reduction is fused",
+        one_of("strict", "bitwise", "fast"),
+        "strict: eager's bits but for reductions, which are fused in an order of their own; bitwise: no reduction is fused; "
+        "fast: as strict, without rounding to 16 bits inside of a kernel",
     )
     fuel: int | None = knob(
         None, "KITSUNE_FUEL", optional(whole(0)), "only so many fusions in each region: bisects a wrong answer; None: all"

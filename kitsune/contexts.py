@@ -1,5 +1,6 @@
 """The contexts that are open in a thread: when its ops are taken, and when they are left to eager in between."""
 
+import contextlib
 import os
 import threading
 import weakref
@@ -13,7 +14,7 @@ from kitsune.config import config
 from kitsune.dispatch import foreign_modes
 from kitsune.garbage import Threshold
 from kitsune.ir import Barrier
-from kitsune.lazy import LazyTensor, close_doors, open_doors, settle_grads, settle_state
+from kitsune.lazy import LazyTensor, close_doors, open_doors, renew_lock, settle_grads, settle_state
 from kitsune.pipeline import Pipeline
 
 # torch's optimizers and clip_grad_norm_ take their multi-tensor path only for types on this list.
@@ -67,12 +68,19 @@ def open_context(pipeline: Pipeline) -> None:
 
 def close_context(pipeline: Pipeline) -> None:
     """A context is left in this thread; what it recorded has been run."""
-    global _n_open
     here.depth[pipeline] -= 1
     if here.depth[pipeline]:
         return
-    if pipeline.on:
-        _turn_off(pipeline)
+    try:
+        if pipeline.on:
+            _turn_off(pipeline)
+    finally:
+        _closed(pipeline)
+
+
+def _closed(pipeline: Pipeline) -> None:
+    """The thread is as plain PyTorch has it, or as an outer context has it."""
+    global _n_open
     del here.depth[pipeline]
     if here.depth:
         outer = next(reversed(here.depth))
@@ -105,14 +113,20 @@ def _turn_on(pipeline: Pipeline) -> None:
 
 def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
     """Leave this thread as plain PyTorch has it, with no mode and no door; nothing may be pending."""
-    if not pipeline.leave(for_good):
-        pipeline.left_behind = True
-        pipeline.recorder.pause()
-    pipeline.on = False
+    # Each is done whatever becomes of the others: an interrupt may come at any line.
+    with contextlib.ExitStack() as then:
+        then.callback(lambda: settle_grads(pipeline.recorder.take_leaves()))
+        then.callback(close_doors, pipeline.recorder, for_good)
+        then.callback(_restore_views)
+        pipeline.on = False
+        if not pipeline.leave(for_good):
+            pipeline.left_behind = True
+            pipeline.recorder.pause()
+
+
+def _restore_views() -> None:
     if not any(other.on for other in here.depth):
         torch._C._set_view_replay_enabled(here.view_replay)
-    close_doors(pipeline.recorder, for_good)
-    settle_grads(pipeline.recorder.take_leaves())
 
 
 def _wanted(pipeline: Pipeline) -> bool:
@@ -201,10 +215,15 @@ def _before_fork() -> None:
 
 
 def _in_forked_child() -> None:
+    global _lock, _n_open
+    # Another thread, which is not there, may have held it; and the contexts of other threads are not open here.
+    _lock, _n_open = threading.Lock(), len(here.depth)
     # A DataLoader's worker inherits the mode of its parent's thread, but not the parent's consumer of the regions.
+    renew_lock()
     for pipeline in list(everyone):
-        pipeline.recorder.renew_lock()
         pipeline.recorder.pause()
+    # A context that the child enters itself gets a pipeline of its own.
+    here.pipelines.clear()
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_in_forked_child)

@@ -29,7 +29,7 @@ class EngineOptions:
 
     @property
     def grade(self) -> str:
-        """The numerics asked for now; the stricter one of two that were."""
+        """The numerics asked for now: the context's, if it has any, but the knob's "bitwise" goes before."""
         return "bitwise" if config.numerics == "bitwise" else self.numerics or config.numerics
 
     @property

@@ -24,7 +24,7 @@ from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
-from kitsune.runtime import Answers, ThreadPlans
+from kitsune.runtime import Answers
 from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
@@ -68,7 +68,6 @@ class Pipeline:
     def __init__(self, device: torch.device, warmup: int, options: EngineOptions = DEFAULT) -> None:
         self.runner = Runner(device, tally, options)
         self.replays = Replays(self.runner)
-        self.thread_plans = ThreadPlans()
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False
         self.recorder = Listener(
@@ -155,14 +154,15 @@ class Pipeline:
             return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
-        """A region ended. One that was observed has run its backward in autograd's thread; the next time it is this one."""
+        """A region ended. One that was observed is made ready for its first run, and for the thread that will run it: its
+        backward has run in autograd's, the next time it is this one."""
         close(graph, cause, site, self.runner.options)
         n_new, self.n_nodes = self.recorder.n_nodes - self.n_nodes, self.recorder.n_nodes
         if n_new >= MANY_NODES:
             look_at_new()
-        if observed and self.device.type == "cuda":
+        if observed:
             with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-                self.thread_plans.make(graph)
+                self.runner.expect(graph)
 
     def forget(self) -> None:
         """Drop every region seen so far, and its plan."""

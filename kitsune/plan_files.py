@@ -42,9 +42,14 @@ def planned(graph: Graph, planner: Planner) -> Plan:
     return plan.with_tiles(planner.tiles)
 
 
+def may_be_kept(graph: Graph) -> bool:
+    """Is it worth the time to look?"""
+    return len(graph.ops) >= WORTH and any((cache_folder() / FOLDER).glob("*.plan"))
+
+
 def kept_plan(graph: Graph, planner: Planner) -> Plan | None:
     """The same, if it need not be made."""
-    path = _path(graph, planner) if any((cache_folder() / FOLDER).glob("*.plan")) else None
+    path = _path(graph, planner) if may_be_kept(graph) else None
     found = None if path is None else _read(path, graph)
     return None if found is None else found.with_tiles(planner.tiles)
 

@@ -1,11 +1,21 @@
 """From a region's Graph to its Plan, stage by stage: passes -> kernels -> batches -> order -> streams -> arena."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from kitsune.codegen import keeps_rows, text_key, tile_of, toolkit_libdevice, why_not_batched, why_not_exact, why_not_lowered
+from kitsune.codegen import (
+    HALF,
+    is_window,
+    keeps_rows,
+    text_key,
+    tile_of,
+    toolkit_libdevice,
+    why_not_batched,
+    why_not_exact,
+    why_not_lowered,
+)
 from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, gather, in_long_rows, in_rows, kernels_of, partition
 from kitsune.ir import Graph, Kernel, Kind, Launch, Op, Plan, Tile, happens_before, reads_slots, verify_plan
@@ -66,7 +76,8 @@ class Planner:
     rules: Rules = ANYTHING
     # Which tile a launch of kernels has, where it is not the first choice.
     tiles: Callable[[Launch], Tile | None] = no_tile
-    # As the knob has it. In "strict" a reduction may be a kernel, whose order of summation is its own.
+    # As the knob has it. In "strict" a reduction may be a kernel, whose order of summation is its own; in "fast" a kernel rounds
+    # to 16 bits only what it stores, and an op may be in one whose rule is near eager's and not equal.
     numerics: str = "bitwise"
     # Only deterministic algorithms are allowed: what eager refuses then is left to eager.
     deterministic: bool = False
@@ -78,13 +89,14 @@ class Planner:
             if self.layouts
             else ()
         )
-        prepared = (awaited_first, dead_code, *self.shared, self.lists_taken_apart)
+        first = (awaited_first,) if graph.awaited else ()
+        prepared = (*first, dead_code, *self.shared, self.lists_taken_apart)
         passes = (*prepared, *layouts, self.reductions_taken_apart, self.made_again)
         planned = run_passes(graph, passes, self.verify, show)
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
         gather(parts, keeps_rows)
-        kernels = {n: self._walking(kernel) for n, kernel in kernels_of(parts).items()}
+        kernels = {n: self._rounding(self._walking(kernel)) for n, kernel in kernels_of(parts).items()}
         batches = batch(parts, kernels, _batch_key, lambda kernel: self.costs.batching(kernel) and self.rules.pays(kernel))
         works = [work for n in parts.living() for work in self._works(parts, kernels, batches, n)]
         in_turn = in_order(planned, works, self._micros(planned))
@@ -144,7 +156,7 @@ class Planner:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""
         if op.kind is Kind.REDUCTION and self.numerics == "bitwise":
             return f"{op.target} is a reduction, and numerics='bitwise' keeps eager's order of summation"
-        return why_not_lowered(op) or why_not_exact(op, self.toolkit)
+        return why_not_lowered(op) or (None if self.numerics == "fast" else why_not_exact(op, self.toolkit))
 
     def _walking(self, kernel: Kernel) -> Kernel:
         """A kernel in the order in which it is best walked."""
@@ -154,6 +166,11 @@ class Planner:
         if rows is not None and self.costs.in_rows(kernel):
             return rows
         return kernel if long is None or not self.costs.in_long_rows(kernel) else long
+
+    def _rounding(self, kernel: Kernel) -> Kernel:
+        """A kernel that rounds to 16 bits where its grade of numerics has it: in "fast", what it stores, and nothing else."""
+        halves = any(v.type.dtype in HALF for step in kernel.steps for v in step.op.outputs)
+        return replace(kernel, rounds=False) if self.numerics == "fast" and halves and not is_window(kernel) else kernel
 
     def _works(self, parts: Partition, kernels: dict[int, Kernel], batches: dict[int, list[int]], n: int) -> list[Work]:
         """What a node becomes: a launch, or calls of the library."""

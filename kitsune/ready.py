@@ -9,7 +9,7 @@ from typing import Any
 from kitsune.background import later
 from kitsune.config import KitsuneWarning
 from kitsune.ir import Graph, Plan
-from kitsune.profiler import PlanTally, plan_tally
+from kitsune.profiler import PlanTally, Tally, plan_tally
 from kitsune.runtime import PlanExecutor, Prepared, Schedule, Steady, current_stream, prepare, views_of_inputs
 from kitsune.scheduler import awaited_first, dead_code, run_passes
 from kitsune.tuning import Subject, Tuner
@@ -41,6 +41,8 @@ class Ready:
     n_runs: int = 0
     # Of one that is run by plan: its kernels, once other tiles are tried for them.
     subject: Subject | None = None
+    # What is to come as far as it is known: its kernels are still being compiled.
+    planned: Graph | None = None
     # What takes its place, if its plan lies on disk, which is looked up before it is known whether the region comes back.
     kept: "Future[Ready | None] | None" = None
 
@@ -103,10 +105,13 @@ def runs_by_ops(graph: Graph, error: Exception) -> str:
     )
 
 
-def warn_of(sentence: str, error: BaseException | None) -> None:
+def tell(sentences: list[str], tally: Tally, error: BaseException | None = None) -> None:
     """Warn of what was mended. Where warnings are errors, none takes the place of the `error` that ended the run."""
-    try:
-        warnings.warn(sentence, KitsuneWarning, stacklevel=3)
-    except KitsuneWarning:
-        if error is None:
-            raise
+    while sentences:
+        sentence = sentences.pop(0)
+        tally.mended.append(sentence)
+        try:
+            warnings.warn(sentence, KitsuneWarning, stacklevel=2)
+        except KitsuneWarning:
+            if error is None:
+                raise

@@ -16,10 +16,10 @@ from kitsune.config import config
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
-from kitsune.plan_files import kept_plan
+from kitsune.plan_files import kept_plan, may_be_kept
 from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import Tally
-from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, try_tiles, unfused, warn_of
+from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, tell, try_tiles, unfused
 from kitsune.runtime import (
     Answers,
     Arenas,
@@ -28,7 +28,9 @@ from kitsune.runtime import (
     Prepared,
     Schedule,
     SlotTable,
+    Steady,
     SteadyState,
+    ThreadPlans,
     Work,
     adopt_views,
     current_stream,
@@ -44,8 +46,8 @@ from kitsune.tuning import Tuner
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
-# is another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
-PLAN_AFTER = 3
+# may be another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
+PLAN_AFTER = 2
 # Regions that are looked up on disk in vain, 0.03 s each for one like BERT's: a program that keeps changing has no end of them.
 MAX_MISSED = 8
 
@@ -62,14 +64,15 @@ class Runner:
         self.pool: MemoryPool | None = None
         self.steady: SteadyState | None = None
         self.tuner: Tuner | None = None
-        self._n_missed = 0
+        self._n_missed, self.thread_plans = 0, ThreadPlans()
         runners.add(self)
         backend, recorder = backend_of(device), recorder_of(device)
         self.backend = backend
         # A quarter of the device's memory.
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
-            self.steady = SteadyState(device, recorder, self._limits, self._relieve, self.sentences.append, tally)
+            limits = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget)  # noqa: E731
+            self.steady = SteadyState(device, recorder, limits, self._relieve, self.sentences.append, tally)
         if isinstance(backend, Backend):
             self.arch = backend.arch
             self.pool = MemoryPool(options.pool_bytes or self._budget)
@@ -83,12 +86,8 @@ class Runner:
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
         """Run a closed region: `values` has the inputs by number and receives the outputs, of which the answers know early."""
         key = self.key(graph)
-        ready = self.ready.get(key)
-        if ready is None:
-            if len(self.ready) >= MAX_READY:
-                self.forget()
-            ready = self.ready[key] = self._prepare(graph)
-        elif (coming := ready.arrived()) is not None:
+        ready = self.ready.get(key) or self._met(key, graph)
+        if (coming := ready.arrived()) is not None:
             ready = self.ready[key] = self._arrived(graph, ready, coming)
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
@@ -101,7 +100,7 @@ class Runner:
                 self.executor.run(ready.work, values, scalars)
             adopt_views(ready.views, values)
         except BaseException as error:
-            self._say(error)
+            tell(self.sentences, self.tally, error)
             raise
         finally:
             if self.executor is not None and not config.pool:
@@ -109,14 +108,31 @@ class Runner:
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
             self._ask(graph, ready)
-        elif ready.n_runs == 1:
-            self._look_up(graph, ready)
-        self._say()
+        if ready.planned is not None and self.thread_plans.go_on(ready.planned):
+            ready.planned = None
+        tell(self.sentences, self.tally)
         return None if captured is None else captured.answers(values)
 
     def key(self, graph: Graph) -> tuple[Any, ...]:
         """What a region is kept by, ready to run."""
         return graph, *self.options.knobs, numeric_settings() if self.steady is not None else None
+
+    def expect(self, graph: Graph) -> None:
+        """A region was observed: what its first run needs is made now, where it is little: 9 ms of BERT's second step (H200)."""
+        if (self._in_background() or self.executor is None) and (key := self.key(graph)) not in self.ready:
+            self._met(key, graph)
+        if self.steady is not None:
+            self.thread_plans.make(graph)
+
+    def _met(self, key: Any, graph: Graph) -> Ready:
+        """A region that is new here."""
+        if len(self.ready) >= MAX_READY:
+            self.forget()
+        ready = self.ready[key] = self._prepare(graph)
+        if self.steady is not None and self.options.captures:
+            ready.steady = self._steady_of(ready, self.steady)
+        self._look_up(graph, ready)
+        return ready
 
     def ask_all(self) -> None:
         """Have made what is to be made in the background, also of regions that have not come back."""
@@ -165,8 +181,8 @@ class Runner:
 
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
+        planner = self.planner()
         assert self.executor is not None
-        planner = self.planner(self.arch)
         if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
             return made
         return by_plan(show_plan(graph, planner), graph, self.executor)
@@ -190,14 +206,14 @@ class Runner:
                 prepared = executor.prepare(planner.plan(now.graph))
                 made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, in_graph=prepared)
             assert isinstance(prepared, Prepared)
-            made.compiling = self._warm(prepared)
+            made.compiling, now.planned = self._warm(prepared), prepared.plan.graph
             return made, made.compiling
 
         now.coming = later(make)
 
     def _look_up(self, graph: Graph, now: Ready) -> None:
         """A plan that lies on disk is had before the region comes back: nothing is lost if it does not."""
-        if not now.waits or not self.options.fuses or self._n_missed >= MAX_MISSED or shows().wanted:
+        if not now.waits or not self.options.fuses or self._n_missed >= MAX_MISSED or shows().wanted or not may_be_kept(graph):
             return
         planner = self.planner()
 
@@ -208,7 +224,7 @@ class Runner:
                 return None, []
             made = by_plan(plan, graph, self.executor)
             assert isinstance(made.work, Prepared)
-            made.compiling = self._warm(made.work)
+            made.compiling, now.planned = self._warm(made.work), made.graph
             return made, made.compiling
 
         now.kept = later(make)
@@ -236,7 +252,7 @@ class Runner:
                 raise
             self.sentences.append(runs_by_ops(ready.graph, error))
         if ready.steady is not None and self.steady is not None:
-            new.steady = self.steady.region(new.graph, lambda *of: self._work(new, *of), before=ready.steady)
+            new.steady = self._steady_of(new, self.steady, ready.steady)
         if config.debug and new.plan is not None:
             shows().fused(new.n_ops, new.plan.n_kernels)
         return new
@@ -251,45 +267,35 @@ class Runner:
         if self.steady is None or not self.options.captures:
             return None
         if ready.steady is None:
-            ready.steady = self.steady.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits)
-        n_captured = self.tally.n_captured
-        captured = self.steady.run(ready.steady, values, scalars)
-        if config.debug and self.tally.n_captured > n_captured and ready.steady.captured is not None:
-            shows().captured(ready.n_ops, ready.steady.captured.nbytes)
+            ready.steady = self._steady_of(ready, self.steady)
+        n_captured, captured = self.tally.n_captured, self.steady.run(ready.steady, values, scalars)
+        if config.debug and self.tally.n_captured > n_captured and captured is not None:
+            shows().captured(ready.n_ops, captured.nbytes)
         return captured
+
+    def _steady_of(self, ready: Ready, all_of_them: SteadyState, before: Steady | None = None) -> Steady:
+        return all_of_them.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits, before)
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
         """What is captured of a region. Only kernels can read moving numbers from memory."""
         backend, prepared = self.backend, ready.work
         if isinstance(prepared, Schedule):
-            if ready.in_graph is None and isinstance(backend, Backend) and not self._in_background():
-                ready.in_graph = self._slot_plan(ready.graph)
+            executor = None if self._in_background() else self.executor
+            if ready.in_graph is None and executor is not None and any(map(reads_slots, ready.graph.ops)):
+                ready.in_graph = executor.prepare(slot_planner_for(self.arch, self.options.n_streams).plan(ready.graph))
             if ready.in_graph is None:
                 return schedule_work(prepared, table, ready.graph, moved, ready.awaited)
             prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
-        stream = current_stream(prepared.device)
-        return plan_work(self.executor, prepared, in_graph, table, self.arenas, stream, moved, ready.awaited)
-
-    def _slot_plan(self, graph: Graph) -> Prepared | None:
-        assert self.executor is not None
-        planner = slot_planner_for(self.arch, self.options.n_streams)
-        return self.executor.prepare(planner.plan(graph)) if any(map(reads_slots, graph.ops)) else None
-
-    def _limits(self) -> tuple[int, int]:
-        return config.max_graphs, config.graph_memory or 2 * self._budget
+        where = self.arenas, current_stream(prepared.device)
+        return plan_work(self.executor, prepared, in_graph, table, *where, moved, ready.awaited)
 
     def _relieve(self, hard: bool) -> None:
         if self.executor is not None:
             self.executor.pool.free_all()
         if hard and torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-    def _say(self, error: BaseException | None = None) -> None:
-        while self.sentences:
-            self.tally.mended.append(self.sentences[0])
-            warn_of(self.sentences.pop(0), error)
 
 
 # Of all threads; `wait_for_kernels` asks them.

@@ -14,6 +14,7 @@ from kitsune.contexts import close_context, everyone, here as _thread, open_cont
 from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
+from kitsune.numerics import numerics_now
 from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally, wait_for_kernels
 from kitsune.profiler import Report, report
 from kitsune.static import StaticFunction
@@ -143,7 +144,8 @@ def accelerate(
     `warmup` is how often a region is observed, op by op, before it is recorded lazily; `device` what to record for, by
     default the current CUDA device or, without one, the CPU. Contexts nest. What was recorded is run at the latest when
     the context is left. `numerics` is the knob of that name: "strict" lets reductions be fused, which changes their order of
-    summation; "bitwise" does not. Raises TypeError for an unknown option, RuntimeError for a CUDA device that is not there.
+    summation; "bitwise" does not; "fast" rounds to 16 bits less often, too. Raises TypeError for an unknown option, RuntimeError
+    for a CUDA device that is not there.
 
     `@accelerate(static=True)` is for a training step that does the same each time: once it has, a few times over, its Python
     is skipped. Results, gradients, parameters, optimizer state, counts of writes and the random generator are as if it had
@@ -225,9 +227,13 @@ def counters() -> dict[str, Any]:
     return tally.counters()
 
 
-def explain() -> Report:
-    """What was recorded, what flushed it and at which line, and what ran as eager and why."""
-    return report(tally)
+def explain(numerics: bool = False) -> Report:
+    """What was recorded, what flushed it and at which line, and what ran as eager and why.
+
+    With `numerics` it ends with the operators whose bits may differ from eager's in the grade of numerics of the last region,
+    each with the reason and, where that was measured, by how much; and how often the last plan has them so.
+    """
+    return report(tally, numerics_now() if numerics else None)
 
 
 def note(sentence: str) -> None:

@@ -12,6 +12,7 @@ Rows join those that FILE has already, so the whole table can be made in pieces.
     compile          torch.compile of model and loss; reduce-overhead: in that mode
     compile-graph    torch.compile of model and loss, in one hand-made CUDA graph of the whole step: the anchor
     kitsune          the loop as it is, in `with kitsune.accelerate():`
+    kitsune-fast     the same in numerics="fast"
     kitsune-static   the step in `kitsune.accelerate(static=True)`
 
 Four resident batches take turns; graphs copy theirs in. Peak memory, launches and device time need CUDA.

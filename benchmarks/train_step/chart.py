@@ -19,6 +19,7 @@ COLOURS = {
     "reduce-overhead": "#3182bd",
     "compile-graph": "#08519c",
     "kitsune": "#fd8d3c",
+    "kitsune-fast": "#fdae6b",
     "kitsune-static": "#d94801",
 }
 

@@ -153,6 +153,12 @@ def _kitsune(workload: Workload, batches: list[Batch], read: Read) -> Program:
     )
 
 
+def _kitsune_fast(workload: Workload, batches: list[Batch], read: Read) -> Program:
+    program = _kitsune(workload, batches, read)
+    program.context = kitsune.accelerate(device=workload.device, numerics="fast")
+    return program
+
+
 def _kitsune_static(workload: Workload, batches: list[Batch], read: Read) -> Program:
     if read == "each":
         raise NotAvailableError("a step whose Python is skipped cannot stop for Python to read the loss")
@@ -188,5 +194,6 @@ COLUMNS: dict[str, Callable[[Workload, list[Batch], Read], Program]] = {
     "reduce-overhead": _reduce_overhead,
     "compile-graph": _compile_graph,
     "kitsune": _kitsune,
+    "kitsune-fast": _kitsune_fast,
     "kitsune-static": _kitsune_static,
 }

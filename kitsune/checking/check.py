@@ -66,13 +66,13 @@ def checked_run(runner: Runner, device: torch.device, graph: Graph, values: list
 
 
 def _run_of(runner: Runner, ready: Ready, replayed: bool) -> tuple[Any, ...]:
-    """What was run: the plan, its kernels, whether sums must have eager's order, and in which words."""
+    """What was run: the plan, its kernels, its grade of numerics, and in which words."""
     plan = op_by_op(ready.graph) if ready.plan is None else ready.plan.plan
     if replayed and ready.in_graph is not None:
         plan = ready.in_graph.plan
     prepare = runner.backend.prepare_launch if isinstance(runner.backend, Backend) else no_kernels
     how = AS_GRAPH if replayed else "as a whole"
-    return plan, prepare, runner.options.grade == "bitwise", how
+    return plan, prepare, runner.options.grade, how
 
 
 def _check(runner: Runner, ready: Ready, replayed: bool, ran: Ran) -> None:
@@ -130,7 +130,7 @@ def _described(runner: Runner, ready: Ready, ran: Ran, fault: Fault) -> Differen
     if fault.origin is not None and fault.launch is not None and fault.launch.kernels and isinstance(runner.backend, Backend):
         plan, prepare = runner.planner().plan, runner.backend.prepare_launch
         part = part_of(fault.origin, ran.scalars)
-        if part is not None and shows_it(part, fault.origin, plan, prepare, ran.scalars, ran.exact):
+        if part is not None and shows_it(part, fault.origin, plan, prepare, ran.scalars, ran.numerics):
             graph, inputs = part.graph, part.inputs
         first = first_of(ran, fault, plan)
     difference = Difference(*described(first.op), first.sentence, *kernel_of(fault.launch))

@@ -70,7 +70,8 @@ class CheckReport:
             how = f"had {self.kernels} launches of kernels" if self.kernels else "had no kernels: each operator was run by itself"
             lines.append(f"The runs {how}. Replays of CUDA graphs among them: {self.replays}.")
         if self.rounded:
-            lines.append(f"In {self.rounded} runs, sums are in another order than eager's, as numerics={self.numerics!r} allows.")
+            what = "values are rounded otherwise" if self.numerics == "fast" else "sums are in another order"
+            lines.append(f"In {self.rounded} runs, {what} than eager's, as numerics={self.numerics!r} allows.")
         lines += [*map(str, self.differences), *self.problems]
         if self.equal:
             lines.append("Everything is equal to eager" + (" within that." if self.rounded else ", bit for bit."))

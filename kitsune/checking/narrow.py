@@ -113,14 +113,14 @@ class _Builder:
         return Part(graph, self.inputs, self.eager)
 
 
-def shows_it(part: Part, origin: Origin, plan: MakePlan, start: PrepareLaunch, scalars: list[float], exact: bool) -> bool:
+def shows_it(part: Part, origin: Origin, plan: MakePlan, start: PrepareLaunch, scalars: list[float], numerics: str) -> bool:
     """Does a plan of the part by itself make something else of it than eager?"""
     values, executor, number = part.values(), executor_of(start), part.graph.outputs[0].id
     executor.run(executor.prepare(plan(part.graph)), values, scalars)
     got, eager = values[number], part.eager[number]
     if same_bits(got, eager):
         return False
-    return exact or not origin.loose or far_from(got, eager, origin, scalars) is not None
+    return numerics == "bitwise" or not origin.loose or far_from(got, eager, origin, scalars) is not None
 
 
 def first_of(ran: Ran, fault: Fault, plan: MakePlan) -> Fault:

@@ -114,8 +114,7 @@ def _again(content: dict[str, Any], how: dict[str, Any]) -> tuple[Any, bool]:
         executor = executor_of(prepare)
         executor.run(executor.prepare(plan), values, scalars)
         # What it has written are copies, so that `start` still has what it began with.
-        exact = config.numerics == "bitwise"
-        ran = Ran(graph, start, values, scalars, content["state"], draws.now(), device, plan, prepare, exact)
+        ran = Ran(graph, start, values, scalars, content["state"], draws.now(), device, plan, prepare, config.numerics)
         verdict = judge(ran)
         fault = None if verdict.fault is None else first_of(ran, verdict.fault, planner.plan)
     return fault, not verdict.same

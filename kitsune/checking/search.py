@@ -19,7 +19,7 @@ from kitsune.ir import Graph, Kind, Launch, Op, Plan, Value
 class Ran:
     """A run that has ended: what it began with, what it left (`values`), and the generator's states before and after.
 
-    `plan` is what was run, and `prepare_launch` makes its kernels ready; `exact` if no sum may be in another order. `how` says
+    `plan` is what was run, and `prepare_launch` makes its kernels ready; `numerics` is its grade. `how` says
     how it was run, for a sentence.
     """
 
@@ -32,7 +32,7 @@ class Ran:
     device: torch.device
     plan: Plan
     prepare_launch: Callable[[Launch], Any]
-    exact: bool
+    numerics: str
     how: str = "as a whole"
 
 
@@ -69,7 +69,7 @@ class Search:
         self._free = PlanRun(executor, executor.prepare(apart(ran.plan)), ran.start.values(), ran.scalars)
         packed = ran.plan.arena > 0
         self._packed = PlanRun(executor, executor.prepare(ran.plan), ran.start.values(), ran.scalars) if packed else None
-        self._eager = EagerRun(ran.graph, ran.start.values(), ran.scalars, ran.device, ran.exact)
+        self._eager = EagerRun(ran.graph, ran.start.values(), ran.scalars, ran.device, ran.numerics)
         self._eager.state = self._state = ran.before
         self._draws = Draws(ran.device)
         self._makers = {v.id: op for graph in (ran.plan.graph, ran.graph) for op in graph.ops for v in op.outputs}

@@ -10,7 +10,8 @@ import torch
 
 from kitsune.codegen.compile_pool import CompilePool
 from kitsune.codegen.compiler import Compiled, Compiler
-from kitsune.ir.plan import Kernel, Parameter, Pending, Program
+from kitsune.ir.plan import Kernel
+from kitsune.ir.program import Parameter, Pending, Program
 
 
 class BackgroundCompiler:

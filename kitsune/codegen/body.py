@@ -5,13 +5,14 @@ from typing import ClassVar
 
 import torch
 
-from kitsune.codegen.dtypes import HALF, MEMORY
+from kitsune.codegen.dtypes import HALF, MEMORY, cast
 from kitsune.codegen.lower import lower
 from kitsune.codegen.lowering import Reduce
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.walks import operands_by_value
-from kitsune.ir.graph import Slot
-from kitsune.ir.plan import Kernel, Load, Local, Parameter, Pointer, Scalar, SlotAddress, Step
+from kitsune.ir.graph import Op, Slot
+from kitsune.ir.plan import Kernel, Load, Local, Step
+from kitsune.ir.program import Parameter, Pointer, Scalar, SlotAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +99,28 @@ class Body:
         for value, operand in operands_by_value(step).items():
             if operand is not None:
                 registers[value] = self.loads[operand.index] if isinstance(operand, Load) else self.locals[operand]
-        texts = lower(step.op, registers, self.scalar, self.let, self.used, self.reducer)
+        rounds = self.kernel.rounds or decides(step.op)
+        if rounds and not self.kernel.rounds:
+            self._round(step.op, registers)
+        texts = lower(step.op, registers, self.scalar, self.let, self.used, self.reducer, rounds)
         overload = str(step.op.target).removeprefix("aten.")
         for output, text in enumerate(texts):
             name = f"v{number}" if len(texts) == 1 else f"v{number}_{output}"
             self.say(name, text, overload)
             self.locals[Local(number, output)] = name
 
+    def _round(self, op: Op, registers: dict[int, str]) -> None:
+        """What the steps before have left wide, as the values that eager has."""
+        for value in op.inputs:
+            if value.id in registers and value.type.dtype in HALF:
+                registers[value.id] = self.let(cast(registers[value.id], torch.float32, value.type.dtype, self.used))
+
     def stored(self, i: int) -> str:
         """What store number `i` writes, as memory has it."""
         store = self.kernel.stores[i]
         text, dtype = self.locals[store.source], store.access.value.type.dtype
+        if dtype in HALF and not self.kernel.rounds:
+            text = cast(text, torch.float32, dtype, self.used)
         # The register was rounded before: this conversion is exact.
         text = f"{text}.to(tl.{'bfloat16' if MEMORY[dtype] == 'bf16' else 'float16'})" if dtype in HALF else text
         return f"{text}.to(tl.int8)" if dtype is torch.bool else text
@@ -133,6 +145,11 @@ class Body:
         self.n_temporaries += 1
         self.say(name, text)
         return name
+
+
+def decides(op: Op) -> bool:
+    """Does an op make a choice or a whole number of its operands, which a difference in their last bit may turn over?"""
+    return any(not v.type.dtype.is_floating_point for v in op.outputs)
 
 
 def indented(lines: list[str]) -> str:

@@ -16,7 +16,8 @@ from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.codegen.tiles import candidates, keeps_bits, tile_of
 from kitsune.codegen.walks import accesses
 from kitsune.ir import Launch
-from kitsune.ir.plan import Kernel, Tile
+from kitsune.ir.plan import Kernel
+from kitsune.ir.program import Tile
 
 # A kernel that moves less takes 2 us, which no tile changes by much.
 WORTH_BYTES = 4 << 20

@@ -23,7 +23,8 @@ from kitsune.codegen.machine_code import (
     types_of,
 )
 from kitsune.codegen.render import HEADER, parameters_of
-from kitsune.ir.plan import Kernel, Parameter, Program
+from kitsune.ir.plan import Kernel
+from kitsune.ir.program import Parameter, Program
 
 
 class Compiled:

@@ -108,8 +108,10 @@ def add_product(a, b, c, value):
 """)
 _helper("""
 def lerp(start, end, weight):
-    near = libdevice.fma(weight, end - start, start)
-    far = libdevice.fma(start - end, 1.0 - weight, end)
+    between = end - start
+    near = libdevice.fma(weight, between, start)
+    # Not start - end, which has another sign where it is zero.
+    far = libdevice.fma(between * -1.0, 1.0 - weight, end)
     return tl.where(tl.abs(weight) < 0.5, near, far)
 """)
 

@@ -23,8 +23,11 @@ def text_key(kernel: Kernel) -> tuple[Any, ...]:
     """Equal for two kernels exactly if `render` gives them the same text but for the name, moving numbers in memory or not."""
     if is_window(kernel):
         return window_key(kernel)
-    if kernel.reduced:
-        return _rows_key(kernel)
+    key = _rows_key(kernel) if kernel.reduced else _elements_key(kernel)
+    return key if kernel.rounds else (*key, "rounds what it stores")
+
+
+def _elements_key(kernel: Kernel) -> tuple[Any, ...]:
     domain = kernel.domain
     n_dims = len(counted(domain))
     forms = [(a.value.type.dtype, walk(domain, a.strides)) for a in kernel.loads]

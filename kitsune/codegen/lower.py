@@ -17,15 +17,22 @@ WINDOWED = frozenset(("max_pool2d_with_indices", "max_pool2d_with_indices_backwa
 
 
 def lower(
-    op: Op, registers: dict[int, str], scalar_name: Any, let: Any, used: set[str], reducer: Reduce | None = None
+    op: Op,
+    registers: dict[int, str],
+    scalar_name: Any,
+    let: Any,
+    used: set[str],
+    reducer: Reduce | None = None,
+    rounds: bool = True,
 ) -> tuple[str, ...]:
-    """Texts for the op's outputs, as values of the outputs' dtypes. Raises NotLowered."""
+    """Texts for the op's outputs, as values of the outputs' dtypes, or wide ones unless it `rounds`. Raises NotLowered."""
     rule = lower_rules[base_name(op)]
-    lowering = Lowering(op, rule, registers, scalar_name, let, used, reducer)
+    lowering = Lowering(op, rule, registers, scalar_name, let, used, reducer, rounds)
     texts = rule.lower(lowering)
     texts = texts if isinstance(texts, tuple) else (texts,)
     source = torch.bool if rule.boolean else lowering.common if rule.exact else lowering.compute
-    return tuple(_as(t, getattr(t, "dtype", source), v.type.dtype, used) for t, v in zip(texts, op.outputs, strict=True))
+    dtypes = [lowering.kept(v.type.dtype) for v in op.outputs]
+    return tuple(_as(t, getattr(t, "dtype", source), dtype, used) for t, dtype in zip(texts, dtypes, strict=True))
 
 
 def _as(text: str, source: torch.dtype, target: torch.dtype, used: set[str]) -> str:

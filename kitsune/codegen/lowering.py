@@ -10,7 +10,7 @@ import torch
 
 from kitsune.codegen.dtypes import FLOATING, HALF, LANGUAGE, cast, common_dtype, opmath
 from kitsune.ir import Op, Slot, Value, named
-from kitsune.ir.plan import Scalar
+from kitsune.ir.program import Scalar
 
 
 class NotLowered(Exception):
@@ -101,6 +101,8 @@ class Lowering:
     let: Callable[[str], str]
     used: set[str] = field(default_factory=set)
     reducer: Reduce | None = None
+    # As eager, to 16 bits; else such values stay in float32.
+    rounds: bool = True
     arguments: dict[str, Any] = field(init=False)
     common: torch.dtype = field(init=False)
 
@@ -138,7 +140,11 @@ class Lowering:
         value = self.arguments[name]
         if type(value) is not Value:
             raise NotLowered(f"{name} of {self.op.target} is not a tensor")
-        return cast(self.registers[value.id], value.type.dtype, dtype or self.common, self.used)
+        return cast(self.registers[value.id], value.type.dtype, self.kept(dtype or self.common), self.used)
+
+    def kept(self, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor of a dtype is in registers."""
+        return dtype if self.rounds else opmath(dtype)
 
     def number(self, name: str, rounded: bool = False, dtype: torch.dtype | None = None) -> str:
         """A Python number as the op computes with it; `rounded` where eager takes it as the tensors' dtype."""
@@ -187,6 +193,14 @@ class Lowering:
         """Correctly rounded division; Triton's own `/` of float32 is an approximation."""
         return f"({a} / {b})" if self.compute is torch.float64 else f"tl.div_rn({a}, {b})"
 
+    def reciprocal(self, name: str) -> str:
+        """1 / a Python number, divided in float64: 1 / 1.1 is another float32 than 1 / float32(1.1)."""
+        value = self.arguments[name]
+        if type(value) not in (Slot, float, int, bool):
+            raise NotLowered(f"{name} of {self.op.target} is no number that a kernel can take")
+        text = self.scalar_name(Scalar(value if type(value) is Slot else float(value), "fp64"))
+        return cast(f"({self.constant(1, torch.float64)} / {text})", torch.float64, self.compute, self.used)
+
     def square_root(self, x: str) -> str:
         """Correctly rounded square root."""
         return f"tl.sqrt({x})" if self.compute is torch.float64 else f"tl.sqrt_rn({x})"
@@ -201,7 +215,7 @@ class Lowering:
 
     def rounded(self, text: str) -> str:
         """A step of an op that eager computes in the tensors' own dtype."""
-        return self.let(cast(text, self.compute, self.common, self.used))
+        return self.let(cast(text, self.compute, self.kept(self.common), self.used))
 
     def reduce(self, kind: str, text: str, dtype: torch.dtype | None = None) -> str:
         """The sum, max or min of a row."""

@@ -14,7 +14,8 @@ from kitsune.codegen.tiles import tile_of
 from kitsune.codegen.turns import Turns
 from kitsune.codegen.walks import LINEAR, ONE, Walk, accesses, coordinates, counted, walk
 from kitsune.codegen.windows import Windows, is_window
-from kitsune.ir.plan import Access, Kernel, Parameter, Program, Size, Stride
+from kitsune.ir.plan import Access, Kernel
+from kitsune.ir.program import Parameter, Program, Size, Stride
 
 HEADER = """import triton
 import triton.language as tl

@@ -20,7 +20,8 @@ from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.reducers import at_once, begin, end, turn
 from kitsune.codegen.tiles import inner, is_looped
 from kitsune.codegen.walks import Part, accesses, coordinates, counted, form_of, is_read
-from kitsune.ir.plan import Access, Extent, Size, Stride
+from kitsune.ir.plan import Access
+from kitsune.ir.program import Extent, Size, Stride
 
 # Bytes that a thread loads together.
 VECTOR = 16

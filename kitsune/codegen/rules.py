@@ -12,6 +12,7 @@ import kitsune.codegen.rules_optimizer
 import kitsune.codegen.rules_reduction  # noqa: F401
 from kitsune.codegen.dtypes import HALF, LANGUAGE
 from kitsune.codegen.lowering import Lowering, Promotion, Rule, lower_rules
+from kitsune.ir import Slot
 
 
 def _add(c: Lowering) -> str:
@@ -61,9 +62,21 @@ def _quotient(c: Lowering) -> str:
         return c.divide(c.value("self"), c.tensor("other"))
     # Eager multiplies by the reciprocal that the host made, but for a list of numbers, by which it divides.
     name = next(name for name in ("other", "scalar", "scalars") if name in c.arguments)
-    if name != "scalars":
-        return f"{c.tensor('self')} * {c.divide(c.constant(1), c.number(name))}"
-    return c.divide(c.tensor("self"), c.number(name))
+    if name == "scalars":
+        return c.divide(c.tensor("self"), c.number(name))
+    if c.arguments.get("rounding_mode") is None:
+        return f"{c.tensor('self')} * {c.reciprocal(name)}"
+    return f"{c.tensor('self')} * {_sure_reciprocal(c)}"
+
+
+def _sure_reciprocal(c: Lowering) -> str:
+    """1 / a number where it was not measured whether eager divides in float32 or in float64: refused unless that is the same."""
+    value = c.arguments["other"]
+    if c.compute is not torch.float64:
+        single = None if type(value) is Slot else torch.tensor(float(value))
+        if single is None or not torch.equal(1 / single, (1 / single.new_tensor(value, dtype=torch.float64)).float()):
+            raise c.refuse("divides and rounds by a number whose reciprocal depends on the precision that it is made in")
+    return c.divide(c.constant(1), c.number("other"))
 
 
 def _floor_divide(c: Lowering) -> str:
@@ -75,7 +88,7 @@ def _floor_divide(c: Lowering) -> str:
     if c.common in HALF:
         raise c.refuse("rounds each of its steps to 16 bits")
     b = c.let(c.value("other"))
-    quotient = (lambda x: c.divide(x, b)) if c.is_tensor("other") else (lambda x: f"{x} * {c.divide(c.constant(1), b)}")
+    quotient = (lambda x: c.divide(x, b)) if c.is_tensor("other") else (lambda x: f"{x} * {_sure_reciprocal(c)}")
     mod = c.let(f"libdevice.fmod({a}, {b})")
     near = c.let(quotient(f"({a} - {mod})"))
     near = c.let(f"tl.where(({mod} != 0) & (({b} < 0) != ({mod} < 0)), {near} - 1.0, {near})")

@@ -4,7 +4,7 @@ import torch
 
 from kitsune.codegen.dtypes import HALF
 from kitsune.codegen.lowering import Lowering, Rule, lower_rules
-from kitsune.ir.plan import Scalar
+from kitsune.ir.program import Scalar
 
 
 def _dropout_backward(c: Lowering) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from kitsune.codegen.machine_code import ELEMENTS
 from kitsune.codegen.walks import accesses, counted
 from kitsune.ir import Kind, Op
-from kitsune.ir.plan import Kernel, Local, Tile, touched_bytes
+from kitsune.ir.plan import Kernel, Local, touched_bytes
+from kitsune.ir.program import Tile
 
 # Elements of a row that a block holds in registers; longer rows are read once for each reduction that depends on another.
 PERSISTENT = 4096

@@ -14,7 +14,8 @@ from kitsune.codegen.dtypes import LANGUAGE
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.reducers import at_once
 from kitsune.codegen.rows import PLACES_IN_ROW, Rows, Statement
-from kitsune.ir.plan import Size, Step
+from kitsune.ir.plan import Step
+from kitsune.ir.program import Size
 
 # Bytes of a turn up to which two more are under way: three blocks of a multiprocessor hold as much of its shared memory each.
 # On an H200 the backward of ViT-B/16's layer norms, with a residual and three sums, takes 44 us with turns ahead and 55

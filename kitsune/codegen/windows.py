@@ -14,7 +14,8 @@ from kitsune.codegen.dtypes import HALF, cast
 from kitsune.codegen.machine_code import INDEX
 from kitsune.codegen.walks import coordinates
 from kitsune.ir.graph import Kind, Op, Value
-from kitsune.ir.plan import Kernel, Local, Scalar, Size, Stride, window_order
+from kitsune.ir.plan import Kernel, Local, window_order
+from kitsune.ir.program import Scalar, Size, Stride
 from kitsune.ir.reductions import named
 
 aten = torch.ops.aten

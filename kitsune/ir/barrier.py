@@ -52,6 +52,7 @@ class Barrier(enum.Enum):
     OUTSIDE = "a recorded tensor was used where nothing is recorded"
     RAISED = "an operator raised"
     INPUT_VIEW = "a view of a tensor that comes in from outside, and of which no gradient is wanted"
+    NEW_STATE = "an optimizer makes what it keeps of each parameter, which later steps find there"
     PAUSED = "recording is switched off here"
     STANCE = "the stance is eager_on_recompile, and the operator is new at its place"
     FORCED = "the stance became force_eager"

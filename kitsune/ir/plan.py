@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from kitsune.ir.graph import Graph, Kind, Op, Slot, Value
+from kitsune.ir.graph import Graph, Kind, Op, Value
+from kitsune.ir.program import Tile
 from kitsune.ir.tensor_type import TensorType
 
 
@@ -58,7 +59,7 @@ class Kernel:
 
     Every load happens before any store, element by element. `domain` is () for a single element; a size may be 0. The last
     `reduced` dimensions are the elements of a row, which its reductions reduce, where it has any. An access that does not move
-    along them is made once for each row.
+    along them is made once for each row. `rounds`: is each step rounded to its dtype, as in eager, or only what is stored?
 
     With `gathered`, numbers of steps, the first dimension is one that a block goes through in turn: it has the same places of one
     row after the other in hand, and adds up over them what these steps are sums of.
@@ -71,6 +72,7 @@ class Kernel:
     stores: tuple[Store, ...]
     reduced: int = 0
     gathered: tuple[int, ...] = ()
+    rounds: bool = True
 
     @property
     def n_elements(self) -> int:
@@ -217,89 +219,3 @@ class Plan:
     def refusal_counts(self) -> "Counter[str]":
         """How often each reason kept two ops apart."""
         return Counter(refusal.reason for refusal in self.refusals)
-
-
-@dataclass(frozen=True, slots=True)
-class Pointer:
-    """A kernel's parameter: the address of the first element of its load or store number `index` (loads first)."""
-
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """A kernel's parameter: the size of a dimension of its domain; `dim` None for the number of elements.
-
-    The aligned variant of a program takes multiples of 16 where it `counts`.
-    """
-
-    dim: int | None = None
-    counts: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A kernel's parameter: the number of its rows, or of its columns."""
-
-    of_columns: bool
-    counts: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Stride:
-    """A kernel's parameter: the stride of access number `index` along `dim`."""
-
-    index: int
-    dim: int
-    counts: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Scalar:
-    """A kernel's parameter: a Python number, moving or constant, as Triton's type `type` (fp32, fp64, i64, i1)."""
-
-    value: Slot | float | int | bool
-    type: str
-
-
-@dataclass(frozen=True, slots=True)
-class SlotAddress:
-    """A kernel's parameter: where in memory moving number `index` is to be read, as float64."""
-
-    index: int
-
-
-Parameter = Pointer | Size | Extent | Stride | Scalar | SlotAddress
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What a block works on at a time: so many rows and columns, by so many warps; elements and 0 where nothing is reduced."""
-
-    rows: int
-    columns: int
-    warps: int
-
-    def __str__(self) -> str:
-        size = f"{self.rows} x {self.columns}" if self.columns else f"{self.rows}"
-        return f"{size} by {self.warps} warp{'s' * (self.warps > 1)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """A kernel's source and what to call it with, in the order of its parameters.
-
-    `parameters` are of the kernel that it was rendered from: another kernel with the same text has its own.
-    """
-
-    name: str
-    text: str
-    parameters: tuple[Parameter, ...]
-    # One launch for many kernels: the parameters of each are a row of a table.
-    batched: bool
-    # One text is compiled for several.
-    tile: Tile
-
-
-class Pending(Exception):
-    """A program is still being compiled: what would start it is done in another way meanwhile."""

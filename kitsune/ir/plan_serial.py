@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from kitsune.ir import barrier, graph as nouns, plan as plans
+from kitsune.ir import barrier, graph as nouns, plan as plans, program as programs
 from kitsune.ir.barrier import Site
 from kitsune.ir.graph import Graph, Op
 from kitsune.ir.plan import Plan
@@ -22,7 +22,7 @@ from kitsune.ir.tensor_type import TensorType, tensor_type
 # What a plan consists of. A file names what is called to read it, and these do nothing but hold their arguments.
 _READABLE: set[Any] = {
     cls
-    for module in (nouns, plans, barrier)
+    for module in (nouns, plans, programs, barrier)
     for cls in vars(module).values()
     if isinstance(cls, type) and cls.__module__ == module.__name__
 } | {torch.Size, torch.device, complex, torch.serialization._get_layout}

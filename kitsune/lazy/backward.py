@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward_matchers import BackwardMatcher, spend
@@ -12,37 +11,46 @@ from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.edges import Edge, Incoming, Made, Returned
 from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
+from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
 from kitsune.lazy.wholes import Mark
+from kitsune.lazy.write_counts import count_writes
 
 
 def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradients: list[Any], plain: bool) -> Any:
     """Take one backward: follow it, or have autograd run it. `plain`: with no option that asks for more than gradients."""
     recorder = lane.recorder
-    region, call = recorder.region, Incoming()
-    region.unfold()
-    leaves = dict(_leaves(region))
-    key = None
-    if plain and region.past is not None and not _runs_python(leaves.values()) and not lane.hooked(leaves.values()):
-        named = [leaf.grad for leaf in leaves.values()]
-        tree = (losses, gradients, named)
-        key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves), lane.modes[False]), call)
-    if key is not None and not call.unknown and not region.real and region.observed_from is None and not region.slow:
-        edge = region.node.calls.get(key)
-        numbers = None if edge is None else edge.sources.numbers(region.scalars)
-        if numbers is not None and _is_whole(region, edge, losses):
-            if BackwardMatcher.suits(edge, call, losses, gradients, named):
-                lane.take_by(BackwardMatcher(lane, edge, call, leaves), edge)
-            with recorder.lock:
+    call = Incoming()
+    # From the look at the region to the step along it: another thread may end the region.
+    with recorder.lock:
+        region = recorder.region
+        region.unfold()
+        leaves = dict(_leaves(region))
+        key = _key(lane, region, losses, gradients, leaves, call) if plain else None
+        if key is not None and not region.real and region.observed_from is None and not region.slow:
+            edge = region.node.calls.get(key)
+            numbers = None if edge is None else edge.sources.numbers(region.scalars)
+            if numbers is not None and _is_whole(region, edge, losses):
+                if BackwardMatcher.suits(edge, call, losses, gradients, leaves):
+                    lane.take_by(BackwardMatcher(lane, edge, call, leaves), edge)
                 return _follow(recorder, edge, call, leaves, numbers)
     lane.own_up([*losses, *gradients])
-    return _run(lane, run, None if call.unknown else key, call, leaves)
+    return _run(lane, run, key, call, leaves)
+
+
+def _key(lane: Any, region: Any, losses: list[Any], gradients: list[Any], leaves: dict[int, Any], call: Incoming) -> Any:
+    """By what this backward is known; None if it may do more than what it does by itself."""
+    if region.past is None or _runs_python(leaves.values()) or lane.hooked(leaves.values()):
+        return None
+    tree = (losses, gradients, [leaf.grad for leaf in leaves.values()])
+    key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves), lane.modes[False]), call)
+    return None if call.unknown else key
 
 
 def _leaves(region: Any) -> Iterator[tuple[int, Any]]:
     """The tensors of the region that collect gradients, by their value number."""
     for cell in region.plain.values():
-        if cell.real.requires_grad and cell.real.is_leaf:
+        if cell.real.requires_grad and is_leaf(cell.real):
             yield cell.came.id, cell.real
 
 
@@ -73,7 +81,7 @@ def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
         spent: set[int] = set()
         while waiting:
             tensor = waiting.pop()
-            if not tensor.requires_grad or tensor.is_leaf:
+            if not tensor.requires_grad or is_leaf(tensor):
                 continue
             if id(tensor) not in makers:
                 return False
@@ -90,7 +98,7 @@ def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], n
     region.scalars.extend(numbers)
     rewrite(region, edge, call.flat)
     if edge.bumps:
-        increment_version([call.flat[k] for k in edge.bumps])
+        count_writes(region, [call.flat[k] for k in edge.bumps], edge)
     region.node = edge.node
     for number, made in edge.grads:
         leaf = leaves[number]
@@ -107,12 +115,7 @@ def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: di
     before = {number: (leaf, leaf.grad) for number, leaf in leaves.items()}
     mark = Mark(recorder, key, call, region.scalars)
     region.real = True
-    try:
-        result = lane.made(run)
-    except BaseException:
-        lane.backward_went(region, False)
-        raise
-    lane.backward_went(region, True)
+    result = lane.made(run)
     if recorder.region is not region:
         return result
     edge = None

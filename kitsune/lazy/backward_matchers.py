@@ -14,6 +14,7 @@ from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Edge, Incoming
 from kitsune.lazy.matchers import MISS
 from kitsune.lazy.realize import MADE
+from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
 
 _real, _came = attrgetter("real"), attrgetter("came")
@@ -34,7 +35,7 @@ class BackwardMatcher:
         cells = list(region.plain.values())
         reals = list(map(_real, cells))
         self._cames = list(map(_came, cells))
-        self._graded, self._are_leaves = list(map(_requires_grad, reals)), list(map(_is_leaf, reals))
+        self._graded, self._are_leaves = list(map(_requires_grad, reals)), list(map(is_leaf, reals))
         self._leaves = [k for k, cell in enumerate(cells) if cell.came.id in leaves]
         # Of each gradient: the place of its leaf, what makes its wrapper, and what that stands for.
         places = {cells[k].came.id: k for k in self._leaves}
@@ -43,9 +44,9 @@ class BackwardMatcher:
         self._without: tuple[list[int], int] = [], -1
 
     @staticmethod
-    def suits(edge: Edge, call: Incoming, losses: list[Any], gradients: list[Any], named: list[Any]) -> bool:
+    def suits(edge: Edge, call: Incoming, losses: list[Any], gradients: list[Any], leaves: dict[int, Any]) -> bool:
         """Is this backward so simple?"""
-        simple = len(losses) == len(call.flat) == 1 and not gradients and all(grad is None for grad in named)
+        simple = len(losses) == len(call.flat) == 1 and not gradients and all(leaf.grad is None for leaf in leaves.values())
         return simple and type(losses[0]) is LazyTensor and not (edge.arrivals or edge.rewrites or edge.bumps)
 
     def __call__(self, lane: Any, region: Any, node: Any, args: Any, kwargs: Any) -> Any:
@@ -60,27 +61,29 @@ class BackwardMatcher:
             return MISS
         if loss.cell.owed is None or region.observed_from is not None or not edge.spent or _is_anomaly_on() or _distributed():
             return MISS
-        with torch._C.DisableTorchFunction():
+        # From the look at the region to the step along it: another thread may end the region.
+        with torch._C.DisableTorchFunction(), recorder.lock:
+            if recorder.region is not region or region.node is not node or region.real:
+                return MISS
             found = self._leaves_in(lane, region)
             numbers = None if found is None else edge.sources.numbers(region.scalars)
             if found is None or numbers is None:
                 return MISS
             # Before anything else: who makes objects may have others finalized, and their finalizers may end the region.
             wrappers = [make() for _, make, *_ in self._grads]
-            with recorder.lock:
-                if recorder.region is not region or region.node is not node:
-                    return MISS
-                region.scalars.extend(numbers)
-                region.node = edge.node
-                append = region.produced.append
-                for wrapper, (place, _, value, type_, storage) in zip(wrappers, self._grads, strict=True):
-                    wrapper.cell = cell = Cell(region, value, type_, storage)
-                    append(cell)
-                    found[place].grad = wrapper
-                region.past.append(edge)
-                spend(recorder, region, edge.spent)
-                recorder.tally.backwards += 1
-                recorder.after_follow()
+            if recorder.region is not region or region.node is not node:
+                return MISS
+            region.scalars.extend(numbers)
+            region.node = edge.node
+            append = region.produced.append
+            for wrapper, (place, _, value, type_, storage) in zip(wrappers, self._grads, strict=True):
+                wrapper.cell = cell = Cell(region, value, type_, storage)
+                append(cell)
+                found[place].grad = wrapper
+            region.past.append(edge)
+            spend(recorder, region, edge.spent)
+            recorder.tally.backwards += 1
+            recorder.after_follow()
         return None
 
     def _leaves_in(self, lane: Any, region: Any) -> list[Any] | None:
@@ -89,7 +92,11 @@ class BackwardMatcher:
         if list(map(_came, cells)) != self._cames:
             return None
         reals = list(map(_real, cells))
-        if list(map(_requires_grad, reals)) != self._graded or list(map(_is_leaf, reals)) != self._are_leaves:
+        try:
+            if list(map(_requires_grad, reals)) != self._graded or list(map(_is_leaf, reals)) != self._are_leaves:
+                return None
+        except RuntimeError:
+            # Of some views autograd refuses to tell.
             return None
         leaves = [reals[k] for k in self._leaves]
         if any(map(_hooks, leaves)) or any(map(_later_hooks, leaves)):
@@ -114,6 +121,9 @@ def spend(recorder: Any, region: Any, spent: frozenset[int]) -> None:
                 tensor.cell.spent = True
                 gone.append(weakref.ref(tensor))
     tensor = None
+    region.counted = [(sum(k not in spent for k in range(n)), tensors) for n, tensors in region.counted]
     region.calls = [call for k, call in enumerate(calls) if k not in spent]
+    if not region.calls:
+        region.counted = []
     del calls
     recorder.lane.spent = [reference for reference in (*recorder.lane.spent, *gone) if reference() is not None]

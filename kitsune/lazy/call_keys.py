@@ -15,6 +15,7 @@ from kitsune.lazy.cell import serial_of
 from kitsune.lazy.edges import Incoming
 from kitsune.lazy.recorder import CONSTANTS, FALSE, FLOAT, TRUE
 from kitsune.lazy.recording import PLAIN
+from kitsune.lazy.region import is_leaf
 from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
 
@@ -151,7 +152,7 @@ def _fresh(region: Any, tensor: Any, call: Incoming) -> Any:
     other = call.fresh.get(serial)
     if other is tensor:
         return (AGAIN, list(call.fresh).index(serial))
-    if other is not None or (graded and not tensor.is_leaf):
+    if other is not None or (graded and not is_leaf(tensor)):
         # Which of two tensors begins their storage is the ops' affair; a graph from elsewhere is autograd's.
         call.unknown = True
         return None

@@ -9,7 +9,6 @@ import weakref
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
 from kitsune.ir import Barrier
 from kitsune.lazy.advance import arrive, place, rewrite
@@ -35,6 +34,7 @@ from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
+from kitsune.lazy.write_counts import count_writes
 
 
 class CallLane(Learner):
@@ -197,7 +197,7 @@ class CallLane(Learner):
                 region.past.append(edge)
                 region.calls.append((edge, args, kwargs, flat, wrappers, undo, dirty, recorder.epoch))
             if edge.bumps:
-                increment_version([flat[k] for k in edge.bumps])
+                count_writes(region, [flat[k] for k in edge.bumps], edge)
             recorder.tally.followed += 1
             if edge.node.full:
                 recorder.flush(Barrier.BOUND)
@@ -226,7 +226,7 @@ class CallLane(Learner):
         if graph:
             recorder.known.forget()
         graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
-        writes = may_write(func) or "out" in kwargs
+        writes = may_write(func, args, kwargs)
         wrong = writes and self.spoils(tensors_in((args[:1], kwargs.get("out"))))
         if graded or wrong or (writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)):
             self.own_up(flat)
@@ -235,23 +235,23 @@ class CallLane(Learner):
         learns = key is not None and not graph and not wrong and not self.part_of_update
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
+        leaves = [t for t in flat if not t.requires_grad] if graded else []
         result = self.made(func, args, kwargs)
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.
             recorder.region.real, recorder.region.past = True, None
+        if any(t.requires_grad for t in leaves):
+            # It was written, and has got a history; so have those that share its memory.
+            recorder.known.forget()
         if recorder.region is not region:
             return result
         edge = None
         if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.past is None):
-            # Does it spoil what a followed call has read? Where autograd knows of every call, its backward is to tell.
-            looked = not (writes and region.real)
-            edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result), looked)
+            edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result))
             if edge is not None:
                 matcher = self.know_by_heart(edge, key, args, kwargs)
-                if not looked and not edge.follows:
-                    region.unproven.append((edge, matcher))
-                elif edge.follows and matcher is not None:
+                if edge.follows and matcher is not None:
                     self.take_by(matcher, edge)
         if graded and (edge is None or edge.graded):
             # As when it is followed: one that gave back what it was given has made no node.
@@ -260,17 +260,19 @@ class CallLane(Learner):
 
     def own_up(self, tensors: Any = ()) -> None:
         """From here on autograd is to know of every call so far."""
-        region = self.recorder.region
-        region.unfold()
-        if region.calls:
-            # Another thread may flush too, which is no call of this one's.
-            here = threading.get_ident() == self.thread
-            self.inside += here
-            try:
-                self.recorder.tally.realized += 1
-                realize(self.recorder, region)
-            finally:
-                self.inside -= here
+        # Another thread may flush, and do it at this moment.
+        with self.recorder.lock:
+            region = self.recorder.region
+            region.unfold()
+            if region.calls:
+                # That is no call of this thread's.
+                here = threading.get_ident() == self.thread
+                self.inside += here
+                try:
+                    self.recorder.tally.realized += 1
+                    realize(self.recorder, region)
+                finally:
+                    self.inside -= here
         for tensor in tensors:
             if tensor_is_spent(tensor):
                 attach_spent(self.recorder, tensor)

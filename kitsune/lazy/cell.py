@@ -60,7 +60,7 @@ def ref(id: int) -> Ref:
 class Cell:
     """What a wrapper stands for: a value of a region, and its tensor once it has been computed."""
 
-    __slots__ = ("came", "external", "owed", "real", "ref", "region", "spent", "storage", "type")
+    __slots__ = ("__weakref__", "came", "external", "owed", "real", "ref", "region", "spent", "storage", "type")
 
     def __init__(
         self, region: Any, ref: Ref, type: TensorType, storage: int, real: torch.Tensor | None = None, came: Ref | None = None

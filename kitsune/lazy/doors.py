@@ -15,7 +15,6 @@ import torch
 import torch.utils._python_dispatch as python_dispatch
 
 from kitsune.ir import Barrier
-from kitsune.lazy.argument_doors import lengths_door, packing_door, places_door
 from kitsune.lazy.door_makers import (
     data_door,
     deepcopy_door,
@@ -34,6 +33,7 @@ from kitsune.lazy.door_makers import (
     swap_door,
     thread_door,
 )
+from kitsune.lazy.function_doors import lengths_door, places_door, recurrent_door
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import OPEN
 from kitsune.lazy.tensor import METHOD_DOORS
@@ -126,8 +126,8 @@ def _doors() -> Iterator[Door]:
         (_SYNCHRONIZE, flush_door(Barrier.SYNCHRONIZE)),
         (((threading.Thread, "start join"), (_thread, "start_new_thread")), thread_door),
         (_DEFAULTS, default_door),
-        (_RECURRENT, packing_door),
         (_GENERATOR, generator_door),
+        (_RECURRENT, recurrent_door),
     ):
         for owner, names in table:
             yield from ((owner, name, make) for name in names.split() if hasattr(owner, name))
@@ -143,6 +143,7 @@ _GENERATOR: Table = (
         "__reduce__ __setstate__",
     ),
 )
+_RECURRENT: Table = ((torch, "lstm gru rnn_tanh rnn_relu"), (torch._VF, "lstm gru rnn_tanh rnn_relu"))
 _RANDOM: Table = (
     (torch, _SEEDS),
     (torch.random, _SEEDS),
@@ -162,7 +163,6 @@ _DEFAULTS: Table = (
         "_set_sdp_use_mem_efficient _set_sdp_use_math _set_sdp_use_cudnn _set_sdp_use_overrideable _set_sdp_priority_order",
     ),
 )
-_RECURRENT: Table = tuple((owner, "lstm gru rnn_tanh rnn_relu") for owner in (torch, torch._VF))
 _SYNCHRONIZE: Table = (
     (torch.cuda, "synchronize set_stream set_device"),
     (torch.cuda.Event, "record wait query elapsed_time synchronize"),

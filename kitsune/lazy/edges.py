@@ -76,8 +76,6 @@ class Edge:
     free_matcher: bool | None = None
     # Of a backward: which of the calls before it lead to its loss, once known.
     spent: Any = None
-    # Of an update: (position, value afterwards) of the wrappers among the tensors that it writes, once known.
-    wrapped: Any = None
     # Of the tensors that come in: (position among the fresh ones, number of the value).
     places: tuple[tuple[int, int], ...] = ()
     # Of a backward or an update: where its numbers come from.

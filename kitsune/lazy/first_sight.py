@@ -34,9 +34,12 @@ def first_sight(recorder: Any, call: Call, node: Node | None) -> Any:
     if reason is not None:
         recorder.region.rollback()
         return pass_through(recorder, call.row, call.args, call.kwargs, reason)
-    if recorder.warmup or recorder.region.observed_from is not None:
-        return observe(recorder, call, node)
-    return record_new(recorder, call)
+    if recorder.region.observed_from is None:
+        if recorder.lane is not None and recorder.lane.part_of_update and only_writes(recorder, call):
+            return record_write(recorder, call, node)
+        if not recorder.warmup:
+            return record_new(recorder, call)
+    return observe(recorder, call, node)
 
 
 def why_not(recorder: Any, call: Call) -> Barrier | None:
@@ -96,6 +99,28 @@ def observe(recorder: Any, call: Call, node: Node | None) -> Any:
     node.known = node.sights >= recorder.warmup
     region.inputs.clear()
     return recorder.emit(node, call.tensors, _new_in(result, reals))
+
+
+def only_writes(recorder: Any, call: Call) -> bool:
+    """Would making this call teach nothing: does it write to its operands, return nothing, and find nothing to object to?"""
+    region = recorder.region
+    if not region.node.known or not call.row.in_place or call.row.target._schema.returns:
+        return False
+    lists = [a for a in (*call.args, *call.kwargs.values()) if type(a) is list and a and isinstance(a[0], torch.Tensor)]
+    types = [[region.cell(t).type for t in a] for a in lists]
+    shapes = [[t.shape for t in of] for of in types]
+    # All tensors are in lists, which are as long as each other and alike; but a count of steps is a single number.
+    alike = all(of == shapes[0] or (len(of) == len(shapes[0]) and not any(of)) for of in shapes)
+    known = sum(map(len, lists)) == len(call.tensors)
+    return known and alike and _is_trusted(call, [region.cell(t) for t in call.tensors])
+
+
+def record_write(recorder: Any, call: Call, node: Node | None) -> Any:
+    """Record a call that only writes. An update that is new, as the second one of a momentum is, does not end its region: what
+    was recorded before it need be neither run nor prepared for a run without it."""
+    node = node or extend(recorder, call, OutputSpec((), None))
+    node.known = True
+    return recorder.emit(node, call.tensors)
 
 
 def record_new(recorder: Any, call: Call) -> Any:

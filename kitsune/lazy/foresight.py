@@ -30,7 +30,8 @@ class Foresight:
 def foresight(region: Any, live: tuple[int, ...], sources: dict[int, int]) -> Foresight | None:
     """What is to be remembered of a region whose inputs are `sources` of the one before; None if it may not run with that one."""
     node = region.node
-    if node.depth > MAX_OPS or node.random or region.dirty or region.scalars or node.reads is None:
+    writes = region.dirty or region.deferred is not None
+    if node.depth > MAX_OPS or node.random or writes or region.scalars or node.reads is None:
         return None
     return Foresight(node, live, graph_of(node, live), sources, node.reads.numbers)
 

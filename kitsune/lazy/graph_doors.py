@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._functorch.eager_transforms
+import torch._functorch.vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitsune.lazy.call_lane import CallLane
@@ -152,12 +154,22 @@ def _quiet(original: Any) -> Any:
     return door
 
 
+# A transform of torch.func begins: what it is given must have its history. (Under the names that torch's modules call.)
+FUNCTORCH = (
+    (torch._functorch.vmap, "_vmap_increment_nesting"),
+    (torch._functorch.eager_transforms, "_grad_increment_nesting"),
+    (torch._functorch.eager_transforms, "_jvp_increment_nesting"),
+    (torch._functorch.eager_transforms, "_func_increment_nesting"),
+)
 Door = tuple[Any, str, Callable[[Any], Any]]
 
 
 def _doors() -> Iterator[Door]:
     # `Function.apply` asks this first, also where a program has bound it beforehand.
     yield torch._C, "_are_functorch_transforms_active", _lost_track
+    for module, name in FUNCTORCH:
+        if hasattr(module, name):
+            yield module, name, _lost_track
     yield torch.autograd, "backward", _backward
     yield torch._C._autograd, "_push_saved_tensors_default_hooks", _lost_track
     yield TorchDispatchMode, "__enter__", _mode_entered

@@ -1,5 +1,6 @@
 """Functions of torch's API that are no part of what is followed, by what they could tell or change."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -90,8 +91,18 @@ def stays(func: object, args: Any, kwargs: Any) -> bool:
     return type(args[0]) is LazyTensor and bool(args[0].device == args[1])
 
 
-def may_write(func: object) -> bool:
-    """Does a function write its first argument, by its name?"""
+# They write their first argument if they are asked to.
+IN_PLACE = frozenset(
+    function
+    for function in vars(torch.nn.functional).values()
+    if inspect.isfunction(function) and "inplace" in inspect.signature(function).parameters
+)
+
+
+def may_write(func: object, args: Any, kwargs: Any) -> bool:
+    """Does a call write its first argument, by its name?"""
+    if "out" in kwargs or (func in IN_PLACE and (kwargs.get("inplace") or any(a is True for a in args[1:]))):
+        return True
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         reads = ("__invert__", "__index__", "__int__", "__iter__")

@@ -58,8 +58,8 @@ class Learner:
         self.proven.clear()
         self.failures.clear()
 
-    def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight, follows: bool) -> Edge | None:
-        """Note what a call did that was made for real, which `follows` says may be followed now; returns what is known of it."""
+    def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
+        """Note what a call did that was made for real; returns what is known of it."""
         call, start = sight.call, sight.start
         edge = self._edge(func, kwargs, sight)
         if call.floats:
@@ -70,19 +70,20 @@ class Learner:
             known = start.calls.get(key)
             if edge is not None and known is not None and known.moves and known.floats != edge.floats and known.same(edge):
                 self.proven.add(name)
-        return self.remember(start, key, edge, follows)
+        return self.remember(start, key, edge)
 
     def spoils(self, written: list[Any]) -> bool:
-        """Has a call that autograd does not know yet read memory of these tensors? Its backward is to say that they changed."""
+        """Does a call that autograd does not know yet know memory of these? Its backward is to say that they changed."""
         region = self.recorder.region
         if not region.calls:
             return False
         region.unfold()
-        operands = [t for debt in region.calls for t in Followed(*debt).flat]
-        read = {cell.storage for t in operands if (cell := cell_in(t, region)) is not None}
+        calls = [Followed(*debt) for debt in region.calls]
+        # A backward may need what a call was given and what it returned.
+        read = {cell.storage for call in calls for t in (*call.flat, *call.made) if (cell := cell_in(t, region)) is not None}
         return any(_storage_in(t, region) in read for t in written)
 
-    def remember(self, start: Any, key: Any, edge: Edge | None, follows: bool = True) -> Edge | None:
+    def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:
         """Note what a call did; returns what is known of it by now."""
         known: Edge | None = start.calls.get(key)
         if edge is None or (known is not None and not known.same(edge)):
@@ -95,7 +96,7 @@ class Learner:
         if known is None:
             start.calls[key] = known = edge
         known.floats = edge.floats
-        known.follows = known.follows or (follows and (edge.node.known or edge.node is start))
+        known.follows = known.follows or edge.node.known or edge.node is start
         return known
 
     def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> Any:
@@ -113,20 +114,6 @@ class Learner:
         # Two calls at one place: a GAN's real and false batch. More are left to their keys.
         edge.start.matchers[edge.func] = matcher if known is None else either(matcher, known)
 
-    def backward_went(self, region: Any, well: bool) -> None:
-        """Autograd ran a backward: it fails where it needs what was written since, and else such writes may be followed."""
-        for edge, matcher in region.unproven:
-            if not well:
-                edge.follows = False
-                edge.start.matchers.clear()
-            elif not edge.follows and edge.node.known:
-                edge.follows = True
-                if matcher is not None:
-                    self.take_by(matcher, edge)
-        if not well:
-            # The region may go on, to a backward of another step that knows nothing of these.
-            region.unproven.clear()
-
     def _edge(self, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         region, call, flat = self.recorder.region, sight.call, sight.call.flat
         path = path_between(sight.start, region.node)
@@ -143,6 +130,10 @@ class Learner:
         if arrivals is None or written is None or not returned.fits:
             return None
         rewrites, bumps = written
+        plain = {cell.storage for cell in region.plain.values()}
+        if not returned.graded and any(_has_history(t) and _storage_in(t, region) in plain for t in (flat[k] for k in bumps)):
+            # A view of a parameter: it shares its count of writes with that once autograd knows of it, and not before.
+            return None
         scalars = tuple(region.scalars[sight.n_scalars :])
         dirty = frozenset(storage for node in path for *_, storage in node.written)
         storages = {cell.storage for t in flat if (cell := cell_in(t, region)) is not None}

@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 from torch import Tensor, is_grad_enabled
-from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from kitsune.ir.graph import Operand, Result
@@ -21,6 +20,7 @@ from kitsune.lazy.rebuild import fill
 from kitsune.lazy.recorder import CONSTANTS
 from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
+from kitsune.lazy.write_counts import count_writes
 
 # What a matcher returns of a call that is another one.
 MISS = object()
@@ -30,8 +30,8 @@ _ALWAYS = {
     "MISS": MISS,
     "Parameter": Parameter,
     "Tensor": Tensor,
+    "count_writes": count_writes,
     "fill": fill,
-    "increment_version": increment_version,
     "is_grad_enabled": is_grad_enabled,
     "kind_of": kind_of,
 }
@@ -225,7 +225,7 @@ def _follow(w: Writer, edge: Edge) -> None:
     elif edge.scalars:
         then.append(f"region.scalars.extend({w.bind(edge.scalars)})")
     if edge.bumps:
-        then.append(f"increment_version([{', '.join(flat[k] for k in edge.bumps)}])")
+        then.append(f"count_writes(region, [{', '.join(flat[k] for k in edge.bumps)}], {w.bind(edge)})")
     then += ["recorder.tally.followed += 1", f"return {_returned(w, edge.structure, made)}"]
     w.lines += [
         "shared = recorder.shared",

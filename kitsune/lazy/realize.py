@@ -18,6 +18,7 @@ from kitsune.lazy.edges import Edge, path_between
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
+from kitsune.lazy.write_counts import Recount, is_owed
 
 
 @dataclass(slots=True)
@@ -91,6 +92,8 @@ def realize(recorder: Any, region: Any) -> None:
     """Give every followed call of the region its place in the autograd graph."""
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
     now = region.dirty
+    recount = Recount(region)
+    owed = {id(t) for call in calls for t in call.made if is_owed(t)}
     refs = [(cell, cell.ref) for call in calls for cell, _ in call.undo or ()]
     for call in reversed(calls):
         for cell, before in reversed(call.undo or ()):
@@ -99,7 +102,8 @@ def realize(recorder: Any, region: Any) -> None:
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk
     try:
         with torch._C.DisableTorchFunction(), recorder.above_autograd(), _modes(recorder) as adopt:
-            for call in calls:
+            for n, call in enumerate(calls):
+                recount.before_call(n)
                 adopt(call)
                 region.dirty = set(call.dirty)
                 walk.begin(call)
@@ -110,18 +114,19 @@ def realize(recorder: Any, region: Any) -> None:
                 for tensor in call.flat:
                     if tensor_is_spent(tensor):
                         attach_spent(recorder, tensor)
-                with versions_kept([t for t in call.flat if type(t) is not LazyTensor]):
-                    hand_over(call.edge.func(*call.args, **(call.kwargs or {})), call)
+                with versions_kept([t for t in call.flat if id(t) not in owed]):
+                    recount.replaced(hand_over(call.edge.func(*call.args, **(call.kwargs or {})), call))
     finally:
         recorder.walk, recorder.hook = None, hook
+        recount.rest()
         region.dirty = now
         for cell, ref in refs:
             cell.ref = ref
     region.real = True
 
 
-def hand_over(result: Any, call: Followed) -> None:
-    """Let the wrappers that the program holds be the tensors that the call has returned."""
+def hand_over(result: Any, call: Followed) -> Iterator[tuple[LazyTensor, LazyTensor]]:
+    """Let the wrappers that the program holds be the tensors that the call has returned; (now, before) of those replaced."""
     for made, held in zip(tensors_in(_results(result, call.edge.structure)), call.made, strict=True):
         if made is held or not made.requires_grad:
             continue
@@ -131,6 +136,8 @@ def hand_over(result: Any, call: Followed) -> None:
         except RuntimeError:
             with torch.enable_grad():
                 Same.apply(made, held)
+        else:
+            yield held, made
 
 
 def _results(result: Any, structure: Any) -> Any:
@@ -161,10 +168,10 @@ def tensor_is_spent(tensor: Any) -> bool:
 
 
 class Gone(torch.autograd.Function):
-    """The history of a wrapper whose graph is used up: it says so when it is asked for gradients."""
+    """The history of a wrapper whose graph is used up: it says so when it is asked for gradients of any of the leaves."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, wrapper: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, wrapper: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
         ctx.mark_dirty(wrapper)
         return wrapper
 
@@ -182,7 +189,7 @@ def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
     hook, recorder.hook = recorder.hook, None
     try:
         with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad(), versions_kept([tensor]):
-            Gone.apply(_anchor, tensor)
+            Gone.apply(_anchor, tensor, *recorder.living_leaves())
     finally:
         recorder.hook = hook
 

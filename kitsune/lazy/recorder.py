@@ -14,6 +14,7 @@ from kitsune.lazy.cell import Cell, serial_of
 from kitsune.lazy.constants import MOVES, UNKNOWN, constant
 from kitsune.lazy.first_sight import Call, first_sight
 from kitsune.lazy.host_counts import are_counts
+from kitsune.lazy.new_state import make_state
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
 from kitsune.lazy.tensor import LazyTensor, wrap
@@ -26,6 +27,9 @@ TRUE, FALSE, FLOAT, RECORD = object(), object(), object(), object()
 
 class Recorder(Recording):
     """Takes the ops of one accelerating thread."""
+
+    # Does an optimizer collect what it updates, and make what is not there yet?
+    collecting = False
 
     def record(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
         """Take one aten call; returns placeholders, or results where the call is made at once.
@@ -152,6 +156,7 @@ class Recorder(Recording):
                 region.produced.append(cell)
             else:
                 cell.real = reals[len(made)]
+                region.see([cell])
                 region.storages.setdefault(serial_of(cell.real), storage)
             made.append(wrap(cell))
         if node.form == ONE:
@@ -200,6 +205,8 @@ class Recorder(Recording):
         row = self.describe(func)
         if self.paused:
             return dataclasses.replace(row, barrier=Barrier.PAUSED, detour=True)
+        if self.collecting:
+            row = dataclasses.replace(row, barrier=Barrier.NEW_STATE, detour=True)
         self.rows[id(func)] = row
         return row
 
@@ -216,6 +223,8 @@ class Recorder(Recording):
     def _detour(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """What an op needs that may not be recorded: its result, or RECORD where it is recorded after all."""
         first = args[0] if args else None
+        if row.barrier is Barrier.NEW_STATE:
+            return make_state(self, self.describe(row.target), args, kwargs)
         if row.functional is not None and row.barrier is not Barrier.PAUSED and type(first) is LazyTensor:
             return self._reshape(row, args, kwargs)
         if row.barrier is Barrier.ITEM:

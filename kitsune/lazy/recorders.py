@@ -1,5 +1,6 @@
 """The recorders that there are, in all threads."""
 
+import threading
 import weakref
 from typing import Any
 
@@ -8,6 +9,17 @@ from kitsune.ir import in_own_thread
 # Those with an open context; and all.
 OPEN: list[Any] = []
 EVERY: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# One for all of them. A recorder reads tensors of others, for which it must wait in the middle of an op: while each had its own,
+# two threads that read of each other waited for ever.
+lock = threading.RLock()
+
+
+def renew_lock() -> None:
+    """A new lock for all: in a forked child, the old one may be held by a thread that is not there."""
+    global lock
+    lock = threading.RLock()
+    for recorder in list(EVERY):
+        recorder.use_lock(lock)
 
 
 def in_a_step() -> bool:

@@ -9,12 +9,13 @@ import torch
 from torch.nn import Parameter
 
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
+from kitsune.lazy import recorders
 from kitsune.lazy.arrivals import Arrivals
 from kitsune.lazy.cell import Cell, ref, serial_of
 from kitsune.lazy.early_reads import EarlyReads, memory_changed
 from kitsune.lazy.graphs import graph_of
 from kitsune.lazy.recorders import EVERY, OPEN
-from kitsune.lazy.region import Region, is_strided, living
+from kitsune.lazy.region import Region, is_strided, living, numbers_of
 from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
@@ -53,14 +54,13 @@ class Recording:
         self.max_ops, self.max_bytes = max_ops, max_bytes
         self.describe, self.infer, self.below_autograd = describe, infer, below_autograd
         self.run, self.tally, self.on_close = run, tally, on_close
-        self.renew_lock()
+        self.use_lock(recorders.lock)
         # Can another thread record or read here? Autograd has one for each CUDA device. The lock costs 0.25 us per op.
         self.shared = True
         self.paused = 0
         # While torch infers for the recorder, or a region runs, its Python may pass a door: that is no act of the program's, and
         # a region that goes on after its flush (at a divergence) would be run twice.
-        self.inferring = False
-        self.running = False
+        self.inferring = self.running = False
         # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
         self.lane: Any = None
         self.hook: Any = None
@@ -89,11 +89,9 @@ class Recording:
         self.forget()
         EVERY.add(self)
 
-    def renew_lock(self) -> None:
-        """A new lock: in a forked child, the old one may be held by a thread that is not there."""
-        self.lock = threading.RLock()
-        # Bound once: `with` costs 0.1 us more per op.
-        self._acquire, self._release = self.lock.acquire, self.lock.release
+    def use_lock(self, lock: Any) -> None:
+        """The lock that all recorders share. Its methods are bound once: `with` costs 0.1 us more per op."""
+        self.lock, self._acquire, self._release = lock, lock.acquire, lock.release
 
     def forget(self) -> None:
         """Drop every region seen so far; to be called between regions."""
@@ -189,9 +187,13 @@ class Recording:
             # Another tensor may get the id of one that is gone.
             leaves[number] = weakref.ref(tensor, lambda _: leaves.pop(number, None))
 
+    def living_leaves(self) -> list[torch.Tensor]:
+        """The leaves that came in since they were last taken, and are still alive."""
+        return [leaf for known in list(self.leaves.values()) if (leaf := known()) is not None]
+
     def take_leaves(self) -> list[torch.Tensor]:
-        """The leaves that came in since the last call and are still alive."""
-        leaves = [leaf for known in self.leaves.values() if (leaf := known()) is not None]
+        """Take them."""
+        leaves = self.living_leaves()
         self.leaves.clear()
         self.outer_graph = False
         return leaves
@@ -221,13 +223,13 @@ class Recording:
             self.early.ends(region)
             if end:
                 self.region = self._new_region()
-                region.hand_on(self.region, cause)
             live: tuple[int, ...] = ()
             if region.observed_from is None:
                 self.tally.recorded += node.depth
                 live = self._run(region)
             elif end:
                 self.tally.observed += node.depth - region.observed_from
+                live = numbers_of(cell for seen in region.seen if (cell := seen()) is not None)
                 region.release()
             if end:
                 self._close(node, live, cause, site, region.observed_from is not None)
@@ -237,13 +239,14 @@ class Recording:
 
     def _run(self, region: Region) -> tuple[int, ...]:
         """Compute what is pending; returns the numbers of the values that can still be read."""
-        cells = living(region.produced)
-        live = tuple(sorted({cell.ref.id for cell in cells}))
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
-        region.put_inputs(values)
-        self.running = True
+        cells: list[Cell] = []
         try:
+            cells = living(region.produced)
+            live = numbers_of(cells)
+            region.put_inputs(values)
+            self.running = True
             if self.watcher is not None or not self.early.foreseen(region, live, values):
                 self._run_now(region, self._graph(region.node, live), values)
         except BaseException as error:
@@ -257,6 +260,7 @@ class Recording:
                 cell.real = values[cell.ref.id]
             region.produced.clear()
             region.inputs.clear()
+            region.see(cells)
             if region is not self.region:
                 region.release()
         return live
@@ -283,6 +287,9 @@ class Recording:
         graph = self._graph(node, live)
         if self.watcher is not None:
             self.watcher.closed(graph)
+        elif observed:
+            # It will be made ready as it is going to be run.
+            graph = self.early.run_of(node, graph, []).graph
         self.on_close(graph, cause, site, observed)
 
 

@@ -1,6 +1,7 @@
 """The region in progress: a position in the trie, the tensors that came in, the values still pending."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from sys import getrefcount
 from typing import Any
 
@@ -12,9 +13,6 @@ from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 
-# Writes that wait for a backward; a program that never calls one has no end of them.
-MAX_UNPROVEN = 1024
-
 
 class Region:
     """What was recorded since the last barrier."""
@@ -22,6 +20,7 @@ class Region:
     __slots__ = (
         "admitted",
         "calls",
+        "counted",
         "deferred",
         "device",
         "dirty",
@@ -36,9 +35,9 @@ class Region:
         "real",
         "recorder",
         "scalars",
+        "seen",
         "slow",
         "storages",
-        "unproven",
     )
 
     def __init__(self, root: Node, recorder: Any) -> None:
@@ -52,6 +51,8 @@ class Region:
         self.inputs: list[tuple[int, torch.Tensor]] = []
         # Every new value; that of a wrapper which is gone is told by its reference count (`living`).
         self.produced: list[Cell] = []
+        # Those of ops that were made at once, which are not kept alive: a step's activations would be.
+        self.seen: list[weakref.ref[Cell]] = []
         self.scalars: list[float] = []
         # Storages that the region writes: reading one of them from outside must wait for the region.
         self.dirty: set[int] = set()
@@ -67,8 +68,8 @@ class Region:
         self.calls: list[Any] = []
         self.past: list[Any] | None = []
         self.real = False
-        # Writes that autograd knew of (edge and matcher): to be followed once a backward has found nothing spoilt by them.
-        self.unproven: list[Any] = []
+        # Writes of calls that were followed while others are owed: how many are, and the tensors; see `write_counts.py`.
+        self.counted: list[tuple[int, list[Any]]] = []
         # An update that was followed, of which the region's tensors do not know yet: its edge, its tensors, and those of them
         # that are new with the serials of their storages.
         self.deferred: Any = None
@@ -78,6 +79,10 @@ class Region:
     def cell(self, tensor: Any) -> Cell:
         """The cell of a tensor that has come in."""
         return tensor.cell if type(tensor) is LazyTensor else self.plain[id(tensor)]
+
+    def see(self, cells: Iterable[Cell]) -> None:
+        """These have their values; who still holds them at the end is to be known."""
+        self.seen += map(weakref.ref, cells)
 
     def refuse(self, reason: Barrier) -> None:
         """The op at hand cannot be recorded."""
@@ -120,7 +125,7 @@ class Region:
         key, number, storage = self._number(tensor, type_, lambda: self.plain.pop(id(tensor), None))
         self.plain[id(tensor)] = Cell(self, number, type_, storage, tensor, number)
         if tensor.requires_grad:
-            if tensor.is_leaf:
+            if is_leaf(tensor):
                 self.recorder.note_leaf(tensor)
             else:
                 self.recorder.outer_graph = True
@@ -164,19 +169,15 @@ class Region:
         else:
             self.past.append(edge)
 
-    def hand_on(self, after: "Region", cause: Barrier) -> None:
-        """What has to outlive the region: writes whose backward is still to come, where somebody reads the loss before it."""
-        if cause is not Barrier.STEP and len(self.unproven) < MAX_UNPROVEN:
-            after.unproven += self.unproven
-
     def release(self) -> None:
         """The region has ended. Its inputs hold it and it holds them: without this only the garbage collector frees a batch."""
         self.plain.clear()
         self.inputs.clear()
         self.produced.clear()
+        self.seen.clear()
         self.admitted.clear()
         self.calls.clear()
-        self.unproven.clear()
+        self.counted.clear()
         self.deferred = None
 
     def is_target(self, device: torch.device) -> bool:
@@ -224,7 +225,20 @@ def living(cells: list[Cell]) -> list[Cell]:
     return [cell for cell, count in zip(cells, counts, strict=True) if count > alone]
 
 
+def numbers_of(cells: Iterable[Cell]) -> tuple[int, ...]:
+    """What the cells stand for now, in order."""
+    return tuple(sorted({cell.ref.id for cell in cells}))
+
+
 _NO_TYPE: Any = None
+
+
+def is_leaf(tensor: torch.Tensor) -> bool:
+    """Has this tensor no history? Of a view among several of a base that was written since, autograd refuses to tell."""
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        return False
 
 
 def is_strided(tensor: torch.Tensor) -> bool:

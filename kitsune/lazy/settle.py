@@ -47,7 +47,9 @@ def _settled_tree(held: Any) -> Any:
 
 
 def _can_settle(wrapper: LazyTensor) -> bool:
-    return not wrapper.requires_grad and (wrapper.cell.real is not None or wrapper.cell.region.error is None)
+    # What an interrupted region has not computed stays as it is.
+    cell = wrapper.cell
+    return not wrapper.requires_grad and (cell.real is not None or cell.region is cell.region.recorder.region)
 
 
 def _settled(wrappers: list[LazyTensor]) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
+from kitsune.lazy.new_state import collect
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor
 
@@ -97,13 +98,13 @@ def _pick(made: list[Any], grads: list[Any], places: dict[int, int]) -> Any:
 def make_lists(recorder: Any, original: Any, optimizer: Any, group: Any, lists: tuple[list[Any], ...]) -> Any:
     """What an optimizer's `_init_group`, the `original`, would put into the lists and return."""
     if len(group["params"]) < 2 or any(type(made) is not list or made for made in lists):
-        return original(optimizer, group, *lists)
+        return collect(recorder, lambda: original(optimizer, group, *lists))
     groups = recorder.known.groups.setdefault(optimizer, {})
     memo = groups.get(id(group))
     contents = None if memo is None else memo.fill(optimizer, group, lists)
     if contents is not None:
         recorder.filled = memo, contents
         return memo.returned
-    returned = original(optimizer, group, *lists)
+    returned = collect(recorder, lambda: original(optimizer, group, *lists))
     groups[id(group)] = GroupLists(optimizer, group, lists, returned)
     return returned

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
 from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.edges import Edge, Incoming
@@ -11,6 +10,7 @@ from kitsune.lazy.host_counts import host_counts
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.update_matchers import UpdateMatcher
 from kitsune.lazy.wholes import Mark
+from kitsune.lazy.write_counts import count_writes
 
 # A function that does something else each time, or something that is not recorded (step counts on the host), is left to the
 # calls that it makes after this many tries, and looked at again once in a while.
@@ -25,19 +25,19 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     matcher = recorder.region.node.matchers.get(func)
     if matcher is not None:
-        # Reading 200 tensors' `requires_grad` would be 200 calls of the API.
-        with torch._C.DisableTorchFunction():
+        # Reading 200 tensors' `requires_grad` would be 200 calls of the API. And another thread may end the region, from the look
+        # at it to the step along it.
+        with torch._C.DisableTorchFunction(), recorder.lock:
             recorder.region.unfold()
             found = matcher.match(lane, args, kwargs, filled)
             if found is not None:
-                with recorder.lock:
-                    return _follow(recorder, matcher.edge, *found)
+                return _follow(recorder, matcher.edge, *found)
     name = (func, *(a for a in kwargs.values() if a is None or type(a) is bool))
     n_failures = lane.failures.get(name, 0)
     if n_failures >= TRIES and n_failures % AGAIN:
         lane.failures[name] = n_failures + 1
         return func(*args, **kwargs)
-    with torch._C.DisableTorchFunction():
+    with torch._C.DisableTorchFunction(), recorder.lock:
         recorder.region.unfold()
         key, call = _key(lane, func, args, kwargs)
         counts = host_counts(func, args, kwargs)
@@ -50,8 +50,7 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
                 counts.advance()
             elif filled is not None and UpdateMatcher.suits(args, kwargs, call, func):
                 recorder.region.node.matchers[func] = UpdateMatcher(lane, edge, kwargs, call, filled[0])
-            with recorder.lock:
-                return _follow(recorder, edge, call.flat, tuple(call.fresh), tuple(call.fresh.values()), numbers)
+            return _follow(recorder, edge, call.flat, tuple(call.fresh), tuple(call.fresh.values()), numbers)
         mark = None if key is None else Mark(recorder, key, call, before, aside=counts is not None)
     lists = [list(map(id, a)) for a in args if type(a) is list]
     lane.part_of_update = mark is not None
@@ -78,13 +77,12 @@ def _follow(recorder: Any, edge: Edge, flat: list[Any], serials: Any, fresh: Any
     # Mostly the region ends here: nobody asks for the 800 tensors of an update again.
     region.deferred = (edge, flat, serials, fresh)
     region.scalars.extend(numbers)
-    increment_version([flat[k] for k in edge.bumps])
+    count_writes(region, [flat[k] for k in edge.bumps], edge)
     # But a gradient's wrapper stands for the gradient as it is afterwards, which decides what is alive at the end: by its schema
-    # a fused update writes gradients.
-    if edge.wrapped is None:
-        edge.wrapped = tuple((k, after) for k, after in edge.rewrites if type(flat[k]) is LazyTensor)
-    for k, after in edge.wrapped:
-        flat[k].cell.ref = after
+    # a fused update writes gradients. One that came in from outside is a wrapper at one time and plain at another.
+    for k, after in edge.rewrites:
+        if type(flat[k]) is LazyTensor:
+            flat[k].cell.ref = after
     region.node = edge.node
     recorder.tally.updates += 1
     recorder.after_follow()

@@ -74,6 +74,35 @@ class TileLine:
 
 
 @dataclass(frozen=True)
+class NumericsLine:
+    """An op whose bits may differ from eager's: why, by how much, and how often the last plan has it so."""
+
+    op: str
+    reason: str
+    measured: str | None
+    in_last_plan: int
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The grade of numerics in force, and what it allows to differ from eager's bits, the most frequent first."""
+
+    grade: str
+    lines: tuple[NumericsLine, ...]
+
+    def __str__(self) -> str:
+        """A sentence for each op; those of one reason together."""
+        found = [f"numerics={self.grade!r}: the bits of these may differ from eager's, and of nothing else"]
+        for reason in dict.fromkeys(line.reason for line in self.lines):
+            found.append(f"  {reason}:")
+            for line in self.lines:
+                if line.reason == reason:
+                    often = f", {line.in_last_plan} x in the last plan" if line.in_last_plan else ""
+                    found.append(f"    {line.op}{': ' if line.measured else ''}{line.measured or ''}{often}")
+        return "\n".join(found)
+
+
+@dataclass(frozen=True)
 class Report:
     """What Kitsune did so far. `str(report)` is the text that users read, `to_dict()` the same for machines."""
 
@@ -87,6 +116,8 @@ class Report:
     mended: tuple[str, ...] = ()
     # What else there is to know.
     notes: tuple[str, ...] = ()
+    # If that was asked for.
+    numerics: Numerics | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, ready for JSON."""
@@ -113,10 +144,11 @@ class Report:
         lines += [f"  {f.count:6d} x {f.cause} at {f.site}: {f.why}" for f in self.flushes]
         lines.append("ran as eager:" if self.passed_through else "no operator ran as eager")
         lines += [f"  {p.count:6d} x {p.op}: {p.reason}, {p.why}" for p in self.passed_through]
+        lines += [str(self.numerics)] if self.numerics else []
         return "\n".join(lines)
 
 
-def report(tally: Tally) -> Report:
+def report(tally: Tally, numerics: Numerics | None = None) -> Report:
     """The report of a tally, the most frequent first."""
     regions = [RegionLine(r.n_ops, r.times_seen, r.cause.name if r.cause else "", _line(r.site)) for r in tally.regions]
     flushes = [FlushLine(cause.name, cause.value, _line(site), n) for (cause, site), n in tally.flushed.most_common()]
@@ -137,6 +169,7 @@ def report(tally: Tally) -> Report:
         tiles=tuple(tiles),
         mended=tuple(tally.mended),
         notes=tuple(tally.notes),
+        numerics=numerics,
     )
 
 

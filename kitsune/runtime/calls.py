@@ -29,6 +29,12 @@ def call(op: Op, values: list[Any], scalars: list[float]) -> None:
         values[after.id] = values[before.id]
 
 
+def try_out(op: Op, values: dict[int, Any]) -> None:
+    """Make one call for nothing: what it returns is dropped, whatever that is."""
+    kwargs = {name: bind(a, values, []) for name, a in op.kwargs}
+    _make(op.target, op, [bind(a, values, []) for a in op.args], kwargs)
+
+
 def call_into(
     op: Op, target: OpOverload, names: Sequence[str], memory: Sequence[torch.Tensor], values: list[Any], scalars: list[float]
 ) -> None:
@@ -45,7 +51,7 @@ def call_into(
         values[value.id] = tensor
 
 
-def bind(argument: Any, values: list[Any], scalars: list[float]) -> Any:
+def bind(argument: Any, values: list[Any] | dict[int, Any], scalars: list[float]) -> Any:
     """What an argument of an op stands for in this run."""
     cls = type(argument)
     if cls is Value:

@@ -8,20 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from kitsune.ir.graph import Slot
-from kitsune.ir.plan import (
-    Access,
-    Extent,
-    Kernel,
-    Launch,
-    Parameter,
-    Pending,
-    Pointer,
-    Program,
-    Scalar,
-    Size,
-    SlotAddress,
-    Stride,
-)
+from kitsune.ir.plan import Access, Kernel, Launch
+from kitsune.ir.program import Extent, Parameter, Pending, Pointer, Program, Scalar, Size, SlotAddress, Stride
 from kitsune.runtime.launch_tables import LaterTables, Tables
 from kitsune.runtime.slots import SlotTable
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from kitsune.ir import Launch, Pending, slots_in
-from kitsune.ir.plan import Access, Kernel, Tile
+from kitsune.ir.plan import Access, Kernel
+from kitsune.ir.program import Tile
 from kitsune.runtime.frame import Startable
 
 # Rounds in which each tile is started once.

@@ -42,6 +42,21 @@ class Off:
                     at_address(address(access), type_.dtype, type_.shape, type_.stride).mul_(self.factor)
 
 
+NUMBERS = [torch.linspace(-2, 2, 4096).mul(k).sin().to(torch.bfloat16) for k in (1, 2)]
+
+EAGERS = (NUMBERS[0] * NUMBERS[1] + 1.5) * NUMBERS[1]
+
+
+def chain() -> list[torch.Tensor]:
+    """Three roundings to 16 bits and a choice, in one kernel."""
+    x, y = NUMBERS
+    z = (x * y + 1.5) * y
+    # Of numbers that nobody keeps, eager makes the choice itself.
+    results = [z, (y * x + 1.5) * y == EAGERS]
+    kitsune.flush()
+    return results
+
+
 def main(folder: str, factor: float) -> None:
     """Train a small model with norms, softmax and a loss for a few steps."""
     compiler = Compiler(folder, interpret=True)
@@ -61,7 +76,11 @@ def main(folder: str, factor: float) -> None:
 
     with backend(lambda launch: Off(launch, compiler, factor)), kitsune.config.patch(numerics="strict", cache_dir=folder):
         report = kitsune.verify(step, steps=4, device="cpu")
+        wide = kitsune.verify(chain, steps=4, device="cpu", numerics="strict")
+    with backend(lambda launch: Off(launch, compiler, factor)), kitsune.config.patch(numerics="fast", cache_dir=folder):
+        fast = kitsune.verify(chain, steps=4, device="cpu")
     print(report.equal, report.rounded, report.kernels, sep="\n")
+    print(wide.equal, wide.rounded, fast.equal, fast.rounded)
     print(report)
 
 

@@ -28,6 +28,9 @@ def test_reductions_are_held_to_float64(how: str, tmp_path: Path) -> None:
     assert equal == str(how == "healthy") and int(kernels) >= 6, done.stdout
     if how == "healthy":
         assert int(rounded) == 2, done.stdout
+        # A chain in 16 bits: with eager's roundings, and without.
+        equal, rounded, fast, unrounded = done.stdout.splitlines()[3].split()
+        assert (equal, rounded, fast) == ("True", "0", "True") and int(unrounded), done.stdout
     else:
         assert "from float64, where" in done.stdout and "native_layer_norm.default, " in done.stdout, done.stdout
         assert "interpret.py:" in done.stdout
@@ -57,7 +60,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("numerics", ["bitwise", "strict"])
+@pytest.mark.parametrize("numerics", ["bitwise", "strict", "fast"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_a_healthy_step_is_equal_on_the_gpu(half: bool, numerics: str, tmp_path: Path) -> None:
     with kitsune.config.patch(numerics=numerics, cache_dir=tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -123,6 +124,23 @@ def layouts(dtype: torch.dtype) -> Iterator[tuple[str, list[torch.Tensor]]]:
     yield "channels last", [new(2, 3, 4, 5).to(memory_format=torch.channels_last), new(3, 1, 1)]
 
 
+def unrounded(compiler: Compiler) -> None:
+    """A kernel that rounds what it stores, and before that only what is compared."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x, y = draw(SAMPLES[0], dtype, (9, 33))[0], draw(SAMPLES[0], dtype, (9, 33), seed=1)[0]
+        wide = [t.float() for t in (x, y)]
+        # The threshold lies between most products and what they are rounded to.
+        limit = float((x * y)[0, 0])
+        built = build(lambda x, y: (p := x * y, [(p + 1.5) * y, p >= limit])[1], [x, y], "kernel")  # noqa: B023
+        got = run(replace(built, kernel=replace(built.kernel, rounds=False)), compiler, [x, y], [x, y], False)
+        product = wide[0] * wide[1]
+        once = ((product + 1.5) * wide[1]).to(dtype)
+        if not torch.equal(got[0], once) or torch.equal(once, (x * y + 1.5) * y):
+            print(f"unrounded {dtype}: {int((got[0] != once).sum())} elements are not rounded once")
+        if not torch.equal(got[1], x * y >= limit):
+            print(f"unrounded {dtype}: {int((got[1] != (x * y >= limit)).sum())} comparisons are not eager's")
+
+
 def shapes(compiler: Compiler) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool):
         for name, inputs in layouts(dtype):
@@ -134,6 +152,7 @@ def shapes(compiler: Compiler) -> None:
         grid = draw(SAMPLES[0], dtype, (33, 9, 16))[0]
         strided = [grid, grid.permute(2, 1, 0).contiguous().permute(2, 1, 0)]
         compare(f"batched, strided {dtype}", lambda x, y: x + y * y, strided, compiler, batched=True)
+    unrounded(compiler)
 
 
 if __name__ == "__main__":

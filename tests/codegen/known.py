@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from kitsune.ir import Launch
-from kitsune.ir.plan import Program
+from kitsune.ir.program import Program
 
 FILE = os.environ.get("MUTANTS_KNOWN_PROGRAMS")
 RECORDS = "MUTANTS_RECORD" in os.environ

@@ -17,7 +17,7 @@ import kitsune
 from kitsune.codegen import Compiler, render, text_key, tile_of, why_not_batched
 from kitsune.codegen.lowering import lower_rules
 from kitsune.ir import Kernel
-from kitsune.ir.plan import Program, Tile
+from kitsune.ir.program import Program, Tile
 from tests.codegen.build import compiled_kernel
 from tests.codegen.reductions import CASES, DTYPES, RULES, draw
 from tests.codegen.test_compiled import resources

@@ -13,7 +13,7 @@ from kitsune.codegen import parameters_of, render, text_key, why_not_batched, wh
 from kitsune.codegen.keys import call_key
 from kitsune.codegen.render import _rendered, body_of
 from kitsune.ir import Slot
-from kitsune.ir.plan import Pointer, Scalar, Size, SlotAddress, Stride
+from kitsune.ir.program import Pointer, Scalar, Size, SlotAddress, Stride
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs
 from tests.codegen.build import Built, build
@@ -164,3 +164,20 @@ def test_why_not_lowered(call: Any, inputs: list[torch.Tensor], reason: str) -> 
         assert re.search(reason, str(error))
         return
     assert any(re.search(reason, why_not_lowered(op) or "") for op in ops)
+
+
+@pytest.mark.parametrize("mode", ["floor", "trunc"])
+@pytest.mark.parametrize(("number", "sure"), [(0.7, True), (3.0, True), (0.0, True), (1.1, False)])
+def test_a_quotient_that_is_rounded_is_a_kernels_where_its_reciprocal_is_one_number(mode: str, number: float, sure: bool) -> None:
+    (op,) = build(lambda x: torch.div(x, number, rounding_mode=mode), [torch.randn(8)], "k").ops
+    assert (why_not_lowered(op) is None) is sure
+    (op,) = build(lambda x: torch.div(x, number, rounding_mode=mode), [torch.randn(8)], "k", (number,)).ops
+    assert "depends on the precision" in str(why_not_lowered(op)), "it moves, and may become any number"
+
+
+@pytest.mark.parametrize("program", [lambda x: x / 1.1, lambda x: torch._foreach_div([x], 1.1)[0]])
+def test_the_reciprocal_of_a_number_is_divided_in_float64(program: Any) -> None:
+    text = render(build(program, [torch.randn(8)], "k").kernel).text
+    assert '"s0": "fp64"' in text and "(tl.full((), 1.0, tl.float64) / s0).to(tl.float32)" in text
+    (number,) = build(program, [torch.randn(8)], "k", (1.1,)).slots
+    assert number == 1.1

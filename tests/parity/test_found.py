@@ -133,3 +133,20 @@ def test_tensor_split_at_places_of_another_type_raises_as_in_eager() -> None:
     expected = message()
     with kitsune.accelerate(warmup=1, device="cpu"):
         assert message() == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ctc_loss_on_a_gpu_takes_lengths_from_the_host(reduction: str) -> None:
+    torch.manual_seed(0)
+    scores, targets = torch.randn(6, 2, 5, device="cuda"), torch.tensor([[1, 2], [3, 1]], device="cuda")
+    lengths = [torch.full((2,), n) for n in (6, 2)]
+
+    def step() -> Tensor:
+        return F.ctc_loss((scores * 2).log_softmax(2), targets, *lengths, reduction=reduction)
+
+    expected = step()
+    for _ in range(STEPS):
+        with kitsune.accelerate(warmup=1, device="cuda"):
+            got = step()
+        assert torch.equal(got, expected)

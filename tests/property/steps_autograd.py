@@ -129,10 +129,11 @@ READS = (
 def look(b: Builder, i: int, j: int, k: int) -> str:
     """What a program can see without a value."""
     x = b.any(i)
-    version = "shape" if b.world.is_gradient(b.world.tensors[x]) else "_version - births['{x}']"
+    if k % 9 == 1 and not b.world.is_gradient(b.world.tensors[x]):
+        return f"note_writes('{x}')"
     facts = (
         "stride(), {x}.storage_offset()",
-        version,
+        "shape",
         "requires_grad, {x}.is_leaf",
         "dtype, {x}.device",
         "_base is None",

@@ -47,23 +47,32 @@ class World:
     # `_version` of each variable when it was made: C++ may work in place on a plain tensor that it has just made
     # (F.linear adds a bias), and out of place on a wrapper.
     births: dict[str, int] = field(default_factory=dict)
+    ids: dict[str, int] = field(default_factory=dict)
+    # Of the exception of the last line.
+    words: str = ""
+    # What the program saw of versions on the way.
+    noted: list[tuple[str, tuple[int, int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.names |= {"torch": torch, "F": torch.nn.functional, "np": numpy, "kitsune": kitsune, "Doubled": Doubled}
-        self.names["births"] = self.births
+        self.names["note_writes"] = lambda name: self.noted.append((name, self.writes(name, self.names[name])))
         torch.manual_seed(SEED)
 
     def execute(self, line: str) -> None:
         """Run one line; note the value that it read, or the type of its exception."""
-        self.names["seen"] = None
+        self.names["seen"], self.words = None, ""
         try:
             exec(compile(line, "<program>", "exec"), self.names)
         except Exception as error:
+            self.words = str(error)
             self.seen.append(f"{type(error).__name__} at {line!r}")
         else:
             self.seen.append(f"{self.names['seen']!r} at {line!r}")
-        for name, tensor in self.tensors.items():
-            self.births.setdefault(name, tensor._version)
+        # To ask for a version is to ask for the graph: the program has not, and calls would not be followed any more.
+        with torch._C.DisableTorchFunction():
+            for name, tensor in self.tensors.items():
+                if self.ids.get(name) != id(tensor):
+                    self.ids[name], self.births[name] = id(tensor), _version_of(tensor)
         if self.gradients is not None:
             self._note_gradients("autograd.grad(" in line)
 
@@ -73,9 +82,10 @@ class World:
         known = {storage._cdata for storage in self.gradients}
         self.gradients += [t.untyped_storage() for t in found if t.untyped_storage()._cdata not in known]
 
-    def writes(self, name: str, tensor: torch.Tensor) -> int:
-        """How often the tensor was written since it was made."""
-        return tensor._version - self.births.get(name, 0)
+    def writes(self, name: str, tensor: torch.Tensor) -> tuple[int, int]:
+        """How often the tensor was written, and how often of that since it was made."""
+        version = _version_of(tensor)
+        return version, version - self.births.get(name, 0)
 
     def is_gradient(self, tensor: torch.Tensor) -> bool:
         """Does the tensor lie in memory that once held a gradient?"""
@@ -130,6 +140,15 @@ class Program:
         return world
 
 
+def _version_of(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _same_writes(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Of a view that was followed the first count is as in eager, and it begins to count when it gets its history."""
+    return a[0] == b[0] or a[1] == b[1]
+
+
 def differences(expected: World, got: World) -> list[str]:
     """What tells the two worlds apart, in words.
 
@@ -137,6 +156,9 @@ def differences(expected: World, got: World) -> list[str]:
     as_strided, a wrapper's is replayed view by view.
     """
     found = [f"saw {b} instead of {a}" for a, b in zip(expected.seen, got.seen, strict=True) if a != b]
+    for (name, a), (_, b) in zip(expected.noted, got.noted, strict=False):
+        if not _same_writes(a, b):
+            found.append(f"{name}: version {b} instead of {a} on the way")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         there, here = expected.state(), got.state()
@@ -146,7 +168,7 @@ def differences(expected: World, got: World) -> list[str]:
             if difference := _compare.difference(tensor, here[name], skip=("history",)):
                 found.append(f"{name}: {difference}")
             writes = [world.writes(name, state[name]) for world, state in ((expected, there), (got, here))]
-            if writes[0] != writes[1] and not expected.is_gradient(tensor):
+            if not _same_writes(*writes) and not expected.is_gradient(tensor):
                 found.append(f"{name}: version {writes[1]} instead of {writes[0]}")
         names = list(there)
         sets = [_compare.alias_sets([state[name] for name in names]) for state in (there, here)]

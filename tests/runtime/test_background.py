@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from kitsune.background import LOOK_S, REST, REST_IN_STEP, PacedThread, later, wait, when_done
+from kitsune import hearing
+from kitsune.background import LOOK_S, REST, REST_IN_STEP, WORK_S, PacedThread, later, wait, when_done
 
 SECONDS = 60.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def calls_in_here_are_heard() -> None:
+    if (tool := hearing._tool()) is not None:
+        hearing.tell_of(hearing.codes_of(sys.modules[__name__]), tool)
 
 
 def spin(n: int) -> int:
@@ -62,7 +71,7 @@ def test_it_goes_on_while_nobody_else_computes(alone: bool) -> None:
         patch.setattr("kitsune.background.time.sleep", slept.append)
         measured(paced).result(SECONDS)
         paced.close()
-    assert bool(slept) is not alone and all(seconds >= REST * 0.001 for seconds in slept)
+    assert bool(slept) is not alone and all(seconds >= REST * WORK_S for seconds in slept)
 
 
 def test_it_rests_longer_still_while_a_step_is_made() -> None:
@@ -113,20 +122,23 @@ def test_what_has_a_lower_rank_is_called_first() -> None:
     paced.close()
 
 
-def test_calls_are_watched_only_while_there_is_something_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    paced, seen, done, set_profile = PacedThread(), [], threading.Event(), sys.setprofile
+def test_calls_are_heard_only_while_there_is_something_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    paced, seen, done = PacedThread(), [], threading.Event()
 
-    def note(hook: Any) -> None:
-        seen.append(hook is not None)
-        set_profile(hook)
+    @contextlib.contextmanager
+    def noted(hear: Any) -> Iterator[None]:
+        seen.append(True)
+        with hearing.hearing(hear):
+            yield
+        seen.append(False)
 
-    monkeypatch.setattr(sys, "setprofile", note)
+    monkeypatch.setattr("kitsune.background.hearing", noted)
     paced.submit(lambda: seen.append("a"))
     paced.submit(lambda: seen.append("b"), rank=1)
     paced.submit(done.set, rank=2)
     assert done.wait(60)
     paced.close()
-    # Profiling in one thread makes the calls of all threads slower.
+    # A profiler's hook in one thread can make the calls of all threads slower.
     assert seen == [True, "a", False, True, "b", False, True, False]
 
 

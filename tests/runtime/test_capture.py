@@ -267,9 +267,7 @@ def test_a_setting_of_the_libraries_is_another_graph() -> None:
 @pytest.mark.parametrize("kernels", [True, False])
 def test_random_programs(program: Program, kernels: bool) -> None:
     expected = program.run(contextlib.nullcontext(), eager=True)
-    with graphs(kernels), pytest.MonkeyPatch.context() as patch:
-        # At the second sight, so that more of them get as far.
-        patch.setattr("kitsune.runtime.steady.RUNS", 1)
+    with graphs(kernels):
         for turn in range(5):
             got = program.run(lazily())
             assert not (found := differences(expected, got)), f"round {turn}: {found}"

@@ -19,7 +19,8 @@ from kitsune.backends import Backend
 from kitsune.background import thread
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
-from kitsune.ir import Launch, Pending
+from kitsune.ir import Graph, Launch, Pending
+from kitsune.runtime import ThreadPlans
 from tests.runtime.backends import assert_equal, chain, lazily, loop, runner
 from tests.runtime.checked import forget
 from tests.runtime.repeated import Repeater, WalkInGraph, counts
@@ -139,10 +140,24 @@ def test_a_region_runs_unfused_until_its_kernels_are_there() -> None:
 
 def test_only_what_comes_back_is_planned_and_after_its_capture() -> None:
     with cold(graphs=True) as (workers, _):
-        for n in range(1, 4):
+        for n in range(1, 3):
             assert idle() and not workers.asked and counts("captured") == [0]
             assert torch.equal(step(), chain()) and counts("unfused") == [n]
         assert idle() and len(workers.asked) == 1 and counts("captured", "replayed") == [1, 1]
+
+
+def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(ThreadPlans, "go_on", lambda self, graph: (given.append(graph), len(given) > 1)[1])
+    with cold() as (workers, _):
+        for n in range(1, 7):
+            assert torch.equal(step(), chain()) and idle() and counts("unfused") == [n]
+            # Planned after the second run; twice something is left to do for it, and then no more.
+            assert len(given) == min(max(n - 2, 0), 2)
+        (graph,) = set(given)
+        assert isinstance(graph, Graph)
+        workers.release()
+        assert torch.equal(step(), chain()) and counts("kernels") == [1] and len(given) == 2
 
 
 def test_no_step_waits_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +296,7 @@ def test_a_plan_on_disk_is_had_before_the_region_comes_back(tmp_path: Path) -> N
 def test_a_plan_on_disk_waits_for_its_kernels_as_any_other(tmp_path: Path) -> None:
     for known in (False, True):
         with plans_in(tmp_path), cold() as (workers, _):
-            for _ in range(2):
-                assert torch.equal(step(), chain()) and idle() and bool(workers.asked) == known
+            assert torch.equal(step(), chain()) and idle() and bool(workers.asked) == known
             assert counts("kernels") == [0]
             workers.release()
             assert torch.equal(step(), chain()) and counts("kernels") == [1]
@@ -292,6 +306,7 @@ def test_a_plan_on_disk_waits_for_its_kernels_as_any_other(tmp_path: Path) -> No
 def test_a_program_that_keeps_changing_is_not_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     monkeypatch.setattr(running, "kept_plan", lambda graph, planner: looked.append(len(graph.ops)))
+    monkeypatch.setattr(running, "may_be_kept", lambda graph: True)
     with cold():
         for n in range(2 * running.MAX_MISSED):
             with lazily():
@@ -309,6 +324,7 @@ def test_a_look_up_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) ->
             raise ZeroDivisionError
 
     monkeypatch.setattr(running, "kept_plan", fail)
+    monkeypatch.setattr(running, "may_be_kept", lambda graph: True)
     with cold() as (workers, _):
         workers.hold = False
         for _ in range(2):

@@ -12,7 +12,7 @@ import torch
 
 from kitsune.codegen import parameters_of, render
 from kitsune.ir import Kernel, Launch, Program
-from kitsune.ir.plan import SlotAddress
+from kitsune.ir.program import SlotAddress
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from kitsune.runtime.slots import SlotTable
 from tests.codegen.build import build

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.runtime import ThreadPlans, thread_plans
+from kitsune.runtime.calls import try_out
 from tests.plan.recorded import record
 
 
@@ -25,7 +28,7 @@ def convolutions(n: int = 2) -> kitsune.ir.Graph:
 
 def test_each_shape_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(thread_plans, "call", lambda op, values, scalars: made.append((op, values)))
+    monkeypatch.setattr(thread_plans, "try_out", lambda op, values: made.append((op, values)))
     graph, plans = convolutions(), ThreadPlans()
     backwards = [op for op in graph.ops if op.target._opname == "convolution_backward"]
     assert len(backwards) == 3
@@ -39,12 +42,55 @@ def test_each_shape_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [values[v.id].stride() for v in op.inputs] == [v.type.stride for v in op.inputs]
 
 
-def test_an_operator_that_fails_is_left_to_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise torch.OutOfMemoryError("no memory")
+def test_those_of_a_region_to_come_are_made_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    clock = iter(range(100))
+    monkeypatch.setattr(thread_plans, "try_out", lambda op, values: made.append(op.target._opname))
+    monkeypatch.setattr(thread_plans.time, "perf_counter", lambda: next(clock) * thread_plans.SECONDS * 0.4)
+    graph, plans = convolutions(), ThreadPlans()
+    n_made = []
+    while not plans.go_on(graph):
+        n_made.append(len(made))
+    # Two layers and their backwards are alike but for the gradient of the first one's input.
+    assert n_made == [3] and sorted(made) == ["convolution"] * 2 + ["convolution_backward"] * 3
+    assert plans.go_on(graph) and len(made) == 5
+    # What has run in this thread needs none.
+    others = ThreadPlans()
+    others.make(graph)
+    assert len(made) == 8 and others.go_on(graph) and len(made) == 8
 
-    monkeypatch.setattr(thread_plans, "call", fail)
+
+def test_nothing_is_run_into_a_graph_that_the_program_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(thread_plans, "try_out", lambda op, values: made.append(op.target._opname))
+    graph, plans = convolutions(), ThreadPlans()
+    with monkeypatch.context() as patch:
+        patch.setattr(thread_plans, "_captured", lambda: True)
+        plans.make(graph)
+        assert not plans.go_on(graph) and not made
+    while not plans.go_on(graph):
+        pass
+    assert len(made) == 5
+
+
+def test_an_operator_that_fails_is_left_to_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter([torch.OutOfMemoryError("no memory"), TypeError("an argument of another kind"), IndexError("no number")])
+
+    def fail(*_: object) -> None:
+        raise next(failures)
+
+    monkeypatch.setattr(thread_plans, "try_out", fail)
     ThreadPlans().make(convolutions())
+    assert not list(failures)
+
+
+def test_what_is_tried_out_may_return_what_it_likes(recwarn: pytest.WarningsRecorder) -> None:
+    graph = convolutions()
+    op = next(op for op in graph.ops if op.target._opname == "convolution")
+    elsewhere = replace(op, results=(replace(op.results[0], type=op.inputs[0].type),))
+    tensors = {v.id: torch.ones(v.type.shape) for v in op.inputs}
+    try_out(elsewhere, tensors)
+    assert not recwarn.list and tensors.keys() == {v.id for v in op.inputs}
 
 
 @pytest.mark.gpu
@@ -56,4 +102,4 @@ def test_the_first_step_makes_the_plans_that_the_second_needs() -> None:
         conv(torch.randn(4, 8, 16, 16, device="cuda")).sum().backward()
         optimizer.step()
         pipeline = next(iter(kitsune.contexts.here.depth))
-        assert len(pipeline.thread_plans._known) == 1
+        assert sorted(op._opname for op, *_ in pipeline.runner.thread_plans._known) == ["convolution", "convolution_backward"]

@@ -36,7 +36,8 @@ def executor(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("optimizer", [sgd, adamw], ids=lambda f: f.__name__)
 def test_a_training_is_as_in_eager_and_its_python_is_skipped(model: Any, optimizer: Any) -> None:
     _, counters = compare(straight(30), at_most=WARM, model=model, optimizer=optimizer)
-    assert counters["static_skipped"] == 30 - WARM
+    # AdamW makes its state beside the region, which is that of the second step from the first on: one step less to learn.
+    assert counters["static_skipped"] == 30 - WARM + (optimizer is adamw)
     assert not counters["static_refused"]
 
 

@@ -1,0 +1,61 @@
+"""Counts of writes while calls are owed: a backward compares that of a tensor with what it was when the call was made."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.autograd.graph import increment_version
+
+from kitsune.lazy.tensor import LazyTensor
+
+
+def count_writes(region: Any, tensors: list[Any], edge: Any) -> None:
+    """A call that was followed writes these tensors."""
+    increment_version(tensors)
+    if region.calls:
+        # A call that is owed itself counts its writes to what other calls owe when it is made again.
+        mine = [t for t in tensors if not is_owed(t)] if edge.graded else tensors
+        region.counted.append((len(region.calls), mine))
+
+
+def is_owed(tensor: Any) -> bool:
+    """Is this what a call has made that is to be made again?"""
+    return type(tensor) is LazyTensor and tensor.cell.owed is not None and not tensor.cell.spent
+
+
+class Recount:
+    """Takes back what was counted, and counts it again as the calls are made again: each finds the counts of its time."""
+
+    def __init__(self, region: Any) -> None:
+        self._left, region.counted = region.counted, []
+        # Views that somebody holds, and what they were before they got their history.
+        self._replaced: list[tuple[Any, Any]] = []
+        for _, tensors in self._left:
+            _move(tensors, -1)
+
+    def replaced(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """(now, before) of wrappers that share the count of their base from here on."""
+        self._replaced += pairs
+
+    def before_call(self, n: int) -> None:
+        """Count what was written before call number `n`."""
+        while self._left and self._left[0][0] <= n:
+            self._again(self._left.pop(0)[1])
+
+    def rest(self) -> None:
+        """Count what was written after the last call."""
+        for _, tensors in self._left:
+            self._again(tensors)
+
+    def _again(self, tensors: list[Any]) -> None:
+        counts = [(now._version, before._version) for now, before in self._replaced]
+        _move(tensors, 1)
+        for (now, before), (count, other) in zip(self._replaced, counts, strict=True):
+            # What the program has detached before still shares the count of old.
+            if before._version != other and now._version == count:
+                _move([now], 1)
+
+
+def _move(tensors: list[Any], by: int) -> None:
+    for tensor in tensors:
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + by,))

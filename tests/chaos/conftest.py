@@ -1,0 +1,36 @@
+"""Counts what was run, equal, different and crashed, and prints it behind the tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import kitsune
+from tests.chaos.counting import COUNTS, Counts
+
+
+@pytest.fixture
+def counts(request: pytest.FixtureRequest, record_property: Any) -> Iterator[Counts]:
+    """What a test compares; it fails at its end if anything was different or crashed."""
+    kitsune.reset()
+    found = Counts()
+    yield found
+    record_property("chaos", [request.node.path.stem, [found.numbers[name] for name in COUNTS]])
+    assert found.numbers["run"] > 0
+    assert not found.told, "\n".join(found.told[:5])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    table: dict[str, Counter[str]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "chaos" and report.when == "teardown":
+                    table.setdefault(value[0], Counter()).update(dict(zip(COUNTS, value[1], strict=True)))
+    if table:
+        terminalreporter.write_line(f"{'':34}" + "".join(f"{name:>11}" for name in COUNTS))
+    for row, numbers in sorted(table.items()):
+        terminalreporter.write_line(f"{row:34}" + "".join(f"{numbers[name]:11}" for name in COUNTS))

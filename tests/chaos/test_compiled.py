@@ -1,0 +1,71 @@
+"""torch.compile inside of a context and a context inside of what is compiled: with the compiler that runs graphs as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.chaos.counting import Counts, Loop, many
+
+Way = Callable[[Loop, Callable[[], Any]], Callable[[int], None]]
+
+
+def compiled(function: Any) -> Any:
+    return torch.compile(function, backend="eager")
+
+
+def a_part_of_the_model(loop: Loop, context: Callable[[], Any]) -> Callable[[int], None]:
+    assert isinstance(loop.model, nn.Sequential)
+    loop.model[1] = compiled(loop.model[1])
+    return loop.step
+
+
+def the_model(loop: Loop, context: Callable[[], Any]) -> Callable[[int], None]:
+    loop.model = compiled(loop.model)
+    return loop.step
+
+
+def the_loss(loop: Loop, context: Callable[[], Any]) -> Callable[[int], None]:
+    loop.loss = compiled(loop.loss)  # type: ignore[method-assign]
+    return loop.step
+
+
+def a_function_that_opens_a_context(loop: Loop, context: Callable[[], Any]) -> Callable[[int], None]:
+    @compiled
+    def step(i: int) -> None:
+        with context():
+            loop.step(i)
+
+    return step
+
+
+def from_the_third_step_on(loop: Loop, context: Callable[[], Any]) -> Callable[[int], None]:
+    model = loop.model
+
+    def step(i: int) -> None:
+        loop.model = compiled(model) if i % 4 > 1 else model
+        loop.step(i)
+
+    return step
+
+
+WAYS = [a_part_of_the_model, from_the_third_step_on, the_model, the_loss, a_function_that_opens_a_context]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", WAYS[: many(2, 5)])
+def test_a_training_with_compiled_parts(way: Way, counts: Counts) -> None:
+    def program(context: Callable[[], Any]) -> list[Any]:
+        torch._dynamo.reset()
+        loop = Loop()
+        step = way(loop, context)
+        with context():
+            for i in range(7):
+                step(i)
+        return loop.state()
+
+    counts.check(way.__name__, program)

@@ -1,0 +1,136 @@
+"""Interrupts at random points of a training: no mode is left, and the next training is equal to eager's to the bit."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from random import Random
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import kitsune
+from kitsune.session import _thread as here
+from tests.chaos.counting import Counts, Loop, lazily, many
+
+STEPS = 6
+
+
+@contextlib.contextmanager
+def after_lines(n: int) -> Iterator[None]:
+    """An interrupt once that many lines of Python have been run, wherever that is."""
+    left = n
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def lines_of_a_training() -> int:
+    lines = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with lazily():
+            train(Loop())
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def train(loop: Loop) -> None:
+    for i in range(STEPS):
+        loop.step(i)
+        if i % 2:
+            loop.losses[-1].item()
+
+
+def leaves_nothing() -> str | None:
+    if _get_current_dispatch_mode_stack() or torch._C._len_torch_function_stack():
+        return "a mode is left"
+    if here.depth:
+        return "a context is left open"
+    return None
+
+
+def one(n: int, counts: Counts, expected: list[torch.Tensor], interrupted: Callable[[], Any]) -> None:
+    """One interrupted training, then a whole one."""
+    try:
+        with interrupted(), lazily():
+            train(Loop())
+    except KeyboardInterrupt:
+        pass
+    # Of torch's own: an interrupt within `no_grad` leaves it off, in eager too.
+    torch.set_grad_enabled(True)
+    left = leaves_nothing()
+    loop = Loop()
+    try:
+        with lazily():
+            train(loop)
+        got: Any = loop.state()
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+    counts.compare(f"after {n}", [None, *expected], [left, *got] if isinstance(got, list) else [left, got])
+
+
+def test_at_random_lines(counts: Counts) -> None:
+    """At any line of Python, Kitsune's own among them, as a signal may come."""
+    loop = Loop()
+    train(loop)
+    expected, scattered = loop.state(), Random(7)
+    lines_of_a_training()  # what is done once in a process is done
+    kitsune.reset()
+    total = lines_of_a_training()
+    for _ in range(many(12, 200)):
+        kitsune.reset()
+        n = scattered.randrange(1, total)
+        one(n, counts, expected, lambda n=n: after_lines(n))
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals come to the main thread")
+def test_by_a_signal(counts: Counts) -> None:
+    """A real signal at a random time; between two of them nothing is forgotten."""
+    loop = Loop()
+    train(loop)
+    expected, scattered = loop.state(), Random(8)
+
+    @contextlib.contextmanager
+    def soon() -> Iterator[None]:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        timer = threading.Timer(scattered.random() * 0.03, _thread.interrupt_main)
+        timer.start()
+        try:
+            yield
+        finally:
+            # It may come as late as here.
+            with contextlib.suppress(KeyboardInterrupt):
+                timer.join()
+            signal.signal(signal.SIGINT, before)
+
+    for n in range(many(4, 200)):
+        one(n, counts, expected, soon)

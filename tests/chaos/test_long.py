@@ -1,0 +1,90 @@
+"""Programs without an end: operators that nobody reads, deep graphs, and batches of ever new sizes."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kitsune
+from kitsune.lazy.trie import Node
+from tests.chaos.counting import Counts, Loop, lazily, many
+
+
+def test_operators_without_a_read(counts: Counts) -> None:
+    """Regions are bounded by themselves: memory does not grow with the program."""
+    n = many(3_000, 100_000)
+
+    def program(context: Callable[[], Any]) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 256)
+        with context():
+            for _ in range(n // 2):
+                x = x * 0.999 + 0.001
+        return [x.clone()]
+
+    with kitsune.config.patch(max_pending_ops=1_000):
+        counts.check(f"{n} operators", program)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        counts.check(f"{n} operators again", program)
+    # Of 100,000 tensors, wrappers alone would be 100 MB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    assert kitsune.counters()["flushed"]["BOUND"] >= 2 * (n // 1_000 - 1)
+
+
+def test_a_deep_graph(counts: Counts) -> None:
+    """Nothing recurses as deep as the graph is, and the backward is eager's."""
+    n = many(300, 10_000)
+
+    def program(context: Callable[[], Any]) -> list[Any]:
+        w = nn.Parameter(torch.linspace(0.5, 1, 8))
+        found = []
+        for _ in range(3):
+            with context():
+                x = w
+                for _ in range(n):
+                    x = x.sin()
+                x.sum().backward()
+            assert w.grad is not None
+            found.append(w.grad.clone())
+            w.grad = None
+        return found
+
+    counts.check(f"{n} layers", program)
+
+
+def test_batches_of_ever_new_sizes(counts: Counts) -> None:
+    """Each is recorded or left to eager, none is taken for another, and what is known of them is forgotten in time."""
+    n = many(16, 1_000)
+
+    def program(context: Callable[[], Any]) -> list[Tensor]:
+        loop = Loop()
+        with context():
+            for i in range(n):
+                size = 1 + (i * 617) % n
+                loop.xs[i % 16] = torch.linspace(-1, 1, size * 6).view(size, 6)
+                loop.ys[i % 16] = torch.arange(size) % 3
+                loop.step(i)
+        return loop.state()
+
+    counts.check(f"{n} sizes", program)
+    gc.collect()
+    assert sum(type(thing) is Node for thing in gc.get_objects()) < 12 * kitsune.config.max_pending_ops
+
+
+def test_two_sizes_in_turns_are_both_followed(counts: Counts) -> None:
+    def program(context: Callable[[], Any]) -> list[Tensor]:
+        loop = Loop()
+        with context():
+            for i in range(12):
+                k = i % 16
+                loop.xs[k] = loop.xs[k][: 4 - i % 2].clone()
+                loop.ys[k] = loop.ys[k][: 4 - i % 2].clone()
+                loop.step(i)
+        return loop.state()
+
+    counts.check("two sizes", program, lazily)
+    assert kitsune.counters()["backwards_followed"] >= 7

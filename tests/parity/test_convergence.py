@@ -1,0 +1,62 @@
+"""The first steps of eight small models on real data: every loss and every parameter is eager's.
+
+`python -m benchmarks.bench_convergence` trains them for 200 steps, in each grade of numerics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.bench_convergence import distances, row_of
+from benchmarks.loss_curves import Curve, curve
+from benchmarks.small_models import SMALL
+
+pytest.importorskip("sklearn")
+CPU = torch.device("cpu")
+# The third is followed, by call and by backward.
+STEPS = 4
+# Four of them in 16 bits too: all in each precision would take 40 s.
+HALF = {"mlp": "amp", "gpt": "amp", "vit": "fp16", "recommender": "fp16"}
+CASES = [*((name, "fp32") for name in SMALL), *HALF.items()]
+EAGER = Curve([2.0, 1.0, 0.5], 0.4, "same", 0, 0)
+
+
+@pytest.mark.parametrize(("name", "precision"), CASES)
+def test_first_steps_are_eagers_bits(name: str, precision: str) -> None:
+    expected = curve(name, "eager", CPU, precision, STEPS, size="small")
+    got = curve(name, "bitwise", CPU, precision, STEPS, size="small")
+    assert (got.losses, got.evaluated, got.digest) == (expected.losses, expected.evaluated, expected.digest)
+    assert got.followed > STEPS
+    assert len(set(expected.losses)) == STEPS, "each step trains, and has a batch of its own"
+
+
+def test_another_seed_is_another_training() -> None:
+    one, other = (curve("mlp", "eager", CPU, "fp32", 2, seed, "small") for seed in (0, 1))
+    assert one.losses != other.losses and one.digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("column", "changed", "kept"),
+    [
+        ("bitwise", {}, True),
+        ("bitwise", {"losses": [2.0, 1.0, 0.5000001]}, False),
+        ("bitwise", {"digest": "other"}, False),
+        ("strict", {"losses": [2.0, 1.0009, 0.5], "digest": "other"}, True),
+        ("strict", {"losses": [2.0, 1.0011, 0.5]}, False),
+        ("strict", {"losses": [2.0, float("nan"), 0.5]}, False),
+        ("fast", {"losses": [3.0, 3.0, 3.0], "evaluated": 0.45}, True),
+        ("fast", {"evaluated": 0.51}, False),
+        ("fast", {"evaluated": float("nan")}, False),
+    ],
+)
+def test_what_is_asked_of_a_grade(column: str, changed: dict[str, Any], kept: bool) -> None:
+    ours = Curve(**{"losses": EAGER.losses, "evaluated": 0.4, "digest": "same", "kernels": 1, "followed": 1, **changed})
+    assert row_of(column, ours, EAGER, spread=0.1, bound=1e-3)["kept"] is kept
+
+
+def test_distances_are_relative_and_nan_beside_nan_is_none() -> None:
+    nan = float("nan")
+    assert distances([1.5, nan, 2.0, 0.0], [1.0, nan, nan, 0.0]) == [0.5, 0.0, float("inf"), 0.0]
