@@ -61,7 +61,7 @@ def _mark_begins(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(mark: Any) -> Any:
-        if not _profiled() and mark.name.startswith("Optimizer.") and mark.args is None:
+        if lanes() and not _profiled() and mark.name.startswith("Optimizer.") and mark.args is None:
             mark.run_callbacks_on_exit, mark.record = False, _Mark(mark.name)
             mark.record.__enter__()
             return mark
