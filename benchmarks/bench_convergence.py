@@ -8,6 +8,8 @@ benchmarks/models.py on random data; or names. Every model has, in each precisio
 
     eager    with deterministic kernels
     again    the same without them: how far eager goes from itself
+    nudged   eager, with every parameter moved by one unit in the last place before the first step: how far a training goes whose
+             sums are rounded otherwise just once
     seeds    eager from four other seeds: how far apart trainings are that differ in nothing else
     bitwise, strict, fast  Kitsune in these grades of numerics, with deterministic kernels
     compile  torch.compile of model and loss
@@ -38,8 +40,8 @@ from benchmarks.models import RECIPES
 from benchmarks.small_models import SMALL
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ("again", "seeds", *GRADES, "compile")
-ALL = ("again", "seeds", *GRADES)
+COLUMNS = ("again", "nudged", "seeds", *GRADES, "compile")
+ALL = COLUMNS[:-1]
 SEEDS = (0, 1, 2, 3, 4)
 Row = dict[str, Any]
 

@@ -112,6 +112,13 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
+def nudge(model: nn.Module) -> None:
+    """Move every parameter by one unit in the last place, upwards."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, float("inf"))))
+
+
 @contextlib.contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
     """With kernels of eager's that give the same bits each time."""
@@ -126,9 +133,11 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 
 def curve(name: str, column: str, device: torch.device, precision: str, steps: int, seed: int = 0, size: Size = "full") -> Curve:
-    """One column of a model in this process: a grade of numerics, "compile", "again" (eager without determinism) or "eager"."""
+    """One column of a model, here: a grade of numerics, "compile", "again" (without determinism), "nudged" or "eager"."""
     kitsune.reset()
     it = training(name, device, precision, steps, seed, size)
+    if column == "nudged":
+        nudge(it.model)
     loss_of = torch.compile(it.loss) if column == "compile" else it.loss
     context = kitsune.accelerate(device=device, numerics=column) if column in GRADES else contextlib.nullcontext()
     torch.manual_seed(seed)

@@ -48,7 +48,7 @@ MAX_READY = 1024
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # may be another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 2
-# Regions that are looked up on disk in vain, 0.03 s each for one like BERT's: a program that keeps changing has no end of them.
+# Regions that are looked up on disk in vain, 0.03 s each for one like BERT's.
 MAX_MISSED = 8
 
 
@@ -66,9 +66,8 @@ class Runner:
         self.tuner: Tuner | None = None
         self._n_missed, self.thread_plans = 0, ThreadPlans()
         runners.add(self)
-        backend, recorder = backend_of(device), recorder_of(device)
-        self.backend = backend
-        # A quarter of the device's memory.
+        self.backend = backend = backend_of(device)
+        recorder = recorder_of(device)
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
             limits = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget)  # noqa: E731
@@ -193,7 +192,6 @@ class Runner:
         if not now.waits or now.coming is not None:
             return
         assert executor is not None and isinstance(backend, Backend)
-        # With the knobs of now.
         planner = self.planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
@@ -288,8 +286,8 @@ class Runner:
             prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
-        where = self.arenas, current_stream(prepared.device)
-        return plan_work(self.executor, prepared, in_graph, table, *where, moved, ready.awaited)
+        stream = current_stream(prepared.device)
+        return plan_work(self.executor, prepared, in_graph, table, self.arenas, stream, moved, ready.awaited)
 
     def _relieve(self, hard: bool) -> None:
         if self.executor is not None:

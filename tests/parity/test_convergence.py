@@ -38,6 +38,11 @@ def test_another_seed_is_another_training() -> None:
     assert one.losses != other.losses and one.digest != other.digest
 
 
+def test_a_nudged_training_begins_elsewhere_by_next_to_nothing() -> None:
+    eager, nudged = (curve("mlp", column, CPU, "fp32", 2, size="small") for column in ("eager", "nudged"))
+    assert 0 < max(distances(nudged.losses, eager.losses)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("column", "changed", "kept"),
     [
