@@ -25,7 +25,7 @@ from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
 from kitsune.runtime import Answers
-from kitsune.standing import Standing, standing
+from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
 tally.n_compiling = n_awaited
@@ -67,6 +67,7 @@ class Pipeline:
 
     def __init__(self, device: torch.device, warmup: int, options: EngineOptions = DEFAULT) -> None:
         self.runner = Runner(device, tally, options)
+        self.replays = Replays(self.runner)
         # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
         self.left_behind = False
         self.recorder = Listener(
@@ -127,13 +128,19 @@ class Pipeline:
     def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
         """Run a flushed region: `values` has the inputs by number and receives the outputs, of which the answers know something
         before they are there."""
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            region = None if profiled() else self.replays.replay(graph, values, scalars)
+        if region is not None:
+            return region.answers(values)
         # A region that ends outside of a call of the API would have its own ops looked at as calls.
         seen = span(f"kitsune::run[{len(graph.ops)} operators]") if profiled() else NO_SPAN
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), seen:
             if config.check:
                 checked_run(self.runner, self.device, graph, values, scalars)
                 return None
-            return self.runner.run(graph, values, scalars)
+            answers = self.runner.run(graph, values, scalars)
+            self.replays.learn(graph)
+            return answers
 
     def standing(self, graph: Graph, values: list[Any], sure: Collection[int]) -> Standing | None:
         """A region that will be replayed as it was, to be passed to `again`; None where that cannot be said."""
@@ -143,7 +150,7 @@ class Pipeline:
     def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
         """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
         memory_changed()
-        with below_autograd():
+        with NO_SPAN if region.is_bare else below_autograd():
             return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
@@ -166,6 +173,7 @@ class Pipeline:
         self.n_forgotten += 1
         latest.clear()
         self.runner.forget()
+        self.replays.forget()
         self.gate.restart()
 
     def progress(self) -> Progress:

@@ -29,9 +29,12 @@ class Arrivals:
         self.groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         # One object for each part of a key: matchers compare by identity.
         self.parts: dict[Any, Any] = {}
+        # Counts the times that what is known of a tensor was dropped while the tensor lived.
+        self.n_dropped = 0
 
     def forget(self) -> None:
         """A tensor may have another memory or shape than when it last came in."""
+        self.n_dropped += 1
         self.tensors.clear()
         self.lists.clear()
         self.groups.clear()
@@ -39,6 +42,7 @@ class Arrivals:
     def drop(self, tensor: Any) -> None:
         """This tensor may be another than when it last came in."""
         if self.tensors.pop(id(tensor), None) is not None:
+            self.n_dropped += 1
             self.lists.clear()
 
     def leave(self) -> None:
@@ -54,6 +58,7 @@ class Arrivals:
         for (number, (watch, _, _)), look in zip(known, looks, strict=True):
             if look is None or watch[1:] != [look]:
                 self.tensors.pop(number, None)
+                self.n_dropped += 1
                 self.lists.clear()
 
 

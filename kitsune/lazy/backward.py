@@ -1,15 +1,15 @@
 """A backward that is known is followed: the gradients get their placeholders, and the autograd engine does not run."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from kitsune.lazy.advance import arrive, place, rewrite
+from kitsune.lazy.backward_matchers import BackwardMatcher, spend
 from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.edges import Edge, Incoming, Made, Returned
-from kitsune.lazy.realize import MADE, Followed
+from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
@@ -31,6 +31,8 @@ def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradient
             edge = region.node.calls.get(key)
             numbers = None if edge is None else edge.sources.numbers(region.scalars)
             if numbers is not None and _is_whole(region, edge, losses):
+                if BackwardMatcher.suits(edge, call, losses, gradients, leaves):
+                    lane.take_by(BackwardMatcher(lane, edge, call, leaves), edge)
                 return _follow(recorder, edge, call, leaves, numbers)
     lane.own_up([*losses, *gradients])
     return _run(lane, run, key, call, leaves)
@@ -106,23 +108,6 @@ def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], n
     spend(recorder, region, edge.spent)
     recorder.tally.backwards += 1
     recorder.after_follow()
-
-
-def spend(recorder: Any, region: Any, spent: frozenset[int]) -> None:
-    """The graph of these calls is used up; what the program still holds of them is remembered."""
-    calls, gone = region.calls, []
-    for k in spent:
-        for tensor in calls[k][MADE]:
-            if tensor.cell.owed is not None:
-                tensor.cell.spent = True
-                gone.append(weakref.ref(tensor))
-    tensor = None
-    region.counted = [(sum(k not in spent for k in range(n)), tensors) for n, tensors in region.counted]
-    region.calls = [call for k, call in enumerate(calls) if k not in spent]
-    if not region.calls:
-        region.counted = []
-    del calls
-    recorder.lane.spent = [reference for reference in (*recorder.lane.spent, *gone) if reference() is not None]
 
 
 def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: dict[int, Any]) -> Any:

@@ -74,7 +74,7 @@ class CallLane(Learner):
             return self._asked(func, args, kwargs)
         if func in FLAGS and type(args[0]) in PLAIN and id(args[0]) not in region.plain:
             recorder.known.drop(args[0])
-            return self.made(lambda: func(*args, **kwargs))
+            return self.made(func, args, kwargs)
         if func is torch.Tensor.backward:
             return self._backward_of_method(*args, **kwargs)
         if func is torch.autograd.backward:
@@ -88,12 +88,12 @@ class CallLane(Learner):
             edge = region.node.calls.get(key)
             if edge is not None and edge.follows and self._may_follow(edge, region, func, kwargs, call):
                 if edge.plain:
-                    return self.made(lambda: func(*args, **kwargs))
+                    return self.made(func, args, kwargs)
                 return self._follow(region, edge, args, kwargs, call)
         if is_foreign(func):
             # A library's function, which asks before it does what it likes: also with the graph.
             self.lose_track()
-            return self.made(lambda: func(*args, **kwargs))
+            return self.made(func, args, kwargs)
         return self._make(func, args, kwargs, None if call.unknown else plain_key, call, modes)
 
     def at_sight(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -115,7 +115,10 @@ class CallLane(Learner):
         device = self.recorder.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # One object for each: matchers compare by identity.
-        self.modes = {graded: self.known_modes.setdefault(modes := (graded, autocast), modes) for graded in (False, True)}
+        known = self.known_modes.get(autocast)
+        if known is None:
+            known = self.known_modes[autocast] = {graded: (graded, autocast) for graded in (False, True)}
+        self.modes = known
 
     def stray(self, args: Any, kwargs: Any) -> bool:
         """An op comes that no call of the API has brought: may autograd know of its operands? True if it must come again."""
@@ -153,7 +156,7 @@ class CallLane(Learner):
         if func in SHOWS_GRAPH and self.recorder.region.real:
             # What the backward of this region does need not be what it does the next time.
             self.recorder.region.past = None
-        return self.made(lambda: func(*args, **kwargs))
+        return self.made(func, args, kwargs)
 
     def _backward_of_method(
         self, loss: Any, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False, inputs: Any = None
@@ -204,13 +207,13 @@ class CallLane(Learner):
             return flat[edge.structure.index]
         return None if edge.form == NOTHING else fill(edge.structure, wrappers, flat)
 
-    def made(self, run: Any) -> Any:
+    def made(self, func: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Have torch make a call."""
         recorder = self.recorder
         hook, recorder.hook = recorder.hook, None
         self.inside += 1
         try:
-            return run()
+            return func(*args, **kwargs) if kwargs else func(*args)
         finally:
             self.inside -= 1
             recorder.hook = hook
@@ -233,7 +236,7 @@ class CallLane(Learner):
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
-        result = self.made(lambda: func(*args, **kwargs))
+        result = self.made(func, args, kwargs)
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.

@@ -76,9 +76,14 @@ class Edge:
     free_matcher: bool | None = None
     # Of a backward: which of the calls before it lead to its loss, once known.
     spent: Any = None
+    # Of the tensors that come in: (position among the fresh ones, number of the value).
+    places: tuple[tuple[int, int], ...] = ()
     # Of a backward or an update: where its numbers come from.
     sources: Any = None
     floats: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.places = tuple((k, value.id) for k, value, *_ in self.arrivals)
 
     def same(self, other: "Edge") -> bool:
         """Did the call do again what it did before?"""

@@ -1,8 +1,6 @@
 """Ways to the autograd graph that calls of torch's API do not show: while a call lane is open, they tell it first."""
 
 import functools
-import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,21 +14,13 @@ from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.doors import OPENINGS
 from kitsune.lazy.matchers import MISS
-from kitsune.lazy.update_lists import make_lists
-from kitsune.lazy.updates import take_update
+from kitsune.lazy.open_lanes import lanes, on_top
+from kitsune.lazy.optimizer_doors import optimizer_doors
 
 _here = threading.local()
 _originals: list[tuple[Any, str, Any]] = []
 _lock = threading.Lock()
 _n_open = _n_openings = 0
-
-
-def lanes() -> list[CallLane]:
-    """The lanes that are open in this thread."""
-    if not hasattr(_here, "lanes"):
-        _here.lanes = []
-    found: list[CallLane] = _here.lanes
-    return found
 
 
 def open_graph_doors(lane: CallLane) -> None:
@@ -112,9 +102,9 @@ def _mode_entered(original: Any) -> Any:
 
 def _mode_left(original: Any) -> Any:
     @functools.wraps(original)
-    def door(*args: Any) -> Any:
+    def door(*args: Any, **kwargs: Any) -> Any:
         try:
-            return original(*args)
+            return original(*args, **kwargs)
         finally:
             aside = getattr(_here, "aside", ())
             for lane, one in aside.pop() if aside else ():
@@ -146,39 +136,12 @@ def _modes(original: Any) -> Any:
     return door
 
 
-def _lists(original: Any) -> Any:
-    @functools.wraps(original)
-    def door(self: Any, group: Any, *lists: Any) -> Any:
-        if not lanes():
-            return original(self, group, *lists)
-        with torch._C.DisableTorchFunction():
-            return make_lists(lanes()[-1].recorder, original, self, group, lists)
-
-    return door
-
-
-def _update(original: Any) -> Any:
-    @functools.wraps(original)
-    def door(*args: Any, **kwargs: Any) -> Any:
-        lane = _on_top()
-        return original(*args, **kwargs) if lane is None else take_update(lane, original, args, kwargs)
-
-    return door
-
-
-def _on_top() -> CallLane | None:
-    """The lane that the next call of torch's API would come to."""
-    n = torch._C._len_torch_function_stack()
-    mode = torch._C._get_function_stack_at(n - 1) if n and torch._C._is_torch_function_mode_enabled() else None
-    return mode if isinstance(mode, CallLane) else None
-
-
 def _python_calls(original: Any) -> Any:
     """torch's functions in Python come to a mode by a detour in Python, which a call that is known can do without."""
 
     @functools.wraps(original)
     def door(public_api: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
-        lane = _on_top()
+        lane = on_top()
         result = MISS if lane is None else lane.at_sight(public_api, args, kwargs)
         return original(public_api, relevant_args, *args, **kwargs) if result is MISS else result
 
@@ -193,17 +156,6 @@ def _quiet(original: Any) -> Any:
         if not lanes():
             return original(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            return original(*args, **kwargs)
-
-    return door
-
-
-def _unseen(original: Any) -> Any:
-    """Marks for a profiler, one at each optimizer's step: as calls and ops they would cost 90 us each."""
-
-    @functools.wraps(original)
-    def door(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             return original(*args, **kwargs)
 
     return door
@@ -231,19 +183,9 @@ def _doors() -> Iterator[Door]:
     for name in "enabled dtype cpu_enabled gpu_dtype cpu_dtype xla_enabled xla_dtype ipu_enabled ipu_dtype".split():
         if hasattr(torch, f"set_autocast_{name}"):
             yield torch, f"set_autocast_{name}", _modes
-    yield torch.optim.Optimizer, "zero_grad", _quiet
+    yield from optimizer_doors()
     yield torch.nn.Module, "zero_grad", _quiet
-    for optimizer in vars(torch.optim).values():
-        if isinstance(optimizer, type) and "_init_group" in vars(optimizer):
-            # The update is a function named like the module that both are in.
-            module = sys.modules[optimizer._init_group.__module__]  # type: ignore[attr-defined]
-            yield optimizer, "_init_group", _lists
-            name = module.__name__.rpartition(".")[2]
-            if inspect.isfunction(getattr(module, name, None)):
-                yield module, name, _update
-    for functions in (torch.functional, torch.nn.functional):
+    for functions in (torch.functional, torch.nn.functional, torch._tensor):
         yield functions, "handle_torch_function", _python_calls
-    yield torch.autograd.profiler.record_function, "__enter__", _unseen
-    yield torch.autograd.profiler.record_function, "__exit__", _unseen
     for scripted in ("ScriptFunction", "ScriptMethod"):
         yield getattr(torch._C, scripted), "__call__", _lost_track

@@ -38,11 +38,16 @@ class HostCounts:
             torch._foreach_add_(self._counts, torch.tensor(1.0, device="cpu"), alpha=1.0)
 
 
+def may_count(func: Any, kwargs: Any) -> bool:
+    """May the update with these options do work on the host?"""
+    return func.__name__ in _COUNTS and not kwargs.get("fused") and not kwargs.get("capturable")
+
+
 def host_counts(func: Any, args: Any, kwargs: Any) -> HostCounts | None:
     """What the update with these arguments does on the host; None if nothing, or if that is not known."""
     name = func.__name__
-    position = _COUNTS.get(name)
-    if position is None or len(args) <= position or kwargs.get("fused") or kwargs.get("capturable"):
+    position = _COUNTS.get(name, len(args))
+    if len(args) <= position or not may_count(func, kwargs):
         return None
     counts, floats = args[position], {k: v for k, v in kwargs.items() if type(v) is float}
     if not {"beta1", "beta2", "lr", "weight_decay"} <= floats.keys() or not are_counts(counts):

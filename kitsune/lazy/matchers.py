@@ -15,6 +15,7 @@ from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.call_keys import AGAIN, LONG
 from kitsune.lazy.cell import Cell, Ref, ref
 from kitsune.lazy.edges import Edge
+from kitsune.lazy.hands_off import DETACHES
 from kitsune.lazy.rebuild import fill
 from kitsune.lazy.recorder import CONSTANTS
 from kitsune.lazy.scalar_sources import kind_of
@@ -139,7 +140,8 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
     """
     w = Writer()
     try:
-        if edge.node.full or edge.plain:
+        # Calls in C only: one of torch's functions in Python would come here again and again.
+        if edge.node.full or (edge.plain and edge.func not in DETACHES):
             raise Unsuited
         n = len(args)
         w.unless(f"len(args) == {n} and " + (f"kwargs and len(kwargs) == {len(kwargs)}" if kwargs else "not kwargs"))
@@ -151,7 +153,11 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
             # Its text would take 9 ms to compile: 36 tensors of a fused update.
             raise Unsuited
         _same_floats(w, edge, moves, (edge.func, *kwargs))
-        _follow(w, edge)
+        _only_under(w, edge)
+        if edge.plain:
+            w.lines.append(f"return lane.made({w.bind(edge.func)}, args, kwargs)")
+        else:
+            _follow(w, edge)
     except Unsuited:
         return None
     return _maker("\n        ".join(w.lines), tuple(w.constants))(*w.constants.values())
@@ -181,10 +187,13 @@ def _same_floats(w: Writer, edge: Edge, moves: Any, name: Any) -> None:
         w.unless(f"{a} == {w.bind(known)}" if ordinary else f"{a}.hex() == {w.bind(known.hex())}")
 
 
+def _only_under(w: Writer, edge: Edge) -> None:
+    w.lines.insert(0, f"if region.slow or region.real or lane.modes[is_grad_enabled()] is not {w.bind(edge.modes)}: return MISS")
+
+
 def _follow(w: Writer, edge: Edge) -> None:
     """What follows once the call is known. All that is new is made first: who makes objects may have others finalized, and
     their finalizers may end the region."""
-    w.lines.insert(0, f"if region.slow or region.real or lane.modes[is_grad_enabled()] is not {w.bind(edge.modes)}: return MISS")
     flat, fresh, then = w.flat, list(w.fresh.items()), []
     made = [f"w{i}" for i in range(len(edge.made))]
     for k, number, type_, storage, graded in edge.arrivals:

@@ -79,6 +79,8 @@ class Recording:
         # The plain tensors that came in, and the first of its tables, which the hot path reads.
         self.known = Arrivals()
         self.arrivals = self.known.tensors
+        # The lists that were filled for an update which is still to come: by whom, and with what.
+        self.filled: Any = None
         # Leaves seen that may get a `.grad`, by id.
         self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
         self.early = EarlyReads(tally)
@@ -211,6 +213,7 @@ class Recording:
                 return
             if self.watcher is not None:
                 self.watcher.flushes(cause)
+            self.filled = None
             if not node.depth:
                 return
             if region.calls and self.lane is not None:

@@ -70,7 +70,8 @@ class Region:
         self.real = False
         # Writes of calls that were followed while others are owed: how many are, and the tensors; see `write_counts.py`.
         self.counted: list[tuple[int, list[Any]]] = []
-        # An update that was followed (its edge and what it brought), of which the region's tensors do not know yet.
+        # An update that was followed, of which the region's tensors do not know yet: its edge, its tensors, and those of them
+        # that are new with the serials of their storages.
         self.deferred: Any = None
         # What went wrong when the region was run: its values were never computed.
         self.error: BaseException | None = None
@@ -145,21 +146,21 @@ class Region:
     def unfold(self) -> None:
         """Let the tensors of the region know of the update that was followed: somebody asks for them after all."""
         if self.deferred is not None:
-            (edge, call), self.deferred = self.deferred, None
-            arrive(self, edge, list(call.fresh.items()))
-            rewrite(self, edge, call.flat)
+            (edge, flat, serials, fresh), self.deferred = self.deferred, None
+            arrive(self, edge, list(zip(serials, fresh, strict=True)))
+            rewrite(self, edge, flat)
 
     def put_inputs(self, values: list[Any]) -> None:
-        """Put the tensors that came in to their numbers."""
+        """Put the tensors that came in where their numbers are."""
         for cell in self.plain.values():
             values[cell.came.id] = cell.real  # type: ignore[union-attr]
         for number, tensor in self.inputs:
             values[number] = tensor
         if self.deferred is not None:
-            edge, call = self.deferred
-            fresh = list(call.fresh.values())
-            for k, number, *_ in edge.arrivals:
-                values[number.id] = fresh[k] if type(fresh[k]) is not LazyTensor else fresh[k].cell.real
+            edge, _, _, fresh = self.deferred
+            for k, number in edge.places:
+                tensor = fresh[k]
+                values[number] = tensor if type(tensor) is not LazyTensor else tensor.cell.real
 
     def extend_past(self, edge: Any) -> None:
         """A call has made a graph; None if it is not known which."""

@@ -5,7 +5,7 @@ Torch's loop takes 1.1 us a parameter; comparing ids and picking by position 0.5
 
 import weakref
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from kitsune.lazy.new_state import collect
@@ -22,6 +22,7 @@ class GroupLists:
         kept = [*group["params"], *_state(optimizer)]
         places = {id(t): k for k, t in enumerate(kept)}
         grads = _grads(group)
+        self._names, self._options = list(group), _options(group)
         self._flags, self._returned = _flags(group), returned
         self._ids = ids = list(map(id, kept))
         self._picks: list[Any] = [_pick(made, grads, places) for made in lists]
@@ -33,19 +34,30 @@ class GroupLists:
         # torch swaps no tensor that somebody refers to weakly.
         self._watch = [weakref.ref(t, lambda _: ids.clear()) for t in kept]
 
-    def fill(self, optimizer: Any, group: Any, lists: tuple[list[Any], ...]) -> bool:
-        """Put the same into empty lists again; False where something is not as it was."""
+    def fill(self, optimizer: Any, group: Any, lists: tuple[list[Any], ...]) -> list[Any] | None:
+        """Put the same into empty lists again, and return what that is; None where something is not as it was."""
         if not self._ids or len(lists) != len(self._picks) or any(lists):
-            return False
+            return None
         kept = [*group["params"], *_state(optimizer)]
-        if list(map(id, kept)) != self._ids or _flags(group) != self._flags:
-            return False
+        if list(map(id, kept)) != self._ids or not self._same_options(group):
+            return None
         grads = _grads(group)
         # A plain gradient may be a sparse one.
         if set(map(type, grads)) != {LazyTensor}:
+            return None
+        contents = [grads if pick is _GRADS else pick(kept) for pick in self._picks]
+        for made, content in zip(lists, contents, strict=True):
+            made += content
+        return contents
+
+    def _same_options(self, group: Any) -> bool:
+        # Objects that are the same need no further look: none of those that count can be changed in place.
+        options = _options(group)
+        if list(group) == self._names and all(map(is_, options, self._options)):
+            return True
+        if _flags(group) != self._flags:
             return False
-        for made, pick in zip(lists, self._picks, strict=True):
-            made += grads if pick is _GRADS else pick(kept)
+        self._names, self._options = list(group), options
         return True
 
     @property
@@ -67,6 +79,10 @@ def _flags(group: Any) -> list[Any]:
     return [(k, type(v), v if v is None or type(v) in (bool, str) else None) for k, v in group.items() if k != "params"]
 
 
+def _options(group: Any) -> list[Any]:
+    return [v for k, v in group.items() if k != "params"]
+
+
 def _pick(made: list[Any], grads: list[Any], places: dict[int, int]) -> Any:
     """How a list is made again: the gradients, or a function that picks it out of parameters and state."""
     if made and len(made) == len(grads) and all(a is b for a, b in zip(made, grads, strict=True)):
@@ -85,7 +101,9 @@ def make_lists(recorder: Any, original: Any, optimizer: Any, group: Any, lists: 
         return collect(recorder, lambda: original(optimizer, group, *lists))
     groups = recorder.known.groups.setdefault(optimizer, {})
     memo = groups.get(id(group))
-    if memo is not None and memo.fill(optimizer, group, lists):
+    contents = None if memo is None else memo.fill(optimizer, group, lists)
+    if contents is not None:
+        recorder.filled = memo, contents
         return memo.returned
     returned = collect(recorder, lambda: original(optimizer, group, *lists))
     groups[id(group)] = GroupLists(optimizer, group, lists, returned)

@@ -8,6 +8,7 @@ from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.edges import Edge, Incoming
 from kitsune.lazy.host_counts import host_counts
 from kitsune.lazy.tensor import LazyTensor
+from kitsune.lazy.update_matchers import UpdateMatcher
 from kitsune.lazy.wholes import Mark
 from kitsune.lazy.write_counts import count_writes
 
@@ -19,15 +20,23 @@ TRIES, AGAIN = 3, 64
 def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """Take one call of an optimizer's function: follow it, or make it and learn from it."""
     recorder = lane.recorder
-    name = (func, *(a for a in kwargs.values() if a is None or type(a) is bool))
+    filled, recorder.filled = recorder.filled, None
     if recorder.paused or lane.inside or torch.is_grad_enabled():
         return func(*args, **kwargs)
+    matcher = recorder.region.node.matchers.get(func)
+    if matcher is not None:
+        # Reading 200 tensors' `requires_grad` would be 200 calls of the API. And another thread may end the region, from the look
+        # at it to the step along it.
+        with torch._C.DisableTorchFunction(), recorder.lock:
+            recorder.region.unfold()
+            found = matcher.match(lane, args, kwargs, filled)
+            if found is not None:
+                return _follow(recorder, matcher.edge, *found)
+    name = (func, *(a for a in kwargs.values() if a is None or type(a) is bool))
     n_failures = lane.failures.get(name, 0)
     if n_failures >= TRIES and n_failures % AGAIN:
         lane.failures[name] = n_failures + 1
         return func(*args, **kwargs)
-    # Reading 200 tensors' `requires_grad` would be 200 calls of the API.
-    # And from the look at the region to the step along it, another thread may end the region.
     with torch._C.DisableTorchFunction(), recorder.lock:
         recorder.region.unfold()
         key, call = _key(lane, func, args, kwargs)
@@ -39,7 +48,9 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
         if edge is not None and numbers is not None:
             if counts is not None:
                 counts.advance()
-            return _follow(recorder, edge, call, numbers)
+            elif filled is not None and UpdateMatcher.suits(args, kwargs, call, func):
+                recorder.region.node.matchers[func] = UpdateMatcher(lane, edge, kwargs, call, filled[0])
+            return _follow(recorder, edge, call.flat, tuple(call.fresh), tuple(call.fresh.values()), numbers)
         mark = None if key is None else Mark(recorder, key, call, before, aside=counts is not None)
     lists = [list(map(id, a)) for a in args if type(a) is list]
     lane.part_of_update = mark is not None
@@ -61,10 +72,10 @@ def _key(lane: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, Incoming]:
     return None if call.unknown else with_floats(key, call.floats, True), call
 
 
-def _follow(recorder: Any, edge: Edge, call: Incoming, numbers: Any) -> None:
-    region, flat = recorder.region, call.flat
+def _follow(recorder: Any, edge: Edge, flat: list[Any], serials: Any, fresh: Any, numbers: Any) -> None:
+    region = recorder.region
     # Mostly the region ends here: nobody asks for the 800 tensors of an update again.
-    region.deferred = (edge, call)
+    region.deferred = (edge, flat, serials, fresh)
     region.scalars.extend(numbers)
     count_writes(region, [flat[k] for k in edge.bumps], edge)
     # But a gradient's wrapper stands for the gradient as it is afterwards, which decides what is alive at the end: by its schema

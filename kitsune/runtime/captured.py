@@ -109,6 +109,8 @@ class Captured:
         self._fitting: Sequence[float] | None = None
         self._aliases = tuple(v for v in graph.outputs if self._from_outside(v))
         needs = work.tail.needs if work.tail is not None else ()
+        # Is a replay nothing but copies of bytes and the graph's start? Then no operator of torch sees the modes that are on.
+        self.is_bare = not self.has_tail and not self._aliases and all(nbytes for *_, nbytes in self._copies)
         self._needed_aliases = tuple(v for v in needs if self._from_outside(v))
         # What the tail reads of the graph's own memory.
         self._kept: dict[int, Any] = dict.fromkeys(v.id for v in needs if not self._from_outside(v))
@@ -148,9 +150,13 @@ class Captured:
 
     def replay(self, values: list[Any], scalars: Sequence[float]) -> None:
         """Run the region: `values` has the inputs by number and receives the outputs. Raises Miss where it does not fit."""
-        if list(map(data_ptr, self._take(values))) != self._addresses:
+        if not self.fits(values):
             raise InputsMoved([n for n, a in zip(self._fixed, self._addresses, strict=True) if data_ptr(values[n]) != a])
         self.again(values, scalars)
+
+    def fits(self, values: list[Any]) -> bool:
+        """Are the inputs that must be where they were there?"""
+        return list(map(data_ptr, self._take(values))) == self._addresses
 
     def again(self, values: list[Any], scalars: Sequence[float]) -> None:
         """The same, where the inputs are known to be where they were."""
@@ -161,7 +167,8 @@ class Captured:
         self.table.set(scalars)
         for n, target, address, nbytes in self._copies:
             if not (nbytes and self._raw_copy(address, data_ptr(values[n]), nbytes)):
-                target.copy_(distinct(values[n]), non_blocking=True)
+                with torch.no_grad():
+                    target.copy_(distinct(values[n]), non_blocking=True)
         # Before the launch: what fails from there on could not be run again.
         for value in self._aliases:
             self._alias(value, values, scalars)

@@ -58,6 +58,7 @@ class Surroundings:
         # Numbers and words that the modules keep, a dropout's probability for instance: names by dictionary, and their values.
         self._watch([(d, [n for n, value in d.items() if type(value) in _PLAIN and n != "training"]) for d in self._flags])
         self.held = self._held()
+        self._tensors = [t for t in self.held if type(t) in (torch.Tensor, nn.Parameter) and is_strided(t)]
         # What was there at the last look: the containers, and what they held.
         self._containers: list[Iterable[Any]] = []
         self._empty: list[Any] = []
@@ -76,7 +77,7 @@ class Surroundings:
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that the modules and optimizers hold; special ones are known by identity only."""
-        return [t for t in self.held if type(t) in (torch.Tensor, nn.Parameter) and is_strided(t)]
+        return self._tensors
 
     def in_place(self) -> bool:
         """Is every tensor, module and state that was there still there, and nothing else? Brings `options` up to date."""

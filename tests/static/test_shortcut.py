@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kitsune
 from kitsune.config import KitsuneWarning, config
+from kitsune.pipeline import Follower
 from kitsune.runtime.slots import SlotTable
 from kitsune.static import StaticFunction
 from kitsune.static.moment import Moment
@@ -381,3 +382,18 @@ def test_a_table_sees_what_changes_inside_a_list() -> None:
     table.set((4.0, 5.0))
     table.set(numbers)
     assert table.memory.tolist() == [1.0, 3.0]
+
+
+def test_a_check_asks_nothing_of_the_call_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at 24 tensors, three times each; what the lane sees of the call is what the step itself calls."""
+    seen: list[Any] = []
+    call = Follower.__torch_function__
+    monkeypatch.setattr(Follower, "__torch_function__", lambda lane, func, *of: (seen.append(func), call(lane, func, *of))[1])
+    training, n_seen = Training(optimizer=adamw, static=True, audit=4), []
+    for i in range(24):
+        seen.clear()
+        before = kitsune.counters()["static_audits"]
+        training.take(i)
+        if kitsune.counters()["static_audits"] > before:
+            n_seen.append(len(seen))
+    assert n_seen and 0 < max(n_seen) < 20

@@ -1,0 +1,100 @@
+"""What torch's optimizers do around an update: their lists, their marks for profilers, the gradients that they drop."""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from kitsune.lazy.open_lanes import lanes, on_top
+from kitsune.lazy.update_lists import make_lists
+from kitsune.lazy.updates import take_update
+
+_profiled = torch.autograd._profiler_enabled
+_Mark = torch._C._profiler._RecordFunctionFast
+
+
+def _lists(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(self: Any, group: Any, *lists: Any) -> Any:
+        if not lanes():
+            return original(self, group, *lists)
+        with torch._C.DisableTorchFunction():
+            return make_lists(lanes()[-1].recorder, original, self, group, lists)
+
+    return door
+
+
+def _update(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        lane = on_top()
+        return original(*args, **kwargs) if lane is None else take_update(lane, original, args, kwargs)
+
+    return door
+
+
+def _gradients_dropped(original: Any) -> Any:
+    """`zero_grad`. Of the 40 us that it took for 6 gradients, most went into a mark and a look for dynamo."""
+
+    @functools.wraps(original)
+    def door(optimizer: Any, set_to_none: bool = True) -> None:
+        if not lanes():
+            return original(optimizer, set_to_none)  # type: ignore[no-any-return]
+        with torch._C.DisableTorchFunction():
+            # An optimizer that was unpickled by other means than torch's has its step wrapped here.
+            if set_to_none is not True or _profiled() or not hasattr(optimizer, "_zero_grad_profile_name"):
+                return original(optimizer, set_to_none)  # type: ignore[no-any-return]
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad = None
+        return None
+
+    return door
+
+
+def _mark_begins(original: Any) -> Any:
+    """A mark for profilers. As an op it costs 10 us, which only a profiler of torch's in this thread needs; others hear of it."""
+
+    @functools.wraps(original)
+    def door(mark: Any) -> Any:
+        if lanes() and not _profiled() and mark.name.startswith("Optimizer.") and mark.args is None:
+            mark.run_callbacks_on_exit, mark.record = False, _Mark(mark.name)
+            mark.record.__enter__()
+            return mark
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            return original(mark)
+
+    return door
+
+
+def _mark_ends(original: Any) -> Any:
+    @functools.wraps(original)
+    def door(mark: Any, *error: Any) -> Any:
+        if type(mark.record) is _Mark:
+            # With no door any more, torch leaves it to its end.
+            mark.record.__exit__(*error)
+            mark.record = None
+            return None
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            return original(mark, *error)
+
+    return door
+
+
+def optimizer_doors() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
+    """Where they are: (owner, name, what makes the door from the original)."""
+    yield torch.optim.Optimizer, "zero_grad", _gradients_dropped
+    for optimizer in vars(torch.optim).values():
+        if isinstance(optimizer, type) and "_init_group" in vars(optimizer):
+            # The update is a function named like the module that both are in.
+            module = sys.modules[optimizer._init_group.__module__]  # type: ignore[attr-defined]
+            yield optimizer, "_init_group", _lists
+            name = module.__name__.rpartition(".")[2]
+            if inspect.isfunction(getattr(module, name, None)):
+                yield module, name, _update
+    yield torch.autograd.profiler.record_function, "__enter__", _mark_begins
+    yield torch.autograd.profiler.record_function, "__exit__", _mark_ends
