@@ -81,7 +81,7 @@ class CudaGraph:
         first, *rest = self._graphs
         first.replay()
         if self._letter is not None:
-            self._letter.sent.record()
+            self._letter.mark()
         for graph in rest:
             graph.replay()
 

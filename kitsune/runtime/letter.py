@@ -9,13 +9,13 @@ N_BYTES = 16
 
 
 class Letter:
-    """Memory of the host for `n` numbers, to be written by a graph. `sent` is to be recorded after each replay of that graph."""
+    """Memory of the host for `n` numbers, to be written by a graph. After each replay of that graph `mark` is to be called."""
 
     def __init__(self, n: int) -> None:
         # Allocated before a capture, in which CUDA allows none.
         self._memory = torch.empty((n, N_BYTES), dtype=torch.uint8, pin_memory=True)
         self._numbers: list[torch.Tensor] = []
-        self.sent = torch.cuda.Event()
+        self._sent = torch.cuda.Event()
 
     def write(self, tensors: list[torch.Tensor]) -> None:
         """Have the current stream copy tensors of one element."""
@@ -24,7 +24,12 @@ class Letter:
             place.copy_(tensor.reshape(()), non_blocking=True)
             self._numbers.append(place)
 
+    def mark(self) -> None:
+        """What the current stream has been given so far writes the numbers."""
+        # Not the methods of torch.cuda.Event, which are doors: a wait of the program's would end the region.
+        torch._C._CudaEventBase.record(self._sent, torch.cuda.current_stream())
+
     def read(self, k: int) -> Any:
         """Wait for the numbers; returns number k."""
-        self.sent.synchronize()
+        torch._C._CudaEventBase.synchronize(self._sent)
         return torch.ops.aten._local_scalar_dense(self._numbers[k])
