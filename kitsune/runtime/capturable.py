@@ -12,7 +12,7 @@ _READS = frozenset(
     "masked_select repeat_interleave _assert_scalar _local_scalar_dense is_nonzero equal".split()
 )
 # Their library's handle is of no use any more once a capture has met it: "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED".
-_BREAKS = frozenset({"_linalg_eigh"})
+_BREAKS = frozenset({"_linalg_eigh", "linalg_pinv"})
 _BY_MASK = frozenset("index index_put index_put_ _index_put_impl_ _unsafe_index_put _unsafe_index".split())
 
 

@@ -18,11 +18,10 @@ data_ptr = torch._C.TensorBase.data_ptr
 # Ordinary runs before a capture, in which kernels are compiled and libraries choose. The step before was observed. With one more,
 # MLP's third step takes 1.9 ms op by op, where eager takes 1.3 (H200).
 RUNS = 1
-# Passes that an input may take until it stays where it is: those of another region's outputs, until that is captured.
+# Passes that an input may take until it stays where it is (another region is to be captured), or until it is back where it was.
 PATIENCE = 8
-# A region that does not stay captured, or is pushed out again and again, costs more than it saves. Not counted are captures
-# because a graph whose results come in was captured anew, up to so many.
-MAX_CAPTURES, MAX_FOLLOWED = 6, 24
+# A region that does not stay captured, or is pushed out again and again, costs more than it saves.
+MAX_CAPTURES = 6
 # Replays after which a capture has paid.
 WORTH = 100
 MakeWork = Callable[[SlotTable, frozenset[int]], Work]
@@ -69,7 +68,7 @@ class Steady:
     n_runs: int = 0
     n_waits: int = 0
     n_captures: int = 0
-    n_followed: int = 0
+    n_elsewhere: int = 0
     n_baked_changes: int = 0
     # Addresses of the inputs at the ordinary run before, if that was the last run.
     addresses: list[int] | None = None
@@ -124,7 +123,10 @@ class SteadyState:
             return None
         outcome = Outcome.OBSERVE if region.captured is None else self._replay(region, values, scalars)
         if outcome is Outcome.OBSERVE and region.refusal is None and self._agrees(region, values, scalars):
-            outcome = Outcome.CAPTURE
+            # A step after an evaluation has its gradients elsewhere, once.
+            fits = region.captured is not None and region.captured.n_replays >= PATIENCE
+            region.n_elsewhere += fits
+            outcome = Outcome.OBSERVE if fits and region.n_elsewhere <= PATIENCE else Outcome.CAPTURE
         if outcome is Outcome.CAPTURE and self._capture(region, values, scalars):
             outcome = self._replay(region, values, scalars)
         return region.captured if outcome is Outcome.DONE else None
@@ -168,14 +170,12 @@ class SteadyState:
     def was_replayed(self, region: Steady) -> None:
         """Its graph is the one that was used last."""
         self._kept.move_to_end(region)
-        region.addresses = None
+        region.addresses, region.n_elsewhere = None, 0
         self.told.replayed()
 
     def _inputs_moved(self, region: Steady, values: list[Any], numbers: list[int]) -> Outcome:
         foreign = [n for n in numbers if lent_memory(values[n]) is None]
         region.changes.update(foreign)
-        region.n_followed += not foreign
-        region.n_captures -= not foreign and region.n_followed <= MAX_FOLLOWED
         movable = all(region.changes[n] > 1 and why_not_moving(region.graph, n, values[n]) is None for n in numbers)
         if movable:
             region.moving.update(numbers)
