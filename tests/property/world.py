@@ -50,6 +50,8 @@ class World:
     ids: dict[str, int] = field(default_factory=dict)
     # Of the exception of the last line.
     words: str = ""
+    # Was a second backward refused? README has among the known differences that eager allows one where nothing was saved.
+    refused_again: bool = False
     # What the program saw of versions on the way.
     noted: list[tuple[str, tuple[int, int]]] = field(default_factory=list)
 
@@ -65,6 +67,7 @@ class World:
             exec(compile(line, "<program>", "exec"), self.names)
         except Exception as error:
             self.words = str(error)
+            self.refused_again |= "backward through the graph a second time" in self.words
             self.seen.append(f"{type(error).__name__} at {line!r}")
         else:
             self.seen.append(f"{self.names['seen']!r} at {line!r}")
