@@ -22,6 +22,8 @@ MAX_AWAITED = 8
 IN_A_ROW = 2
 # Times that something else came than was foreseen, after which nothing is.
 MAX_MISSES = 3
+# Sets of values alive at the end of one region that are told apart.
+MAX_RUNS = 64
 # Counts the events after which a tensor may hold something else: runs of regions and writes beside them, on any thread.
 _changes = itertools.count(1)
 _last_change = 0
@@ -82,8 +84,6 @@ class EarlyReads:
         # Of the run before: its reads, its results of one element, and what the next region is foreseen to give.
         self._before: tuple[Reads, dict[int, torch.Tensor]] | None = None
         self._foreseen: tuple[Foresight, dict[int, torch.Tensor], dict[int, torch.Tensor]] | None = None
-        # Where the values that come into the region that is about to run come from in the one before.
-        self._sources: dict[int, int] | None = None
 
     def asks(self, tensor: Any, region: Any) -> None:
         """The program asks for a number, while `region` is open."""
@@ -154,6 +154,8 @@ class EarlyReads:
             return Run(recorded)
         run = reads.graphs.get(recorded)
         if run is None:
+            if len(reads.graphs) >= MAX_RUNS:
+                reads.graphs.clear()
             graph = with_foresight(recorded, reads.numbers, reads.foresight)
             small = tuple(v.id for v in recorded.outputs if v.type.shape.numel() == 1)
             run = reads.graphs[recorded] = Run(graph, small, n_values(recorded), n_values(graph))
