@@ -290,3 +290,21 @@ def test_a_view_that_a_later_region_makes_of_a_result_moves_with_it() -> None:
             kitsune.flush()
         assert counts("replayed")[0] > 5 and not counts("graph_missed")[0]
     assert all(map(torch.equal, kept, xs.exp()))
+
+
+def test_a_graph_that_has_fitted_for_long_stays_while_its_inputs_are_elsewhere_for_a_moment() -> None:
+    def places(k: int) -> int:
+        return int(k in (14, 15, 16) or k >= 30)
+
+    memory, expected, captured = [torch.zeros(6) for _ in range(2)], [torch.zeros(6) for _ in range(2)], []
+    with graphs():
+        for k in range(50):
+            with kitsune.accelerate(device="cpu"):
+                # Written, so that it cannot be copied to one place.
+                memory[places(k)].add_(1).mul_(1.5)
+            captured.append(kitsune.counters()["captured"])
+    for k in range(50):
+        expected[places(k)].add_(1).mul_(1.5)
+    assert all(map(torch.equal, memory, expected))
+    # Back where it was it is replayed at once; where it stays elsewhere it is captured there.
+    assert captured[13] == captured[29] == 1 and captured[-1] == 2
