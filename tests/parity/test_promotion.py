@@ -3,7 +3,7 @@ values, or eager's exception."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import kitsune
-from kitsune.scheduler import Costs
 from tests._compare import value_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -102,14 +101,6 @@ def test_recorded_pairs_have_eagers_types_and_values(dtype: torch.dtype) -> None
 
 # Kernels are written for these.
 FUSED = tuple(dtype for dtype in DTYPES if not dtype.is_complex)
-
-
-@pytest.fixture
-def every_op_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(Costs, "alone", lambda self, kernel, has_out_form: True)
-    kitsune.reset()
-    yield
-    kitsune.reset()
 
 
 @pytest.mark.gpu

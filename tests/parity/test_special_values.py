@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ import kitsune
 from kitsune.codegen.lowering import base_name
 from kitsune.ir import Plan
 from kitsune.pipeline import planned_for
-from kitsune.scheduler import Costs
 from kitsune.session import trace_regions
 from tests._compare import value_difference
 from tests.codegen.samples import SAMPLES, Sample, draw
@@ -106,15 +104,6 @@ def test_the_table_has_what_it_says() -> None:
         assert int(((values == 0) & values.signbit()).sum()) == 1
     assert [t.numel() for t in table(torch.float32, 3, torch.Generator())] == [len(WORDS) ** 3] * 3
     assert len({int(b) for b in every_value(torch.float16).view(torch.int16)}) == 1 << 16
-
-
-@pytest.fixture
-def every_op_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is left to the library because it would not pay."""
-    monkeypatch.setattr(Costs, "alone", lambda self, kernel, has_out_form: True)
-    kitsune.reset()
-    yield
-    kitsune.reset()
 
 
 def results(samples: list[Sample], inputs: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:

@@ -237,3 +237,15 @@ def test_random_ops_keep_their_order(x):
     plan = plan_of(lambda: (torch.rand_like(x) + 1, torch.bernoulli(x) * 2, torch.rand_like(x)))
     random = [name for name in launched(plan) if name in ("rand_like", "bernoulli")]
     assert random == ["rand_like", "bernoulli", "rand_like"]
+
+
+def test_a_buffer_that_no_kernel_reads_is_no_operand() -> None:
+    x, grad = torch.randn(64), torch.randn(64)
+
+    def program() -> torch.Tensor:
+        _, buffer = torch.ops.aten.log_sigmoid_forward(x)
+        return torch.ops.aten.log_sigmoid_backward(grad * 2, x, buffer) + 1
+
+    steps = [step for launch in plan_of(program).launches for kernel in launch.kernels for step in kernel.steps]
+    (backward,) = (step for step in steps if step.op.target._opname == "log_sigmoid_backward")
+    assert backward.operands[2] is None and None not in backward.operands[:2]
