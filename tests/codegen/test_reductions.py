@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kitsune.codegen.lowering import lower_rules
 from kitsune.ir import Kernel
 from kitsune.ir.program import Program, Tile
 from tests.codegen.build import compiled_kernel
-from tests.codegen.reductions import CASES, DTYPES, RULES, draw
+from tests.codegen.reductions import CASES, DTYPES, RULES, SIZES, Case, draw
 from tests.codegen.test_compiled import resources
 from tests.plan.recorded import plan_of
 
@@ -58,6 +59,19 @@ def test_results_are_as_near_to_float64_as_eagers(what: str, tmp_path: Path) -> 
     *differences, n_kernels = done.stdout.splitlines()
     assert not differences, differences[:20]
     assert int(n_kernels) >= PARTS[what]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_size_that_is_interpreted_has_the_texts_of_a_large_one(case: Case) -> None:
+    texts: dict[int, list[str]] = {}
+    for n in (SIZES[-1], case.large or SIZES[-2]):
+        plan = plan_of(partial(case.program, *draw(case.shapes(n), torch.bfloat16)), numerics="strict")
+        kernels = [kernel for launch in plan.launches for kernel in launch.kernels]
+        texts[n] = [program.text.replace(program.name, "kernel") for program in map(render, kernels)]
+        turns = [kernel.n_columns / tile_of(kernel).columns for kernel in kernels if kernel.reduced and is_looped(kernel)]
+        assert n == SIZES[-1] or all(n_turns > 1 and n_turns % 1 for n_turns in turns), "a whole one, and one that is not"
+    small, large = texts.values()
+    assert small == large
 
 
 def test_the_table_has_every_rule_of_reductions() -> None:
