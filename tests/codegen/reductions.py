@@ -12,9 +12,10 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 SIZES = (1, 31, 33, 1023, 50257)
 # What the interpreter runs instead of the last of these, since it takes its time for each element: programs have the same texts
-# there (test_reductions.py). From 4097 elements on, what a row is reduced to is computed in a loop; from 8192 on, it is cut into
-# parts, for which its length needs a divisor (17 here); from 16385 on, what is as long as a row is written in a loop.
-PARTED, WRITTEN = 8857, 16411
+# there (test_reductions.py). From 4097 elements on, what a row is reduced to is computed in a loop; from some 6000 on it is cut
+# into parts, a column from 8192 on, for which its length needs a divisor (17 here); from 16385 on, what is as long as a row is
+# written in a loop.
+PARTED, COLUMN, WRITTEN = 6817, 8857, 16411
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROWS = 5
 # The rows of the lowering table that the programs below have.
@@ -121,20 +122,20 @@ def _batch_norm(channels_last: bool) -> Callable[..., Any]:
 
 CASES = [
     Case("sum", lambda x: [(x * 2).sum(1), x.sum(1, keepdim=True) + 1], _rows),
-    Case("sum of columns", lambda x: [(x * 2).sum(0), x.sum(0, keepdim=True) * 3], _columns),
+    Case("sum of columns", lambda x: [(x * 2).sum(0), x.sum(0, keepdim=True) * 3], _columns, large=COLUMN),
     Case("sum of all", lambda x: [(x + 1).sum()], _rows),
     Case("sum of two dimensions", lambda x: [x.view(ROWS, 1, -1, 1).sum((0, 2))], _rows),
     Case("sum in float32", lambda x: [x.sum(1, dtype=torch.float32)], _rows),
     Case("mean", lambda x: [x.mean(1, keepdim=True) * x, x.mean()], _rows),
-    Case("mean of columns", lambda x: [x.mean(0)], _columns),
+    Case("mean of columns", lambda x: [x.mean(0)], _columns, large=COLUMN),
     Case("amax and amin", lambda x: [x.amax(1), x.amin(1, keepdim=True) - x], _rows),
-    Case("amax of columns", lambda x: [x.amax(0), x.amin(0)], _columns),
+    Case("amax of columns", lambda x: [x.amax(0), x.amin(0)], _columns, large=COLUMN),
     Case("max and min", lambda x: [*x.max(1), *x.min(1, keepdim=True)], _rows),
     Case("largest of all", lambda x: [(x * 2).max(), x.min()], _rows, large=None),
     Case("argmax and argmin", lambda x: [(x * 2).argmax(1), x.argmin(1, keepdim=True)], _rows),
     Case("argmax of columns", lambda x: [x.argmax(0)], _columns, large=None),
     Case("var and mean", lambda x: [*torch.var_mean(x + 3, 1), *torch.var_mean(x, 1, correction=0)], _rows),
-    Case("std of columns", lambda x: [x.std(0, correction=0), *torch.std_mean(x, 0, correction=0)], _columns),
+    Case("std of columns", lambda x: [x.std(0, correction=0), *torch.std_mean(x, 0, correction=0)], _columns, large=COLUMN),
     Case("norm", lambda x: [torch.linalg.vector_norm(x, dim=1), x.norm()], _rows),
     Case("softmax", lambda x: [(x * 3).softmax(1)], _rows, large=WRITTEN),
     Case("softmax of columns", lambda x: [x.softmax(0) + 1], _columns, large=None),
@@ -148,9 +149,9 @@ CASES = [
     Case(
         "layer norm of a sum", lambda x, w, b: [F.layer_norm(x + x.abs(), (x.shape[-1],), w, None).relu()], _norm, large=WRITTEN
     ),
-    Case("layer norm backward", _layer_norm_backward([True, False, False]), _norm_backward),
-    Case("layer norm backward, all", _layer_norm_backward([True, True, True]), _norm_backward),
-    Case("batch norm", _batch_norm(False), _images),
+    Case("layer norm backward", _layer_norm_backward([True, False, False]), _norm_backward, large=COLUMN),
+    Case("layer norm backward, all", _layer_norm_backward([True, True, True]), _norm_backward, large=COLUMN),
+    Case("batch norm", _batch_norm(False), _images, large=3 * 1075),
     Case("batch norm in channels-last", _batch_norm(True), _images, large=39 * 129),
 ]
 
