@@ -20,6 +20,7 @@ from kitsune.ir.plan import Launch
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from tests.codegen.build import Built, build
 from tests.codegen.known import is_known
+from tests.codegen.memory_check import watch
 from tests.codegen.samples import SAMPLES, Sample, draw
 
 # The CPU's fused SGD handles `maximize` and 16-bit types otherwise than the GPU's, and its log_sigmoid keeps a buffer.
@@ -156,4 +157,6 @@ def shapes(compiler: Compiler) -> None:
 
 
 if __name__ == "__main__":
+    check = watch()
     {"ops": ops, "shapes": shapes}[sys.argv[2]](Compiler(sys.argv[1], interpret=True))
+    print("".join(f"{told}\n" for told in check.found), end="")

@@ -25,6 +25,7 @@ from kitsune.ir import Launch
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from kitsune.scheduler import cost
 from tests.codegen.known import is_known
+from tests.codegen.memory_check import watch
 from tests.codegen.reductions import (
     CASES,
     DTYPES,
@@ -108,8 +109,9 @@ def in_turn(compiler: Compiler) -> None:
 
 
 if __name__ == "__main__":
+    check = watch()
     by_dtype = {str(dtype).removeprefix("torch."): partial(sizes, dtype) for dtype in DTYPES}
     {**by_dtype, "layouts": views, "special": specials, "batched": batched, "gathered": in_turn}[sys.argv[2]](
         Compiler(sys.argv[1], interpret=True)
     )
-    print(n_kernels)
+    print(*check.found, n_kernels, sep="\n")
