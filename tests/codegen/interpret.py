@@ -23,8 +23,10 @@ from tests.codegen.known import is_known
 from tests.codegen.memory_check import watch
 from tests.codegen.samples import SAMPLES, Sample, draw
 
-# The CPU's fused SGD handles `maximize` and 16-bit types otherwise than the GPU's, and its log_sigmoid keeps a buffer.
-OTHER_ON_CPU = {"_fused_sgd_", "log_sigmoid_backward"}
+# The CPU's fused SGD handles `maximize` and 16-bit types otherwise than the GPU's.
+OTHER_ON_CPU = {"_fused_sgd_"}
+# Where formulas have another branch: thresholds, bounds, zeros.
+EDGES = (-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 20.0)
 Tensors = list[torch.Tensor]
 
 
@@ -94,9 +96,19 @@ def compare(
 def ops(compiler: Compiler) -> None:
     for i, sample in enumerate(SAMPLES):
         for dtype in sample.dtypes if sample.rule not in OTHER_ON_CPU else ():
-            inputs = draw(sample, dtype, (3, 21))
+            inputs = with_edges(sample, draw(sample, dtype, (3, 21)))
             if supported(sample, inputs):
                 compare(f"{i} {sample.rule} {dtype}", sample.call, inputs, compiler, sample.moving)
+
+
+def with_edges(sample: Sample, inputs: Tensors) -> Tensors:
+    """With some numbers for which formulas have branches, at other places in each operand."""
+    if sample.like == "any" and inputs[0].is_floating_point():
+        for k, tensor in enumerate(inputs):
+            tensor.view(-1)[: len(EDGES)] = torch.tensor(EDGES, dtype=tensor.dtype).roll(k)
+    if sample.rule == "log_sigmoid_backward":  # what the CPU's forward keeps for it
+        inputs[2] = inputs[1].abs().neg().exp()
+    return inputs
 
 
 def supported(sample: Sample, inputs: list[torch.Tensor]) -> bool:
