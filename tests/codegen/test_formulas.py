@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kitsune.codegen import render, why_not_lowered
+from kitsune.codegen import differences, render, why_not_lowered
+from kitsune.codegen.exactness import CANCELS, DISTANCE, WITHOUT_TOOLKIT
 from tests.codegen.build import build
 
 aten = torch.ops.aten
@@ -53,3 +54,12 @@ def test_what_is_refused_of_one_type_is_lowered_of_another(
 ) -> None:
     reasons = {d: why_not_lowered(build(call, [torch.zeros(8, dtype=d)], "kernel").ops[0]) for d in (dtype, other)}
     assert reasons[dtype] is not None and reasons[other] is None
+
+
+def test_a_distance_is_said_in_units_or_as_what_cancels() -> None:
+    measured = {one.op: one.measured for one in differences("fast", toolkit=False)}
+    inexact = {**DISTANCE, **WITHOUT_TOOLKIT}
+    assert {ulp == CANCELS for op, (ulp, _) in inexact.items()} == {False, True}
+    for op, (ulp, _) in inexact.items():
+        expected = "what is left after cancellation" if ulp == CANCELS else f"at most {ulp} units in the last place of float32"
+        assert measured[op] == expected
