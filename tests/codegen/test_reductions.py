@@ -181,6 +181,22 @@ def test_maximum_and_sum_of_a_softmax_take_one_loop() -> None:
     assert render(chain).text.count("range(0, whole") == 2, "nobody reads what is between"
 
 
+def test_a_sum_that_something_is_made_of_for_every_element_keeps_its_dimension() -> None:
+    x = torch.zeros(64, 512)
+    # Also by way of numbers that each row has one of.
+    spread = render(only(lambda x: x - (x.sum(1, keepdim=True) * 2 + 1).exp() * 3, x)).text
+    assert "keep_dims=True" in spread and "tl.reshape" not in spread
+    alone = render(only(lambda x: (x * 2).sum(1).exp(), x)).text
+    assert "tl.reshape" in alone and "keep_dims=True" not in alone
+
+
+def test_a_target_beyond_32_bits_is_beyond_the_row() -> None:
+    case = next(case for case in CASES if case.name == "cross entropy in float32")
+    texts = [render(kernel).text for kernel in kernels_of(case.program, draw(case.shapes(512), torch.bfloat16))]
+    bounded = [line for text in texts for line in text.splitlines() if "< columns), x" in line]
+    assert bounded and not any(re.search(r"= x\d+\.to\(tl\.int32\)", text) for text in texts)
+
+
 def test_a_text_is_told_from_others_by_its_key() -> None:
     keys: dict[Any, str] = {}
     texts: dict[str, Any] = {}
