@@ -25,6 +25,11 @@ from tests.codegen.samples import SAMPLES, Sample, draw
 
 # The CPU's fused SGD handles `maximize` and 16-bit types otherwise than the GPU's.
 OTHER_ON_CPU = {"_fused_sgd_"}
+# In float64, which tells other branches and constants apart than narrower types do: the first is at its threshold.
+WIDE = [
+    Sample("softplus_backward", lambda g, x: torch.ops.aten.softplus_backward(g, x * 0 + 20, 1, 20), 2, (torch.float64,)),
+    Sample("mse_loss_backward", lambda x, y, g: torch.ops.aten.mse_loss_backward(x, y, g, 1), 3, (torch.float64,)),
+]
 # Where formulas have another branch: thresholds, bounds, zeros.
 EDGES = (-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 20.0)
 Tensors = list[torch.Tensor]
@@ -94,7 +99,7 @@ def compare(
 
 
 def ops(compiler: Compiler) -> None:
-    for i, sample in enumerate(SAMPLES):
+    for i, sample in enumerate([*SAMPLES, *WIDE]):
         for dtype in sample.dtypes if sample.rule not in OTHER_ON_CPU else ():
             inputs = with_edges(sample, draw(sample, dtype, (3, 21)))
             if supported(sample, inputs):
