@@ -63,6 +63,12 @@ class Options:
     layouts: bool = knob(True, "KITSUNE_LAYOUTS", flag, "0 keeps eager's layouts: no padded products, no channels-last inside")
     pool: bool = knob(True, "KITSUNE_POOL", flag, "0 gives each arena back to torch when its region has run")
     graphs: bool = knob(True, "KITSUNE_GRAPHS", flag, "0 launches every region anew each time: no CUDA graphs")
+    pages: bool = knob(
+        True,
+        "KITSUNE_PAGES",
+        flag,
+        "CUDA graphs read in the host's memory where their batch is; 0: the driver copies it first",
+    )
     max_graphs: int = knob(64, "KITSUNE_MAX_GRAPHS", whole(1), "CUDA graphs that are kept; the least recently used goes first")
     graph_memory: int | None = knob(
         None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
@@ -145,6 +151,7 @@ class Config:
     layouts: bool
     pool: bool
     graphs: bool
+    pages: bool
     max_graphs: int
     graph_memory: int | None
     cache_dir: str | None
