@@ -90,8 +90,8 @@ def _call(name: str, *args: Any) -> None:
 
 @contextlib.contextmanager
 def _context_of(device: int) -> Iterator[None]:
-    """What is loaded is loaded for the device, whichever is the current one. A thread that asked nothing of torch is left without a
-    context: it keeps this one."""
+    """What is loaded is loaded for the device, whichever is the current one. A thread without a context, as torch leaves it until
+    it asks for something, keeps this one."""
     before, context = ctypes.c_void_p(), _primary_context(device)
     _call("cuCtxGetCurrent", ctypes.byref(before))
     _call("cuCtxSetCurrent", context)
