@@ -13,8 +13,7 @@ import torch
 
 from kitsune.background import thread
 from kitsune.codegen import (
-    COPY_TENSORS,
-    READ_PAGE,
+    PAGE_PROGRAMS,
     BackgroundCompiler,
     Choices,
     CompilePool,
@@ -28,8 +27,6 @@ from kitsune.ir import Launch, Program, reads_slots
 from kitsune.runtime import CudaGraphs, GraphRecorder, PageReader, SlotTable, Timer, in_turn
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from kitsune.scheduler import RATES
-
-READERS = (READ_PAGE, COPY_TENSORS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +88,12 @@ def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device, cho
         return made
 
     def warm(launch: Launch, usable: PreparedLaunch) -> list[Future[Any]]:
-        asked = [(program, False, False) for program in READERS if config.pages]
+        asked = [(program, False, False) for program in PAGE_PROGRAMS if config.pages]
         if usable.likely is not None:
             asked.append((usable.program, *usable.likely))
         return [compiler.ask(program, device, *variant) for program, *variant in asked]
 
-    return Backend(arch, prepare, in_graph, warm, compiler.expect, choices, reader=PageReader(READERS, compiler, device))
+    return Backend(arch, prepare, in_graph, warm, compiler.expect, choices, reader=PageReader(PAGE_PROGRAMS, compiler, device))
 
 
 def _differs_in_graph(launch: Launch) -> bool:

@@ -1,10 +1,11 @@
-"""The kernels that a captured graph begins with: one reads what the host has written for this replay, one copies the batch in.
+"""The kernels of a captured graph that deal with its host: one reads what that has written for this replay, one copies the batch
+in, one copies a result out.
 
 The host writes a page into pinned memory, and the device reads it there itself: a copy that the driver starts costs 6 us of the
 host of an H200 each time, a page 1.
 """
 
-from kitsune.ir.page import HEAD, N_PAGES
+from kitsune.ir.page import FEW_BYTES, HEAD, N_PAGES
 from kitsune.ir.program import Program, Tile
 
 # Bytes that a block copies.
@@ -82,3 +83,27 @@ def copy_tensors(places, rows, owners, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     False,
     Tile(COPIED, 0, 4),
 )
+
+COPY_RESULT = Program(
+    "copy_result",
+    f'''"""Copies a few bytes to an address that lies in memory."""
+
+{_HEADER}
+SIGNATURE = {{"place": "*i64", "source": "*u8", "size": "i64"}}
+MULTIPLES = ()
+
+
+@triton.jit
+def copy_result(place, source, size, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    target = tl.load(place)
+    if target != 0:
+        i = tl.arange(0, BLOCK)
+        tl.store(target.to(tl.pointer_type(tl.uint8)) + i, tl.load(source + i, mask=i < size), mask=i < size)
+''',
+    (),
+    False,
+    Tile(FEW_BYTES, 0, 1),
+)
+
+# In the order in which `kitsune.runtime.PageReader` takes them.
+PAGE_PROGRAMS = (READ_PAGE, COPY_TENSORS, COPY_RESULT)

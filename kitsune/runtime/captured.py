@@ -13,9 +13,9 @@ from kitsune.runtime.answers import Answers
 from kitsune.runtime.calls import call
 from kitsune.runtime.capturable import reader_of, used_inputs
 from kitsune.runtime.cuda_graph import GraphRecorder, Recorded, Sending
-from kitsune.runtime.incoming import Incoming
-from kitsune.runtime.lent_outputs import Lent
+from kitsune.runtime.lent_outputs import Lent, small_results
 from kitsune.runtime.page_reader import PageReader
+from kitsune.runtime.passing import Passing
 from kitsune.runtime.places import Places
 from kitsune.runtime.slots import SlotTable, WatchedNumbers
 from kitsune.runtime.tail import Tail
@@ -101,7 +101,7 @@ class Captured:
         self._addresses = [data_ptr(values[n]) for n in self._fixed]
         self._copied = tuple(n for n in used if n in moving)
         self._statics = {n: _like(values[n]) for n in self._copied}
-        self._incoming = Incoming(self._statics, table, reader)
+        self._passing = Passing(self._statics, table, reader)
         self.n_replays = 0
         self.has_tail = work.tail is not None
         # The numbers that were found to be those that are baked in.
@@ -109,7 +109,7 @@ class Captured:
         self._aliases = tuple(v for v in graph.outputs if self._from_outside(v))
         needs = work.tail.needs if work.tail is not None else ()
         # Is a replay nothing but copies of bytes and the graph's start? Then no operator of torch sees the modes that are on.
-        self.is_bare = not self.has_tail and not self._aliases and self._incoming.is_bare
+        self.is_bare = not self.has_tail and not self._aliases and self._passing.is_bare
         self._needed_aliases = tuple(v for v in needs if self._from_outside(v))
         # What the tail reads of the graph's own memory.
         self._kept: dict[int, Any] = dict.fromkeys(v.id for v in needs if not self._from_outside(v))
@@ -125,14 +125,17 @@ class Captured:
 
         def work(inputs: Sequence[torch.Tensor], send: Sending) -> list[torch.Tensor]:
             inside: list[Any] = [None] * self._n_values
-            self._incoming.read()
+            self._passing.read()
             for n, tensor in (*zip(self._fixed, inputs, strict=True), *self._statics.items()):
                 inside[n] = tensor
             self._work.run(inside, numbers, send)
-            return [self._last(n, inside) for n in (*made, *self._kept)]
+            results = [self._last(n, inside) for n in (*made, *self._kept)]
+            # The tail may write them once more.
+            self._n_copies = 0 if self.has_tail else self._passing.copy_out(small_results(results[: len(made)]))
+            return results
 
         self._recorded: Recorded = self._recorder.record(work, [values[n] for n in self._fixed], len(self._work.sent))
-        self._incoming.restart()
+        self._passing.restart()
         self.baked = {n: struct.pack("d", scalars[n]) for n in numbers.read}
         self._kept = dict(zip(self._kept, self._recorded.outputs[len(made) :], strict=True))
         outputs = dict(zip(made, self._recorded.outputs, strict=False))
@@ -140,14 +143,14 @@ class Captured:
         if any(storage_of(tensor)._cdata in taken for tensor in (*outputs.values(), *self._kept.values())):
             self._recorded.destroy()
             raise NotCaptured("An operator of the region returned its operand instead of a new tensor.")
-        self._lent = Lent(outputs, moved)
+        self._lent = Lent(outputs, moved, self._n_copies)
         self._recorded.outputs = []
         self._work.finish()
 
     @property
     def nbytes(self) -> int:
         """Memory that it keeps."""
-        return self._recorded.nbytes + self._incoming.nbytes
+        return self._recorded.nbytes + self._passing.nbytes
 
     def replay(self, values: list[Any], scalars: Sequence[float]) -> None:
         """Run the region: `values` has the inputs by number and receives the outputs. Raises Miss where it does not fit."""
@@ -169,9 +172,9 @@ class Captured:
         for value in self._aliases:
             self._alias(value, values, scalars)
         inside = self._for_tail(values, scalars) if self.has_tail else []
-        self._incoming.send(values, scalars)
+        self._passing.send(values, scalars, self._lent.copies_at)
         self._recorded.replay()
-        self._incoming.started()
+        self._passing.started()
         self.n_replays += 1
         if self.has_tail:
             self._finish(inside, scalars)

@@ -1,4 +1,4 @@
-"""What a captured graph begins with on a device: the kernels that read a page and copy the batch in."""
+"""What a captured graph begins and ends with on a device: the kernels that read a page, copy the batch in, and results out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from kitsune.ir import Pending, Program
+from kitsune.ir.page import N_COPIES
 from kitsune.runtime.launch_tables import complete_rows, owners_of
 from kitsune.runtime.plan_executor import current_stream
 
@@ -42,9 +43,10 @@ class Pages:
 
 
 class PageReader:
-    """The two kernels, for a device. `programs` are the one that reads a page and the one that copies."""
+    """The kernels, for a device. `programs` are the one that reads a page, the one that copies tensors in, and the one that
+    copies a result out."""
 
-    def __init__(self, programs: tuple[Program, Program], compiler: Compiler, device: torch.device) -> None:
+    def __init__(self, programs: Sequence[Program], compiler: Compiler, device: torch.device) -> None:
         self._programs, self._compiler, self._device = programs, compiler, device
         self._kernels: list[Loadable] = []
 
@@ -62,30 +64,38 @@ class PageReader:
 
     def of(self, pages: Pages) -> "Reading":
         """The kernels of one graph, which begins with the first page."""
-        read, copy = self._kernels
-        return Reading(pages, read, copy, self._device)
+        return Reading(pages, self._kernels, self._device)
 
 
 class Reading:
     """Of one graph. On the device are how often it was replayed, the addresses in the page that was read last, and what is to
     be copied where."""
 
-    def __init__(self, pages: Pages, read: Loadable, copy: Loadable, device: torch.device) -> None:
-        self._pages, self._read, self._copy, self._device = pages, read, copy, device
-        self._words = torch.zeros(1 + len(pages.targets), dtype=torch.int64, device=device)
+    def __init__(self, pages: Pages, kernels: Sequence[Loadable], device: torch.device) -> None:
+        self._pages, self._device = pages, device
+        self._read, copy, self._copy_result = kernels
+        self._copy = copy
+        self._words = torch.zeros(1 + len(pages.targets) + N_COPIES, dtype=torch.int64, device=device)
+        self._places = _data_ptr(self._words) + self._words.itemsize
         sizes = [size for _, size in pages.targets]
         if sizes:
             self._rows = complete_rows([[*target] for target in pages.targets], sizes, copy.block).to(device)
             self._owners = owners_of(sizes, copy.block).to(device)
 
     def start(self) -> None:
-        """Read the next page and copy what it names, on the current stream. Nothing else than this is captured."""
+        """Read the next page and copy what it names, on the current stream."""
         pages, count, stream = self._pages, _data_ptr(self._words), current_stream(self._device)
-        places = count + self._words.itemsize
-        n = len(pages.targets)
-        self._read.launch(1, [pages.first, pages.over, count, places, pages.numbers, n, pages.words], stream)
-        if n:
-            self._copy.launch(len(self._owners), [places, _data_ptr(self._rows), _data_ptr(self._owners)], stream)
+        n = len(pages.targets) + N_COPIES
+        self._read.launch(1, [pages.first, pages.over, count, self._places, pages.numbers, n, pages.words], stream)
+        if pages.targets:
+            self._copy.launch(len(self._owners), [self._places, _data_ptr(self._rows), _data_ptr(self._owners)], stream)
+
+    def copy_out(self, results: Sequence[torch.Tensor]) -> None:
+        """Copy these to where the page says, on the current stream: at most `N_COPIES`, of at most `FEW_BYTES` each."""
+        place, stream = self._places + self._words.itemsize * len(self._pages.targets), current_stream(self._device)
+        for k, result in enumerate(results):
+            args = [place + self._words.itemsize * k, _data_ptr(result), result.numel() * result.itemsize]
+            self._copy_result.launch(1, args, stream)
 
     def restart(self) -> None:
         """Begin with the first page again, on the current stream."""

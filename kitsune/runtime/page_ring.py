@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kitsune.ir.page import HEAD, N_PAGES
+from kitsune.ir.page import HEAD, N_COPIES, N_PAGES
 from kitsune.runtime.page_reader import PageReader, Pages
 from kitsune.runtime.slots import SlotTable, bits_of
 
@@ -26,7 +26,7 @@ class PageRing:
     """
 
     def __init__(self, targets: Sequence[tuple[int, int]], table: SlotTable, reader: PageReader) -> None:
-        device, words = table.memory.device, HEAD + len(targets) + table.n
+        device, words = table.memory.device, HEAD + len(targets) + N_COPIES + table.n
         self._size = words * _WORD
         memory = _taken(_WORD + N_PAGES * self._size, device)
         # A replay that is under way may still read it when this is gone.
@@ -35,9 +35,9 @@ class PageRing:
         self._bytes = memoryview((ctypes.c_char * memory.numel()).from_address(address)).cast("B")
         # Replays that are over, as the one that has begun last has said.
         self._over = ctypes.c_int64.from_address(address)
-        self._head = struct.Struct(f"{HEAD + len(targets)}q")
+        self._head = struct.Struct(f"{HEAD + len(targets) + N_COPIES}q")
         self._reading = reader.of(Pages(address + _WORD, address, table.address, targets, words))
-        self.read = self._reading.start
+        self.read, self.copy_out = self._reading.start, self._reading.copy_out
         self._n_numbers = table.n
         # The replays that were started, the first that must wait, and is there a page that may have been replayed or not?
         self._n, self._room, self._in_doubt = 0, N_PAGES, False
@@ -52,7 +52,8 @@ class PageRing:
         self._begin(0)
 
     def write(self, addresses: Sequence[int], numbers: Sequence[float]) -> None:
-        """Tell the next replay where the tensors are, and numbers that have changed. It is on the current stream.
+        """Tell the next replay, which is on the current stream, where the tensors are, where to copy results (0: not at all), and
+        which numbers have changed.
 
         A run that has diverged may have more numbers behind those of its region, or had them when the table was made.
         """

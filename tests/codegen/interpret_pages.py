@@ -16,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from kitsune.codegen import COPY_TENSORS, READ_PAGE, Compiler
+from kitsune.codegen import COPY_RESULT, COPY_TENSORS, READ_PAGE, Compiler
 from kitsune.ir.page import HEAD, N_PAGES
 from kitsune.ir.program import Tile
 from tests.runtime.pages import NaiveCompiler
@@ -66,8 +66,22 @@ def compare_copies(kernels: Any) -> None:
                 print(f"{sizes} bytes from {begins} to {ends}: {int((found[0] != found[1]).sum())} bytes differ")
 
 
+def compare_results(kernels: Any) -> None:
+    """Results of up to 16 bytes, to any address or none."""
+    for size, begins_at, is_told in itertools.product((1, 2, 4, 8, 12, 16), (0, 3), (True, False)):
+        source, found = torch.randint(1, 256, (32,), dtype=torch.uint8), []
+        for kernel in kernels:
+            target = torch.zeros(32, dtype=torch.uint8)
+            place = torch.tensor([(target.data_ptr() + begins_at) * is_told])
+            kernel.launch(1, [place.data_ptr(), source.data_ptr(), size], 0)
+            found.append(target)
+        if not torch.equal(*found):
+            print(f"a result of {size} bytes: {found}")
+
+
 if __name__ == "__main__":
     compiler = Compiler(sys.argv[1], interpret=True)
     # Small blocks: the interpreter takes long over each.
-    for program, compared in ((READ_PAGE, compare_pages), (replace(COPY_TENSORS, tile=Tile(256, 0, 4)), compare_copies)):
+    small = replace(COPY_TENSORS, tile=Tile(256, 0, 4))
+    for program, compared in ((READ_PAGE, compare_pages), (small, compare_copies), (COPY_RESULT, compare_results)):
         compared([made.compile(program, CPU, False, False) for made in (compiler, NaiveCompiler())])

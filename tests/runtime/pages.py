@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kitsune.codegen import COPY_TENSORS, READ_PAGE
+from kitsune.codegen import PAGE_PROGRAMS
 from kitsune.ir.page import HEAD, N_PAGES
 from kitsune.runtime import PageReader
 
@@ -35,6 +35,14 @@ def naive_copy_tensors(block: int, n_bytes: int, places: int, rows: int, owners:
         ctypes.memmove(target + start, source + start, min(n_bytes, size - start))
 
 
+def naive_copy_result(_: int, __: int, place: int, source: int, size: int) -> None:
+    if words_at(place)[0]:
+        ctypes.memmove(words_at(place)[0], source, size)
+
+
+FUNCTIONS = {"read_page": naive_read_page, "copy_tensors": naive_copy_tensors, "copy_result": naive_copy_result}
+
+
 class Naive:
     """A kernel of this file."""
 
@@ -50,11 +58,11 @@ class Naive:
 
 
 class NaiveCompiler:
-    """Knows these two."""
+    """Knows these three."""
 
     def compile(self, program: Any, target: torch.device, aligned: bool, wide: bool) -> Naive:
-        return Naive({"read_page": naive_read_page, "copy_tensors": naive_copy_tensors}[program.name], program.tile.rows)
+        return Naive(FUNCTIONS[program.name], program.tile.rows)
 
 
 def naive_reader() -> PageReader:
-    return PageReader((READ_PAGE, COPY_TENSORS), NaiveCompiler(), torch.device("cpu"))
+    return PageReader(PAGE_PROGRAMS, NaiveCompiler(), torch.device("cpu"))

@@ -12,7 +12,7 @@ import torch
 import kitsune
 from kitsune.config import config
 from kitsune.ir.page import N_PAGES
-from kitsune.runtime import SlotTable, page_ring
+from kitsune.runtime import SlotTable, lent_outputs, page_ring
 from kitsune.runtime.page_ring import PageRing
 from tests.runtime.backends import lazily
 from tests.runtime.pages import naive_reader
@@ -33,10 +33,10 @@ class Told:
         # What nobody else holds any more would be another's memory when the device comes to read it.
         self.batches: list[list[torch.Tensor]] = []
 
-    def write(self, k: int, numbers: Any = None) -> None:
+    def write(self, k: int, numbers: Any = None, copies: tuple[int, int] = (0, 0)) -> None:
         """Tell of batch number k, which has other bytes than those near it."""
         self.batches.append([torch.full_like(place, k % 251) for place in self.places])
-        self.ring.write([t.data_ptr() for t in self.batches[-1]], self.numbers(k) if numbers is None else numbers)
+        self.ring.write([*(t.data_ptr() for t in self.batches[-1]), *copies], self.numbers(k) if numbers is None else numbers)
 
     def numbers(self, k: int) -> tuple[float, ...]:
         return k * 1.0, k * 0.5, -0.0
@@ -179,6 +179,39 @@ def test_a_run_may_have_fewer_numbers_or_more_than_the_table() -> None:
         told.ring.read()
         told.ring.started()
     assert told.table.memory.tolist() == [6.0, 7.0, 4.0]
+
+
+def test_results_are_copied_to_where_the_page_says() -> None:
+    told = Told()
+    results, copies = [torch.tensor(1.5), torch.tensor([2.0, 3.0, 4.0, 5.0])], [torch.zeros(1), torch.zeros(4)]
+    places = [t.data_ptr() for t in copies]
+    for at in ((0, places[1]), (places[0], 0)):
+        told.write(1, copies=at)
+        told.ring.read()
+        told.ring.copy_out(results)
+        told.ring.started()
+        assert [bool(t.any()) for t in copies] == [at[0] != 0, True]
+    assert copies[0].item() == 1.5 and copies[1].tolist() == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_numbers_that_are_held_are_copied_by_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_driver: list[int] = []
+    copy = lent_outputs.raw_copy(CPU)
+    monkeypatch.setattr(lent_outputs, "raw_copy", lambda device: lambda *of: (by_driver.append(1), copy(*of))[1])
+    x, n = torch.zeros(3, 2), 40
+    for pages in (True, False):
+        x.zero_()
+        with config.patch(gate=False, pages=pages), graphs(kernels=False), lazily():
+            held = []
+            for _ in range(n):
+                x.add_(1)
+                # Three results, of which the graph copies two.
+                held += [x.sum(), (x * 2).sum(), (x * 3).sum()]
+                kitsune.flush()
+            assert counts("replayed", "moved")[0] > 30
+        assert [t.item() for t in held] == [6.0 * (k // 3 + 1) * (k % 3 + 1) for k in range(3 * n)]
+        assert len(by_driver) > 30 and len(by_driver) <= (n if pages else 4 * n)
+    assert len(by_driver) > 3 * n
 
 
 def test_memory_of_a_ring_that_is_gone_is_used_again_and_brings_nothing() -> None:

@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
-from kitsune.backends import READERS
-from kitsune.codegen import Compiler
+from kitsune.codegen import PAGE_PROGRAMS, Compiler
 from kitsune.config import config
 from kitsune.ir.page import N_PAGES
 from kitsune.runtime import CudaGraphs, PageReader, SlotTable
@@ -28,7 +27,9 @@ SIZES = (1, 7, 8, 9, 8191, 8192, 8193, 300_001)
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> PageReader:
-    made = PageReader(READERS, Compiler(tmp_path_factory.mktemp("kernels")), torch.device("cuda", torch.cuda.current_device()))
+    made = PageReader(
+        PAGE_PROGRAMS, Compiler(tmp_path_factory.mktemp("kernels")), torch.device("cuda", torch.cuda.current_device())
+    )
     assert made.is_there()
     return made
 
@@ -65,7 +66,7 @@ class Device:
         # On the stream that the graph runs on: it may be another's memory once the graph has been started.
         wide = [torch.full((t.numel() + 32,), k % 251, dtype=torch.uint8, device=t.device) for t in self.places]
         batch = [w[begins_at : begins_at + t.numel()] for w, t in zip(wide, self.places, strict=True)]
-        self.ring.write([t.data_ptr() for t in batch], (float(k), k * 0.5, -1.0))
+        self.ring.write([*(t.data_ptr() for t in batch), 0, 0], (float(k), k * 0.5, -1.0))
 
     def replay(self, k: int, begins_at: int = 0) -> None:
         self.tell(k, begins_at)
@@ -137,6 +138,33 @@ def test_on_streams_that_take_turns(reader: PageReader) -> None:
         with torch.cuda.stream(streams[k % 2]):
             device.replay(k)
     assert device.saw() == device.expected(list(range(2 * N_PAGES)))
+
+
+def test_results_are_copied_to_where_the_page_says(reader: PageReader) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    ring, x = PageRing([], SlotTable(1, device), reader), torch.zeros(2, device=device)
+    loss, pair = torch.zeros((), device=device), torch.zeros(2, dtype=torch.complex64, device=device)
+
+    def work(inputs: Any, send: Any) -> list[torch.Tensor]:
+        ring.read()
+        inputs[0].add_(1)
+        loss.copy_(inputs[0].sum())
+        pair.copy_(inputs[0])
+        ring.copy_out([loss, pair])
+        return []
+
+    work([x], None)
+    torch.cuda.synchronize()
+    x.zero_()
+    graph, copies = CudaGraphs(device).record(work, [x]), []
+    ring.restart()
+    for k in range(3 * N_PAGES):
+        copies.append((torch.empty_like(loss), torch.empty_like(pair)))
+        ring.write([0 if k % 3 == 1 else copies[-1][0].data_ptr(), copies[-1][1].data_ptr()], (1.0,))
+        graph.replay()
+        ring.started()
+    assert [int(a) for k, (a, _) in enumerate(copies) if k % 3 != 1] == [2 * (k + 1) for k in range(3 * N_PAGES) if k % 3 != 1]
+    assert [b.tolist() for _, b in copies] == [[k + 1, k + 1] for k in range(3 * N_PAGES)]
 
 
 @pytest.fixture
