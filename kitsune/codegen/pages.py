@@ -5,7 +5,7 @@ The host writes a page into pinned memory, and the device reads it there itself:
 host of an H200 each time, a page 1.
 """
 
-from kitsune.ir.page import FEW_BYTES, HEAD, N_PAGES
+from kitsune.ir.page import FEW_BYTES, HEAD, N_PAGES, TOLD_EVERY
 from kitsune.ir.program import Program, Tile
 
 # Bytes that a block copies.
@@ -18,15 +18,16 @@ READ_PAGE = Program(
     f'''"""Reads the next page of a ring in the host's memory."""
 
 {_HEADER}
-SIGNATURE = {{"ring": "*i64", "begun": "*i64", "count": "*i64", "places": "*i64", "numbers": "*i64", "n": "i64", "words": "i64"}}
+SIGNATURE = {{"ring": "*i64", "over": "*i64", "count": "*i64", "places": "*i64", "numbers": "*i64", "n": "i64", "words": "i64"}}
 MULTIPLES = ()
 
 
 @triton.jit
-def read_page(ring, begun, count, places, numbers, n, words, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def read_page(ring, over, count, places, numbers, n, words, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.load(count)
     # The replays before this one have read theirs: the host may write those pages again.
-    tl.store(begun, k, cache_modifier=".wt")
+    if k % {TOLD_EVERY} == 0:
+        tl.store(over, k, cache_modifier=".wt")
     page = ring + (k % {N_PAGES}) * words
     n_numbers = tl.load(page, volatile=True)
     page += {HEAD}

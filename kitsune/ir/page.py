@@ -6,6 +6,9 @@ where results are to be copied, and the numbers; words have 8 bytes. Replay numb
 
 # The host may be one replay less than this ahead of the device.
 N_PAGES = 64
+# The device tells how far it is at each replay whose number is a multiple of this: the kernel that writes the host's memory ends
+# only when that has been written.
+TOLD_EVERY = 16
 # Words before the addresses.
 HEAD = 1
 # Results that a graph may copy to where it is told, and the most bytes that one may have.

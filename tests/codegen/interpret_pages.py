@@ -29,7 +29,7 @@ def compare_pages(kernels: Any) -> None:
     for n, n_numbers in itertools.product((0, 1, 63, 64, 65), (0, 1, 70)):
         words = HEAD + n + n_numbers
         first = torch.randint(-(2**62), 2**62, (N_PAGES, words))
-        for count in (0, 1, N_PAGES - 1, N_PAGES, 12345):
+        for count in (0, 1, N_PAGES - 1, N_PAGES, 12345, 16 * 999):
             first[count % N_PAGES, 0] = n_numbers if count % 2 else 0
             found = []
             for kernel in kernels:

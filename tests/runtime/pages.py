@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kitsune.codegen import PAGE_PROGRAMS
-from kitsune.ir.page import HEAD, N_PAGES
+from kitsune.ir.page import HEAD, N_PAGES, TOLD_EVERY
 from kitsune.runtime import PageReader
 
 
@@ -19,7 +19,8 @@ def words_at(address: int, n: int = 1) -> Any:
 
 def naive_read_page(_: int, __: int, first: int, over: int, count: int, places: int, numbers: int, n: int, words: int) -> None:
     k = words_at(count)[0]
-    words_at(over)[0] = k
+    if k % TOLD_EVERY == 0:
+        words_at(over)[0] = k
     page = words_at(first + 8 * words * (k % N_PAGES), words)
     words_at(places, n)[:] = page[HEAD : HEAD + n]
     words_at(numbers, page[0])[:] = page[HEAD + n : HEAD + n + page[0]]
