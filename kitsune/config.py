@@ -45,7 +45,12 @@ class Options:
         flag,
         "values that the program reads as numbers are computed first, and sent to the host at once",
     )
-    audit: int = knob(100, "KITSUNE_AUDIT", whole(0), "one call in so many of a static function goes through Python; 0: none")
+    audit: int | None = knob(
+        None,
+        "KITSUNE_AUDIT",
+        optional(whole(0)),
+        "one call in so many of a static function goes through Python; 0: none; None: one in 100, or as takes 5 % of its time",
+    )
     fuse: bool = knob(True, "KITSUNE_FUSE", flag, "0 runs every region op by op: no planning, no kernels of Kitsune's own")
     numerics: str = knob(
         "strict",
@@ -143,7 +148,7 @@ class Config:
     gate: bool
     follow: bool
     early_reads: bool
-    audit: int
+    audit: int | None
     fuse: bool
     numerics: str
     fuel: int | None
