@@ -32,6 +32,7 @@ class Told:
         self.places = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
         self.table = SlotTable(n_numbers, CPU)
         self.ring = PageRing([(p.data_ptr(), p.numel()) for p in self.places], self.table, reader)
+        self.ring.restart()
         # What nobody else holds any more would be another's memory when the device comes to read it.
         self.batches: list[list[torch.Tensor]] = []
 
