@@ -32,14 +32,16 @@ class Rule:
     """A row of the lowering table.
 
     `lower` returns a text for each of `Op.outputs`. `operands` are the arguments that promote; None for all. `literals` are
-    numbers that stand in the text as they are, because the text depends on them. `boolean` results need no conversion from
-    the arithmetic's dtype; an `exact` rule returns one of its operands, which is of the common dtype already.
+    whole numbers that stand in the text as they are, because the text depends on them; so do `floats`, where one of them is
+    given for such an argument. `boolean` results need no conversion from the arithmetic's dtype; an `exact` rule returns one of
+    its operands, which is of the common dtype already.
     """
 
     lower: Callable[["Lowering"], str | tuple[str, ...]]
     promotion: Promotion = Promotion.COMMON
     operands: tuple[str, ...] | None = None
     literals: frozenset[str] = frozenset(("alpha",))
+    floats: frozenset[float] = frozenset()
     boolean: bool = False
     exact: bool = False
 
@@ -150,7 +152,7 @@ class Lowering:
         """A Python number as the op computes with it; `rounded` where eager takes it as the tensors' dtype."""
         value = self.arguments[name]
         dtype = dtype or self.common
-        if name in self.rule.literals and type(value) is int:
+        if name in self.rule.literals and (type(value) is int or (type(value) is float and value in self.rule.floats)):
             return self.constant(value, dtype)
         if type(value) not in (Slot, float, int, bool):
             raise NotLowered(f"{name} of {self.op.target} is no number that a kernel can take")
