@@ -7,6 +7,15 @@ from pathlib import Path
 
 import torch
 
+# Whose error function the helper `erf` is. Without CUDA nothing is compared with it.
+ERF_OF = ("13", None)
+
+
+def writes_erf() -> bool:
+    """Is the error function of the CUDA that torch was built with known to the last bit, so that no library need be there?"""
+    version = torch.version.cuda
+    return (version and version.partition(".")[0]) in ERF_OF
+
 
 @cache
 def toolkit_libdevice() -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kitsune.codegen.dtypes import FLOATING, HALF, LANGUAGE, cast, common_dtype, opmath
+from kitsune.codegen.libdevice import writes_erf
 from kitsune.ir import Op, Slot, Value, named
 from kitsune.ir.program import Scalar
 
@@ -210,6 +211,11 @@ class Lowering:
     def fma(self, a: str, b: str, c: str) -> str:
         """a * b + c with one rounding, as nvcc contracts it inside eager's kernel."""
         return f"libdevice.fma({a}, {b}, {c})"
+
+    def erf(self, x: str) -> str:
+        """The error function."""
+        written = self.compute is torch.float32 and writes_erf()
+        return self.call("erf", x) if written else f"libdevice.erf({x})"
 
     def negative(self, x: str) -> str:
         """-x for floats. Triton subtracts from zero, which makes +0.0 of +0.0."""

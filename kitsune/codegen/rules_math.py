@@ -11,13 +11,12 @@ from kitsune.codegen.lowering import Lowering, Promotion, Rule, lower_rules
 UNARY = {
     name: name
     for name in "exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh "
-    "erf erfc erfinv rsqrt lgamma".split()
+    "erfc erfinv rsqrt lgamma".split()
 }
 ALIASES = {
     "arcsin": "asin",
     "arccos": "acos",
     "arctan": "atan",
-    "special_erf": "erf",
     "special_expm1": "expm1",
     "special_exp2": "exp2",
 }
@@ -221,6 +220,7 @@ def _fill_table() -> None:
     both = ("self", "other", "scalar", "scalars")
     for name in UNARY:
         lower_rules[name] = Rule(_library(UNARY[name]), float_)
+    lower_rules["erf"] = lower_rules["special_erf"] = Rule(lambda c: c.erf(c.tensor("self")), float_)
     for name, function in ALIASES.items():
         lower_rules[name] = lower_rules[function]
     for name, function in ROUNDINGS.items():
