@@ -22,7 +22,7 @@ def toolkit_libdevice() -> str | None:
     """The bitcode file of the toolkit whose version torch was built with; None if there is none.
 
     Triton's own differs in erf, pow, atan, asin, acos, asinh, acosh, erfinv and hypot, by 1 to 3 units in the last place of
-    float32, and with them in gelu; with the toolkit's, these equal eager's in every bit.
+    float32; with the toolkit's, these equal eager's in every bit. Of CUDA 13 the error function is a helper, and GELU needs none.
     """
     version = torch.version.cuda
     if version is None:

@@ -29,8 +29,8 @@ NEIGHBOURS = 64
 OUTER = 4096
 # Blocks that fill the largest device known, twice over. With fewer, smaller ones are taken.
 ENOUGH = 264
-# With fewer blocks of long rows, each has more on its way; and from how many columns on a row is long for a turn of 32 of them.
-FEW, MANY_COLUMNS = 2 * ENOUGH, 256
+# With fewer blocks of rows that are long, each has more on its way. Ops that leave room for twice the elements.
+FEW, MANY_COLUMNS, FEW_STEPS = 2 * ENOUGH, 256, 4
 # Elements that a thread holds of each operand: about, where a kernel reduces, and at most, which is half of its registers.
 PER_THREAD, MOST_PER_THREAD = 8, 128
 MOST_WARPS = 16
@@ -91,7 +91,7 @@ def tile_of(kernel: Kernel) -> Tile:
     """The first choice for a kernel, by its sizes; no text depends on it."""
     if not kernel.reduced:
         much = kernel.n_elements >= 2 * ELEMENTS[0] * ENOUGH and any(step.op.target._opname == "gelu" for step in kernel.steps)
-        # Two vectors a thread of what its arithmetic limits: the GELU of 25 million elements takes 29 us of an H200 so, else 32.
+        # Two vectors a thread of what its arithmetic limits: the GELU of 25 million elements takes 31 us of an H200 so, else 34.
         return Tile(2 * ELEMENTS[0], 0, ELEMENTS[2]) if much else Tile(*ELEMENTS)
     rows, columns = max(kernel.n_rows, 1), max(kernel.n_columns, 1)
     if not inner(kernel) and not any(step.op.kind is Kind.REDUCTION for step in kernel.steps):
@@ -165,18 +165,25 @@ def _is_as_exact(kernel: Kernel, tile: Tile, first: Tile) -> bool:
 def _turn(kernel: Kernel, blocks: int) -> int:
     """Columns of a turn where neighbours belong to different rows and a row is long, by what moves with both.
 
-    Times on an H200, in us, with 64, 16, 4 and 64, 32, 4. ResNet-50's statistics (one operand): 34 and 41; the sums behind its
-    first rectifier (two): 87 and 57; those behind an addition (four, and a result): 128 and 159, but of rows of 128 columns 54
-    and 49. The bias gradient of BERT's words (one operand of 477 blocks): 298 and 285 without turns under way, and 89 with them
-    and 64, 64, 8.
+    Times on an H200, in us, with 64, 16, 4 and 64, 32, 4. One operand, ResNet-50's statistics: 34 and 69. Two: the sums behind
+    its first rectifier, 85 and 58; with a result, ViT-B/16's activation's backward, 82 and 78, but GPT-2's of 22 ops, whose
+    numbers fill the registers, 63 and 68. The sums behind an addition, of four and a result: 126 and 160, but of 128 columns 54
+    and 49; of five: 169 and 158. The bias gradient of BERT's words, one operand of 477 blocks: 298 and 285, and 89 with 64, 64,
+    8 and turns under way.
     """
     first = len(kernel.domain) - kernel.reduced
     moving = [a for a in accesses(kernel) if any(a.strides[:first]) and any(a.strides[first:])]
     loads = [a for a in moving if a in kernel.loads]
-    if len(loads) == len(moving) == 1 and blocks < FEW and kernel.n_columns >= MANY_COLUMNS:
-        return 64
-    short = len(moving) > 4 and kernel.n_columns < MANY_COLUMNS
-    return 32 if short or len(loads) == len(moving) == 2 else 16
+    if len(moving) == 1:
+        few = blocks < FEW and kernel.n_columns >= MANY_COLUMNS and _only_adds(kernel)
+        return 64 if few else 16
+    two = len(loads) == 2 and (len(moving) == 2 or len(kernel.steps) <= FEW_STEPS)
+    many = len(moving) > 5 or (len(moving) == 5 and kernel.n_columns < MANY_COLUMNS)
+    return 32 if two or many else 16
+
+
+def _only_adds(kernel: Kernel) -> bool:
+    return all(step.op.target._opname == "sum" for step in kernel.steps if step.op.kind is Kind.REDUCTION)
 
 
 def _warps(height: int, width: int) -> int:
