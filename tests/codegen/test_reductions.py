@@ -115,6 +115,22 @@ def test_a_long_row_has_another_text_with_a_loop_for_each_phase() -> None:
     assert render(long).text.count("for start in range(whole, columns, RBLOCK):") == 2, "and one for what is left of a row"
 
 
+@pytest.mark.parametrize(
+    ("program", "n", "dtype", "loop"),
+    [
+        (lambda x: x.sum(0), 1, torch.bfloat16, "tl.range(0, whole, RBLOCK, loop_unroll_factor=4)"),
+        (lambda x: x.sum(0), 1, torch.float32, "tl.range(0, whole, RBLOCK, loop_unroll_factor=2)"),
+        (lambda x, y: (x * y).sum(0), 2, torch.bfloat16, "tl.range(0, whole, RBLOCK, loop_unroll_factor=2)"),
+        (lambda x, y: (x * y, (x * y).sum(0)), 2, torch.bfloat16, "tl.range(0, whole, RBLOCK, num_stages=3)"),
+        (lambda x, y: (x * y).sum(0), 2, torch.float32, "range(0, whole, RBLOCK)"),
+        (lambda x: x.sum(1), 1, torch.bfloat16, "range(0, whole, RBLOCK)"),
+    ],
+)
+def test_what_a_loop_has_under_way(program: Callable[..., Any], n: int, dtype: torch.dtype, loop: str) -> None:
+    kernel = kernels_of(program, [torch.zeros(512, 16384, dtype=dtype) for _ in range(n)])[0]
+    assert f"for start in {loop}:" in render(kernel).text
+
+
 LONG_ROWS: list[tuple[Callable[..., Any], int, int]] = [
     (lambda x: x.softmax(1), 1, 16384),
     (lambda x, y: torch.ops.aten._softmax_backward_data(x, y, 1, x.dtype), 2, 16384),
