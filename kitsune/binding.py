@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from kitsune.amp import HalfForward
 from kitsune.config import config
 from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
+from kitsune.global_hooks import GlobalHook
 
 # A module that owns none of the parameters is asked again every so often, because modules can be put into it later.
 ASK_AGAIN = 64
@@ -175,7 +175,6 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 _bindings: list[Binding] = []
-_hook: RemovableHandle | None = None
 _lock = threading.RLock()  # re-entrant: the garbage collector may run `unwatch` at any point
 
 
@@ -197,13 +196,11 @@ def unwatch(binding: Binding) -> None:
 
 def _place_hook() -> None:
     # A process-wide hook costs each module call 2 us, so it is there only while some optimizer waits for a forward.
-    global _hook
     waiting = any(binding.waits for binding in _bindings)
-    if waiting and _hook is None:
-        _hook = register_module_forward_pre_hook(_before_forward)
-    elif not waiting and _hook is not None:
-        _hook.remove()
-        _hook = None
+    if waiting and not _hook.is_on:
+        _hook.put_on()
+    elif not waiting and _hook.is_on:
+        _hook.take_off()
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
@@ -221,6 +218,9 @@ def _before_forward(module: nn.Module, args: Any) -> None:
                 _begin_amp(amp, module, verdict)
         if binding.batch is not None and binding.recording and binding.local.root() is module:
             binding.batch(args)
+
+
+_hook = GlobalHook(register_module_forward_pre_hook, _before_forward)
 
 
 def _begin_amp(amp: HalfForward, module: nn.Module, verdict: Verdict) -> None:

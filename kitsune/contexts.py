@@ -13,6 +13,7 @@ from torch.utils._foreach_utils import _foreach_supported_types
 from kitsune.config import config
 from kitsune.dispatch import foreign_modes
 from kitsune.garbage import Threshold
+from kitsune.global_hooks import GlobalHook
 from kitsune.ir import Barrier
 from kitsune.lazy import LazyTensor, close_doors, open_doors, renew_lock, settle_grads, settle_state
 from kitsune.pipeline import Pipeline
@@ -34,7 +35,6 @@ here = Here()
 everyone: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
 _lock = threading.Lock()
 _n_open = 0
-_step_hook: Any = None
 threshold = Threshold()
 # What the stance asks of every pipeline: to take nothing, and what becomes of ops that are not known ("record" them, leave
 # them to "eager", "fail").
@@ -44,7 +44,7 @@ _on_new = "record"
 
 def open_context(pipeline: Pipeline) -> None:
     """A context is entered in this thread."""
-    global _n_open, _step_hook
+    global _n_open
     depth = here.depth.get(pipeline, 0)
     here.depth[pipeline] = depth + 1
     if depth:
@@ -57,7 +57,7 @@ def open_context(pipeline: Pipeline) -> None:
     with _lock:
         _n_open += 1
         if _n_open == 1:
-            _step_hook = register_optimizer_step_post_hook(_end_step)
+            _step_hook.put_on()
         first = _n_open == 1
     if first:
         # Not under the lock: a collection may run anybody's finalizers.
@@ -91,7 +91,7 @@ def _closed(pipeline: Pipeline) -> None:
     with _lock:
         _n_open -= 1
         if not _n_open:
-            _step_hook.remove()
+            _step_hook.take_off()
             threshold.end()
 
 
@@ -153,6 +153,9 @@ def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # With contexts in each other, an inner one that is left to eager would only be recorded by the outer one.
     if len(pipelines) == 1 and _may_turn(pipelines[0]):
         _look_at_gate(pipelines[0], optimizer)
+
+
+_step_hook = GlobalHook(register_optimizer_step_post_hook, _end_step)
 
 
 def _look_at_gate(pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kitsune.lazy.clipping import clipping_door
 from kitsune.lazy.open_lanes import lanes, on_top
 from kitsune.lazy.update_lists import make_lists
 from kitsune.lazy.updates import take_update
@@ -96,5 +97,7 @@ def optimizer_doors() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
             name = module.__name__.rpartition(".")[2]
             if inspect.isfunction(getattr(module, name, None)):
                 yield module, name, _update
+    for clips in (torch.nn.utils, torch.nn.utils.clip_grad):
+        yield clips, "clip_grad_norm_", clipping_door
     yield torch.autograd.profiler.record_function, "__enter__", _mark_begins
     yield torch.autograd.profiler.record_function, "__exit__", _mark_ends
