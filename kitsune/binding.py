@@ -68,6 +68,7 @@ class Binding:
         # By id, not by a WeakKeyDictionary: a module that defines __eq__ may have no hash.
         self._verdicts: dict[int, Verdict] = {}
         self.compiled = False
+        self._context: AbstractContextManager[Any] | None = None
 
     @property
     def recording(self) -> bool:
@@ -83,9 +84,9 @@ class Binding:
         # The session imports far more than a plain optimizer needs.
         from kitsune.session import Accelerate, note
 
-        recording: AbstractContextManager[Any] = nullcontext()
-        if not self._is_open_by_hand():
-            recording = Accelerate(self.warmup, self.device, options=self.engine)
+        if self._context is None:
+            self._context = Accelerate(self.warmup, self.device, options=self.engine)
+        recording: AbstractContextManager[Any] = nullcontext() if self._is_open_by_hand() else self._context
         note(self.note)
         recording.__enter__()
         self.local.recording = recording
@@ -95,6 +96,8 @@ class Binding:
         """Has the program opened a context here itself? Then that one takes the step, with its own options."""
         from kitsune.contexts import here
 
+        if not here.depth:
+            return False
         kinds = {pipeline.device.type for pipeline in here.depth if pipeline.runner.options == DEFAULT}
         return bool(kinds) and (self.device is None or torch.device(self.device).type in kinds)
 

@@ -1,6 +1,5 @@
 """The contexts that are open in a thread: when its ops are taken, and when they are left to eager in between."""
 
-import contextlib
 import os
 import threading
 import weakref
@@ -114,14 +113,19 @@ def _turn_on(pipeline: Pipeline) -> None:
 def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
     """Leave this thread as plain PyTorch has it, with no mode and no door; nothing may be pending."""
     # Each is done whatever becomes of the others: an interrupt may come at any line.
-    with contextlib.ExitStack() as then:
-        then.callback(lambda: settle_grads(pipeline.recorder.take_leaves()))
-        then.callback(close_doors, pipeline.recorder, for_good)
-        then.callback(_restore_views)
-        pipeline.on = False
-        if not pipeline.leave(for_good):
-            pipeline.left_behind = True
-            pipeline.recorder.pause()
+    try:
+        try:
+            try:
+                pipeline.on = False
+                if not pipeline.leave(for_good):
+                    pipeline.left_behind = True
+                    pipeline.recorder.pause()
+            finally:
+                _restore_views()
+        finally:
+            close_doors(pipeline.recorder, for_good)
+    finally:
+        settle_grads(pipeline.recorder.take_leaves())
 
 
 def _restore_views() -> None:
@@ -226,7 +230,7 @@ def _in_forked_child() -> None:
     for pipeline in list(everyone):
         pipeline.recorder.pause()
     # A context that the child enters itself gets a pipeline of its own.
-    here.pipelines.clear()
+    here.pipelines = {}
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_in_forked_child)

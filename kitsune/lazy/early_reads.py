@@ -109,11 +109,11 @@ class EarlyReads:
         if region.node.reads is not None:
             region.node.reads.n_ends += 1
 
-    def answer(self, row: Any, tensor: Any, below_autograd: Any) -> Any:
+    def answer(self, row: Any, tensor: Any) -> Any:
         """The number that a tensor holds, waited for no longer than needed; None if it has to be read from the device."""
         if self.answers is None or self._stamp != _last_change or row.target is not ITEM or type(tensor) is not LazyTensor:
             return None
-        with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             number = self.answers.to(tensor.cell.real)
         self.tally.answered += number is not None
         return number

@@ -62,7 +62,9 @@ def _mark_begins(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(mark: Any) -> Any:
-        if lanes() and not _profiled() and mark.name.startswith("Optimizer.") and mark.args is None:
+        if not lanes():
+            return original(mark)
+        if not _profiled() and mark.name.startswith("Optimizer.") and mark.args is None:
             mark.run_callbacks_on_exit, mark.record = False, _Mark(mark.name)
             mark.record.__enter__()
             return mark
@@ -80,6 +82,8 @@ def _mark_ends(original: Any) -> Any:
             mark.record.__exit__(*error)
             mark.record = None
             return None
+        if not lanes():
+            return original(mark, *error)
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             return original(mark, *error)
 
