@@ -94,7 +94,9 @@ class CallLane(Learner):
             if edge is not None and edge.follows and self._may_follow(edge, region, func, kwargs, call):
                 if edge.plain:
                     return self.made(func, args, kwargs)
-                return self._follow(region, edge, args, kwargs, call)
+                # The second of two questions about a loss: its region has been run.
+                found = None if region.node.depth else recorder.early.made_before(recorder, edge, call)
+                return self._follow(region, edge, args, kwargs, call) if found is None else found
         if is_foreign(func):
             # A library's function, which asks before it does what it likes: also with the graph.
             self.lose_track()

@@ -13,7 +13,7 @@ import torch
 from kitsune.ir import Graph, n_values
 from kitsune.lazy.foresight import Foresight, foresight, with_foresight
 from kitsune.lazy.tensor import LazyTensor
-from kitsune.lazy.trie import Node
+from kitsune.lazy.trie import ONE, Node
 
 ITEM = torch.ops.aten._local_scalar_dense.default
 # Numbers of one region that are sent early.
@@ -135,6 +135,23 @@ class EarlyReads:
         self._learn(region, live, values, before)
         self.answers = None
         return False
+
+    def made_before(self, recorder: Any, edge: Any, call: Any) -> Any:
+        """What a call returns that would lead along `edge` from the root of a region, if that was run with the one before."""
+        if self._foreseen is None:
+            return None
+        foresight, operands, results = self._foreseen
+        if edge.node is not foresight.node or edge.form != ONE or edge.graded or recorder.watcher is not None:
+            return None
+        found, fresh = results.get(edge.made[0].ref.id), list(call.fresh.values())
+        with recorder.lock:
+            if self._stamp != _last_change or found is None:
+                return None
+            if any(type(fresh[k]) is not LazyTensor or operands.get(n) is not fresh[k].cell.real for k, n in edge.places):
+                return None
+            self._foreseen = self._before = None
+        self.tally.foreseen += 1
+        return recorder.settled(found, edge.made[0].type)
 
     def _learn(self, region: Any, live: tuple[int, ...], values: list[Any], before: Any) -> None:
         """Could this region have been run with the one before?"""
