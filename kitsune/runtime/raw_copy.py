@@ -1,7 +1,7 @@
 """Bytes copied or written on the current stream, past torch's dispatcher.
 
 A replay copies its batch in, and perhaps a loss out: a few bytes each, at 6 us of `copy_` on the host of an H200. A number that
-the host has, such as a learning rate, is written there: to pin memory for it and copy that was 15 % of an MLP's step by a trainer.
+the host has, such as a learning rate, is written there: to pin memory for it and copy that was 15 % of a step.
 """
 
 import ctypes
