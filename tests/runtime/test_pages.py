@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import kitsune
+from kitsune.backends import on_device, reader_of
 from kitsune.codegen import PAGE_PROGRAMS
 from kitsune.config import config
 from kitsune.ir import Pending
@@ -236,6 +239,27 @@ def test_kernels_that_are_not_there_are_asked_for_again_unless_they_failed(error
             kitsune.flush()
             assert y.tolist() == [2.0 * (i + k) for i in range(3)]
             x = x.clone()
+
+
+def test_a_backends_graphs_begin_with_pages_unless_they_are_switched_off() -> None:
+    asked: list[str] = []
+
+    class Asked:
+        def ask(self, program: Any, *variant: Any) -> Any:
+            asked.append(program.name)
+            return Future()
+
+        def expect(self) -> None:
+            pass
+
+    backend = on_device("sm_90", cast(Any, Asked()), CPU)
+    nothing_else = SimpleNamespace(likely=None)
+    assert backend.warm is not None and reader_of(backend) is backend.reader is not None
+    assert len(backend.warm(cast(Any, None), nothing_else)) == len(PAGE_PROGRAMS)
+    assert asked == [program.name for program in PAGE_PROGRAMS]
+    with config.patch(pages=False):
+        assert reader_of(backend) is None and not backend.warm(cast(Any, None), nothing_else)
+    assert reader_of("There are no kernels.") is None
 
 
 def test_memory_of_a_ring_that_is_gone_is_used_again_and_brings_nothing() -> None:
