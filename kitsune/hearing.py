@@ -33,8 +33,8 @@ _n_modules = 0
 def hearing(hear: Callable[..., None]) -> AbstractContextManager[None]:
     """Inside of `with`, `hear` is called whenever this thread begins a function, and may raise.
 
-    From Python 3.12 on that is only said of the functions of the modules HEARD. A profiler's hook hears of all calls, but there it
-    makes Python slower in all threads: to half its speed and less where it calls much (3.12 and 3.13; nothing of it in 3.11).
+    From Python 3.12 on that is only said of the functions of the modules HEARD. A profiler's hook hears of all calls, but there
+    it makes Python slower in all threads: to half its speed and less where it calls much (3.12 and 3.13; nothing of it in 3.11).
     """
     tool = _tool()
     return _profiled(hear) if tool is None else _monitored(hear, tool)

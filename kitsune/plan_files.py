@@ -4,16 +4,17 @@ import hashlib
 import platform
 from contextlib import suppress
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
 from kitsune.backends import cache_folder
+from kitsune.codegen import write
 from kitsune.codegen.cache import versions
 from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.fusion import ANYTHING
-from kitsune.ir import Graph, Plan, dump_plan, graph_digest, load_plan
+from kitsune.ir import Graph, Launch, LoadedPlan, Plan, Program, dump_plan, graph_digest, load_plan, reads_slots
 from kitsune.planning import Planner, no_tile
 from kitsune.scheduler import Costs
 
@@ -29,13 +30,13 @@ def planned(graph: Graph, planner: Planner) -> Plan:
 
     Tiles are not part of what is kept: they are those that are known when it is read.
     """
-    path = _path(graph, planner)
-    found = None if path is None else _read(path, graph)
+    found = kept_plan(graph, planner)
     if found is not None:
-        return found.with_tiles(planner.tiles)
+        return found
+    path = plan_path(graph, planner)
     if path is None:
         return planner.plan(graph)
-    plan = replace(planner, tiles=no_tile).plan(graph)
+    plan = _with_texts(replace(planner, tiles=no_tile).plan(graph), planner.slots_in_kernels)
     # A plan that cannot be kept, for want of room or because nobody can spell it, is as good as any.
     with suppress(Exception):
         _write(path, dump_plan(plan, graph))
@@ -49,18 +50,19 @@ def may_be_kept(graph: Graph) -> bool:
 
 def kept_plan(graph: Graph, planner: Planner) -> Plan | None:
     """The same, if it need not be made."""
-    path = _path(graph, planner) if may_be_kept(graph) else None
-    found = None if path is None else _read(path, graph)
-    return None if found is None else found.with_tiles(planner.tiles)
+    path = plan_path(graph, planner)
+    found = None if path is None else read_plan(path)
+    return None if found is None else found.of(graph).with_tiles(planner.tiles)
 
 
-def _path(graph: Graph, planner: Planner) -> Path | None:
-    """None for a plan that is not kept: it is made quickly, is to be checked, or depends on measurements of this process."""
+def plan_path(graph: Graph, planner: Planner) -> Path | None:
+    """The file of a plan; None for one that is not kept: it is made quickly, is to be checked, or depends on measurements of this
+    process."""
     plain = type(planner) is Planner and type(planner.costs) is Costs and planner.rules == ANYTHING
     if len(graph.ops) < WORTH or planner.verify or not plain:
         return None
     try:
-        digest = graph_digest(graph)
+        digest = _digest(graph)
     except TypeError:
         return None
     said = {field.name: getattr(planner, field.name) for field in fields(planner) if field.name != "tiles"}
@@ -69,16 +71,44 @@ def _path(graph: Graph, planner: Planner) -> Path | None:
     return cache_folder() / FOLDER / f"{hashlib.sha256(digest + made_by.encode()).hexdigest()[:32]}.plan"
 
 
-def _read(path: Path, graph: Graph) -> Plan | None:
+# A region is looked up, planned and kept: BERT's takes 0.1 s to tell from others (H200's host).
+_digest = lru_cache(8)(graph_digest)
+
+
+def read_plan(path: Path) -> LoadedPlan | None:
+    """What a file holds; None if there is none, or it is damaged."""
     content = read_sealed(path)
     if content is None:
         return None
     try:
-        plan = load_plan(content, graph)
+        plan = load_plan(content)
         path.touch()
+    except OSError:  # of a folder that can only be read
+        return plan
     except Exception:  # whatever a file of other content makes of itself: the plan is made anew, and the file written over
         return None
     return plan
+
+
+def _with_texts(plan: Plan, slots_in_kernels: bool) -> Plan:
+    """The plan with the sources of its kernels, which it takes as long to tell from others as to write."""
+    texts: dict[str, str] = {}
+    programs: dict[int, Program] = {}
+
+    def with_text(launch: Launch) -> Launch:
+        if not launch.kernels or not all(kernel.n_elements for kernel in launch.kernels):
+            return launch
+        try:
+            written = write(launch.kernels, slots_in_kernels and any(map(reads_slots, launch.ops)))
+        except Exception:  # said where it is to be started
+            return launch
+        program = written.program
+        if id(program) not in programs:
+            # Programs of one text share it in the file. They may differ in parameters that are equal to Python, 0.0 and -0.0.
+            programs[id(program)] = replace(program, text=texts.setdefault(program.text, program.text))
+        return replace(launch, written=replace(written, program=programs[id(program)]))
+
+    return replace(plan, launches=tuple(map(with_text, plan.launches)))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -63,13 +63,12 @@ def unfused(graph: Graph, check: bool) -> Ready:
     return Ready(prepare(alive), None, len(alive.ops), n_dead, alive, views_of_inputs(alive), awaited=graph.awaited)
 
 
-def by_plan(plan: Plan, graph: Graph, executor: PlanExecutor | None) -> Ready:
+def by_plan(plan: Plan, executor: PlanExecutor | None) -> Ready:
     """A region that is run by a plan."""
     assert executor is not None, "plans are made where something runs them"
     n_ops = sum(len(launch.ops) for launch in plan.launches)
-    n_dead = len(graph.ops) - len(dead_code(graph).ops)
     views = views_of_inputs(plan.graph)
-    return Ready(executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views, awaited=graph.awaited)
+    return Ready(executor.prepare(plan), plan_tally(plan), n_ops, plan.n_dead, plan.graph, views, awaited=plan.awaited)
 
 
 def try_tiles(ready: Ready, tuner: Tuner, executor: PlanExecutor, warm: Warm, until: float | None) -> None:

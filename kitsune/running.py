@@ -161,7 +161,7 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._worthwhile(graph, by_plan(show_plan(graph, self.planner()), graph, self.executor))
+                    return self._worthwhile(graph, by_plan(show_plan(graph, self.planner()), self.executor))
                 if shows().wanted:
                     show_plan(graph, self.planner(SHOWN_ARCH))
             except Exception as error:
@@ -184,7 +184,7 @@ class Runner:
         assert self.executor is not None
         if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
             return made
-        return by_plan(show_plan(graph, planner), graph, self.executor)
+        return by_plan(show_plan(graph, planner), self.executor)
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
@@ -198,7 +198,7 @@ class Runner:
             if fuse:
                 if backend.expect is not None and kept_plan(graph, planner) is None:
                     backend.expect()
-                made = by_plan(show_plan(graph, planner), graph, executor)
+                made = by_plan(show_plan(graph, planner), executor)
                 prepared = made.work
             else:
                 prepared = executor.prepare(planner.plan(now.graph))
@@ -220,7 +220,7 @@ class Runner:
             if plan is None:
                 self._n_missed += 1
                 return None, []
-            made = by_plan(plan, graph, self.executor)
+            made = by_plan(plan, self.executor)
             assert isinstance(made.work, Prepared)
             made.compiling, now.planned = self._warm(made.work), made.graph
             return made, made.compiling

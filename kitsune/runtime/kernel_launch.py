@@ -45,7 +45,7 @@ class Compiler(Protocol):
 
     def compile(self, program: Program, target: torch.device, aligned: bool, wide: bool) -> Compiled: ...
 
-    def parameters_of(self, kernel: Kernel, slots_in_memory: bool = ...) -> Parameters: ...
+    def parameters_of(self, kernel: Kernel, slots_in_memory: bool = ...) -> tuple[Parameter, ...]: ...
 
     def path_of(self, program: Program) -> Any: ...
 
@@ -145,8 +145,11 @@ class PreparedLaunch:
         self.program = program
         self.name = program.name
         self._compiler = compiler
-        first = launch.kernels[0]
-        rest = [compiler.parameters_of(kernel, slots_in_memory) for kernel in launch.kernels[1:]]
+        first, written = launch.kernels[0], launch.written
+        if written is not None and written.slots_in_memory == slots_in_memory:
+            rest = [*written.rest]
+        else:
+            rest = [compiler.parameters_of(kernel, slots_in_memory) for kernel in launch.kernels[1:]]
         given = zip(launch.kernels, [program.parameters, *rest], strict=True)
         self._bound = [_Bound(kernel, parameters) for kernel, parameters in given]
         self._bound = [bound for bound in self._bound if bound.n]
