@@ -1,7 +1,10 @@
 """Plans on disk: BERT's takes 1.3 s of Python on an H200's host to make, of which a program that starts again waits for most."""
 
 import hashlib
+import os
 import platform
+import re
+import sys
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache, lru_cache
@@ -20,9 +23,11 @@ from kitsune.scheduler import Costs
 
 # Fewer operators are planned in less than 0.05 s.
 WORTH = 100
-FOLDER = "plans"
-# Files that are kept, of up to 1 MB; the ones read longest ago go first.
+FOLDER, NAME = "plans", re.compile("[0-9a-f]{32}[.]plan")
+# Files that are kept of each kind, of up to 1 MB; the ones read longest ago go first.
 MAX_FILES = 128
+# Plans that are read before it is known whether they are needed, 0.1 to 0.3 s each (H200's host).
+MAX_AHEAD = 4
 
 
 def planned(graph: Graph, planner: Planner) -> Plan:
@@ -111,10 +116,40 @@ def _with_texts(plan: Plan, slots_in_kernels: bool) -> Plan:
     return replace(plan, launches=tuple(map(with_text, plan.launches)))
 
 
+def program_name(device: torch.device) -> str:
+    """Tells programs apart, which are likely to do again what they did when they last ran: by their file and arguments."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+    return hashlib.sha256(repr((os.path.abspath(main), sys.argv[1:], str(device))).encode()).hexdigest()[:32]
+
+
+# By folder and program, the plans that this process has used.
+_used: dict[tuple[Path, str], list[str]] = {}
+
+
+def last_plans(program: str) -> list[Path]:
+    """The files of the plans that a program used when it last ran. It is a guess: what they hold is for the graph that is in
+    their names."""
+    content = read_sealed(cache_folder() / FOLDER / f"{program}.last")
+    names = [] if content is None else content.decode(errors="replace").split()
+    return [cache_folder() / FOLDER / name for name in names[:MAX_AHEAD] if NAME.fullmatch(name)]
+
+
+def remember_plan(program: str, path: Path) -> None:
+    """The program has used a plan."""
+    used = _used.setdefault((path.parent, program), [])
+    if path.name in used or len(used) >= MAX_AHEAD:
+        return
+    used.append(path.name)
+    if path not in last_plans(program):
+        # Next time it will be slower where this cannot be written.
+        with suppress(OSError):
+            _write(path.parent / f"{program}.last", " ".join(used).encode())
+
+
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(path, content)
-    kept = sorted(path.parent.glob("*.plan"), key=_age, reverse=True)
+    kept = sorted(path.parent.glob(f"*{path.suffix}"), key=_age, reverse=True)
     for old in kept[: max(len(kept) - MAX_FILES, 0)]:
         old.unlink(missing_ok=True)
 

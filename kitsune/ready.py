@@ -43,8 +43,10 @@ class Ready:
     subject: Subject | None = None
     # What is to come as far as it is known: its kernels are still being compiled.
     planned: Graph | None = None
-    # What takes its place, if its plan lies on disk, which is looked up before it is known whether the region comes back.
+    # What takes its place, if its plan lies on disk, which is looked up before it is known whether the region comes back; its
+    # kernels may have to be waited for.
     kept: "Future[Ready | None] | None" = None
+    found: "Ready | None" = None
 
     def arrived(self) -> "Future[Ready] | None":
         """What takes its place from now on, if anything does."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import kitsune
-from kitsune import plan_files, running
+from kitsune import coming, plan_files
 from kitsune.backends import Backend
 from kitsune.background import thread
 from kitsune.codegen import WorkerFailed
@@ -161,13 +161,13 @@ def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: 
 
 
 def test_no_step_waits_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    go, plan = threading.Event(), running.show_plan
+    go, plan = threading.Event(), coming.show_plan
 
     def slow(*given: Any) -> Any:
         assert go.wait(SECONDS)
         return plan(*given)
 
-    monkeypatch.setattr(running, "show_plan", slow)
+    monkeypatch.setattr(coming, "show_plan", slow)
     with cold() as (workers, _):
         workers.hold = False
         for n in range(1, 9):
@@ -293,6 +293,45 @@ def test_a_plan_on_disk_is_had_before_the_region_comes_back(tmp_path: Path) -> N
             assert counts("kernels")[0] == (2 if known else 1) and not kitsune.explain().mended
 
 
+def other() -> torch.Tensor:
+    with lazily():
+        return (torch.arange(24.0).view(4, 6) * 3 - 1).abs()
+
+
+@pytest.mark.parametrize("again", [step, other])
+def test_plans_of_the_last_time_are_ready_when_the_first_step_ends(tmp_path: Path, again: Any) -> None:
+    with kitsune.disable():
+        expected = again()
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        assert torch.equal(step(), chain()) and kitsune.wait_for_kernels(SECONDS) and len(workers.asked) == 1
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        with lazily():
+            assert idle() and len(workers.asked) == len(runner().coming.ahead) == 1, "before there is a region"
+        (path,) = tmp_path.glob("plans/*.plan")
+        path.write_bytes(b"not read again")
+        assert torch.equal(again(), expected) and idle()
+        # A guess that was wrong costs nothing but the time.
+        assert len(runner().coming.ahead) == (again is other)
+        assert torch.equal(again(), expected) and counts("kernels") == [again is step]
+        assert not kitsune.explain().mended
+
+
+def test_lines_of_a_plan_that_was_read_ahead_are_those_of_today(tmp_path: Path) -> None:
+    for line in (10, 20):
+        scope: dict[str, Any] = {"torch": torch}
+        program = compile("\n" * (line - 1) + "x = (torch.arange(6.0).view(2, 3) * 2 + 1).abs()", "program.py", "exec")
+        with plans_in(tmp_path), cold() as (workers, _):
+            workers.hold = False
+            for _ in range(3):
+                with lazily():
+                    exec(program, scope)
+                assert scope["x"].tolist() == [[1, 3, 5], [7, 9, 11]] and kitsune.wait_for_kernels(SECONDS)
+            (ready,) = [one for one in runner().ready.values() if one.plan is not None]
+            assert {op.site.line for op in ready.plan.plan.graph.ops if op.site is not None} == {line}
+
+
 def test_where_none_is_kept_none_is_looked_up(tmp_path: Path) -> None:
     with plans_in(tmp_path), cold():
         step()
@@ -312,26 +351,25 @@ def test_a_plan_on_disk_waits_for_its_kernels_as_any_other(tmp_path: Path) -> No
 
 def test_a_program_that_keeps_changing_is_not_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    monkeypatch.setattr(running, "kept_plan", lambda graph, planner: looked.append(len(graph.ops)))
-    monkeypatch.setattr(running, "may_be_kept", lambda graph: True)
+    monkeypatch.setattr(coming.Coming, "kept", lambda self, graph, planner: looked.append(len(graph.ops)))
+    monkeypatch.setattr(coming, "may_be_kept", lambda graph: True)
     with cold():
-        for n in range(2 * running.MAX_MISSED):
+        for n in range(2 * coming.MAX_MISSED):
             with lazily():
                 torch.arange(n + 2.0) * 2
             assert idle()
-        assert len(looked) == running.MAX_MISSED
+        assert len(looked) == coming.MAX_MISSED
 
 
 def test_a_look_up_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Any] = []
 
-    def fail(graph: Any, planner: Any) -> None:
+    def fail(self: Any, graph: Any, planner: Any) -> None:
         looked.append(graph)
-        if len(looked) == 1:
-            raise ZeroDivisionError
+        raise ZeroDivisionError
 
-    monkeypatch.setattr(running, "kept_plan", fail)
-    monkeypatch.setattr(running, "may_be_kept", lambda graph: True)
+    monkeypatch.setattr(coming.Coming, "kept", fail)
+    monkeypatch.setattr(coming, "may_be_kept", lambda graph: True)
     with cold() as (workers, _):
         workers.hold = False
         for _ in range(2):
@@ -346,7 +384,7 @@ def test_a_plan_that_cannot_be_made_is_told_by_the_next_run(monkeypatch: pytest.
 
     with cold(), config.patch(verify=False), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        monkeypatch.setattr("kitsune.running.show_plan", fail)
+        monkeypatch.setattr("kitsune.coming.show_plan", fail)
         assert torch.equal(step(), chain()) and kitsune.wait_for_kernels(SECONDS) and not said
         for _ in range(2):
             assert torch.equal(step(), chain())
