@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import threading
@@ -96,6 +97,26 @@ def test_it_goes_on_soon_after_the_step() -> None:
         paced.close()
     # Three looks find the step going on, the first of them before it rests at all.
     assert len(slept) == 2 and all(0 < seconds <= LOOK_S for seconds in slept)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_in_a_step_it_goes_on_while_an_operator_takes_its_time(moves: bool) -> None:
+    paced, places, rests = PacedThread(), itertools.count(), []
+    paced.in_a_step, paced.where = lambda: True, lambda: next(places) if moves else "here"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.background._alone", lambda: True)
+        patch.setattr(paced, "_rest", lambda worked, rest=paced._rest: (rests.append(time.perf_counter()), rest(worked)))
+        wall, cpu = measured(paced).result(SECONDS)
+    assert len(rests) > 10 and (wall > cpu * (1 + REST_IN_STEP) * 0.7) is moves
+    paced.close()
+
+
+def test_in_a_step_it_rests_where_nobody_can_tell_how_far_it_is() -> None:
+    paced = PacedThread()
+    paced.in_a_step, paced.where = lambda: True, lambda: None
+    wall, cpu = measured(paced).result(SECONDS)
+    assert wall > cpu * (1 + REST_IN_STEP) * 0.7
+    paced.close()
 
 
 def test_it_does_not_rest_while_somebody_waits_for_it() -> None:
