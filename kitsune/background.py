@@ -24,8 +24,8 @@ REST = 3
 # Python and then 27 ms of waiting for the device, and with rests of three times it had 17 ms of Python (H200, unfused).
 REST_IN_STEP = 10
 LOOK_S = 0.001
-# An operator that has taken so long takes longer: it waits for the device, or has torch load a library, and needs no lock. Much of
-# a first step is of that kind.
+# An operator that has taken so long takes longer: it waits for the device, or has torch load a library, and needs no lock. Much
+# of a first step is of that kind.
 LONG_S = 0.001
 # Another thread needs some 50 us to wake up and take the lock. Who gets the lock back much later than that was not alone.
 YIELD_S = 0.0001
