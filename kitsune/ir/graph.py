@@ -143,7 +143,12 @@ class Op:
 
 def reads_slots(op: Op) -> bool:
     """Does the op take a moving number?"""
-    return next(slots_in((op.args, op.kwargs)), None) is not None
+    return any(map(_has_slot, op.args)) or any(_has_slot(a) for _, a in op.kwargs)
+
+
+def _has_slot(argument: Any) -> bool:
+    cls = type(argument)
+    return cls is Slot or (cls in (tuple, list) and any(map(_has_slot, argument)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

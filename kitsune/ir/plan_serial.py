@@ -3,6 +3,7 @@
 import copyreg
 import hashlib
 import io
+import marshal
 import pickle
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass
@@ -13,9 +14,9 @@ import torch
 from torch._ops import OpOverload
 
 from kitsune.ir import barrier, graph as nouns, plan as plans, program as programs
-from kitsune.ir.graph import Graph, Op
+from kitsune.ir.graph import Graph, Op, Operand, Result, Slot, Value
 from kitsune.ir.plan import Plan
-from kitsune.ir.serial import dump_graph, overload
+from kitsune.ir.serial import SPELL, overload
 from kitsune.ir.tensor_type import TensorType, tensor_type
 
 # What a plan consists of. A file names what is called to read it, and these do nothing but hold their arguments.
@@ -30,9 +31,52 @@ _CONSTANTS = (torch.dtype, torch.memory_format)
 
 def graph_digest(graph: Graph) -> bytes:
     """Equal for graphs that a planner cannot tell apart. Raises TypeError for one with constants that nobody can spell."""
-    # What the text of a graph leaves to its reader.
-    derived = [([v.id for v in op.inputs], op.effects.writes, op.allocates, op.late) for op in graph.ops]
-    return hashlib.sha256((dump_graph(graph) + repr(derived)).encode()).digest()
+    types: dict[TensorType, int] = {}
+
+    def of_value(v: Value) -> tuple[int, ...]:
+        return v.id, types.setdefault(v.type, len(types)), v.storage, v.version
+
+    def of_op(op: Op) -> tuple[Any, ...]:
+        return (
+            _called_in_full(op.target),
+            op.kind.name,
+            _plain(op.args),
+            tuple([(name, _plain(a)) for name, a in op.kwargs]),
+            tuple([v.id for v in op.inputs]),
+            _plain(op.structure),
+            tuple(map(of_value, op.results)),
+            tuple([(before.id, of_value(after)) for before, after in op.rewritten]),
+            (op.effects.writes, op.effects.random, op.grad_enabled, op.allocates, op.late),
+        )
+
+    values, ops = tuple(map(of_value, graph.inputs)), tuple(map(of_op, graph.ops))
+    shown = tuple((str(t.dtype), tuple(t.shape), t.stride, t.offset, str(t.device), t.conj, t.neg) for t in types)
+    # A format without references between equal objects: what is written depends on nothing but values and their types.
+    return hashlib.sha256(marshal.dumps((values, ops, [v.id for v in graph.outputs], graph.awaited, shown), 2)).digest()
+
+
+_called_in_full = cache(lambda target: str(target.name()))
+_ATOMS = frozenset({int, str, bool, float, type(None)})
+# Bytes, which no operator takes, tell what stands for something else.
+_TAGS = {Slot: b"%", Result: b"result", Operand: b"operand"}
+
+
+def _plain(a: Any) -> Any:
+    """An argument as what every process writes alike."""
+    cls = type(a)
+    if cls is Value:
+        return b"$", a.id
+    if cls in _ATOMS:
+        return a
+    if cls is tuple or cls is torch.Size:
+        return tuple(map(_plain, a))
+    if cls is list:
+        return list(map(_plain, a))
+    if cls in _TAGS:
+        return _TAGS[cls], a.index
+    if cls in SPELL:
+        return SPELL[cls][0].encode(), str(a)
+    raise TypeError(f"{cls.__name__} {a!r} cannot be spelled")
 
 
 def dump_plan(plan: Plan, graph: Graph) -> bytes:
