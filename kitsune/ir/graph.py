@@ -36,13 +36,18 @@ class Value:
         return f"${self.id}"
 
 
-def values_in(argument: Any) -> Iterator[Value]:
+def values_in(argument: Any) -> list[Value]:
     """The Values among an op's arguments, in their order; lists and tuples are looked into."""
-    if isinstance(argument, Value):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
+    if type(argument) is Value:
+        return [argument]
+    found: list[Value] = []
+    if isinstance(argument, (tuple, list)):
         for a in argument:
-            yield from values_in(a)
+            if type(a) is Value:
+                found.append(a)
+            elif isinstance(a, (tuple, list)):
+                found += values_in(a)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
