@@ -16,11 +16,12 @@ import torch
 
 import kitsune
 from kitsune import plan_files
+from kitsune.codegen import parameters_of, render
 from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.config import config
 from kitsune.fusion import FusionConfig, Rules
-from kitsune.ir import Graph, Plan, Tile, dump_plan, graph_digest, load_plan, verify_plan
-from kitsune.plan_files import kept_plan, planned
+from kitsune.ir import Graph, Plan, Tile, dump_plan, graph_digest, load_plan, reads_slots, verify_plan
+from kitsune.plan_files import MAX_AHEAD, kept_plan, last_plans, planned, program_name, remember_plan
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs, dead_code
 from tests.plan.recorded import recorded_again
@@ -245,3 +246,75 @@ def test_another_process_finds_the_plan(folder: Path) -> None:
         assert not done.returncode, done.stderr
         seen.append({path: path.read_bytes() for path in files(folder)})
     assert seen[0] and seen[0] == seen[1]
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has used no plans so far."""
+    monkeypatch.setattr(plan_files, "_used", {})
+
+
+def names(n: int) -> list[str]:
+    return [f"{k:032x}.plan" for k in range(n)]
+
+
+@pytest.mark.usefixtures("used")
+def test_the_plans_of_the_last_time_are_remembered_by_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [folder / name for name in names(6)]
+    for path in paths:
+        remember_plan("one", path)
+    assert last_plans("one") == paths[:MAX_AHEAD] and last_plans("other") == []
+    content = (folder / "one.last").read_bytes()
+    monkeypatch.setattr(plan_files, "_used", {})
+    remember_plan("one", paths[1])
+    assert (folder / "one.last").read_bytes() == content, "nothing new is known"
+    remember_plan("one", paths[5])
+    assert last_plans("one") == [paths[1], paths[5]], "a program that does something else"
+
+
+@pytest.mark.usefixtures("used")
+@pytest.mark.parametrize("content", [b"", b"../../etc/passwd", b"a.plan /tmp/b.plan", b"\xff" * 40, None])
+def test_a_list_of_plans_with_anything_else_in_it_names_none(content: bytes | None, folder: Path) -> None:
+    folder.mkdir()
+    if content is None:
+        (folder / "one.last").write_bytes(names(1)[0].encode())
+    else:
+        write_sealed(folder / "one.last", content)
+    assert last_plans("one") == []
+    remember_plan("one", folder / names(1)[0])
+    assert last_plans("one") == [folder / names(1)[0]]
+
+
+@pytest.mark.usefixtures("used")
+def test_where_nothing_can_be_written_nothing_is_remembered(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with config.patch(cache_dir=str(tmp_path / "file")):
+        remember_plan("one", tmp_path / "file" / "plans" / names(1)[0])
+        assert last_plans("one") == []
+
+
+def test_programs_are_told_apart_by_file_arguments_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
+    found = [program_name(device) for device in devices]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1"])
+    found.append(program_name(devices[0]))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/elsewhere/train.py", raising=False)
+    found.append(program_name(devices[0]))
+    assert len(set(found)) == 5 and found[-1] == program_name(devices[0])
+
+
+def test_a_plan_has_the_texts_that_would_be_rendered_for_it(folder: Path) -> None:
+    old, again = (graph_of(next(path for path in FILES if path.name.startswith("lenet-small-amp"))) for _ in range(2))
+    plan, back = planned(old, H200), kept_plan(again, H200)
+    assert back is not None and len(files(folder)) == 1
+    n_written = 0
+    for launch, read in zip(plan.launches, back.launches, strict=True):
+        assert (launch.written is None) == (read.written is None)
+        if launch.kernels and read.written is not None:
+            n_written += 1
+            program = render(launch.kernels[0], len(launch.kernels) > 1, read.written.slots_in_memory)
+            rest = [parameters_of(kernel, read.written.slots_in_memory) for kernel in launch.kernels[1:]]
+            # As text: -0.0 is another number than 0.0.
+            assert repr((read.written.program, read.written.rest)) == repr((program, tuple(rest)))
+            assert read.written.slots_in_memory == any(map(reads_slots, launch.ops))
+    assert n_written == sum(bool(launch.kernels) for launch in plan.launches) > 3
