@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache, lru_cache
@@ -26,14 +27,19 @@ WORTH = 100
 FOLDER, NAME = "plans", re.compile("[0-9a-f]{32}[.]plan")
 # Files that are kept of each kind, of up to 1 MB; the ones read longest ago go first.
 MAX_FILES = 128
-# Plans that are read before it is known whether they are needed, 0.1 to 0.3 s each (H200's host).
+# Plans that are read before it is known whether they are needed: ResNet-50's takes 0.15 s with all that starts it (CPU host).
 MAX_AHEAD = 4
 
 
-def planned(graph: Graph, planner: Planner) -> Plan:
+def at_once(call: Callable[[], None]) -> None:
+    """Call it now."""
+    call()
+
+
+def planned(graph: Graph, planner: Planner, soon: Callable[[Callable[[], None]], None] = at_once) -> Plan:
     """The planner's plan of a graph: from disk if the same version of everything has made it for an equal graph before.
 
-    Tiles are not part of what is kept: they are those that are known when it is read.
+    Tiles are not part of what is kept: they are those that are known when it is read. What writes the file is given to `soon`.
     """
     found = kept_plan(graph, planner)
     if found is not None:
@@ -42,9 +48,13 @@ def planned(graph: Graph, planner: Planner) -> Plan:
     if path is None:
         return planner.plan(graph)
     plan = _with_texts(replace(planner, tiles=no_tile).plan(graph), planner.slots_in_kernels)
-    # A plan that cannot be kept, for want of room or because nobody can spell it, is as good as any.
-    with suppress(Exception):
-        _write(path, dump_plan(plan, graph))
+
+    def keep() -> None:
+        # A plan that cannot be kept, for want of room or because nobody can spell it, is as good as any.
+        with suppress(Exception):
+            _write(path, dump_plan(plan, graph))
+
+    soon(keep)
     return plan.with_tiles(planner.tiles)
 
 
@@ -76,7 +86,7 @@ def plan_path(graph: Graph, planner: Planner) -> Path | None:
     return cache_folder() / FOLDER / f"{hashlib.sha256(digest + made_by.encode()).hexdigest()[:32]}.plan"
 
 
-# A region is looked up, planned and kept: BERT's takes 0.1 s to tell from others (H200's host).
+# A region is looked up, planned and kept: BERT's takes 0.02 s to tell from others (CPU host).
 _digest = lru_cache(8)(graph_digest)
 
 

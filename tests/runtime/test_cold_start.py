@@ -163,9 +163,9 @@ def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: 
 def test_no_step_waits_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     go, plan = threading.Event(), coming.show_plan
 
-    def slow(*given: Any) -> Any:
+    def slow(*given: Any, **options: Any) -> Any:
         assert go.wait(SECONDS)
-        return plan(*given)
+        return plan(*given, **options)
 
     monkeypatch.setattr(coming, "show_plan", slow)
     with cold() as (workers, _):
@@ -379,7 +379,7 @@ def test_a_look_up_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_plan_that_cannot_be_made_is_told_by_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("of no use")
 
     with cold(), config.patch(verify=False), warnings.catch_warnings(record=True) as said:
