@@ -9,7 +9,7 @@ from typing import Any
 from kitsune.backends import Backend
 from kitsune.background import later
 from kitsune.config import config
-from kitsune.ir import Graph, LoadedPlan
+from kitsune.ir import Graph, LoadedPlan, Op
 from kitsune.plan_files import last_plans, may_be_kept, plan_path, read_plan, remember_plan
 from kitsune.planning import Planner
 from kitsune.ready import Ready, by_plan
@@ -36,6 +36,8 @@ class Coming:
     executor: PlanExecutor
     backend: Backend
     program: str
+    # Which operators of a region that is to come are to be run once before.
+    to_try: Callable[[Graph], list[Op]]
     n_missed: int = 0
     # Of the plans that this program had when it last ran, by their files: those that no region has asked for yet.
     ahead: dict[Path, Found] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Coming:
             if now.found is None:
                 self.n_missed += 1
                 return None, []
-            now.planned = now.found.graph
+            now.to_try = self.to_try(now.found.graph)
             return now.found, now.found.compiling
 
         now.kept = later(make)

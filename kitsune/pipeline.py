@@ -251,6 +251,8 @@ def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
     for runner in list(runners):
         runner.ask_all()
     there = wait(timeout)
+    for runner in list(runners):
+        runner.spread_nothing()
     if not tuned or not there:
         return there
     with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():

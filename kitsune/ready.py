@@ -8,7 +8,7 @@ from typing import Any
 
 from kitsune.background import later
 from kitsune.config import KitsuneWarning
-from kitsune.ir import Graph, Plan
+from kitsune.ir import Graph, Op, Plan
 from kitsune.profiler import PlanTally, Tally, plan_tally
 from kitsune.runtime import PlanExecutor, Prepared, Schedule, Steady, current_stream, prepare, views_of_inputs
 from kitsune.scheduler import awaited_first, dead_code, run_passes
@@ -41,8 +41,9 @@ class Ready:
     n_runs: int = 0
     # Of one that is run by plan: its kernels, once other tiles are tried for them.
     subject: Subject | None = None
-    # What is to come as far as it is known: its kernels are still being compiled.
-    planned: Graph | None = None
+    # Of what is to come: operators that make plans of their own, and are to be run once before. A step that made all would take
+    # 0.4 s (ResNet-50, H200).
+    to_try: list[Op] = field(default_factory=list)
     # What takes its place, if its plan lies on disk, which is looked up before it is known whether the region comes back; its
     # kernels may have to be waited for.
     kept: "Future[Ready | None] | None" = None
@@ -50,6 +51,8 @@ class Ready:
 
     def arrived(self) -> "Future[Ready] | None":
         """What takes its place from now on, if anything does."""
+        if self.to_try:
+            return None
         if self.kept is not None and self.kept.done():
             kept, self.kept = self.kept, None
             # A failure would be met again, and told, where the plan is made.

@@ -78,7 +78,7 @@ class Runner:
             if backend.choices is not None:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
             if backend.warm is not None:
-                self.coming = Coming(self.executor, backend, program_name(device))
+                self.coming = Coming(self.executor, backend, program_name(device), self.thread_plans.needed)
                 if self._in_background() and options.fuses:
                     self.coming.read_ahead(self.planner)
         elif device.type == "cuda":
@@ -109,8 +109,8 @@ class Runner:
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
             self._ask(graph, ready)
-        if ready.planned is not None and self.thread_plans.go_on(ready.planned):
-            ready.planned = None
+        if ready.to_try:
+            self.thread_plans.go_on(ready.to_try)
         tell(self.sentences, self.tally)
         return None if captured is None else captured.answers(values)
 
@@ -141,6 +141,11 @@ class Runner:
         for (graph, *knobs, _), ready in list(self.ready.items()):
             if tuple(knobs) == self.options.knobs:
                 self._ask(graph, ready)
+
+    def spread_nothing(self) -> None:
+        """What is there now is run next time, whatever of it has to be made in that run."""
+        for ready in list(self.ready.values()):
+            ready.to_try = []
 
     def tune_all(self, until: float) -> None:
         """Try the tiles of every region that is replayed now, and not beside its replays, until the clock says so."""
@@ -206,7 +211,7 @@ class Runner:
                 prepared = coming.executor.prepare(planner.plan(now.graph))
                 made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, in_graph=prepared)
                 made.compiling = coming.warm(prepared)
-            now.planned = made.graph
+            now.to_try = coming.to_try(made.graph)
             return made, made.compiling
 
         now.coming = later(make)

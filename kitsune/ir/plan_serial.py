@@ -136,7 +136,7 @@ class _Reader(pickle.Unpickler):
         self.lines: list[tuple[Op, int]] = []
 
         def op(place: int | None, *fields: Any) -> Op:
-            made = Op(**dict(zip(_OF_OP, fields, strict=True)))
+            made = Op(*(*fields[:_SITE], None, *fields[_SITE:]))
             if place is not None:
                 self.lines.append((made, place))
             return made
@@ -162,6 +162,7 @@ def _names(cls: Hashable) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls) if field.init)  # type: ignore[arg-type]
 
 
+_SITE = _names(Op).index("site")
 _OF_OP = tuple(name for name in _names(Op) if name != "site")
 
 

@@ -147,17 +147,33 @@ def test_only_what_comes_back_is_planned_and_after_its_capture() -> None:
 
 
 def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(ThreadPlans, "go_on", lambda self, graph: (given.append(graph), len(given) > 1)[1])
+    graphs: list[Graph] = []
+    n_left: list[int] = []
+    monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: (graphs.append(graph), [*graph.ops, *graph.ops][:3])[1])
+    monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: (ops.pop(), n_left.append(len(ops))))
     with cold() as (workers, _):
-        for n in range(1, 7):
+        for n in range(1, 5):
             assert torch.equal(step(), chain()) and idle() and counts("unfused") == [n]
-            # Planned after the second run; twice something is left to do for it, and then no more.
-            assert len(given) == min(max(n - 2, 0), 2)
-        (graph,) = set(given)
-        assert isinstance(graph, Graph)
-        workers.release()
-        assert torch.equal(step(), chain()) and counts("kernels") == [1] and len(given) == 2
+            # Planned after the second run.
+            assert len(n_left) == max(n - 2, 0)
+        for future in workers.asked.values():
+            workers._settle(future)
+        # Its kernels are there, and one is left that would be made in the middle of a step.
+        assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, 5] and n_left == [2, 1, 0]
+        assert torch.equal(step(), chain()) and counts("kernels") == [1] and n_left == [2, 1, 0]
+        assert len(graphs) == 1
+
+
+def test_who_waits_for_kernels_has_them_in_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: [*graph.ops])
+    monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: None)
+    with cold() as (workers, _):
+        workers.hold = False
+        for _ in range(4):
+            step()
+            assert idle()
+        assert counts("kernels") == [0]
+        assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), chain()) and counts("kernels") == [1]
 
 
 def test_no_step_waits_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
