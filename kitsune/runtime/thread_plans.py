@@ -17,9 +17,10 @@ from kitsune.runtime.calls import try_out
 BACKWARD = frozenset({"convolution_backward", "_scaled_dot_product_cudnn_attention_backward"})
 # Not attention, which may draw random numbers.
 FORWARD = frozenset({"convolution"})
-# Beside one step, to begin with; then as long as the step took without, and so long at the most. ResNet-50 has 46 of them for its
-# plan, which take 0.3 s, in steps of 9 ms of Python and 27 ms of waiting for the device (H200, unfused).
-SECONDS, MOST = 0.004, 0.020
+# Beside one step, to begin with; then TIMES as long as the step took without, and so long at the most. ResNet-50 has 46 of them
+# for its plan, which take 0.3 s, in steps of 9 ms of Python and 27 ms of waiting for the device (H200, unfused), of which these
+# come to 24 ms.
+SECONDS, TIMES, MOST = 0.004, 2, 0.025
 
 
 class ThreadPlans:
@@ -51,7 +52,7 @@ class ThreadPlans:
         if _captured():
             return
         now = time.perf_counter()
-        until = now + (SECONDS if self._ended is None else min(now - self._ended, MOST))
+        until = now + (SECONDS if self._ended is None else min(TIMES * (now - self._ended), MOST))
         while ops and now < until:
             if self._is_new(op := ops.pop(0)):
                 _run_once(op)
