@@ -16,11 +16,12 @@ import torch
 
 import kitsune
 from kitsune import plan_files
+from kitsune.backends import program_of
 from kitsune.codegen import parameters_of, render
 from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.config import config
 from kitsune.fusion import FusionConfig, Rules
-from kitsune.ir import Graph, Plan, Tile, dump_plan, graph_digest, load_plan, reads_slots, verify_plan
+from kitsune.ir import Graph, Operand, Plan, Result, Slot, Tile, dump_plan, graph_digest, load_plan, reads_slots, verify_plan
 from kitsune.plan_files import MAX_AHEAD, kept_plan, last_plans, planned, program_name, remember_plan
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs, dead_code
@@ -90,6 +91,35 @@ def test_lines_are_those_of_today() -> None:
     assert graph_digest(moved) == graph_digest(old)
     sites = [op.site for op in load_plan(dump_plan(plan, old)).of(moved).graph.ops]
     assert len(sites) > 3 and {site.line for site in sites if site is not None} == {7}
+
+
+@pytest.mark.parametrize("in_args", [True, False])
+def test_graphs_are_told_apart_by_every_constant_and_its_type(in_args: bool) -> None:
+    graph = recorded_again(lambda: torch.arange(24.0).clamp(max=3))
+    (k,) = [k for k, op in enumerate(graph.ops) if op.target._opname == "clamp"]
+    constants = [0, 0.0, -0.0, False, None, "0", (0,), [0], torch.Size([0, 0]), Slot(0), Result(0), Operand(0), float("nan")]
+    constants += [
+        torch.float32,
+        torch.device("cpu"),
+        torch.strided,
+        torch.contiguous_format,
+        0j,
+        graph.inputs[:1] or graph.ops[0].results,
+    ]
+
+    def digest(constant: Any) -> bytes:
+        ops = list(graph.ops)
+        by_place, by_name = (*ops[k].args[:1], constant), (("max", constant),)
+        ops[k] = dataclasses.replace(ops[k], args=by_place) if in_args else dataclasses.replace(ops[k], kwargs=by_name)
+        return graph_digest(dataclasses.replace(graph, ops=tuple(ops)))
+
+    assert len({digest(constant) for constant in constants}) == len(constants)
+    with pytest.raises(TypeError, match=r"bytes .* cannot be spelled"):
+        digest(b"$")
+    kept = dataclasses.replace(graph.ops[k], late=True), dataclasses.replace(graph.ops[k], grad_enabled=True)
+    more = [graph_digest(dataclasses.replace(graph, ops=(*graph.ops[:k], op, *graph.ops[k + 1 :]))) for op in kept]
+    more += [graph_digest(dataclasses.replace(graph, awaited=(1,))), graph_digest(dataclasses.replace(graph, outputs=()))]
+    assert len({*more, graph_digest(graph)}) == 5
 
 
 def others() -> Iterator[tuple[str, Planner]]:
@@ -317,4 +347,7 @@ def test_a_plan_has_the_texts_that_would_be_rendered_for_it(folder: Path) -> Non
             # As text: -0.0 is another number than 0.0.
             assert repr((read.written.program, read.written.rest)) == repr((program, tuple(rest)))
             assert read.written.slots_in_memory == any(map(reads_slots, launch.ops))
+            other = not read.written.slots_in_memory
+            # Where numbers are read from memory, they are no parameters.
+            assert repr(program_of(read, other)) == repr(render(launch.kernels[0], len(launch.kernels) > 1, other))
     assert n_written == sum(bool(launch.kernels) for launch in plan.launches) > 3

@@ -20,7 +20,7 @@ from kitsune.background import thread
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph, Launch, Pending
-from kitsune.runtime import ThreadPlans
+from kitsune.runtime import PlanExecutor, ThreadPlans
 from tests.runtime.backends import assert_equal, chain, lazily, loop, runner
 from tests.runtime.checked import forget
 from tests.runtime.repeated import Repeater, WalkInGraph, counts
@@ -346,6 +346,23 @@ def test_lines_of_a_plan_that_was_read_ahead_are_those_of_today(tmp_path: Path) 
                 assert scope["x"].tolist() == [[1, 3, 5], [7, 9, 11]] and kitsune.wait_for_kernels(SECONDS)
             (ready,) = [one for one in runner().ready.values() if one.plan is not None]
             assert {op.site.line for op in ready.plan.plan.graph.ops if op.site is not None} == {line}
+
+
+def test_a_plan_that_was_looked_up_is_not_made_ready_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Any] = []
+    prepare = PlanExecutor.prepare
+    monkeypatch.setattr(PlanExecutor, "prepare", lambda self, plan: (prepared.append(plan), prepare(self, plan))[1])
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        step()
+        assert kitsune.wait_for_kernels(SECONDS) and len(prepared) == 1
+    with plans_in(tmp_path), cold() as (workers, _):
+        # Its kernels are late, and it comes back meanwhile.
+        for _ in range(4):
+            assert torch.equal(step(), chain()) and idle() and counts("kernels") == [0]
+        assert planned() and len(prepared) == 2
+        workers.release()
+        assert torch.equal(step(), chain()) and counts("kernels") == [1] and len(prepared) == 2
 
 
 def test_where_none_is_kept_none_is_looked_up(tmp_path: Path) -> None:
