@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import random
 from pathlib import Path
 
 import pytest
+import torch
 
-from kitsune.codegen import text_key
-from kitsune.ir import Graph, Kernel, Op, load_graph
+from kitsune.codegen import text_key, why_not_lowered
+from kitsune.codegen.lower import _form, _why_not_lowered
+from kitsune.ir import Graph, Kernel, Kind, Op, Slot, load_graph
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs
 
@@ -146,3 +149,22 @@ def test_with_reductions_in_kernels_a_step_needs_these(path):
     programs = {(text_key(launch.kernels[0]), len(launch.kernels) > 1) for launch in fused}
     found = (plan.n_launches, len(fused), len(programs), round(plan.nbytes / 1e6))
     assert STRICT[path.name.partition(".")[0]] == found
+
+
+def test_what_is_known_of_a_form_holds_for_every_op_of_it() -> None:
+    ops = [op for path in FILES for op in graph_of(path).ops]
+    assert [why_not_lowered(op) for op in ops] == [_why_not_lowered(op) for op in ops]
+
+
+def test_a_form_has_the_types_of_its_constants() -> None:
+    graph = next(graph_of(path) for path in FILES if path.name.startswith("mlp"))
+    op = next(op for op in graph.ops if op.kind is Kind.POINTWISE and op.args)
+    forms = [_form(dataclasses.replace(op, args=(*op.args, extra))) for extra in (1, 1.0, True, None, Slot(0), (1,), [1], "1")]
+    assert len({*forms, _form(op)}) == len(forms) + 1
+    value = op.results[0]
+    far = dataclasses.replace(value, type=dataclasses.replace(value.type, dtype=torch.complex64))
+    # Of an operand, of a list of them, and of a result: no kernel is written for such.
+    others = {"args": (far, (far,)), "inputs": (far,), "results": (far,), "rewritten": ((value, far),)}
+    changed = [dataclasses.replace(op, **{name: found}) for name, found in others.items()]
+    assert len({*map(_form, changed), _form(op)}) == 5
+    assert why_not_lowered(dataclasses.replace(op, args=(*op.args, {}))) == why_not_lowered(op), "not hashable, and not known"
