@@ -24,7 +24,7 @@ from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
-from kitsune.runtime import Answers
+from kitsune.runtime import Answers, give_back
 from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
@@ -93,7 +93,8 @@ class Pipeline:
         # Counts the times that everything known was dropped.
         self.n_forgotten = 0
         self.device = device
-        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, self.allocated, tally)
+        relieve = lambda: give_back(device)  # noqa: E731
+        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, self.allocated, relieve, tally)
 
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""

@@ -23,7 +23,10 @@ class Program:
         self.eager, self.kitsune, self.room = eager, kitsune, room
         self.now, self.n_ops, self.n_new, self.n_made, self.asked, self.n_steps = 0.0, 0, 0, 0, 0, 0
         self.tally, self.optimizer = Tally(), Optimizer()
-        self.gate = Gate(kernels, self.progress, lambda: self.now, lambda: self.room, lambda: self.asked, self.tally)
+        # The steps so far, each time that what eager needed is given back.
+        self.relieved: list[int] = []
+        relieve = lambda: self.relieved.append(self.n_steps)  # noqa: E731
+        self.gate = Gate(kernels, self.progress, lambda: self.now, lambda: self.room, lambda: self.asked, relieve, self.tally)
 
     def progress(self) -> Progress:
         return Progress(self.n_ops, self.n_new, self.n_made)
@@ -74,9 +77,23 @@ def test_a_program_that_is_faster_recorded_stays_recorded_and_is_told_with_its_f
     assert program.tally.gate_left == 0
 
 
+def test_what_eager_steps_needed_goes_back_once_they_are_measured_and_not_wanted() -> None:
+    program = Program(eager=1.0, kitsune=0.5)
+    decided_after = program.until_decided()
+    assert program.relieved == [decided_after]
+    looked_at = program.tally.gate_revisited
+    while program.tally.gate_revisited == looked_at:
+        program.step()
+    assert len(program.relieved) == 1
+    program.steps(100)
+    assert len(program.relieved) == 2
+
+
 def test_a_program_that_is_slower_recorded_is_left_to_eager() -> None:
     program = Program(eager=1.0, kitsune=1.32)
     program.until_decided()
+    # Eager's steps go on, in that memory.
+    assert program.relieved == []
     assert program.gate.left == f"It took 1.32 times as long as eager's over {BLOCKS * BLOCK} steps"
     assert not any(program.steps(100))
 

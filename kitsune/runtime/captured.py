@@ -231,9 +231,12 @@ class Captured:
 
     def destroy(self) -> None:
         """Let go of the graph; what others hold of its outputs stays."""
-        self._recorded.destroy()
-        self._lent.memories.clear()
+        # The outputs first: the memory goes back to the device with the graph only if nobody refers to it any more.
+        self._lent.forget()
         self._kept.clear()
+        self._statics.clear()
+        self._copies.clear()
+        self._recorded.destroy()
 
     def _alias(self, value: Value, values: list[Any], scalars: Sequence[float]) -> None:
         """The tensor of an output that lies in an input's memory."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kitsune.runtime.idle import WORTH_GIVING_BACK, give_back
 from kitsune.runtime.letter import Letter
 
 # Hears of tensors of one element whose numbers the host waits for.
@@ -54,8 +55,6 @@ class GraphRecorder(Protocol):
         ...
 
 
-# Bytes of destroyed graphs that may lie idle.
-EMPTY_AT = 32 << 20
 # torch can capture on one thread at a time only: the default generator takes part in each capture.
 _one_capture = threading.Lock()
 # Captures that broke off. torch's allocators may still ask them which memory is theirs.
@@ -152,6 +151,8 @@ class CudaGraphs:
         # and the next one sets it to its own.
         self._stream.wait_stream(user)
         with _one_capture, _no_collection(), torch.cuda.device(self.index), torch.cuda.stream(self._stream), _then(user):
+            # The steps so far have left memory that the graph's pool cannot take.
+            give_back(self.device)
             # Not a MemPool, which ends the process if it dies before its graph.
             pool, before = torch.cuda.graph_pool_handle(), torch.cuda.memory_reserved(self.index)
             # A workspace from outside could be in use on another stream when the graph runs, and one from inside must not be
@@ -177,7 +178,7 @@ class CudaGraphs:
     def gave_up(self, nbytes: int) -> None:
         """A graph was destroyed. torch keeps its pool's memory, for nobody, until its caches are emptied."""
         self._given_up += nbytes
-        if self._given_up >= EMPTY_AT:
+        if self._given_up >= WORTH_GIVING_BACK:
             self._given_up = 0
             torch.cuda.empty_cache()
 

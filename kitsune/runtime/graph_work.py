@@ -14,7 +14,7 @@ from kitsune.runtime.cuda_graph import Sending
 from kitsune.runtime.frame import Frame, Pool, Startable
 from kitsune.runtime.instructions import Alias, Call, CallInto, Drop, Instruction, Publish, Send, Start, StartInGraph
 from kitsune.runtime.places import Places
-from kitsune.runtime.plan_executor import PlanExecutor, Prepared
+from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
 from kitsune.runtime.replay import Schedule, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.tail import Tail, may_stay_outside, needs_of, reads
@@ -72,7 +72,6 @@ def plan_work(
     prepare: PrepareInGraph,
     table: SlotTable,
     arenas: Arenas,
-    stream: int,
     moved: frozenset[int] = frozenset(),
     awaited: tuple[int, ...] = (),
 ) -> Work:
@@ -100,7 +99,8 @@ def plan_work(
     sending: list[Sending] = []
     sends = () if there is None else (Send(awaited, lambda tensors: sending[0](tensors)),)
     inside = replace(prepared, instructions=(*head[:there], *sends, *head[there:]) if sends else head)
-    arena = arenas.arena(prepared.plan.arena, prepared.device, stream) if prepared.layout.arena else None
+    device, layout = prepared.device, prepared.layout
+    arena = arenas.arena(prepared.plan.arena, device, current_stream(device)) if layout.arena else None
     left = _LeftOut(rest) if rest else None
 
     def run(values: list[Any], scalars: list[float], send: Sending) -> None:
