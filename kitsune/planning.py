@@ -113,6 +113,7 @@ class Planner:
             refusals=tuple(parts.refusals),
             n_recorded=len(graph.ops),
             n_unplanned=sum(op.kind is not Kind.VIEW for op in dead_code(graph).ops),
+            outside=peak_bytes([life for life in lives if life.storage not in offsets], len(launches)),
         )
         if self.verify:
             verify_plan(plan)

@@ -188,6 +188,8 @@ class Plan:
     # Ops recorded, and those of them that would reach the device if each living one were run by itself.
     n_recorded: int = 0
     n_unplanned: int = 0
+    # Bytes outside of the arena that are in use at most, of what the plan makes.
+    outside: int = 0
 
     def __str__(self) -> str:
         from kitsune.ir.plan_text import plan_text

@@ -31,7 +31,8 @@ class Work:
     """What is captured: `run(values, scalars, send)` does all of a region's work once, `finish` what had to wait for its end.
 
     In between `run` calls `send` once with the tensors of the values `sent`, whose numbers the program waits for, if any.
-    `keep` is what the work refers to by address; `tail` is work that follows each replay.
+    `keep` is what the work refers to by address; `tail` is work that follows each replay. `nbytes` of memory are in use at most,
+    arenas aside.
     """
 
     run: Callable[[list[Any], list[float], Sending], None]
@@ -39,6 +40,7 @@ class Work:
     keep: list[Any] = field(default_factory=list)
     tail: Tail | None = None
     sent: tuple[int, ...] = ()
+    nbytes: int = 0
 
 
 class Miss(Exception):
@@ -131,7 +133,8 @@ class Captured:
             self._work.run(inside, numbers, send)
             return [self._last(n, inside) for n in (*made, *self._kept)]
 
-        self._recorded: Recorded = self._recorder.record(work, [values[n] for n in self._fixed], len(self._work.sent))
+        inputs = [values[n] for n in self._fixed]
+        self._recorded: Recorded = self._recorder.record(work, inputs, len(self._work.sent), self._work.nbytes)
         self.baked = {n: struct.pack("d", scalars[n]) for n in numbers.read}
         self._kept = dict(zip(self._kept, self._recorded.outputs[len(made) :], strict=True))
         outputs = dict(zip(made, self._recorded.outputs, strict=False))
