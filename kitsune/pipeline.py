@@ -24,7 +24,7 @@ from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
-from kitsune.runtime import Answers, give_back
+from kitsune.runtime import Answers, give_back, would_rise
 from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
@@ -93,8 +93,8 @@ class Pipeline:
         # Counts the times that everything known was dropped.
         self.n_forgotten = 0
         self.device = device
-        relieve = lambda: give_back(device)  # noqa: E731
-        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, self.allocated, relieve, tally)
+        memory = self.has_room, self.allocated, self.make_way, lambda: give_back(device)
+        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, *memory, tally)
 
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
@@ -194,6 +194,16 @@ class Pipeline:
             return 0
         asked: int = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["allocated"]
         return asked
+
+    def make_way(self) -> None:
+        """Let eager steps have the memory of graphs, where both together would need more than there ever was."""
+        steady, pool = self.runner.steady, self.runner.pool
+        if would_rise(self.device, 0 if pool is None else pool.statistics.held_bytes):
+            self.replays.forget()
+            if steady is not None:
+                steady.forget()
+            if pool is not None:
+                pool.free_all()
 
     def has_room(self) -> bool:
         """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""

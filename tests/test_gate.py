@@ -23,10 +23,12 @@ class Program:
         self.eager, self.kitsune, self.room = eager, kitsune, room
         self.now, self.n_ops, self.n_new, self.n_made, self.asked, self.n_steps = 0.0, 0, 0, 0, 0, 0
         self.tally, self.optimizer = Tally(), Optimizer()
-        # The steps so far, each time that what eager needed is given back.
+        # The steps so far, each time that eager is to have memory, and that it is given back.
+        self.made_way: list[int] = []
         self.relieved: list[int] = []
-        relieve = lambda: self.relieved.append(self.n_steps)  # noqa: E731
-        self.gate = Gate(kernels, self.progress, lambda: self.now, lambda: self.room, lambda: self.asked, relieve, self.tally)
+        memory = lambda: self.made_way.append(self.n_steps), lambda: self.relieved.append(self.n_steps)
+        asked = (lambda: self.room), (lambda: self.asked)
+        self.gate = Gate(kernels, self.progress, lambda: self.now, *asked, *memory, self.tally)
 
     def progress(self) -> Progress:
         return Progress(self.n_ops, self.n_new, self.n_made)
@@ -81,6 +83,8 @@ def test_what_eager_steps_needed_goes_back_once_they_are_measured_and_not_wanted
     program = Program(eager=1.0, kitsune=0.5)
     decided_after = program.until_decided()
     assert program.relieved == [decided_after]
+    # Three times five steps of eager, each of which is followed by as many of ours.
+    assert program.made_way == [decided_after - n * (BLOCK + 1) for n in (6, 4, 2)]
     looked_at = program.tally.gate_revisited
     while program.tally.gate_revisited == looked_at:
         program.step()

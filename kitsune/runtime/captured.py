@@ -239,6 +239,8 @@ class Captured:
         self._kept.clear()
         self._statics.clear()
         self._copies.clear()
+        # Whoever knows a short way to this graph does not hold its arena.
+        self._work = Work(lambda values, scalars, send: None)
         self._recorded.destroy()
 
     def _alias(self, value: Value, values: list[Any], scalars: Sequence[float]) -> None:

@@ -16,6 +16,19 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def would_rise(device: torch.device, ours: int) -> bool:
+    """Would the most that was ever held rise, if as much were asked for as ever was? Of what is lent now, `ours` is of no use for
+    that."""
+    if device.type != "cuda":
+        return False
+    statistics = torch.cuda.memory_stats_as_nested_dict(device)
+    if not statistics:
+        return False
+    reserved, allocated = (statistics[name]["all"] for name in ("reserved_bytes", "allocated_bytes"))
+    lacking = allocated["peak"] - (allocated["current"] - ours)
+    return bool(reserved["current"] + lacking >= reserved["peak"] + WORTH_GIVING_BACK)
+
+
 def idle_bytes(device: torch.device) -> int:
     """Bytes that the allocator holds and has lent to nobody, those of graphs between their replays among them."""
     statistics = torch.cuda.memory_stats_as_nested_dict(device)

@@ -132,9 +132,10 @@ class SteadyState:
         return region.captured if outcome is Outcome.DONE else None
 
     def forget(self) -> None:
-        """Destroy every graph."""
-        while self._kept:
-            self._drop(next(iter(self._kept)))
+        """Destroy every graph. That its region is captured again, once it comes back, is no sign that it does not fit."""
+        for region in [*self._kept]:
+            region.n_captures -= 1
+            self._drop(region)
 
     @property
     def nbytes(self) -> int:
@@ -278,8 +279,7 @@ class SteadyState:
 
     def _drop(self, region: Steady) -> None:
         captured = self._kept.pop(region, None)
-        region.captured = None
-        region.addresses = None
+        region.captured = region.addresses = None
         if captured is not None:
             captured.destroy()
 
