@@ -223,7 +223,7 @@ class Gate:
 
     def _is_prepared_for(self) -> bool:
         """Is anything being made in the background that steps will be run with?"""
-        return bool(self._tally.n_compiling() or self._tally.n_untried)
+        return bool(self._tally.n_preparing() or self._tally.n_untried)
 
     def _measured(self, bound: float) -> Generator[None, None, str | None]:
         ours, eagers = [], []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kitsune.backends import nearest_arch
-from kitsune.background import n_awaited, thread, wait
+from kitsune.background import n_awaited, n_open, thread, wait
 from kitsune.checking import checked_run
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
@@ -28,7 +28,7 @@ from kitsune.runtime import Answers, give_back, would_rise
 from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
-tally.n_compiling = n_awaited
+tally.n_compiling, tally.n_preparing = n_awaited, n_open
 thread.in_a_step = in_a_step
 # What `last_plan` is asked for: the graph, and the cause of its end.
 latest: dict[str, Any] = {}

@@ -275,7 +275,7 @@ def test_an_interrupt_while_it_reads_the_clock_does_not_break_the_steps_that_fol
 def test_nothing_is_measured_while_the_background_prepares_steps(what: str) -> None:
     program = Program(eager=1.0, kitsune=1.5)
     if what == "kernels":
-        program.tally.n_compiling = lambda: 3 * (program.n_steps < 100)
+        program.tally.n_preparing = lambda: 3 * (program.n_steps < 100)
     else:
         program.tally.n_untried = 5
     # What is being made takes time from both.
@@ -288,7 +288,7 @@ def test_nothing_is_measured_while_the_background_prepares_steps(what: str) -> N
 
 def test_it_does_not_wait_for_ever_for_the_background() -> None:
     program = Program(eager=1.0, kitsune=0.5)
-    program.tally.n_compiling = lambda: 1
+    program.tally.n_preparing = lambda: 1
     assert all(program.steps(module.WAITS_FOR_KERNELS))
     program.until_decided()
     assert program.gate.left is None and program.n_steps < module.WAITS_FOR_KERNELS + 100
@@ -296,6 +296,6 @@ def test_it_does_not_wait_for_ever_for_the_background() -> None:
 
 def test_a_program_that_keeps_changing_is_left_before_its_kernels_are_there() -> None:
     program = Program()
-    program.tally.n_compiling = lambda: 1
+    program.tally.n_preparing = lambda: 1
     n = program.until_decided(lambda _: True)
     assert n < 40 and program.gate.left is not None

@@ -1,5 +1,6 @@
 """A region as one graph: what it was captured with, when that still holds, and how it is replayed."""
 
+import contextlib
 import operator
 import struct
 from collections.abc import Callable, Sequence
@@ -234,7 +235,10 @@ class Captured:
 
     def destroy(self) -> None:
         """Let go of the graph; what others hold of its outputs stays."""
-        # The outputs first: the memory goes back to the device with the graph only if nobody refers to it any more.
+        # The outputs first: the memory goes back to the device with the graph only if nobody refers to it any more. A gradient
+        # that is held would keep 2.3 GiB of ResNet-50's (H200): it is moved, where that can be done.
+        with contextlib.suppress(Exception), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
+            self._lent.release()
         self._lent.forget()
         self._kept.clear()
         self._statics.clear()
