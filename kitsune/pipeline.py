@@ -203,7 +203,7 @@ class Pipeline:
             if steady is not None:
                 steady.forget()
             if pool is not None:
-                pool.free_all()
+                pool.give_way()
 
     def has_room(self) -> bool:
         """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""

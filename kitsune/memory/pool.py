@@ -102,6 +102,12 @@ class MemoryPool:
         """Let go of every idle block; those on loan are kept or let go of when they come back, as ever."""
         self.trim(0)
 
+    def give_way(self) -> None:
+        """Let go of every idle block, for others to use the memory: room is made again for those that come after."""
+        with self._lock:
+            self._room.clear()
+        self.free_all()
+
     @property
     def statistics(self) -> PoolStatistics:
         """What is held now and what was asked for so far."""

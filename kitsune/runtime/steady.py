@@ -281,7 +281,7 @@ class SteadyState:
         captured = self._kept.pop(region, None)
         region.captured = region.addresses = None
         if captured is not None:
-            captured.destroy()
+            captured.destroy(self.recorder.follow_stream())
 
     def _refuse(self, region: Steady, reason: str, mended: bool = False) -> None:
         region.refusal = reason

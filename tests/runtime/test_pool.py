@@ -109,6 +109,9 @@ def test_room_is_made_for_a_block_that_is_larger_than_any_before_and_not_for_eac
     assert made == [3, 6]
     pool.give(pool.take(20 << 20, CPU, 1))
     assert made == [3, 6, 9]
+    pool.give_way()
+    pool.give(pool.take(18 << 20, CPU, 0))
+    assert made == [3, 6, 9, 10]
 
 
 def test_the_most_recently_used_are_kept() -> None:
