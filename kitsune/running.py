@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kitsune.backends import Backend, backend_of, pool_budget, recorder_of, workers
+from kitsune.backends import Backend, backend_of, pool_budget, reader_of, recorder_of, workers
 from kitsune.background import later
 from kitsune.benefits import gains_enough
 from kitsune.codegen import WorkerFailed
@@ -71,7 +71,8 @@ class Runner:
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
             limits = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget)  # noqa: E731
-            self.steady = SteadyState(device, recorder, limits, self._relieve, self.sentences.append, tally)
+            told = self._relieve, self.sentences.append, tally
+            self.steady = SteadyState(device, recorder, limits, lambda: reader_of(backend), *told)
         if isinstance(backend, Backend):
             self.arch = backend.arch
             self.pool = MemoryPool(options.pool_bytes or self._budget, give_back)
@@ -264,8 +265,7 @@ class Runner:
         """The CUDA graph as which the region was run, if it was."""
         if self.steady is None or not self.options.captures:
             return None
-        if ready.steady is None:
-            ready.steady = self._steady_of(ready, self.steady)
+        ready.steady = ready.steady or self._steady_of(ready, self.steady)
         n_captured, captured = self.tally.n_captured, self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and captured is not None:
             shows().captured(ready.n_ops, captured.nbytes)

@@ -8,6 +8,7 @@ from kitsune.runtime.idle import give_back, would_rise
 from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
 from kitsune.runtime.numeric_settings import library_switches, numeric_settings
 from kitsune.runtime.out_forms import out_form, takes_memory
+from kitsune.runtime.page_reader import PageReader
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
 from kitsune.runtime.replay import Schedule, prepare, replay
 from kitsune.runtime.slots import SlotTable
@@ -23,6 +24,7 @@ __all__ = [
     "CudaGraphs",
     "GraphRecorder",
     "NotCaptured",
+    "PageReader",
     "PlanExecutor",
     "Prepared",
     "Schedule",

@@ -324,7 +324,8 @@ def test_outputs_are_nobodys_when_their_graph_goes(monkeypatch: pytest.MonkeyPat
     alone = torch.ones(4)
     with graphs(), lazily():
         for _ in range(6):
-            y = state(torch.ones(4))
+            # More than what is copied for who asks.
+            y = state(torch.ones(64))
             kitsune.flush()
             del y
         assert counts("replayed")[0] > 0
