@@ -33,10 +33,10 @@ def fresh(tmp_path: Path) -> Iterator[None]:
 
 
 def training() -> Step:
-    """A step of which the activations take 0.4 GiB, and everything else 0.1."""
+    """A step of which the activations take more than 1 GiB, and everything else 0.1: segments of 20 MiB decide nothing."""
     torch.manual_seed(0)
     layers = [layer for _ in range(6) for layer in (nn.Linear(1024, 1024), nn.GELU(), nn.LayerNorm(1024))]
-    model, x = nn.Sequential(*layers).cuda(), torch.randn(4096, 1024, device="cuda")
+    model, x = nn.Sequential(*layers).cuda(), torch.randn(16384, 1024, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=True)
 
     def step() -> torch.Tensor:
@@ -111,7 +111,8 @@ def test_eager_steps_that_are_measured_have_the_memory_of_graphs_and_leave_nothi
             for _ in range(6):
                 step()
             assert kitsune.wait_for_kernels(SECONDS)
-            for _ in range(6):
+            # By plan, captured, replayed; the gate has yet to see steps that bring nothing new.
+            for _ in range(3):
                 step()
             before = torch.cuda.memory_reserved()
             for _ in range(100):
