@@ -200,10 +200,11 @@ class Pipeline:
         steady, pool = self.runner.steady, self.runner.pool
         if would_rise(self.device, 0 if pool is None else pool.statistics.held_bytes):
             self.replays.forget()
-            if steady is not None:
-                steady.forget()
             if pool is not None:
                 pool.give_way()
+            if steady is not None:
+                steady.forget()
+            give_back(self.device)
 
     def has_room(self) -> bool:
         """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""

@@ -150,12 +150,13 @@ def test_a_step_needs_these_launches(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])
 def test_with_reductions_in_kernels_a_step_needs_these(path):
-    plan = Planner(Costs(RATES["sm_90"]), verify=True, numerics="strict").plan(graph_of(path))
+    graph = graph_of(path)
+    plan = Planner(Costs(RATES["sm_90"]), verify=True, numerics="strict").plan(graph)
     fused = [launch for launch in plan.launches if launch.kernels]
     programs = {(text_key(launch.kernels[0]), len(launch.kernels) > 1) for launch in fused}
     found = (plan.n_launches, len(fused), len(programs), round(plan.nbytes / 1e6))
     name = path.name.partition(".")[0]
     assert STRICT[name] == found
     if name in HELD:
-        held = (plan.arena >> 20, plan.outside >> 20, most_in_use(dead_code(graph_of(path))) >> 20)
+        held = (plan.arena >> 20, plan.outside >> 20, most_in_use(dead_code(graph)) >> 20)
         assert all(n <= most for n, most in zip(held, HELD[name], strict=True)), held
