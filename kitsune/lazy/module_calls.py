@@ -125,6 +125,12 @@ def at_first(node: Any, module: Any) -> NotYet:
     return taker
 
 
+def _anew(node: Any, module: Any) -> Any:
+    """The module has changed, and may stay as it is now."""
+    node.matchers[id(module)] = NotYet()
+    return MISS
+
+
 def _may_learn(module: Any) -> bool:
     """Is it called as torch would by itself? What hooks do is no part of what it does."""
     if nn.Module.__call__ is not _BASE or any(getattr(owner, name) is not it for owner, name, it in _TRUSTED[type(module)]):
@@ -186,7 +192,7 @@ class _Writer:
             f"if type(module) is not {cls} or Module.__call__ is not BASE or {' or '.join(others)}: return MISS",
             f"if {methods}({cls}) != {as_known}: return MISS",
             "own = module.__dict__; parameters, buffers = own['_parameters'], own['_buffers']",
-            f"if len(own) != {len(kept)} or not all(map(is_, own.values(), {values})): return MISS",
+            f"if len(own) != {len(kept)} or not all(map(is_, own.values(), {values})): return anew(node, module)",
             f"if {' or '.join(hooks)} or own['_modules'] or tracing() is not None: return MISS",
             self._same_tensors("parameters"),
             self._same_tensors("buffers"),
@@ -194,7 +200,7 @@ class _Writer:
 
     def _same_tensors(self, table: str) -> str:
         ids = [*map(id, vars(self._module)[f"_{table}"].values())]
-        return f"if [*map(id, {table}.values())] != {self._bind(ids)}: return MISS" if ids else f"if {table}: return MISS"
+        return f"if [*map(id, {table}.values())] != {self._bind(ids)}: return anew(node, module)"
 
     def _as_called(self, n_calls: int) -> list[str]:
         """Are the arguments those that it was called with? With one call its matcher says so, before anything has happened."""
@@ -238,6 +244,7 @@ def make({", ".join(names)}):
         "BASE": _BASE,
         "LazyTensor": LazyTensor,
         "MISS": MISS,
+        "anew": _anew,
         "Module": nn.Module,
         "is_": is_,
         "tracing": _tracing_state,
