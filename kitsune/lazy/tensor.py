@@ -89,6 +89,7 @@ class LazyTensor(torch.Tensor):
 
     @grad.setter
     def grad(self, value: Any) -> None:  # type: ignore[override]
+        self._own_up()
         self.cell.home = None
         _grad.__set__(self, value)
 

@@ -32,7 +32,7 @@ def give_back(wrappers: list[Any]) -> list[Any]:
     for wrapper, holds, version in zip(wrappers, _holds(wrappers), list(map(_version, wrappers)), strict=True):
         cell = wrapper.cell
         made = cell.home
-        if made is None or holds != _NOBODY or cell.type is not made.type or type(wrapper) is not LazyTensor or vars(wrapper):
+        if made is None or holds != _NOBODY or vars(wrapper):
             rest.append(wrapper)
             continue
         if version:
