@@ -7,6 +7,7 @@ from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
 from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
 from kitsune.runtime.numeric_settings import library_switches, numeric_settings
 from kitsune.runtime.out_forms import out_form, takes_memory
+from kitsune.runtime.page_reader import PageReader
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
 from kitsune.runtime.replay import Schedule, prepare, replay
 from kitsune.runtime.slots import SlotTable
@@ -22,6 +23,7 @@ __all__ = [
     "CudaGraphs",
     "GraphRecorder",
     "NotCaptured",
+    "PageReader",
     "PlanExecutor",
     "Prepared",
     "Schedule",

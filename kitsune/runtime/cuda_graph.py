@@ -128,7 +128,7 @@ class CudaGraphs:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.index)
         with torch.cuda.device(self.index):
-            letter = Letter(n_sent) if n_sent else None
+            letter = Letter(n_sent, self.device) if n_sent else None
         graphs: list[Any] = []
 
         def begin() -> None:

@@ -23,7 +23,7 @@ class SlotTable:
     """The first `n` moving numbers of a region as float64 in the memory of a device."""
 
     def __init__(self, n: int, device: torch.device) -> None:
-        self._n = n
+        self.n = n
         self.memory = torch.zeros(max(n, 1), dtype=torch.float64, device=device)
         self.address: int = torch._C.TensorBase.data_ptr(self.memory)
         self._bits = b""
@@ -37,7 +37,7 @@ class SlotTable:
         """
         if numbers is self._numbers:
             return
-        bits = bits_of(numbers[: self._n])
+        bits = bits_of(numbers[: self.n])
         self._numbers = None
         if bits and bits != self._bits:
             self._copy(bits)

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import kitsune
+from kitsune.config import config
 from kitsune.ir import Access, Launch, storage_of
 from kitsune.running import Backend
 from kitsune.runtime import SlotTable
 from kitsune.runtime.cuda_graph import Work
 from tests.runtime.checked import forget, get_state, set_state
 from tests.runtime.naive import at_address
+from tests.runtime.pages import naive_reader
 from tests.runtime.test_real_plans import Walk
 
 
@@ -124,6 +126,7 @@ def graphs(kernels: bool = True) -> Iterator[Repeater]:
     repeater = Repeater()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kitsune.running.recorder_of", lambda device: repeater)
+        patch.setattr("kitsune.running.reader_of", lambda backend: naive_reader() if config.pages else None)
         if kernels:
             found = Backend("sm_90", Walk, lambda launch, usable, table: WalkInGraph(launch, table))
             patch.setattr("kitsune.running.backend_of", lambda device: found)

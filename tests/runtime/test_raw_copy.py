@@ -7,7 +7,7 @@ import torch
 
 import kitsune
 from kitsune.config import config
-from kitsune.runtime import captured, lent_outputs
+from kitsune.runtime import lent_outputs, passing
 from kitsune.runtime.raw_copy import is_solid, raw_copy
 from tests.runtime.backends import lazily
 from tests.runtime.repeated import graphs
@@ -57,10 +57,10 @@ def forms(k: int) -> list[torch.Tensor]:
 def test_batches_and_losses_are_copied_whole(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     copy = raw_copy(torch.device("cpu"))
-    for module in (captured, lent_outputs):
+    for module in (passing, lent_outputs):
         monkeypatch.setattr(module, "raw_copy", lambda device: lambda *of: (asked.append(of[2]), can and copy(*of))[1])
     batches = [forms(k) for k in range(40)]
-    with config.patch(gate=False), graphs(kernels=False), lazily():
+    with config.patch(gate=False, pages=False), graphs(kernels=False), lazily():
         got = []
         for parts in batches:
             got.append([(part * 2).sum() for part in parts])
