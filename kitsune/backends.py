@@ -12,10 +12,19 @@ from typing import Any
 import torch
 
 from kitsune.background import thread
-from kitsune.codegen import BackgroundCompiler, Choices, CompilePool, Compiler, compile_pool, default_workers, render
+from kitsune.codegen import (
+    PAGE_PROGRAMS,
+    BackgroundCompiler,
+    Choices,
+    CompilePool,
+    Compiler,
+    compile_pool,
+    default_workers,
+    render,
+)
 from kitsune.config import config
 from kitsune.ir import Launch, Program, reads_slots
-from kitsune.runtime import CudaGraphs, GraphRecorder, SlotTable, Timer, in_turn
+from kitsune.runtime import CudaGraphs, GraphRecorder, PageReader, SlotTable, Timer, in_turn
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from kitsune.scheduler import RATES
 
@@ -38,6 +47,8 @@ class Backend:
     expect: Callable[[], None] | None = None
     choices: Choices | None = None
     timer: Timer = in_turn
+    # What captured graphs begin with; None where the driver copies what comes in.
+    reader: PageReader | None = None
 
 
 def backend_of(device: torch.device) -> Backend | str:
@@ -77,9 +88,12 @@ def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device, cho
         return made
 
     def warm(launch: Launch, usable: PreparedLaunch) -> list[Future[Any]]:
-        return [] if usable.likely is None else [compiler.ask(usable.program, device, *usable.likely)]
+        asked = [(program, False, False) for program in PAGE_PROGRAMS if config.pages]
+        if usable.likely is not None:
+            asked.append((usable.program, *usable.likely))
+        return [compiler.ask(program, device, *variant) for program, *variant in asked]
 
-    return Backend(arch, prepare, in_graph, warm, compiler.expect, choices)
+    return Backend(arch, prepare, in_graph, warm, compiler.expect, choices, reader=PageReader(PAGE_PROGRAMS, compiler, device))
 
 
 def _differs_in_graph(launch: Launch) -> bool:
@@ -97,9 +111,16 @@ def recorder_of(device: torch.device) -> GraphRecorder | None:
     return CudaGraphs(device) if device.type == "cuda" else None
 
 
+def reader_of(backend: Backend | str) -> PageReader | None:
+    """What the graphs that are captured now begin with; None where the driver copies what comes in."""
+    return backend.reader if config.pages and isinstance(backend, Backend) else None
+
+
 def program_of(launch: Launch, slots_in_memory: bool = False) -> Program:
     """The program of a launch of kernels."""
-    program = render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
+    written = launch.written
+    known = written is not None and written.slots_in_memory == slots_in_memory
+    program = written.program if known and written else render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
     return program if launch.tile is None else replace(program, tile=launch.tile)
 
 

@@ -45,7 +45,12 @@ class Options:
         flag,
         "values that the program reads as numbers are computed first, and sent to the host at once",
     )
-    audit: int = knob(100, "KITSUNE_AUDIT", whole(0), "one call in so many of a static function goes through Python; 0: none")
+    audit: int | None = knob(
+        None,
+        "KITSUNE_AUDIT",
+        optional(whole(0)),
+        "one call in so many of a static function goes through Python; 0: none; None: one in 100, or as takes 5 % of its time",
+    )
     fuse: bool = knob(True, "KITSUNE_FUSE", flag, "0 runs every region op by op: no planning, no kernels of Kitsune's own")
     numerics: str = knob(
         "strict",
@@ -63,6 +68,12 @@ class Options:
     layouts: bool = knob(True, "KITSUNE_LAYOUTS", flag, "0 keeps eager's layouts: no padded products, no channels-last inside")
     pool: bool = knob(True, "KITSUNE_POOL", flag, "0 gives each arena back to torch when its region has run")
     graphs: bool = knob(True, "KITSUNE_GRAPHS", flag, "0 launches every region anew each time: no CUDA graphs")
+    pages: bool = knob(
+        True,
+        "KITSUNE_PAGES",
+        flag,
+        "CUDA graphs read in the host's memory where their batch is; 0: the driver copies it first",
+    )
     max_graphs: int = knob(64, "KITSUNE_MAX_GRAPHS", whole(1), "CUDA graphs that are kept; the least recently used goes first")
     graph_memory: int | None = knob(
         None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
@@ -137,7 +148,7 @@ class Config:
     gate: bool
     follow: bool
     early_reads: bool
-    audit: int
+    audit: int | None
     fuse: bool
     numerics: str
     fuel: int | None
@@ -145,6 +156,7 @@ class Config:
     layouts: bool
     pool: bool
     graphs: bool
+    pages: bool
     max_graphs: int
     graph_memory: int | None
     cache_dir: str | None

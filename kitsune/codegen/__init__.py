@@ -10,12 +10,17 @@ from kitsune.codegen.keys import text_key, why_not_batched
 from kitsune.codegen.libdevice import toolkit_libdevice
 from kitsune.codegen.lower import why_not_lowered
 from kitsune.codegen.lowering import NotLowered, base_name
-from kitsune.codegen.render import parameters_of, render
+from kitsune.codegen.pages import COPY_RESULT, COPY_TENSORS, PAGE_PROGRAMS, READ_PAGE
+from kitsune.codegen.render import parameters_of, render, write
 from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, keeps_rows, tile_of
 from kitsune.codegen.windows import is_window
 
 __all__ = [
+    "COPY_RESULT",
+    "COPY_TENSORS",
     "HALF",
+    "PAGE_PROGRAMS",
+    "READ_PAGE",
     "UNROUNDED",
     "BackgroundCompiler",
     "Choice",
@@ -44,4 +49,5 @@ __all__ = [
     "why_not_exact",
     "why_not_lowered",
     "why_not_tried",
+    "write",
 ]

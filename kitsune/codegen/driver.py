@@ -4,9 +4,10 @@ Triton 3.6 starts kernels through a C extension, which it has a C compiler build
 in the program's own process, for most of the seconds until BERT's plan could run. Here a start packs its parameters itself.
 """
 
+import contextlib
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,17 +26,9 @@ class LoadedKernel:
     """A kernel on the device of this number. Raises RuntimeError with what the driver says."""
 
     def __init__(self, binary: Binary, device: int) -> None:
-        _enter(device)
-        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        _call("cuModuleLoadData", ctypes.byref(module), binary.code)
-        _call("cuModuleGetFunction", ctypes.byref(self._function), module, binary.name.encode())
-        most = ctypes.c_int()
-        _call("cuFuncGetAttribute", ctypes.byref(most), _MAX_THREADS, self._function)
         self._threads = 32 * binary.warps
-        if self._threads > most.value:
-            raise RuntimeError(f"{binary.name} has blocks of {self._threads} threads and registers for {most.value}.")
-        if binary.shared > _PLAIN_SHARED:
-            _call("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, binary.shared)
+        with _context_of(device):
+            self._function = _loaded(binary, self._threads)
         self._shared = binary.shared
         # In the order of the parameters each at a multiple of its size, as a C compiler and the driver have it.
         self._layout = struct.Struct("@" + binary.parameters + binary.added)
@@ -54,6 +47,19 @@ class LoadedKernel:
             self._layout.pack_into(memory, 0, *map(_within, args, self._kinds), *self._added)
         extra = _Extra(_BUFFER, ctypes.addressof(memory), _SIZE, ctypes.addressof(self._size), _END)
         _call("cuLaunchKernel", self._function, grid, 1, 1, self._threads, 1, 1, self._shared, stream, None, extra)
+
+
+def _loaded(binary: Binary, threads: int) -> ctypes.c_void_p:
+    """The function on the current device, ready to be started with so many threads."""
+    module, function, most = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
+    _call("cuModuleLoadData", ctypes.byref(module), binary.code)
+    _call("cuModuleGetFunction", ctypes.byref(function), module, binary.name.encode())
+    _call("cuFuncGetAttribute", ctypes.byref(most), _MAX_THREADS, function)
+    if threads > most.value:
+        raise RuntimeError(f"{binary.name} has blocks of {threads} threads and registers for {most.value}.")
+    if binary.shared > _PLAIN_SHARED:
+        _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, binary.shared)
+    return function
 
 
 def _within(value: Any, kind: str) -> Any:
@@ -82,12 +88,18 @@ def _call(name: str, *args: Any) -> None:
         raise RuntimeError(f"{name}: {said}")
 
 
-def _enter(device: int) -> None:
-    """Make sure that this thread has the device's context: torch leaves a thread that asked nothing of it without one."""
-    current = ctypes.c_void_p()
-    _call("cuCtxGetCurrent", ctypes.byref(current))
-    if not current.value:
-        _call("cuCtxSetCurrent", _primary_context(device))
+@contextlib.contextmanager
+def _context_of(device: int) -> Iterator[None]:
+    """What is loaded is loaded for the device, whichever is the current one. A thread without a context, as torch leaves it until
+    it asks for something, keeps this one."""
+    before, context = ctypes.c_void_p(), _primary_context(device)
+    _call("cuCtxGetCurrent", ctypes.byref(before))
+    _call("cuCtxSetCurrent", context)
+    try:
+        yield
+    finally:
+        if before.value:
+            _call("cuCtxSetCurrent", before)
 
 
 @cache

@@ -1,7 +1,7 @@
 """The memory of a captured graph's outputs, and who still holds something of it."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from sys import getrefcount
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 
 from kitsune.ir import Graph, lent_memory, mark_lent, storage_of
-from kitsune.runtime.plan_executor import current_stream
+from kitsune.ir.page import FEW_BYTES, N_COPIES
+from kitsune.runtime.plan_executor import stream_of
 from kitsune.runtime.raw_copy import is_solid, raw_copy
 
 # A tensor with a version counter of its own over the same memory; it does not go through the dispatcher.
@@ -19,9 +20,8 @@ _count = torch._C._storage_Use_Count  # type: ignore[attr-defined]
 _use_count = torch._C.TensorBase._use_count  # type: ignore[attr-defined]
 _NO_COUNT = DispatchKeySet(DispatchKey.ADInplaceOrView)
 SERIAL = "_kitsune_serial"
-# A result of so few bytes, such as a loss, is handed out as a copy once it was held at as many replays as this: moving what is
+# A result of few bytes, such as a loss, is handed out as a copy once it was held at as many replays as this: moving what is
 # held takes 60 us of Python, a copy 3 (`python -m benchmarks.bench_static`).
-FEW_BYTES = 16
 TIMES_HELD = 2
 # Copies in a row that nobody held any more at the next replay, after which the memory itself is lent again.
 IN_VAIN = 16
@@ -50,7 +50,9 @@ class OutputMemory:
         self._lend()
         # How many tensors are on the storage that nobody holds: counted when it is first lent; until then the capture has some.
         self.own_count = -1
-        self._may_copy = self._storage.nbytes() <= FEW_BYTES and _are_one([*self._outputs.values()])
+        self.may_copy = _may_copy([*self._outputs.values()])
+        # Does the graph itself write the copy? Then `copy_at` is where the next replay is to, 0 if it is not.
+        self.in_graph, self.copy_at = False, 0
         self._raw_copy, self._address = raw_copy(self._storage.device), _data_ptr(next(iter(self._outputs.values())))
         self._n_held = self._n_in_vain = 0
         # The copies that were handed out last, and those that will be next.
@@ -58,29 +60,30 @@ class OutputMemory:
         self._next: list[tuple[int, torch.Tensor]] = []
         # Memory for copies after that, and the stream that it was taken on, whose it is.
         self._spares: list[torch.Tensor] = []
-        self._spares_of = 0
+        self._spares_of, self._stream = 0, stream_of(self._storage.device)
         mark_lent(self._storage, self)
 
     @property
     def copies(self) -> bool:
         """Is a copy handed out? Of a small result that is held again and again; a loss and the same detached are one result."""
-        return self._may_copy and self._n_held >= TIMES_HELD
+        return self.may_copy and self._n_held >= TIMES_HELD
 
     def prepare(self) -> None:
         """Take memory for the next copy, since there may be none: after the replay it would be too late to say so."""
         first, *others = self._outputs
-        stream = current_stream(self._storage.device)
+        stream = self._stream()
         if not self._spares or self._spares_of != stream:
             self._spares = [torch.empty_like(self._outputs[first]) for _ in range(AHEAD)]
             self._spares_of = stream
         copy = self._spares.pop()
+        self.copy_at = _data_ptr(copy)
         self._next = [(first, copy), *[(number, _alias(copy)) for number in others]]
 
     def copy(self, values: list[Any]) -> None:
         """Put a copy of the outputs into `values`; it is nobody's to move."""
         copies, self._next = self._next, []
         first, copy = copies[0]
-        if not self._raw_copy(_data_ptr(copy), self._address, self._storage.nbytes()):
+        if not (self.in_graph or self._raw_copy(_data_ptr(copy), self._address, self._storage.nbytes())):
             copy.copy_(self._outputs[first])
         self._copies = []
         for number, copy in copies:
@@ -90,6 +93,7 @@ class OutputMemory:
 
     def still_copies(self) -> bool:
         """Was the last copy of use? Asked before the next replay; once it was not for long, `copies` is False again."""
+        self.copy_at = 0
         self._n_in_vain = 0 if any(copy() is not None for copy in self._copies) else self._n_in_vain + 1
         if self._n_in_vain >= IN_VAIN:
             self._n_held = self._n_in_vain = 0
@@ -154,6 +158,24 @@ def _on(tensor: torch.Tensor, storage: Any, offset: Any, shape: Any, stride: Any
     return torch.ops.aten.set_.source_Storage_storage_offset(tensor, storage, offset, shape, stride)
 
 
+def _may_copy(tensors: list[torch.Tensor]) -> bool:
+    """Is this, all on one storage, a small result?"""
+    return bool(storage_of(tensors[0]).nbytes() <= FEW_BYTES) and _are_one(tensors)
+
+
+def small_results(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One tensor for each small result among the outputs, in their order."""
+    groups = [[*together.values()] for together in _by_storage(dict(enumerate(outputs)))]
+    return [tensors[0] for tensors in groups if _may_copy(tensors)]
+
+
+def _by_storage(outputs: dict[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
+    found: dict[int, dict[int, torch.Tensor]] = {}
+    for number, tensor in outputs.items():
+        found.setdefault(storage_of(tensor)._cdata, {})[number] = tensor
+    return [*found.values()]
+
+
 def _are_one(tensors: list[torch.Tensor]) -> bool:
     """Do these tensors of one storage show all of it, in the same way?"""
     shown = {(t.dtype, t.shape, t.stride(), torch._C.TensorBase.storage_offset(t)) for t in tensors}
@@ -193,18 +215,20 @@ def held(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 class Lent:
-    """The memory of all outputs of a captured graph."""
+    """The memory of all outputs of a captured graph, which copies the first `n_copies` of its small results itself."""
 
-    def __init__(self, outputs: dict[int, torch.Tensor], moved: Callable[[int], None]) -> None:
-        by_storage: dict[int, dict[int, torch.Tensor]] = {}
-        for number, tensor in outputs.items():
-            by_storage.setdefault(storage_of(tensor)._cdata, {})[number] = tensor
+    def __init__(self, outputs: dict[int, torch.Tensor], moved: Callable[[int], None], n_copies: int = 0) -> None:
         self._tensors: dict[int, torch.Tensor] = {}
-        self.memories = [OutputMemory(together, self._tensors, moved) for together in by_storage.values()]
+        groups = _by_storage(outputs)
+        self.memories = [OutputMemory(together, self._tensors, moved) for together in groups]
+        self._in_graph = [memory for memory in self.memories if memory.may_copy][:n_copies]
+        for memory in self._in_graph:
+            memory.in_graph = True
+        self._nowhere = (0,) * (N_COPIES - len(self._in_graph))
         # What a program may have written on their storages.
         self._attributes = [memory.attributes for memory in self.memories]
         # Which memory each tensor lies in.
-        self._owners = [k for k, together in enumerate(by_storage.values()) for _ in together]
+        self._owners = [k for k, together in enumerate(groups) for _ in together]
         self._keys = [memory.key for memory in self.memories]
         self._counts: list[int] = []
         self._nobody = [_ALONE] * len(self._tensors), [_NOBODY[1]] * len(self._tensors)
@@ -238,6 +262,11 @@ class Lent:
                 self._copying.append(memory)
         return True
 
+    @property
+    def copies_at(self) -> tuple[int, ...]:
+        """Where the next replay is to put its copies."""
+        return (*[memory.copy_at for memory in self._in_graph], *self._nowhere)
+
     def hand_out(self, values: list[Any]) -> None:
         """Put the outputs into `values`."""
         if not self._counts:
@@ -248,3 +277,9 @@ class Lent:
             values[number] = tensor
         for memory in self._copying:
             memory.copy(values)
+
+    def forget(self) -> None:
+        """Refer to none of the memory any more; what others hold of it is theirs."""
+        self.memories.clear()
+        self._copying.clear()
+        self._tensors.clear()

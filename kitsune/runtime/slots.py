@@ -5,12 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from kitsune.runtime.raw_copy import raw_write
-
 # Not the method, which is a door.
 _pinned = torch._C.TensorBase.pin_memory
-# Numbers that are written one by one; more of them are copied together.
-FEW = 4
 
 
 def bits_of(numbers: Iterable[float]) -> bytes:
@@ -27,11 +23,10 @@ class SlotTable:
     """The first `n` moving numbers of a region as float64 in the memory of a device."""
 
     def __init__(self, n: int, device: torch.device) -> None:
-        self._n = n
+        self.n = n
         self.memory = torch.zeros(max(n, 1), dtype=torch.float64, device=device)
         self.address: int = torch._C.TensorBase.data_ptr(self.memory)
         self._bits = b""
-        self._write = raw_write(device)
         # What was set last, where it cannot have become something else.
         self._numbers: Sequence[float] | None = None
 
@@ -42,19 +37,11 @@ class SlotTable:
         """
         if numbers is self._numbers:
             return
-        bits = bits_of(numbers[: self._n])
-        # Unknown, if what follows should break off.
-        before, self._bits, self._numbers = self._bits, b"", None
-        if bits and bits != before and not self._write_few(before, bits):
+        bits = bits_of(numbers[: self.n])
+        self._numbers = None
+        if bits and bits != self._bits:
             self._copy(bits)
-        self._bits = bits
         self._numbers = numbers if type(numbers) is tuple else None
-
-    def _write_few(self, before: bytes, bits: bytes) -> bool:
-        """Write the numbers that are others than before; False if there are many, or if that is not possible."""
-        if len(bits) != len(before) or len(others := changed(before, bits)) > FEW:
-            return False
-        return all(self._write(self.address + 8 * n, bits[8 * n : 8 * n + 8]) for n in others)
 
     def _copy(self, bits: bytes) -> None:
         host = torch.frombuffer(bytearray(bits), dtype=torch.float64)
@@ -63,6 +50,7 @@ class SlotTable:
             host = _pinned(host)
         memory = self.memory if len(host) == len(self.memory) else self.memory[: len(host)]
         memory.copy_(host, non_blocking=True)
+        self._bits = bits
 
 
 class WatchedNumbers(list[float]):

@@ -12,6 +12,7 @@ from kitsune.ir import Graph, Kind, Pending, lent_memory
 from kitsune.runtime.capturable import used_inputs, why_not_captured, why_not_moving
 from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, TailFailed, Work
 from kitsune.runtime.cuda_graph import GraphRecorder
+from kitsune.runtime.page_reader import PageReader
 from kitsune.runtime.slots import SlotTable, bits_of, changed
 
 data_ptr = torch._C.TensorBase.data_ptr
@@ -84,20 +85,21 @@ class Steady:
 
 
 class SteadyState:
-    """The graphs of one thread and device. `limits()` are how many may be kept and their bytes; `relieve(hard)` frees memory
-    that is kept for other runs, if `hard` torch's as well; `report(sentence)` hears what went wrong and was mended."""
+    """The graphs of one thread and device. `limits()` are how many may be kept and their bytes, `reader()` what they begin with;
+    `relieve(hard)` frees what is kept for other runs, if `hard` torch's too; `report(sentence)` hears what was mended."""
 
     def __init__(
         self,
         device: torch.device,
         recorder: GraphRecorder,
         limits: Callable[[], tuple[int, int]],
+        reader: Callable[[], PageReader | None],
         relieve: Callable[[bool], None],
         report: Callable[[str], None],
         told: Told,
     ) -> None:
         self.device, self.recorder, self.limits, self.told = device, recorder, limits, told
-        self.relieve, self.report = relieve, report
+        self.reader, self.relieve, self.report = reader, relieve, report
         # The least recently replayed first.
         self._kept: OrderedDict[Steady, Captured] = OrderedDict()
 
@@ -132,9 +134,10 @@ class SteadyState:
         return region.captured if outcome is Outcome.DONE else None
 
     def forget(self) -> None:
-        """Destroy every graph."""
-        while self._kept:
-            self._drop(next(iter(self._kept)))
+        """Destroy every graph. That its region is captured again, once it comes back, is no sign that it does not fit."""
+        for region in [*self._kept]:
+            region.n_captures -= 1
+            self._drop(region)
 
     @property
     def nbytes(self) -> int:
@@ -208,8 +211,7 @@ class SteadyState:
             region.moved.update(changed(numbers, region.numbers))
         if region.n_runs <= RUNS:
             return False
-        apart = [n for n, a, b in zip(region.inputs, before, region.addresses, strict=True) if a != b]
-        apart = [n for n in apart if n not in region.moving]
+        apart = [n for n, a, b in zip(region.inputs, before, region.addresses, strict=True) if a != b and n not in region.moving]
         if not apart:
             return True
         reasons = [why_not_moving(region.graph, n, values[n]) for n in apart]
@@ -274,18 +276,16 @@ class SteadyState:
         if region.provisional and region.moved and work.tail is None:
             raise NotCaptured("Numbers that move would be baked in, and kernels that can read them are on their way.")
         moving = frozenset(region.moving)
-        return Captured(region.graph, work, table, self.recorder, values, scalars, moving, self.told.moved)
+        return Captured(region.graph, work, table, self.recorder, values, scalars, moving, self.told.moved, self.reader())
 
     def _drop(self, region: Steady) -> None:
         captured = self._kept.pop(region, None)
-        region.captured = None
-        region.addresses = None
+        region.captured = region.addresses = None
         if captured is not None:
-            captured.destroy()
+            captured.destroy(self.recorder.follow_stream())
 
     def _refuse(self, region: Steady, reason: str, mended: bool = False) -> None:
-        region.refusal = reason
-        region.addresses = None
+        region.refusal, region.addresses = reason, None
         if region.provisional:
             return
         self.told.refused(reason)

@@ -37,8 +37,8 @@ class Program:
         self.sights = 1
         # Has it been seen often enough to go without Python?
         self.ready = False
-        # Calls without Python since the last one with it.
-        self.n_skipped = 0
+        # Calls without Python since the last one with it, and when checks will have had their share of the time.
+        self.n_skipped, self.rests_until = 0, 0.0
         self._sources = ScalarSources(record.numbers, record.scalars)
         # Hyperparameters, and the moving numbers that follow from them.
         self._foretold: tuple[Any, Numbers | None] = (None, None)

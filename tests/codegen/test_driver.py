@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
 from collections.abc import Callable
@@ -122,8 +123,16 @@ def test_much_shared_memory_is_asked_for(fake: Driver, shared: int, told: list[i
 def test_a_thread_without_a_context_gets_that_of_the_device(fake: Driver) -> None:
     LoadedKernel(binary(), 3)
     assert fake.context == 9 and fake.named("cuDeviceGet")[0][1] == 3
-    LoadedKernel(binary(), 3)
-    assert len(fake.named("cuCtxSetCurrent")) == 1
+
+
+@pytest.mark.parametrize("fails", ["", "cuModuleGetFunction"])
+def test_a_kernel_is_loaded_for_its_device_and_not_for_the_current_one(fake: Driver, fails: str) -> None:
+    fake.context, fake.fails = 5, fails
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        LoadedKernel(binary(), 3)
+    steps = [(name, *(getattr(a, "value", None) for a in args)) for name, *args in fake.said]
+    loads = next(i for i, (name, *_) in enumerate(steps) if name == "cuModuleLoadData")
+    assert ("cuCtxSetCurrent", 9) in steps[:loads] and steps[-1] == ("cuCtxSetCurrent", 5) and fake.context == 5
 
 
 def test_only_what_may_take_long_lets_go_of_pythons_lock(monkeypatch: pytest.MonkeyPatch) -> None:

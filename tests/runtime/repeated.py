@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import kitsune
+from kitsune.config import config
 from kitsune.ir import Access, Launch, storage_of
 from kitsune.running import Backend
 from kitsune.runtime import SlotTable
 from kitsune.runtime.cuda_graph import Work
 from tests.runtime.checked import forget, get_state, set_state
 from tests.runtime.naive import at_address
+from tests.runtime.pages import naive_reader
 from tests.runtime.test_real_plans import Walk
 
 
@@ -66,7 +68,7 @@ class Repeater:
     def follow_stream(self) -> bool:
         return True
 
-    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0) -> Repeated:
+    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0, nbytes: int = 0) -> Repeated:
         state = get_state(torch.default_generator)
         storages = {storage_of(t)._cdata: storage_of(t) for t in inputs}
         before = [(storage, storage.clone()) for storage in storages.values()]
@@ -124,6 +126,7 @@ def graphs(kernels: bool = True) -> Iterator[Repeater]:
     repeater = Repeater()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kitsune.running.recorder_of", lambda device: repeater)
+        patch.setattr("kitsune.running.reader_of", lambda backend: naive_reader() if config.pages else None)
         if kernels:
             found = Backend("sm_90", Walk, lambda launch, usable, table: WalkInGraph(launch, table))
             patch.setattr("kitsune.running.backend_of", lambda device: found)

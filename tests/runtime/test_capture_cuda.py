@@ -192,7 +192,7 @@ def test_a_thousand_captures_leave_nothing_behind(sends: bool) -> None:
             send([y[0, 0]])
         return [F.dropout(y @ y, 0.5)]
 
-    recorder, x = CudaGraphs(torch.device("cuda", 0)), torch.ones(512, 512, device="cuda")
+    recorder, x = CudaGraphs(torch.device("cuda", torch.cuda.current_device())), torch.ones(512, 512, device="cuda")
     for k in range(1010):
         graph = recorder.record(work, [x], int(sends))
         graph.replay()

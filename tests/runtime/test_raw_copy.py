@@ -7,9 +7,8 @@ import torch
 
 import kitsune
 from kitsune.config import config
-from kitsune.runtime import captured, lent_outputs
-from kitsune.runtime.raw_copy import is_solid, raw_copy, raw_write
-from kitsune.runtime.slots import FEW, SlotTable, bits_of
+from kitsune.runtime import lent_outputs, passing
+from kitsune.runtime.raw_copy import is_solid, raw_copy
 from tests.runtime.backends import lazily
 from tests.runtime.repeated import graphs
 
@@ -58,10 +57,10 @@ def forms(k: int) -> list[torch.Tensor]:
 def test_batches_and_losses_are_copied_whole(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     copy = raw_copy(torch.device("cpu"))
-    for module in (captured, lent_outputs):
+    for module in (passing, lent_outputs):
         monkeypatch.setattr(module, "raw_copy", lambda device: lambda *of: (asked.append(of[2]), can and copy(*of))[1])
     batches = [forms(k) for k in range(40)]
-    with config.patch(gate=False), graphs(kernels=False), lazily():
+    with config.patch(gate=False, pages=False), graphs(kernels=False), lazily():
         got = []
         for parts in batches:
             got.append([(part * 2).sum() for part in parts])
@@ -85,43 +84,3 @@ def test_a_device_copies_on_its_current_stream() -> None:
         kept = b.clone()
     torch.cuda.synchronize()
     assert torch.equal(kept, a)
-
-
-@pytest.mark.parametrize("can", ["always", "never", "once"])
-@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_table_has_the_numbers_that_were_set_last(where: str, can: str) -> None:
-    device = torch.device("cpu") if where == "cpu" else torch.device("cuda", torch.cuda.current_device())
-    table = SlotTable(6, device)
-    write, tried = table._write, []
-    table._write = lambda *of: can != "never" and not (can == "once" and tried) and (tried.append(of), write(*of))[1]
-    numbers = [1.0, 0.0, float("nan"), 1e-300, -3.0, float("inf")]
-    for change in (
-        {},
-        {0: 0.1},
-        {1: -0.0},
-        {k: k / 3 for k in range(FEW)},
-        {k: (k + 1) / 7 for k in range(FEW + 1)},
-        {2: float("nan"), 5: 2},
-    ):
-        numbers = [change.get(k, number) for k, number in enumerate(numbers)]
-        table.set(numbers)
-        assert bits_of(table.memory.tolist()) == bits_of(numbers)
-    table.set(numbers[:2])
-    table.set([5.0, *numbers[1:]])
-    assert bits_of(table.memory.tolist()) == bits_of([5.0, *numbers[1:]])
-    expected = {"never": 0, "once": 1, "always": 1 + 1 + FEW + 2}
-    assert len(tried) == expected[can]
-
-
-@pytest.mark.gpu
-def test_a_device_is_written_on_its_current_stream() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    a = torch.zeros(3, dtype=torch.float64, device=device)
-    write = raw_write(device)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(20_000_000)
-        a.add_(1)
-        assert write(a.data_ptr() + 8, bits_of([0.1]))
-        kept = a.clone()
-    torch.cuda.synchronize()
-    assert kept.tolist() == [1.0, 0.1, 1.0]

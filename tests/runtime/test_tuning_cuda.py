@@ -28,7 +28,8 @@ from tests.runtime.repeated import counts
 
 pytestmark = pytest.mark.gpu
 SECONDS = 120.0
-DEVICE = torch.device("cuda", 0)
+# Whichever is the current one.
+DEVICE = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
 
 
 @pytest.fixture(autouse=True)

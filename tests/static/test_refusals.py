@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kitsune
+from kitsune.static import function
 from tests.static.programs import Training, compare, dropping, straight
 
 WARM = 5
@@ -210,6 +211,16 @@ def test_the_knob_says_how_often() -> None:
     assert counters["static_audits"] == 0
 
 
+@pytest.mark.parametrize(("share", "n_audits"), [(1.0, 3), (1e-9, 1)])
+def test_where_nobody_says_how_often_checks_have_their_share_of_the_time(
+    share: float, n_audits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(function, "USUAL", 8)
+    monkeypatch.setattr(function, "SHARE", share)
+    _, counters = compare(straight(33), at_most=WARM + n_audits + 1)
+    assert counters["static_audits"] == n_audits
+
+
 def impure(t: Training, x: Tensor, y: Tensor) -> Tensor:
     loss = loss_of(t, x, y)
     if t.how == "other operator":
@@ -262,7 +273,11 @@ def test_a_block_has_no_function_to_skip() -> None:
     ("options", "error", "said"),
     [
         ({"static": "yes"}, ValueError, r"static='yes' is not possible: static accepts True or False\."),
-        ({"static": True, "audit": -1}, ValueError, r"audit=-1 is not possible: audit accepts a whole number of 0 or more\."),
+        (
+            {"static": True, "audit": -1},
+            ValueError,
+            r"audit=-1 is not possible: audit accepts a whole number of 0 or more, or None\.",
+        ),
         ({"audit": 5}, TypeError, r"write accelerate\(static=True, audit=\.\.\.\)"),
     ],
 )

@@ -162,7 +162,7 @@ class Loop:
                 named[f"{name}.grad"] = p.grad
             state = self.updater.state[p]
             named |= {f"{name}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-        named["generator"] = torch.cuda.get_rng_state() if "cuda" in str(p.device) else torch.get_rng_state()
+        named["generator"] = torch.cuda.get_rng_state(p.device) if p.is_cuda else torch.get_rng_state()
         return named
 
 
