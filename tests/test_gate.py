@@ -156,6 +156,25 @@ def test_one_disturbed_block_decides_nothing() -> None:
     assert program.gate.left is None
 
 
+class AfterSwitches(Program):
+    """Its first two eager steps after each switch take three times as long."""
+
+    n_eager = 0
+
+    def step(self, new: bool = False, optimizer: object = None) -> bool:
+        self.n_eager = 0 if self.gate.records else self.n_eager + 1
+        self.now += 2 * self.eager * (0 < self.n_eager <= 2)
+        return super().step(new, optimizer)
+
+
+@pytest.mark.parametrize(("eager", "left", "n"), [(0.05, False, 12), (0.002, True, 51)])
+def test_short_steps_are_measured_over_more_of_them(eager: float, left: bool, n: int) -> None:
+    program = AfterSwitches(eager, 1.2 * eager)
+    program.until_decided()
+    assert (program.gate.left is not None) == left
+    assert f"over {n} steps" in decided(program)[0]
+
+
 def test_steps_that_are_always_new_are_left_to_eager_and_not_recorded_again() -> None:
     program = Program(kitsune=0.1)
     n = program.until_decided(lambda _: True)

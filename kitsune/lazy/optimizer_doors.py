@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kitsune.lazy.clipping import clipping_door
 from kitsune.lazy.open_lanes import lanes, on_top
 from kitsune.lazy.update_lists import make_lists
 from kitsune.lazy.updates import take_update
@@ -60,7 +61,9 @@ def _mark_begins(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(mark: Any) -> Any:
-        if lanes() and not _profiled() and mark.name.startswith("Optimizer.") and mark.args is None:
+        if not lanes():
+            return original(mark)
+        if not _profiled() and mark.name.startswith("Optimizer.") and mark.args is None:
             mark.run_callbacks_on_exit, mark.record = False, _Mark(mark.name)
             mark.record.__enter__()
             return mark
@@ -78,6 +81,8 @@ def _mark_ends(original: Any) -> Any:
             mark.record.__exit__(*error)
             mark.record = None
             return None
+        if not lanes():
+            return original(mark, *error)
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             return original(mark, *error)
 
@@ -95,5 +100,7 @@ def optimizer_doors() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
             name = module.__name__.rpartition(".")[2]
             if inspect.isfunction(getattr(module, name, None)):
                 yield module, name, _update
+    for clips in (torch.nn.utils, torch.nn.utils.clip_grad):
+        yield clips, "clip_grad_norm_", clipping_door
     yield torch.autograd.profiler.record_function, "__enter__", _mark_begins
     yield torch.autograd.profiler.record_function, "__exit__", _mark_ends
