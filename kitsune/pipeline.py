@@ -20,7 +20,16 @@ from kitsune.fusion import ANYTHING, Rules
 from kitsune.garbage import MANY_NODES, look_at_new
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
-from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a_step, memory_changed, open_graph_doors
+from kitsune.lazy import (
+    CallLane,
+    LazyTensor,
+    Recorder,
+    close_graph_doors,
+    in_a_step,
+    memory_changed,
+    open_graph_doors,
+    where_in_step,
+)
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
@@ -29,7 +38,7 @@ from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
 tally.n_compiling = n_awaited
-thread.in_a_step = in_a_step
+thread.in_a_step, thread.where = in_a_step, where_in_step
 # What `last_plan` is asked for: the graph, and the cause of its end.
 latest: dict[str, Any] = {}
 # Hear of each region as it closes; `session.trace_regions` adds itself here.
@@ -244,6 +253,8 @@ def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
     for runner in list(runners):
         runner.ask_all()
     there = wait(timeout)
+    for runner in list(runners):
+        runner.spread_nothing()
     if not tuned or not there:
         return there
     with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
