@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +21,25 @@ from kitsune.fusion import ANYTHING, Rules
 from kitsune.garbage import MANY_NODES, look_at_new
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
-from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a_step, memory_changed, open_graph_doors
+from kitsune.lazy import (
+    CallLane,
+    LazyTensor,
+    Recorder,
+    close_graph_doors,
+    in_a_step,
+    memory_changed,
+    open_graph_doors,
+    where_in_step,
+)
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
-from kitsune.runtime import Answers, give_back, would_rise
+from kitsune.runtime import Answers, asked_bytes, give_back, has_room, would_rise
 from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
 tally.n_compiling, tally.n_preparing = n_awaited, n_open
-thread.in_a_step = in_a_step
+thread.in_a_step, thread.where = in_a_step, where_in_step
 # What `last_plan` is asked for: the graph, and the cause of its end.
 latest: dict[str, Any] = {}
 # Hear of each region as it closes; `session.trace_regions` adds itself here.
@@ -93,7 +103,7 @@ class Pipeline:
         # Counts the times that everything known was dropped.
         self.n_forgotten = 0
         self.device = device
-        memory = self.has_room, self.allocated, self.make_way, lambda: give_back(device)
+        memory = partial(has_room, device), partial(asked_bytes, device), self.make_way, partial(give_back, device)
         self.gate = Gate(device.type == "cuda", self.progress, self.seconds, *memory, tally)
 
     def enter(self) -> None:
@@ -151,7 +161,9 @@ class Pipeline:
     def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
         """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
         memory_changed()
-        with NO_SPAN if region.is_bare else below_autograd():
+        if region.is_bare:
+            return region.replay(values, scalars)
+        with below_autograd():
             return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
@@ -188,13 +200,6 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def allocated(self) -> int:
-        """Bytes that were ever asked of the device's allocator."""
-        if self.device.type != "cuda":
-            return 0
-        asked: int = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["allocated"]
-        return asked
-
     def make_way(self) -> None:
         """Let eager steps have the memory of graphs, where both together would need more than there ever was."""
         steady, pool = self.runner.steady, self.runner.pool
@@ -205,13 +210,6 @@ class Pipeline:
             if steady is not None:
                 steady.forget()
             give_back(self.device)
-
-    def has_room(self) -> bool:
-        """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""
-        if self.device.type != "cuda":
-            return True
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free >= torch.cuda.max_memory_allocated(self.device)
 
 
 def close(graph: Graph, cause: Barrier, site: Site | None, options: EngineOptions) -> None:
@@ -254,6 +252,8 @@ def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
     for runner in list(runners):
         runner.ask_all()
     there = wait(timeout)
+    for runner in list(runners):
+        runner.spread_nothing()
     if not tuned or not there:
         return there
     with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():

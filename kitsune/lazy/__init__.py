@@ -7,7 +7,7 @@ from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.graph_doors import close_graph_doors, open_graph_doors
 from kitsune.lazy.realize import attach_spent
 from kitsune.lazy.recorder import Recorder
-from kitsune.lazy.recorders import in_a_step, renew_lock
+from kitsune.lazy.recorders import in_a_step, renew_lock, where_in_step
 from kitsune.lazy.region import is_strided
 from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.settle import settle_grads, settle_state
@@ -33,4 +33,5 @@ __all__ = [
     "settle_grads",
     "settle_state",
     "user_site",
+    "where_in_step",
 ]
