@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from kitsune.lazy import (
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
-from kitsune.runtime import Answers, give_back, would_rise
+from kitsune.runtime import Answers, asked_bytes, give_back, has_room, would_rise
 from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
@@ -102,7 +103,7 @@ class Pipeline:
         # Counts the times that everything known was dropped.
         self.n_forgotten = 0
         self.device = device
-        memory = self.has_room, self.allocated, self.make_way, lambda: give_back(device)
+        memory = partial(has_room, device), partial(asked_bytes, device), self.make_way, partial(give_back, device)
         self.gate = Gate(device.type == "cuda", self.progress, self.seconds, *memory, tally)
 
     def enter(self) -> None:
@@ -199,13 +200,6 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def allocated(self) -> int:
-        """Bytes that were ever asked of the device's allocator."""
-        if self.device.type != "cuda":
-            return 0
-        asked: int = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["allocated"]
-        return asked
-
     def make_way(self) -> None:
         """Let eager steps have the memory of graphs, where both together would need more than there ever was."""
         steady, pool = self.runner.steady, self.runner.pool
@@ -216,13 +210,6 @@ class Pipeline:
             if steady is not None:
                 steady.forget()
             give_back(self.device)
-
-    def has_room(self) -> bool:
-        """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""
-        if self.device.type != "cuda":
-            return True
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free >= torch.cuda.max_memory_allocated(self.device)
 
 
 def close(graph: Graph, cause: Barrier, site: Site | None, options: EngineOptions) -> None:

@@ -36,3 +36,18 @@ def idle_bytes(device: torch.device) -> int:
         return 0
     reserved, allocated = (statistics[name]["all"]["current"] for name in ("reserved_bytes", "allocated_bytes"))
     return int(reserved - allocated)
+
+
+def has_room(device: torch.device) -> bool:
+    """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return free >= torch.cuda.max_memory_allocated(device)
+
+
+def asked_bytes(device: torch.device) -> int:
+    """Bytes that were ever asked of the device's allocator."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["allocated"])
