@@ -159,7 +159,9 @@ class Pipeline:
     def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
         """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
         memory_changed()
-        with NO_SPAN if region.is_bare else below_autograd():
+        if region.is_bare:
+            return region.replay(values, scalars)
+        with below_autograd():
             return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:

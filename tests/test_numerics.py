@@ -11,12 +11,14 @@ from torch.nn import functional as F
 import kitsune
 from kitsune.codegen import UNROUNDED, base_name, differences
 from kitsune.codegen.exactness import ASKED_OTHERWISE, DISTANCE, FORMULAS, REDUCTIONS
+from kitsune.codegen.render import _rendered
 from kitsune.ir import Graph, Kind, Plan
 from kitsune.ir.reductions import _RULES as REDUCED
 from kitsune.numerics import made_otherwise
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs
 from kitsune.scheduler.formats import ROWS
+from tests.codegen.build import build
 from tests.parity.outcomes import OTHER_FORMULA
 from tests.plan.test_corpus_plans import CORPUS, graph_of
 
@@ -46,6 +48,17 @@ def test_a_grade_has_what_stricter_ones_have_and_more() -> None:
     assert names("bitwise") < names("strict") < names("fast") < names("fast", toolkit=False)
     assert "argmax" not in names("strict") and "sum" in names("strict")
     assert DISTANCE.keys() | {UNROUNDED, "_fused_adam_"} <= names("fast") - names("strict")
+
+
+@pytest.mark.parametrize(("version", "known"), [("13.0", True), ("12.8", False), (None, True)])
+def test_gelu_wants_a_toolkit_only_of_a_cuda_whose_error_function_is_not_written_out(
+    version: str | None, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", version)
+    kernel = build(F.gelu, [torch.zeros(64)], "k").kernel
+    assert ("libdevice.erf(" in _rendered(kernel, False, False).text) is not known
+    assert ("gelu" in names("fast", toolkit=False)) is not known and "gelu" not in names("fast")
+    assert "erfc" in names("fast", toolkit=False)
 
 
 def test_of_gpt2_all_norms_are_made_otherwise_and_of_its_products_those_that_are_padded() -> None:

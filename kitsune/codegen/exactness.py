@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kitsune.codegen.libdevice import writes_erf
 from kitsune.codegen.lowering import arguments_of, base_name
 from kitsune.ir import Op
 
@@ -26,6 +27,8 @@ WITHOUT_TOOLKIT: dict[str, tuple[int, str]] = {
     # 1 + erf(x) and 1 - beta ** step cancel, and what is left of them is compared.
     **dict.fromkeys("gelu gelu_backward _fused_adam_ _fused_adamw_".split(), (CANCELS, OLDER)),
 }
+# Those of which the helper `erf` makes the library's part.
+OF_ERF = frozenset("erf gelu gelu_backward".split())
 
 # Reductions in kernels, in "strict" and "fast": how far results were from eager's, at most, in float32 and in 16 bits, in units
 # of the dtype's epsilon and of the largest result, over rows and columns of 33, 1023 and 50257 numbers. By
@@ -97,7 +100,7 @@ def differences(numerics: str, toolkit: bool) -> list[Difference]:
     found = [*moved, *(Difference(op, reason) for op, reason in ASKED_OTHERWISE.items()), *found]
     if numerics == "strict":
         return found
-    inexact = {**DISTANCE, "_fused_adam_": ADAM_WITH_DECAY, **({} if toolkit else WITHOUT_TOOLKIT)}
+    inexact = {**DISTANCE, "_fused_adam_": ADAM_WITH_DECAY, **({} if toolkit else _without_toolkit())}
     return [
         *(Difference(op, reason, _units(ulp)) for op, (ulp, reason) in inexact.items()),
         Difference(UNROUNDED, WIDE),
@@ -122,9 +125,11 @@ def distance(op: Op, toolkit: bool) -> tuple[int, str]:
     name = base_name(op)
     if name == "_fused_adam_" and op.inputs[0].type.dtype is torch.float32 and arguments_of(op).get("weight_decay") != 0:
         return ADAM_WITH_DECAY
-    if not toolkit and name in WITHOUT_TOOLKIT:
-        return WITHOUT_TOOLKIT[name]
-    return DISTANCE.get(name, (0, ""))
+    return ({} if toolkit else _without_toolkit()).get(name) or DISTANCE.get(name, (0, ""))
+
+
+def _without_toolkit() -> dict[str, tuple[int, str]]:
+    return {name: why for name, why in WITHOUT_TOOLKIT.items() if name not in OF_ERF or not writes_erf()}
 
 
 def why_not_exact(op: Op, toolkit: bool) -> str | None:

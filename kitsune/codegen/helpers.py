@@ -114,13 +114,41 @@ def lerp(start, end, weight):
     far = libdevice.fma(between * -1.0, 1.0 - weight, end)
     return tl.where(tl.abs(weight) < 0.5, near, far)
 """)
+# 2 to a power as the hardware has it, whose result is not below the normal numbers here.
+_helper("""
+def ex2(x):
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+""")
+# The error function of CUDA 13 in every bit: an odd polynomial near zero, and 1 - 2 ** polynomial beyond. The library chooses
+# coefficient by coefficient, with two moves for each of seven; both polynomials take 8 instructions less for an element, of 54 in
+# the backward of an activation, and half as many of those that start every other cycle only.
+_helper("""
+def erf(x):
+    square = x * x
+    near = libdevice.fma(square, 8.483494457323104e-05, -0.0008213091641664505)
+    near = libdevice.fma(near, square, 0.005213488824665546)
+    near = libdevice.fma(near, square, -0.026868773624300957)
+    near = libdevice.fma(near, square, 0.11284004896879196)
+    near = libdevice.fma(near, square, -0.37612664699554443)
+    near = libdevice.fma(near, square, 0.12837915122509003)
+    size = tl.abs(x)
+    far = libdevice.fma(size, 0.00011219871521461755, -0.0013275252422317863)
+    far = libdevice.fma(far, size, 0.00839653518050909)
+    far = libdevice.fma(far, size, -0.04024658352136612)
+    far = libdevice.fma(far, size, 0.15950430929660797)
+    far = libdevice.fma(far, size, 0.9129176735877991)
+    far = libdevice.fma(far, size, 0.6290600299835205)
+    far = libdevice.copysign(1.0 - ex2(libdevice.fma(far, -size, -size)), x)
+    return tl.where(size >= 1.002959966659546, far, libdevice.fma(near, x, x))
+""")
 
 # Helpers that the interpreter has bodies of its own for.
-INTERPRETED = ("to_bf16", "fmax", "fmin")
+INTERPRETED = ("to_bf16", "fmax", "fmin", "ex2")
 # Helpers that call others.
 CALLS = {
     "pow_scalar_bf16": ("to_bf16", "pow_scalar"),
     "pow_scalar_fp16": ("to_fp16", "pow_scalar"),
+    "erf": ("ex2",),
 }
 
 

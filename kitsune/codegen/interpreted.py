@@ -48,7 +48,7 @@ def _named(function: Callable[..., torch.Tensor]) -> Callable[..., tl.tensor]:
 
 
 exp = _named(torch.exp)
-exp2 = _named(torch.exp2)
+ex2 = exp2 = _named(torch.exp2)
 expm1 = _named(torch.expm1)
 log = _named(torch.log)
 log2 = _named(torch.log2)

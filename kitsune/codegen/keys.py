@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import kitsune.codegen.rules  # noqa: F401 -- fills the table
-from kitsune.codegen.lowering import arguments_of, base_name, lower_rules
+from kitsune.codegen.lowering import Rule, arguments_of, base_name, lower_rules
 from kitsune.codegen.tiles import inner, is_looped
 from kitsune.codegen.walks import ONE, accesses, counted, form_of, is_read, operands_by_value, walk, walks
 from kitsune.codegen.windows import is_window, window_key
@@ -66,10 +66,10 @@ def _rows_key(kernel: Kernel) -> tuple[Any, ...]:
 def _step_key(step: Step) -> tuple[Any, ...]:
     op = step.op
     operands = operands_by_value(step)
-    literals = lower_rules[base_name(op)].literals
+    rule = lower_rules[base_name(op)]
     # Beside a floating-point tensor, the kind of a number makes no difference.
     is_float = any(v.type.dtype.is_floating_point for v in op.inputs)
-    arguments = tuple(_argument_key(name, value, operands, literals, is_float) for name, value in arguments_of(op).items())
+    arguments = tuple(_argument_key(name, value, operands, rule, is_float) for name, value in arguments_of(op).items())
     results = tuple((v.type.dtype, operands.get(before)) for v, before in _written(step))
     return (op.target, arguments, results)
 
@@ -81,7 +81,7 @@ def _written(step: Step) -> Iterator[tuple[Value, int]]:
         yield after, before.id
 
 
-def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: frozenset[str], is_float: bool) -> Any:
+def _argument_key(name: str, value: Any, operands: dict[int, Any], rule: Rule, is_float: bool) -> Any:
     cls = type(value)
     if name in UNSEEN:
         return None
@@ -89,8 +89,10 @@ def _argument_key(name: str, value: Any, operands: dict[int, Any], literals: fro
         return (operands.get(value.id), value.type.dtype, not value.type.shape)
     if cls is Slot:
         return Slot
+    if cls in (int, float) and name in rule.literals and value in rule.floats:
+        return value if is_float else (cls, value)
     if cls in (int, bool):
-        return (cls, value) if name in STRUCTURAL or name in literals else float if is_float else cls
+        return (cls, value) if name in STRUCTURAL or name in rule.literals else float if is_float else cls
     if cls is str or value is None:
         return value
     return cls

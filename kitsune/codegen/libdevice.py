@@ -7,13 +7,22 @@ from pathlib import Path
 
 import torch
 
+# Whose error function the helper `erf` is. Without CUDA nothing is compared with it.
+ERF_OF = ("13", None)
+
+
+def writes_erf() -> bool:
+    """Is the error function of the CUDA that torch was built with known to the last bit, so that no library need be there?"""
+    version = torch.version.cuda
+    return (version and version.partition(".")[0]) in ERF_OF
+
 
 @cache
 def toolkit_libdevice() -> str | None:
     """The bitcode file of the toolkit whose version torch was built with; None if there is none.
 
     Triton's own differs in erf, pow, atan, asin, acos, asinh, acosh, erfinv and hypot, by 1 to 3 units in the last place of
-    float32, and with them in gelu; with the toolkit's, these equal eager's in every bit.
+    float32; with the toolkit's, these equal eager's in every bit. Of CUDA 13 the error function is a helper, and GELU needs none.
     """
     version = torch.version.cuda
     if version is None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kitsune.codegen.dtypes import FLOATING, HALF, LANGUAGE, cast, common_dtype, opmath
+from kitsune.codegen.libdevice import writes_erf
 from kitsune.ir import Op, Slot, Value, named
 from kitsune.ir.program import Scalar
 
@@ -32,14 +33,16 @@ class Rule:
     """A row of the lowering table.
 
     `lower` returns a text for each of `Op.outputs`. `operands` are the arguments that promote; None for all. `literals` are
-    numbers that stand in the text as they are, because the text depends on them. `boolean` results need no conversion from
-    the arithmetic's dtype; an `exact` rule returns one of its operands, which is of the common dtype already.
+    whole numbers that stand in the text as they are, because the text depends on them; so do `floats`, where one of them is
+    given for such an argument. `boolean` results need no conversion from the arithmetic's dtype; an `exact` rule returns one of
+    its operands, which is of the common dtype already.
     """
 
     lower: Callable[["Lowering"], str | tuple[str, ...]]
     promotion: Promotion = Promotion.COMMON
     operands: tuple[str, ...] | None = None
     literals: frozenset[str] = frozenset(("alpha",))
+    floats: frozenset[float] = frozenset()
     boolean: bool = False
     exact: bool = False
 
@@ -150,7 +153,7 @@ class Lowering:
         """A Python number as the op computes with it; `rounded` where eager takes it as the tensors' dtype."""
         value = self.arguments[name]
         dtype = dtype or self.common
-        if name in self.rule.literals and type(value) is int:
+        if name in self.rule.literals and (type(value) is int or (type(value) is float and value in self.rule.floats)):
             return self.constant(value, dtype)
         if type(value) not in (Slot, float, int, bool):
             raise NotLowered(f"{name} of {self.op.target} is no number that a kernel can take")
@@ -208,6 +211,11 @@ class Lowering:
     def fma(self, a: str, b: str, c: str) -> str:
         """a * b + c with one rounding, as nvcc contracts it inside eager's kernel."""
         return f"libdevice.fma({a}, {b}, {c})"
+
+    def erf(self, x: str) -> str:
+        """The error function."""
+        written = self.compute is torch.float32 and writes_erf()
+        return self.call("erf", x) if written else f"libdevice.erf({x})"
 
     def negative(self, x: str) -> str:
         """-x for floats. Triton subtracts from zero, which makes +0.0 of +0.0."""

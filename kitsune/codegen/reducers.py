@@ -62,11 +62,18 @@ def at_once(s: Reduced) -> list[str]:
     return _extreme(s, inside) if s.kind != "sum" else [f"{names[0]} = {_of_rows(s, s.kind, inside)}"]
 
 
+def first(s: Reduced) -> list[str]:
+    """Of the row's first elements, before the loop: the mean of them."""
+    if s.kind != "moments":
+        return []
+    share = _reciprocal(f"tl.minimum(columns, RBLOCK).to({LANGUAGE[s.dtype]})", s.dtype)
+    return [f"{s.targets[0]}_first = {_over('sum', f'tl.where(in_columns, {s.text}, 0.0)')} * {share}"]
+
+
 def begin(s: Reduced) -> list[str]:
     """Before the loop: what each place of the tile gathers."""
     if s.kind == "moments":
-        first = f"{s.targets[0]}_first = tl.full([XBLOCK, 1], 0.0, {LANGUAGE[s.dtype]})"
-        return [first, *(_full(f"{name}_each", "0.0", s.dtype) for name in s.targets)]
+        return [_full(f"{name}_each", "0.0", s.dtype) for name in s.targets]
     if s.kind == "softmax":
         top, total = s.targets
         places = f"RBLOCK // {s.neighbours}"
@@ -86,12 +93,9 @@ def turn(s: Reduced) -> list[str]:
         # The sum, and that of the squares of distances from the mean of the row's first elements, which is near that of all: they
         # lose little more than the additions round. A running mean takes a division more, and was limited by its arithmetic
         # (ResNet-50's largest images on an H200: 142 us, of which the bytes take 24).
-        first, apart = f"{s.targets[0]}_first", f"{s.targets[0]}_apart"
-        share = _reciprocal(f"tl.minimum(columns, RBLOCK).to({LANGUAGE[s.dtype]})", s.dtype)
+        apart = f"{s.targets[0]}_apart"
         return [
-            "if start == 0:",
-            f"    {first} = {_over('sum', f'tl.where(in_columns, {x}, 0.0)')} * {share}",
-            f"{apart} = tl.where(in_columns, {x} - {first}, 0.0)",
+            f"{apart} = tl.where(in_columns, {x} - {s.targets[0]}_first, 0.0)",
             f"{each[0]} = tl.where(in_columns, {each[0]} + {x}, {each[0]})",
             f"{each[1]} = libdevice.fma({apart}, {apart}, {each[1]})",
         ]

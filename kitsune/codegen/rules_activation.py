@@ -175,7 +175,7 @@ def _gelu(c: Lowering) -> str:
     x, half, one = c.tensor("self"), c.constant(0.5), c.constant(1)
     if c.arguments["approximate"] == "tanh":
         return f"{half} * {x} * ({one} + libdevice.tanh({_gelu_inner(c, x, f'{x} * {x} * {x}')}))"
-    return f"{x} * {half} * ({one} + libdevice.erf({x} * {c.constant(sqrt(0.5))}))"
+    return f"{x} * {half} * ({one} + {c.erf(f'{x} * {c.constant(sqrt(0.5))}')})"
 
 
 def _gelu_inner(c: Lowering, x: str, cube: str) -> str:
@@ -185,7 +185,7 @@ def _gelu_inner(c: Lowering, x: str, cube: str) -> str:
 def _gelu_backward(c: Lowering) -> str:
     grad, x, half, one = c.tensor("grad_output"), c.tensor("self"), c.constant(0.5), c.constant(1)
     if c.arguments["approximate"] != "tanh":
-        mass = f"({one} + libdevice.erf({x} * {c.constant(sqrt(0.5))}))"
+        mass = f"({one} + {c.erf(f'{x} * {c.constant(sqrt(0.5))}')})"
         density = c.let(f"libdevice.exp({c.constant(-0.5)} * {x} * {x}) * {c.constant(1 / sqrt(2 * pi))}")
         return f"{grad} * {c.fma(half, mass, f'{x} * {density}')}"
     square = c.let(f"{x} * {x}")

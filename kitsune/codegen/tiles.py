@@ -29,6 +29,8 @@ NEIGHBOURS = 64
 OUTER = 4096
 # Blocks that fill the largest device known, twice over. With fewer, smaller ones are taken.
 ENOUGH = 264
+# With fewer blocks of rows that are long, each has more on its way. Ops that leave room for twice the elements.
+FEW, MANY_COLUMNS, FEW_STEPS = 2 * ENOUGH, 256, 4
 # Elements that a thread holds of each operand: about, where a kernel reduces, and at most, which is half of its registers.
 PER_THREAD, MOST_PER_THREAD = 8, 128
 MOST_WARPS = 16
@@ -88,7 +90,9 @@ def _is_held(kernel: Kernel) -> bool:
 def tile_of(kernel: Kernel) -> Tile:
     """The first choice for a kernel, by its sizes; no text depends on it."""
     if not kernel.reduced:
-        return Tile(*ELEMENTS)
+        much = kernel.n_elements >= 2 * ELEMENTS[0] * ENOUGH and any(step.op.target._opname == "gelu" for step in kernel.steps)
+        # Two vectors a thread of what its arithmetic limits: the GELU of 25 million elements takes 31 us of an H200 so, else 34.
+        return Tile(2 * ELEMENTS[0], 0, ELEMENTS[2]) if much else Tile(*ELEMENTS)
     rows, columns = max(kernel.n_rows, 1), max(kernel.n_columns, 1)
     if not inner(kernel) and not any(step.op.kind is Kind.REDUCTION for step in kernel.steps):
         return Tile(_fitting(rows, 2 * NEIGHBOURS, 16), _power(columns), 4)
@@ -102,8 +106,8 @@ def tile_of(kernel: Kernel) -> Tile:
     elif is_looped(kernel):
         height = _fitting(rows, NEIGHBOURS, 16)
         # With fewer neighbours a turn takes more of each row: less turns, and shorter sums in every place of the tile.
-        width = min(_power(columns), _turn(kernel) * NEIGHBOURS // height)
-        return Tile(height, width, min(4, _warps(height, width)))
+        width = min(_power(columns), _turn(kernel, math.ceil(rows / height)) * NEIGHBOURS // height)
+        return Tile(height, width, min(8 if width > NEIGHBOURS // 2 else 4, _warps(height, width)))
     else:
         width = min(_power(columns), PERSISTENT_OUTER)
         height = _fitting(rows, min(NEIGHBOURS, OUTER // width), 16)
@@ -134,7 +138,7 @@ def candidates(kernel: Kernel) -> tuple[Tile, ...]:
 def _others(kernel: Kernel, first: Tile) -> Iterable[Tile]:
     rows, columns, warps = first.rows, first.columns, first.warps
     if not kernel.reduced:
-        return (Tile(n, 0, w) for n, w in ((512, 4), (1024, 8), (2048, 8), (2048, 4), (512, 2)))
+        return (Tile(n, 0, w) for n, w in ((512, 4), (1024, 4), (1024, 8), (2048, 8), (2048, 4), (512, 2)))
     if not is_looped(kernel):
         heights = ((rows, 2 * warps), (rows, warps // 2), (rows // 2, warps), (2 * rows, 2 * warps), (rows // 2, warps // 2))
         return (Tile(height, columns, n) for height, n in heights)
@@ -158,16 +162,28 @@ def _is_as_exact(kernel: Kernel, tile: Tile, first: Tile) -> bool:
     return tile.columns >= first.columns or kernel.n_columns <= MOST_TERMS * tile.columns
 
 
-def _turn(kernel: Kernel) -> int:
-    """Columns of a turn where neighbours belong to different rows and a row is long, by how many operands move with both.
+def _turn(kernel: Kernel, blocks: int) -> int:
+    """Columns of a turn where neighbours belong to different rows and a row is long, by what moves with both.
 
-    Times on an H200 of ResNet-50's largest images in 1024 parts or more, in us: statistics (one operand) 38 with 64, 16, 4 and
-    43 with 64, 32, 4; the backward behind a threshold (four) 103 and 116; the same with an addition (six) 249 with 128, 64, 8
-    and 214 with 64, 32, 4; of two norms at once (seven) 368 and 261, for such large tiles leave room for one block at a time.
+    Times on an H200, in us, with 64, 16, 4 and 64, 32, 4. One operand, ResNet-50's statistics: 34 and 69. Two: the sums behind
+    its first rectifier, 85 and 58; with a result, ViT-B/16's activation's backward, 82 and 78, but GPT-2's of 22 ops, whose
+    numbers fill the registers, 63 and 68. The sums behind an addition, of four and a result: 126 and 160, but of 128 columns 54
+    and 49; of five: 169 and 158. The bias gradient of BERT's words, one operand of 477 blocks: 298 and 285, and 89 with 64, 64,
+    8 and turns under way.
     """
     first = len(kernel.domain) - kernel.reduced
     moving = [a for a in accesses(kernel) if any(a.strides[:first]) and any(a.strides[first:])]
-    return 32 if len(moving) > 4 else 16
+    loads = [a for a in moving if a in kernel.loads]
+    if len(moving) == 1:
+        few = blocks < FEW and kernel.n_columns >= MANY_COLUMNS and _only_adds(kernel)
+        return 64 if few else 16
+    two = len(loads) == 2 and (len(moving) == 2 or len(kernel.steps) <= FEW_STEPS)
+    many = len(moving) > 5 or (len(moving) == 5 and kernel.n_columns < MANY_COLUMNS)
+    return 32 if two or many else 16
+
+
+def _only_adds(kernel: Kernel) -> bool:
+    return all(step.op.target._opname == "sum" for step in kernel.steps if step.op.kind is Kind.REDUCTION)
 
 
 def _warps(height: int, width: int) -> int:

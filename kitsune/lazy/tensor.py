@@ -63,6 +63,10 @@ class LazyTensor(torch.Tensor):
         memo[id(self)] = copy
         return copy
 
+    def __coerce_same_metadata_as_tangent__(self, metadata: Any, expected: type | None = None) -> torch.Tensor | None:
+        """torch.compile's backward asks for a gradient of the type that its forward was compiled for."""
+        return as_plain(self) if expected is torch.Tensor else None
+
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         return self.cell.owed is not None or _requires_grad.__get__(self)

@@ -99,7 +99,9 @@ def _numbers() -> list[Sample]:
     rows += [Sample("pow", _call("pow", e), 1, F) for e in (0, 1, 2, 3, -1, -2, 4)] + [
         Sample("pow", _call("pow", e), 1, I) for e in (2, 3)
     ]
-    rows += [Sample("pow", _call("pow", e), 1, F, "positive", (e,)) for e in (2.0, 3.0, 0.5, -0.5, -1.0, -2.0, 1.7, 0.0, 1.0)]
+    powers = (2.0, 3.0, 0.5, -0.5, -1.0, -2.0, 1.7, 0.0, 1.0)
+    rows += [Sample("pow", _call("pow", e), 1, F, "positive", m) for e in powers for m in ((), (e,))]
+    rows += [Sample("pow", _call("pow", e), 1, D, "positive") for e in (3.0, -0.5)]
     rows += [Sample("pow", _call("pow"), 2, F, "positive"), Sample("pow", lambda x: aten.pow(2.5, x), 1, F)]
     rows += [Sample("clamp", _call("clamp", -0.5, 0.5), 1, F + D), Sample("clamp", _call("clamp", -2, 3), 1, F + I[:2])]
     rows += [

@@ -114,6 +114,17 @@ def test_numbers_that_python_takes_for_equal_stay_apart(one: float, other: float
         assert repr(parameters_of(kernel)) == repr(made)
 
 
+@pytest.mark.parametrize(("exponent", "text"), [(3.0, "v0 = (x0 * x0) * x0"), (0.5, "v0 = tl.sqrt_rn(x0)")])
+def test_an_exponent_that_eager_has_a_kernel_for_stands_in_the_text_unless_it_moves(exponent: float, text: str) -> None:
+    constant, moving, other = (
+        build(lambda x, e=e: x**e, [torch.randn(64)], "k", moves).kernel
+        for e, moves in ((exponent, ()), (exponent, (exponent,)), (1.7, ()))
+    )
+    assert text in render(constant).text
+    assert "pow_scalar(x0, s0)" in render(moving).text and "pow_scalar(x0, s0)" in render(other).text
+    assert text_key(constant) != text_key(other)
+
+
 def test_a_number_that_moves_is_in_no_batch_with_one_that_does_not() -> None:
     # A row of the batch has the address of the one, and the other itself.
     moving, constant = (build(lambda x: x * 0.5, [torch.randn(64)], "k", moving).kernel for moving in ((0.5,), ()))

@@ -19,7 +19,7 @@ from kitsune.scheduler import RATES, Costs
 # Of each recorded step: launches op by op, launches planned, fused ones among them, distinct programs of those. A change of the
 # planner shows here; more launches than before want a reason.
 LAUNCHES = {
-    "bert-full-amp-cuda": (962, 547, 89, 20),
+    "bert-full-amp-cuda": (962, 547, 101, 21),
     "bert-small-amp-cpu": (275, 163, 45, 26),
     "bert-small-amp-cuda": (202, 123, 26, 17),
     "bert-small-fp32-cpu": (182, 157, 25, 14),
@@ -41,14 +41,14 @@ LAUNCHES = {
     "resnet50-small-amp-cpu": (158, 113, 15, 10),
     "resnet50-small-fp32-cpu": (120, 112, 14, 9),
     # 12 more than without joining in place: three copies stand for a stack and a copy of it.
-    "vit-full-amp-cuda": (658, 450, 120, 14),
+    "vit-full-amp-cuda": (658, 450, 132, 15),
     "vit-small-amp-cpu": (139, 97, 23, 12),
     "vit-small-amp-cuda": (138, 96, 22, 11),
     "vit-small-fp32-cpu": (83, 83, 6, 6),
 }
 # The same, and megabytes that the launches must move, where reductions may be in kernels: a lost fusion shows here.
 STRICT = {
-    "bert-full-amp-cuda": (406, 115, 26, 16932),
+    "bert-full-amp-cuda": (407, 128, 27, 16932),
     "bert-small-amp-cpu": (127, 48, 34, 12),
     "bert-small-amp-cuda": (86, 26, 22, 11),
     "bert-small-fp32-cpu": (126, 41, 28, 14),
@@ -70,7 +70,7 @@ STRICT = {
     "resnet50-small-amp-cpu": (75, 34, 16, 435),
     "resnet50-small-fp32-cpu": (76, 35, 17, 464),
     # 24 launches more than without joining in place, and 698 MB less.
-    "vit-full-amp-cuda": (315, 128, 27, 31688),
+    "vit-full-amp-cuda": (317, 142, 29, 31598),
     "vit-small-amp-cpu": (68, 29, 23, 10),
     "vit-small-amp-cuda": (67, 28, 22, 10),
     "vit-small-fp32-cpu": (65, 26, 18, 12),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.fusion.kernels import in_long_rows
 from kitsune.ir import Plan
 from tests.plan.recorded import launched, plan_of, reasons
 
@@ -139,6 +141,12 @@ def test_parts_may_be_far_more_or_fewer_than_wanted_where_the_rows_have_few_divi
     )
 
 
+def test_far_more_parts_than_wanted_give_way_to_stretches_that_fit_what_made_the_rows():
+    """29 are wanted of 2304 columns: 197 in turn fit the images, and so do 32 stretches of two images each."""
+    x = torch.zeros(64, 197, 2304, dtype=HALF)
+    assert kernels(strict(lambda: (x * 2).view(-1, 2304).sum(0)))[0].domain == (32, 2304, 2 * 197)
+
+
 def norm_backward(rows: int, dtype: torch.dtype):
     grad, x = torch.zeros(rows, 64, dtype=HALF), torch.zeros(rows, 64)
     mean, rstd, w = torch.zeros(rows, 1), torch.ones(rows, 1), torch.ones(64)
@@ -220,6 +228,11 @@ def test_what_is_broadcast_along_large_images_is_loaded_once_for_a_row():
     planes = last(32, "contiguous_format")
     assert (planes.domain, planes.reduced) == ((32, 64, 1024), 1)
     assert [access.strides for access in planes.loads] == [(65536, 1024, 1)] + 3 * [(0, 1, 0)]
+    # Neighbours in a row are to be neighbours in memory, for each operand.
+    by_elements = replace(planes, reduced=0)
+    apart = replace(planes.loads[0], strides=(131072, 2048, 2))
+    assert str(in_long_rows(by_elements)) == str(planes)
+    assert in_long_rows(replace(by_elements, loads=(apart, *planes.loads[1:]))) is None
     # A small one is not worth another text.
     assert last(4, "channels_last").reduced == 0 and last(4, "contiguous_format").reduced == 0
 
