@@ -170,6 +170,11 @@ def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
     return result
 
 
+def n_open() -> int:
+    """Calls of `later` that have not ended: what they make is being made, or what they wait for."""
+    return _n_open
+
+
 def n_awaited() -> int:
     """Futures that somebody waits for in `later`."""
     return len({id(future) for futures in list(_awaited) for future in futures if not future.done()})

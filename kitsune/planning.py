@@ -116,6 +116,7 @@ class Planner:
             n_unplanned=sum(op.kind is not Kind.VIEW for op in living),
             n_dead=len(graph.ops) - len(living),
             awaited=graph.awaited,
+            outside=peak_bytes([life for life in lives if life.storage not in offsets], len(launches)),
         )
         if self.verify:
             verify_plan(plan)

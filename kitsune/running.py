@@ -33,7 +33,7 @@ from kitsune.runtime import (
     ThreadPlans,
     Work,
     adopt_views,
-    current_stream,
+    give_back,
     numeric_settings,
     plan_work,
     replay,
@@ -73,7 +73,7 @@ class Runner:
             self.steady = SteadyState(device, recorder, limits, lambda: reader_of(backend), *told)
         if isinstance(backend, Backend):
             self.arch = backend.arch
-            self.pool = MemoryPool(options.pool_bytes or self._budget)
+            self.pool = MemoryPool(options.pool_bytes or self._budget, give_back)
             self.executor = PlanExecutor(backend.prepare_launch, self.pool, self.sentences.append)
             self.arenas = Arenas(self.executor.pool)
             if backend.choices is not None:
@@ -271,8 +271,7 @@ class Runner:
             prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
-        stream = current_stream(prepared.device)
-        return plan_work(self.executor, prepared, in_graph, table, self.arenas, stream, moved, ready.awaited)
+        return plan_work(self.executor, prepared, in_graph, table, self.arenas, moved, ready.awaited)
 
     def _relieve(self, hard: bool) -> None:
         if self.executor is not None:

@@ -192,6 +192,8 @@ class Plan:
     # Of the graph that was recorded: ops that nobody needs, and outputs whose numbers the program reads as soon as it can.
     n_dead: int = 0
     awaited: tuple[int, ...] = ()
+    # Bytes outside of the arena that are in use at most, of what the plan makes.
+    outside: int = 0
 
     def __str__(self) -> str:
         from kitsune.ir.plan_text import plan_text

@@ -13,6 +13,7 @@ from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.settle import settle_grads, settle_state
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, as_plain
+from kitsune.lazy.used_again import keep
 
 __all__ = [
     "CallLane",
@@ -25,6 +26,7 @@ __all__ = [
     "close_graph_doors",
     "in_a_step",
     "is_strided",
+    "keep",
     "memory_changed",
     "open_doors",
     "open_graph_doors",
