@@ -5,6 +5,8 @@
 # make schedules  the plans of 10,000 random graphs on several streams, and of each with one wait after the other left out
 # make mutants    320 small mistakes in the planner and in what renders kernels: does a test find each? an hour or two on one core
 # make coverage   which lines of Kitsune the tests run, on one core
+# make crossref   what is predicted of every operator's results, its tensors in four other layouts; SHARD=1/4 as above
+# make memory-check  every address that kernels of all rules touch in the interpreter
 # make figures    what all of these have found, anchor by anchor, in one table
 # make chaos   what users do besides training in a straight line, and what may befall a process, at length: tests/chaos, and 2,000
 #              scripts of 2,000 lines in two worlds; SHARD=2/8 runs every eighth of them, MACHINE="--runs 100" fewer
@@ -35,7 +37,7 @@ endif
 # $(call has,module): is it importable by the python that runs?
 has = $(RUN) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
 
-.PHONY: demo test test-full chaos schedules mutants coverage figures lint setup clean
+.PHONY: demo test test-full chaos schedules mutants coverage crossref memory-check figures lint setup clean
 
 demo: $(READY)
 	@$(RUN) -m kitsune demo
@@ -60,12 +62,19 @@ coverage: $(READY)
 	@OMP_NUM_THREADS=1 $(RUN) -m coverage run --source kitsune -m pytest tests -q -p no:xdist --deselect tests/benchmarks $(ARGS)
 	@$(RUN) -m coverage json -q -o coverage.json
 
+crossref: $(READY)
+	@OMP_NUM_THREADS=1 $(RUN) -W ignore -m tests.crossref --shard $(SHARD) --out crossref-variants-$(subst /,-of-,$(SHARD)).jsonl $(ARGS)
+
+memory-check: $(READY)
+	@folder=$$(mktemp -d) && OMP_NUM_THREADS=1 $(RUN) -W ignore -m tests.codegen.memory_check "$$folder" $(ARGS); \
+	status=$$?; rm -rf "$$folder"; exit $$status
+
 figures: $(READY)
 	@$(RUN) -m tests.figures $(ARGS)
 
 chaos: $(READY)
 	@CHAOS=full OMP_NUM_THREADS=1 $(RUN) -m pytest tests/chaos -q $(ARGS)
-	@OMP_NUM_THREADS=1 $(RUN) -m tests.property.machine --shard $(SHARD) $(MACHINE)
+	@OMP_NUM_THREADS=1 $(RUN) -m tests.property.machine --shard $(SHARD) --out machine-$(subst /,-of-,$(SHARD)).jsonl $(MACHINE)
 
 lint: $(READY)
 	@if $(call has,ruff); then $(RUN) -m ruff check .; else echo "ruff is not installed: skipped"; fi

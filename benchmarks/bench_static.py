@@ -21,7 +21,10 @@ from torch.nn import functional as F
 import kitsune
 import kitsune.running
 from benchmarks.environment import keep
+from kitsune.codegen import PAGE_PROGRAMS
+from kitsune.runtime import PageReader
 from kitsune.runtime.cuda_graph import Work
+from kitsune.runtime.page_ring import PageRing
 
 WIDTH, BATCH = 16, 64
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -52,7 +55,7 @@ class NoGraphs:
         """There are no streams."""
         return True
 
-    def record(self, work: Work, inputs: Sequence[Tensor], n_sent: int = 0) -> NoWork:
+    def record(self, work: Work, inputs: Sequence[Tensor], n_sent: int = 0, nbytes: int = 0) -> NoWork:
         """The outputs are those of this one run for ever."""
         before = [t.detach().clone() for t in inputs]
         numbers: list[Any] = []
@@ -60,6 +63,31 @@ class NoGraphs:
         for t, content in zip(inputs, before, strict=True):
             t.detach().copy_(content)
         return NoWork(outputs, numbers)
+
+
+class NoKernels:
+    """What would read pages, if anything was replayed."""
+
+    block = 1 << 20
+
+    def compile(self, program: Any, target: torch.device, aligned: bool, wide: bool) -> "NoKernels":
+        """One for all."""
+        return self
+
+    def launch(self, grid: int, args: Sequence[Any], stream: int) -> None:
+        """Nothing is read."""
+
+    def load(self) -> None:
+        """There is nothing to load."""
+
+
+def without_a_device() -> None:
+    """Have regions captured as graphs that do nothing, told of their batches by pages (KITSUNE_PAGES=0: by copies)."""
+    kitsune.running.recorder_of = lambda device: NoGraphs()
+    reader = PageReader(PAGE_PROGRAMS, NoKernels(), torch.device("cpu"))
+    kitsune.running.reader_of = lambda backend: reader if kitsune.config.pages else None
+    # Nobody would say that a page was read.
+    PageRing._wait = lambda self: None  # type: ignore[method-assign]
 
 
 def training(layers: int, device: torch.device) -> tuple[Step, Iterator[tuple[Tensor, Tensor]]]:
@@ -134,7 +162,7 @@ def main() -> None:
     device = torch.device(options.device)
     torch.set_num_threads(1)
     if device.type == "cpu":
-        kitsune.running.recorder_of = lambda device: NoGraphs()
+        without_a_device()
     rows = []
     print(f"{'':8s}{'parameters':>12s}{'held':>7s}{'us':>9s}   quartiles")
     for layers in map(int, options.layers.split(",")):

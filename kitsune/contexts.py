@@ -14,7 +14,7 @@ from kitsune.config import config
 from kitsune.dispatch import foreign_modes
 from kitsune.garbage import Threshold
 from kitsune.ir import Barrier
-from kitsune.lazy import LazyTensor, close_doors, open_doors, renew_lock, settle_grads, settle_state
+from kitsune.lazy import LazyTensor, close_doors, keep, open_doors, renew_lock, settle_grads, settle_state
 from kitsune.pipeline import Pipeline
 
 # torch's optimizers and clip_grad_norm_ take their multi-tensor path only for types on this list.
@@ -54,6 +54,8 @@ def open_context(pipeline: Pipeline) -> None:
         if other is not pipeline:
             other.recorder.flush(Barrier.NESTED)
             other.stop_following()
+            # Nor does its lane see what becomes of gradients from here on.
+            keep([leaf.grad for leaf in other.recorder.living_leaves()])
     with _lock:
         _n_open += 1
         if _n_open == 1:

@@ -66,7 +66,8 @@ class Gate:
 
     `progress` is asked after each recorded step, `clock` (seconds, with the device's work done) at the ends of blocks,
     `has_room` before the first eager step of a measurement, and `allocated` (bytes that were ever asked of the device's
-    allocator) after eager steps, whose shapes it tells apart. `tally` counts.
+    allocator) after eager steps, whose shapes it tells apart. `make_way` is called before eager steps that are measured, and
+    `relieve` when their memory is not needed any more. `tally` counts.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class Gate:
         clock: Callable[[], float],
         has_room: Callable[[], bool],
         allocated: Callable[[], int],
+        make_way: Callable[[], None],
+        relieve: Callable[[], None],
         tally: Any,
     ) -> None:
         self._has_kernels = has_kernels
         self._progress, self._clock, self._has_room, self._tally = progress, clock, has_room, tally
-        self._allocated = allocated
+        self._allocated, self._make_way, self._relieve = allocated, make_way, relieve
         self.restart()
 
     def restart(self) -> None:
@@ -213,11 +216,14 @@ class Gate:
         if not self._has_room():
             self._tally.decided(f"{NO_ROOM}: the step is recorded")
             return None
-        return (yield from self._measured(FASTER if was_left else SLOWER))
+        why = yield from self._measured(FASTER if was_left else SLOWER)
+        if why is None:
+            self._relieve()
+        return why
 
     def _is_prepared_for(self) -> bool:
         """Is anything being made in the background that steps will be run with?"""
-        return bool(self._tally.n_compiling() or self._tally.n_untried)
+        return bool(self._tally.n_preparing() or self._tally.n_untried)
 
     def _measured(self, bound: float) -> Generator[None, None, str | None]:
         ours, eagers = [], []
@@ -247,6 +253,8 @@ class Gate:
     def _block(self, records: bool) -> Generator[None, None, float]:
         """Seconds of a step, over a block of them."""
         self.records = records
+        if not records:
+            self._make_way()
         # The first step after a switch pays for it.
         yield
         start = self._clock()

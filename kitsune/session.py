@@ -15,7 +15,7 @@ from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
 from kitsune.numerics import numerics_now
-from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally, wait_for_kernels
+from kitsune.pipeline import Pipeline, last_plan, listeners, tally, wait_for_kernels
 from kitsune.profiler import Report, report
 from kitsune.static import StaticFunction
 
@@ -270,3 +270,22 @@ def _check_callable(fn: Any) -> None:
             f"{fn.__name__} is a generator or a coroutine: its body runs after the call has returned, outside of the context. "
             "Put `with kitsune.accelerate():` inside its body."
         )
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to record for: by default the current CUDA device or, without one, the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise ValueError(f"Kitsune records for device 'cpu' or 'cuda', not {str(device)!r}.")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"device={str(device)!r} was asked for, but torch finds no CUDA device. Use device='cpu' or leave it out."
+        )
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    if index >= torch.cuda.device_count():
+        raise RuntimeError(f"device={str(device)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")
+    return torch.device("cuda", index)

@@ -44,7 +44,7 @@ class Standing:
         if not self._knows_some:
             if not captured.fits(values):
                 return False
-        elif any(_data_ptr(values[number]) != address for number, address in self._unsure):
+        elif self._unsure and any(_data_ptr(values[number]) != address for number, address in self._unsure):
             return False
         n_replays = captured.n_replays
         try:

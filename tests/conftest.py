@@ -18,6 +18,9 @@ os.environ.setdefault("KITSUNE_TUNING", "off")
 import pytest
 import torch
 
+if os.environ.get("KITSUNE_CROSSREF"):
+    from tests.crossref import predicted  # noqa: F401  (for every test)
+
 try:
     import hypothesis
 except ImportError:  # a machine with torch and pytest alone runs the rest

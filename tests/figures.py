@@ -2,7 +2,7 @@
 
     make test ARGS=--junitxml=results/tests-cpu.xml
     python -m pytest -m gpu --junitxml=results/tests-gpu.xml tests     on a GPU
-    make test-full SHARD=1/4; make schedules; make mutants; make coverage
+    make test-full SHARD=1/4; make schedules; make mutants; make coverage; make chaos; make crossref; make memory-check
     make figures                       the table of all that lies in results/ and in this folder
 
 Anchors are the reference systems whose ways of testing are taken over; each row says what is counted, and from which files. A
@@ -40,6 +40,9 @@ class Results:
     sweep: list[Row] = field(default_factory=list)
     schedules: list[Row] = field(default_factory=list)
     mutants: list[Row] = field(default_factory=list)
+    crossref: list[Row] = field(default_factory=list)
+    memory_check: list[Row] = field(default_factory=list)
+    machine: list[Row] = field(default_factory=list)
     coverage: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,6 +82,23 @@ def _swept(parts: re.Pattern[str], entries: re.Pattern[str], results: Results) -
     return counts
 
 
+def crossed(results: Results) -> Counts:
+    """Calls predicted in tests, and samples in other layouts."""
+    return sum((Counter({name: row[name] for name in COUNTS}) for row in results.crossref), Counter[str]())
+
+
+def watched(results: Results) -> Counts:
+    """Launches of kernels in the interpreter, of which every address was looked at."""
+    return sum((Counter({name: row[name] for name in COUNTS}) for row in results.memory_check), Counter[str]())
+
+
+def scripted(results: Results) -> Counts:
+    """Scripts in two worlds; where eager differs from itself, nothing is shown."""
+    verdicts = Counter(row["verdict"] for row in results.machine)
+    counts = Counter({name: verdicts[name] for name in ("equal", "different", "crashed")})
+    return counts + Counter({"run": counts.total(), "not run": verdicts["unstable"]})
+
+
 def planned(results: Results) -> Counts:
     """Plans that are sound, and waits whose absence is judged rightly: seen where they are needed, and only there."""
     counts: Counts = Counter()
@@ -95,8 +115,8 @@ ANCHORS = (
     Anchor("1", "every sample of every operator, eight dtypes, on the CPU", (swept(f"{DTYPES}|pending|in place", OPERATORS),)),
     Anchor("1", "the same entries, fused", (passed(r"tests/parity/test_fused"),)),
     Anchor("2", "errors of operators: the same type, the same text", (swept("errors"),)),
-    Anchor("3", "metadata predicted beside each test (a mode around the suite)", ()),
-    Anchor("4", "checks of registered operators: Kitsune registers none", ()),
+    Anchor("3", "what is predicted of results: in tests, and in four layouts", (crossed, passed(r"tests/parity/test_crossref"))),
+    Anchor("4", "torch's checks of operators with schemas of their own", (passed(r"tests/test_registered_operators"),)),
     Anchor("5", "single operators at torch's own tolerances, from a table", (passed(r"tests/parity/test_op_db"),)),
     Anchor("6", "reductions: as near to float64 as eager", (passed(r"tests/codegen/test_reductions.*::test_results_are"),)),
     Anchor("7", "convergence of eight small models, in three grades", (passed(r"tests/parity/test_(training|convergence)"),)),
@@ -105,9 +125,11 @@ ANCHORS = (
     Anchor("9", "CUDA graphs: captures, failures, replays", (passed(r"tests/runtime/test_(capture|steady|branch)"),)),
     Anchor("10", "memory: nothing is left behind", (passed(r".*::test_.*(leak|nothing_behind|endless_memory)"),)),
     Anchor("11", "plans of random graphs, and of each with a wait left out", (planned, passed(r"tests/property/test_schedules"))),
-    Anchor("12", "compute-sanitizer over each kernel", ()),
+    Anchor("12", "addresses of interpreted kernels", (watched, passed(r"tests/codegen/test_(memory_check|masks)"))),
+    Anchor("12", "compute-sanitizer over each kernel, on a GPU", (passed(r"tests/runtime/test_sanitizer_cuda"),)),
     Anchor("13", "recorded steps, planned again", (passed(r"tests/plan/test_corpus_plans", r"tests/corpus"),)),
     Anchor("14", "random programs", (passed(r"tests/property/(?!test_schedules)"),)),
+    Anchor("14", "random scripts in two worlds, of 2,000 lines", (scripted,)),
     Anchor(
         "15", "writes, aliases, views, data of tensors", (passed(r"tests/test_(doors|regressions)", r"tests/plan/test_record"),)
     ),
@@ -132,9 +154,9 @@ def read(paths: Iterable[Path]) -> Results:
             results.coverage = json.loads(path.read_text())
         else:
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            for name, known in (("sweep", results.sweep), ("schedules", results.schedules), ("mutants", results.mutants)):
-                if path.name.startswith(name):
-                    known.extend(rows)
+            for name in ("sweep", "schedules", "mutants", "crossref", "memory_check", "machine"):
+                if path.name.replace("-", "_").startswith(name):
+                    getattr(results, name).extend(rows)
     return results
 
 
@@ -193,7 +215,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", help="results; else all of results/ and of this folder")
     options = parser.parse_args(given)
-    patterns = ("results/*.xml", "results/*.json*", "sweep*.jsonl", "schedules*.jsonl", "mutants*.jsonl", "coverage*.json")
+    found = "sweep schedules mutants crossref memory-check machine coverage".split()
+    patterns = ("results/*.xml", "results/*.json*", *(f"{name}*.json*" for name in found))
     results = read(options.files or sorted(path for pattern in patterns for path in Path().glob(pattern)))
     print(table(results))
     return status(results)

@@ -68,6 +68,18 @@ def test_plans_and_waits_are_counted_together(tmp_path: Path) -> None:
     assert found == ["12", "11", "1", "0", "0", "0"]
 
 
+def test_predictions_addresses_and_scripts_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "crossref-suite.jsonl").write_text(json.dumps(ROW))
+    (tmp_path / "memory-check.jsonl").write_text(json.dumps(ROW))
+    verdicts = ("equal", "equal", "different", "unstable")
+    (tmp_path / "machine-1-of-2.jsonl").write_text("\n".join(json.dumps({"verdict": verdict}) for verdict in verdicts))
+    found = lines(tmp_path)
+    assert found["3     what is predicted of results: in tests, and in four layouts"] == ["5", "3", "2", "0", "0", "0"]
+    assert found["12    addresses of interpreted kernels"] == ["5", "3", "2", "0", "0", "0"]
+    assert found["14    random scripts in two worlds, of 2,000 lines"] == ["3", "2", "1", "0", "0", "1"]
+    assert figures.main([str(tmp_path / "machine-1-of-2.jsonl")]) == 1
+
+
 def test_of_several_runs_of_a_mutant_the_last_counts(tmp_path: Path) -> None:
     (tmp_path / "mutants.jsonl").write_text("\n".join(map(json.dumps, MUTANTS)))
     assert "mutants of the planner: 2 of 3 found (66.7%), 1 equivalent" in figures.table(figures.read(tmp_path.iterdir()))

@@ -28,10 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "benefits": {"fusion", "ir", "planning", "runtime"},
     "tuning": {"background", "backends", "ir", *STAGES},
     "ready": {"background", "config", "ir", "tuning", *STAGES},
+    "coming": {"background", "backends", "config", "ir", "plan_files", "planning", "ready", "runtime", "shown"},
     "running": {
         "background",
         "backends",
         "benefits",
+        "coming",
         "config",
         "engine_options",
         "ir",

@@ -1,8 +1,8 @@
 """The kernels of a captured graph that deal with its host: one reads what that has written for this replay, one copies the batch
 in, one copies a result out.
 
-The host writes a page into pinned memory, and the device reads it there itself: a copy that the driver starts costs 6 us of the
-host of an H200 each time, a page 1.
+The host writes a page into pinned memory, and the device reads it there itself. A static step of an MLP takes the host of an H200
+56 us (median) this way, 68 where the driver copies the loss, and 77 where it copies the batch, too.
 """
 
 from kitsune.ir.page import FEW_BYTES, HEAD, N_PAGES, TOLD_EVERY

@@ -34,6 +34,7 @@ from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
+from kitsune.lazy.used_again import keep
 from kitsune.lazy.write_counts import count_writes
 
 
@@ -58,7 +59,6 @@ class CallLane(Learner):
         region = recorder.region
         if region.deferred is not None and func not in HARMLESS:
             region.unfold()
-        # As in `at_sight`, which would cost 0.1 us.
         node = region.node
         matcher = node.matchers.get(func)
         if matcher is not None and not recorder.paused:
@@ -96,15 +96,6 @@ class CallLane(Learner):
             return self.made(func, args, kwargs)
         return self._make(func, args, kwargs, None if call.unknown else plain_key, call, modes)
 
-    def at_sight(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Take a call of torch's API whose matcher knows it, or return MISS."""
-        region = self.recorder.region
-        node = region.node
-        matcher = node.matchers.get(func)
-        if matcher is None or self.recorder.paused or region.deferred is not None:
-            return MISS
-        return matcher(self, region, node, args, kwargs)
-
     def _may_follow(self, edge: Edge, region: Any, func: Any, kwargs: Any, call: Incoming) -> bool:
         if edge.graded and region.real:
             return False
@@ -124,6 +115,7 @@ class CallLane(Learner):
         """An op comes that no call of the API has brought: may autograd know of its operands? True if it must come again."""
         region = self.recorder.region
         region.unfold()
+        keep((args, kwargs))
         if not torch.is_grad_enabled():
             return False
         tensors = tensors_in((args, kwargs))
@@ -209,6 +201,7 @@ class CallLane(Learner):
 
     def made(self, func: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Have torch make a call."""
+        keep((args, kwargs))
         recorder = self.recorder
         hook, recorder.hook = recorder.hook, None
         self.inside += 1

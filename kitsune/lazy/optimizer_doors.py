@@ -11,6 +11,7 @@ import torch
 from kitsune.lazy.open_lanes import lanes, on_top
 from kitsune.lazy.update_lists import make_lists
 from kitsune.lazy.updates import take_update
+from kitsune.lazy.used_again import drop_gradients
 
 _profiled = torch.autograd._profiler_enabled
 _Mark = torch._C._profiler._RecordFunctionFast
@@ -48,9 +49,7 @@ def _gradients_dropped(original: Any) -> Any:
             if set_to_none is not True or _profiled() or not hasattr(optimizer, "_zero_grad_profile_name"):
                 return original(optimizer, set_to_none)  # type: ignore[no-any-return]
             for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad = None
+                drop_gradients(group["params"])
         return None
 
     return door

@@ -63,6 +63,10 @@ class LazyTensor(torch.Tensor):
         memo[id(self)] = copy
         return copy
 
+    def __coerce_same_metadata_as_tangent__(self, metadata: Any, expected: type | None = None) -> torch.Tensor | None:
+        """torch.compile's backward asks for a gradient of the type that its forward was compiled for."""
+        return as_plain(self) if expected is torch.Tensor else None
+
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         return self.cell.owed is not None or _requires_grad.__get__(self)
@@ -89,11 +93,20 @@ class LazyTensor(torch.Tensor):
 
     @grad.setter
     def grad(self, value: Any) -> None:  # type: ignore[override]
+        self._own_up()
+        self.cell.home = None
         _grad.__set__(self, value)
 
     @grad.deleter
     def grad(self) -> None:  # type: ignore[override]
         _grad.__delete__(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "LazyTensor":
+        """As in torch, and autograd has to do with it from now on."""
+        self._own_up()
+        self.cell.home = None
+        torch._C.TensorBase.requires_grad_(self, requires_grad)
+        return self
 
     def _own_up(self) -> None:
         if self.cell.owed is not None:

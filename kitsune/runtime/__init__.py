@@ -4,6 +4,7 @@ from kitsune.runtime.answers import Answers
 from kitsune.runtime.captured import Captured, NotCaptured, Work
 from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
 from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
+from kitsune.runtime.idle import give_back, would_rise
 from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
 from kitsune.runtime.numeric_settings import library_switches, numeric_settings
 from kitsune.runtime.out_forms import out_form, takes_memory
@@ -37,6 +38,7 @@ __all__ = [
     "adopt_views",
     "current_stream",
     "device_seconds",
+    "give_back",
     "in_turn",
     "library_switches",
     "numeric_settings",
@@ -47,4 +49,5 @@ __all__ = [
     "schedule_work",
     "takes_memory",
     "views_of_inputs",
+    "would_rise",
 ]

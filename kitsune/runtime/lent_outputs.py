@@ -10,7 +10,7 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from kitsune.ir import Graph, lent_memory, mark_lent, storage_of
 from kitsune.ir.page import FEW_BYTES, N_COPIES
-from kitsune.runtime.plan_executor import current_stream
+from kitsune.runtime.plan_executor import stream_of
 from kitsune.runtime.raw_copy import is_solid, raw_copy
 
 # A tensor with a version counter of its own over the same memory; it does not go through the dispatcher.
@@ -60,7 +60,7 @@ class OutputMemory:
         self._next: list[tuple[int, torch.Tensor]] = []
         # Memory for copies after that, and the stream that it was taken on, whose it is.
         self._spares: list[torch.Tensor] = []
-        self._spares_of = 0
+        self._spares_of, self._stream = 0, stream_of(self._storage.device)
         mark_lent(self._storage, self)
 
     @property
@@ -71,7 +71,7 @@ class OutputMemory:
     def prepare(self) -> None:
         """Take memory for the next copy, since there may be none: after the replay it would be too late to say so."""
         first, *others = self._outputs
-        stream = current_stream(self._storage.device)
+        stream = self._stream()
         if not self._spares or self._spares_of != stream:
             self._spares = [torch.empty_like(self._outputs[first]) for _ in range(AHEAD)]
             self._spares_of = stream
@@ -277,3 +277,9 @@ class Lent:
             values[number] = tensor
         for memory in self._copying:
             memory.copy(values)
+
+    def forget(self) -> None:
+        """Refer to none of the memory any more; what others hold of it is theirs."""
+        self.memories.clear()
+        self._copying.clear()
+        self._tensors.clear()

@@ -49,18 +49,22 @@ class PageReader:
     def __init__(self, programs: Sequence[Program], compiler: Compiler, device: torch.device) -> None:
         self._programs, self._compiler, self._device = programs, compiler, device
         self._kernels: list[Loadable] = []
+        self._is_broken = False
 
     def is_there(self) -> bool:
         """Can it be captured, where nothing may be compiled or loaded? If not, the driver is to copy."""
-        if not self._kernels:
+        if not self._kernels and not self._is_broken:
             try:
                 kernels = [self._compiler.compile(program, self._device, False, False) for program in self._programs]
                 for kernel in kernels:
                     kernel.load()
+                self._kernels = kernels
             except Pending:
                 return False
-            self._kernels = kernels
-        return True
+            except Exception:
+                # What is wrong is told of the kernels of regions, which will hardly do better, and nothing is lost but time.
+                self._is_broken = True
+        return bool(self._kernels)
 
     def of(self, pages: Pages) -> "Reading":
         """The kernels of one graph, which begins with the first page."""

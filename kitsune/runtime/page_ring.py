@@ -109,7 +109,7 @@ def _taken(nbytes: int, device: torch.device) -> torch.Tensor:
     try:
         memory = _idle.setdefault((device, nbytes), []).pop()
     except IndexError:
-        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     if device.type == "cuda":
         with torch.cuda.device(device):
             # Not the function of torch.cuda, which is a door.

@@ -206,6 +206,14 @@ def current_stream(device: torch.device) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
 
 
+def stream_of(device: torch.device) -> Callable[[], int]:
+    """The same, for those who ask at every replay."""
+    if device.type != "cuda":
+        return int
+    index, current = device.index or 0, torch._C._cuda_getCurrentRawStream
+    return lambda: current(index)
+
+
 def _enter_device(device: torch.device) -> torch.device:
     """Make a device the current one; returns the one before."""
     if device.type != "cuda":

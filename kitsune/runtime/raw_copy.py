@@ -1,6 +1,7 @@
 """Bytes copied from one address to another on the current stream, past torch's dispatcher.
 
-A replay copies its batch in, and perhaps a loss out: a few bytes each, at 6 us of `copy_` on the host of an H200.
+For a graph that reads no pages: a replay copies its batch in, and perhaps a loss out, a few bytes each, at 6 us of `copy_` on the
+host of an H200.
 """
 
 import ctypes

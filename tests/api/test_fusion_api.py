@@ -234,6 +234,24 @@ def test_attention_is_one_call_of_the_library(fn: Any, monkeypatch: pytest.Monke
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_has_its_place_among_the_names_and_counts_as_one_kernel() -> None:
+    engine = FusionEngine()
+    engine.register_pattern(ATTENTION)
+    assert ops_of(engine.fuse(["relu", *ATTENTION.ops])) == [("relu",), ("matmul", "softmax", "matmul")]
+    assert engine.get_fusion_stats()["num_fused"] == 1
+
+
+def test_names_of_a_kernel_are_in_their_order() -> None:
+    # A set of 7 and 8 has the 8 first.
+    assert ops_of(FusionEngine().fuse(["matmul"] * 7 + ["relu", "tanh"]))[-1] == ("relu", "tanh")
+
+
+def test_attention_is_a_type_and_three_operators() -> None:
+    assert ATTENTION.is_attention
+    assert not FusionPattern(name="alike", ops=ATTENTION.ops, fusion_type="elementwise").is_attention
+    assert not FusionPattern(name="other", ops=["matmul", "softmax"], fusion_type="attention").is_attention
+
+
 @pytest.mark.parametrize(
     "fn",
     [

@@ -200,6 +200,7 @@ CONFIGS = [
     (lambda: StreamConfig(compute_streams=[-1]), r"compute_streams=\[-1\] is not possible"),
     (lambda: StreamConfig(memory_streams="01"), r"memory_streams='01' is not possible"),
     (lambda: StreamConfig(compute_streams=[0, 1], memory_streams=[1]), r"share \[1\]: a stream has one of the two roles"),
+    (lambda: StreamConfig(16, compute_streams=[8, 1], memory_streams=[1, 8]), r"share \[1, 8\]: a stream has one of"),
     (lambda: StreamConfig(priority_streams=[1, 1]), r"priority_streams=\[1, 1\] names a stream twice"),
 ]
 

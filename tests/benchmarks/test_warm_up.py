@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import kitsune
+from benchmarks import bench_batch_sizes
 from benchmarks.bench_warm_up import COLUMNS, is_slow, marks, show
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,16 +44,35 @@ def test_what_is_shown_names_the_steps_beyond_the_bound(capsys: pytest.CaptureFi
     assert "replayed from step 2" in said and "beyond the bound: [1, 3]" in said and "first loss equal" in said
 
 
-@pytest.mark.parametrize("name, more", [("warm_up", ["--models", "mlp", "--size", "small"]), ("batch_sizes", ["--sizes", "3"])])
-def test_it_runs_on_a_cpu(name: str, more: list[str], tmp_path: Path) -> None:
-    target, few = tmp_path / "found.json", ["--steps", "3", "--later", "1"] if name == "warm_up" else ["--rounds", "2"]
-    command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cpu", "--json", str(target), *more, *few]
+def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
+    target = tmp_path / "found.json"
+    command = [sys.executable, "-m", "benchmarks.bench_warm_up", "--device", "cpu", "--json", str(target)]
+    command += ["--models", "mlp", "--size", "small", "--steps", "3", "--later", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     rows = json.loads(target.read_text())["rows"]
-    if name == "warm_up":
-        assert [row["column"] for row in rows] == list(COLUMNS)
-        assert all(len(row["first"]) == 3 and len(row["later"]) == 1 for row in rows)
-        assert rows[0]["losses"] == rows[1]["losses"] == rows[2]["losses"]
-    else:
-        assert [len(row["ms"]) for row in rows] == [6, 6, 6, 8]
+    assert [row["column"] for row in rows] == list(COLUMNS)
+    assert all(len(row["first"]) == 3 and len(row["later"]) == 1 for row in rows)
+    assert rows[0]["losses"] == rows[1]["losses"] == rows[2]["losses"]
+
+
+def test_many_batch_sizes_run_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, in_new_process = tmp_path / "found.json", bench_batch_sizes.in_new_process
+
+    def in_few_processes(column: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
+        """Only what records in a process of its own: torch's import is nearly all that the others would take."""
+        if column == "kitsune":
+            return in_new_process(column, options, folder)
+        return bench_batch_sizes.measure(argparse.Namespace(**{**vars(options), "column": column}))
+
+    monkeypatch.setattr(bench_batch_sizes, "in_new_process", in_few_processes)
+    monkeypatch.setattr(kitsune.config, "gate", True)
+    command = ["bench_batch_sizes", "--device", "cpu", "--json", str(target), "--sizes", "3", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    bench_batch_sizes.main()
+    rows = json.loads(target.read_text())["rows"]
+    assert {row["column"]: len(row["ms"]) for row in rows} == {"eager": 6, "kitsune": 6, "again": 6, "largest": 8}
+    assert [bool(row["decided"]) for row in rows] == [False, True, False, False], "a CPU's steps are left to eager"
+    assert "kitsune: step, times eager's of the same size" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import kitsune
 from tests.chaos.counting import Counts, Loop, many
 
 Way = Callable[[Loop, Callable[[], Any]], Callable[[int], None]]
@@ -69,3 +70,20 @@ def test_a_training_with_compiled_parts(way: Way, counts: Counts) -> None:
         return loop.state()
 
     counts.check(way.__name__, program)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_backward_in_a_context_through_what_was_compiled_before_it(warmup: int) -> None:
+    # Differentiated ahead of time, as by inductor: the backward was compiled for plain tensors.
+    function = torch.compile(lambda x: (x * 2).sin(), backend="aot_eager")
+    x, expected = torch.linspace(-1, 1, 6, requires_grad=True), []
+    for step in range(4):
+        y = function(x * (step + 1))
+        with kitsune.accelerate(warmup=warmup, device="cpu"):
+            (y * y).sum().backward()
+        z = (x.detach() * (step + 1)).requires_grad_()
+        ((z * 2).sin() ** 2).sum().backward()
+        expected.append(z.grad * (step + 1))
+        torch.testing.assert_close(x.grad, sum(expected))
+    torch._dynamo.reset()

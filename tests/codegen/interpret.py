@@ -20,10 +20,18 @@ from kitsune.ir.plan import Launch
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from tests.codegen.build import Built, build
 from tests.codegen.known import is_known
+from tests.codegen.memory_check import watch
 from tests.codegen.samples import SAMPLES, Sample, draw
 
-# The CPU's fused SGD handles `maximize` and 16-bit types otherwise than the GPU's, and its log_sigmoid keeps a buffer.
-OTHER_ON_CPU = {"_fused_sgd_", "log_sigmoid_backward"}
+# The CPU's fused SGD handles `maximize` and 16-bit types otherwise than the GPU's.
+OTHER_ON_CPU = {"_fused_sgd_"}
+# In float64, which tells other branches and constants apart than narrower types do: the first is at its threshold.
+WIDE = [
+    Sample("softplus_backward", lambda g, x: torch.ops.aten.softplus_backward(g, x * 0 + 20, 1, 20), 2, (torch.float64,)),
+    Sample("mse_loss_backward", lambda x, y, g: torch.ops.aten.mse_loss_backward(x, y, g, 1), 3, (torch.float64,)),
+]
+# Where formulas have another branch: thresholds, bounds, zeros.
+EDGES = (-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 20.0)
 Tensors = list[torch.Tensor]
 
 
@@ -91,11 +99,21 @@ def compare(
 
 
 def ops(compiler: Compiler) -> None:
-    for i, sample in enumerate(SAMPLES):
+    for i, sample in enumerate([*SAMPLES, *WIDE]):
         for dtype in sample.dtypes if sample.rule not in OTHER_ON_CPU else ():
-            inputs = draw(sample, dtype, (3, 21))
+            inputs = with_edges(sample, draw(sample, dtype, (3, 21)))
             if supported(sample, inputs):
                 compare(f"{i} {sample.rule} {dtype}", sample.call, inputs, compiler, sample.moving)
+
+
+def with_edges(sample: Sample, inputs: Tensors) -> Tensors:
+    """With some numbers for which formulas have branches, at other places in each operand."""
+    if sample.like == "any" and inputs[0].is_floating_point():
+        for k, tensor in enumerate(inputs):
+            tensor.view(-1)[: len(EDGES)] = torch.tensor(EDGES, dtype=tensor.dtype).roll(k)
+    if sample.rule == "log_sigmoid_backward":  # what the CPU's forward keeps for it
+        inputs[2] = inputs[1].abs().neg().exp()
+    return inputs
 
 
 def supported(sample: Sample, inputs: list[torch.Tensor]) -> bool:
@@ -156,4 +174,6 @@ def shapes(compiler: Compiler) -> None:
 
 
 if __name__ == "__main__":
+    check = watch()
     {"ops": ops, "shapes": shapes}[sys.argv[2]](Compiler(sys.argv[1], interpret=True))
+    print("".join(f"{told}\n" for told in check.found), end="")

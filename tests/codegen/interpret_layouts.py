@@ -21,6 +21,7 @@ from kitsune.codegen import Compiler
 from kitsune.ir import Kind, Launch
 from kitsune.planning import Planner
 from kitsune.runtime.kernel_launch import PreparedLaunch
+from tests.codegen.memory_check import watch
 from tests.plan.test_channels_last import Block, step
 from tests.plan.test_joining import gradients, kernels
 from tests.plan.test_padding import COSTS, vocabulary
@@ -65,7 +66,7 @@ def in_rows_alone(launch: Launch) -> bool:
 def main(folder: str) -> None:
     """Each program by plan, where reductions are in kernels, too."""
     kitsune.scheduler.cost.BROADCAST_BYTES = 0
-    compiler, n_kernels, n_in_rows = Compiler(folder, interpret=True), 0, 0
+    check, compiler, n_kernels, n_in_rows = watch(), Compiler(folder, interpret=True), 0, 0
 
     def start(launch: Launch) -> PreparedLaunch:
         return PreparedLaunch(launch, program_of(launch), compiler)
@@ -80,6 +81,7 @@ def main(folder: str) -> None:
             assert_as_good(graph, exact, eager, run_by_plan(plan, values, scalars, start))
         except AssertionError as error:
             print(f"{name}: {error}")
+    print("".join(f"{told}\n" for told in check.found), end="")
     print(n_kernels if n_in_rows == 2 else f"of channels and planes, {n_in_rows} are in rows")
 
 

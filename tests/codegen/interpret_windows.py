@@ -21,6 +21,7 @@ from kitsune.codegen import Compiler
 from kitsune.ir import Kind, Launch
 from kitsune.runtime.kernel_launch import PreparedLaunch
 from tests.codegen.known import is_known
+from tests.codegen.memory_check import watch
 from tests.codegen.windows import cases, differs
 from tests.runtime.planned import planned
 
@@ -28,7 +29,7 @@ from tests.runtime.planned import planned
 def main(folder: str) -> None:
     """Each case by plan, however small."""
     kitsune.scheduler.cost.WINDOW_BYTES = 0
-    compiler, n_kernels = Compiler(folder, interpret=True), 0
+    check, compiler, n_kernels = watch(), Compiler(folder, interpret=True), 0
 
     def start(launch: Launch) -> PreparedLaunch | None:
         text = program_of(launch)
@@ -41,7 +42,7 @@ def main(folder: str) -> None:
             exact = program(*(t.double() for t in inputs))
             if difference := differs([t.detach() * 1 for t in found], program(*inputs), exact):
                 print(f"{name}: {difference}")
-    print(n_kernels)
+    print(*check.found, n_kernels, sep="\n")
 
 
 if __name__ == "__main__":

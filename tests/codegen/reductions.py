@@ -11,6 +11,11 @@ from torch.nn import functional as F
 
 aten = torch.ops.aten
 SIZES = (1, 31, 33, 1023, 50257)
+# What the interpreter runs instead of the last of these, since it takes its time for each element: programs have the same texts
+# there (test_reductions.py). From 4097 elements on, what a row is reduced to is computed in a loop; from some 6000 on it is cut
+# into parts, a column from 8192 on, for which its length needs a divisor (17 here); from 16385 on, what is as long as a row is
+# written in a loop.
+PARTED, COLUMN, WRITTEN = 6817, 8857, 16411
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROWS = 5
 # The rows of the lowering table that the programs below have.
@@ -35,6 +40,8 @@ class Case:
     program: Callable[..., Any]
     shapes: Callable[[int], Sequence[tuple[int, ...]]]
     rounds: bool = False
+    # The size that stands for 50257; None where 1023 has the same texts.
+    large: int | None = PARTED
 
 
 def _rows(n: int) -> list[tuple[int, ...]]:
@@ -115,35 +122,37 @@ def _batch_norm(channels_last: bool) -> Callable[..., Any]:
 
 CASES = [
     Case("sum", lambda x: [(x * 2).sum(1), x.sum(1, keepdim=True) + 1], _rows),
-    Case("sum of columns", lambda x: [(x * 2).sum(0), x.sum(0, keepdim=True) * 3], _columns),
+    Case("sum of columns", lambda x: [(x * 2).sum(0), x.sum(0, keepdim=True) * 3], _columns, large=COLUMN),
     Case("sum of all", lambda x: [(x + 1).sum()], _rows),
     Case("sum of two dimensions", lambda x: [x.view(ROWS, 1, -1, 1).sum((0, 2))], _rows),
     Case("sum in float32", lambda x: [x.sum(1, dtype=torch.float32)], _rows),
     Case("mean", lambda x: [x.mean(1, keepdim=True) * x, x.mean()], _rows),
-    Case("mean of columns", lambda x: [x.mean(0)], _columns),
+    Case("mean of columns", lambda x: [x.mean(0)], _columns, large=COLUMN),
     Case("amax and amin", lambda x: [x.amax(1), x.amin(1, keepdim=True) - x], _rows),
-    Case("amax of columns", lambda x: [x.amax(0), x.amin(0)], _columns),
+    Case("amax of columns", lambda x: [x.amax(0), x.amin(0)], _columns, large=COLUMN),
     Case("max and min", lambda x: [*x.max(1), *x.min(1, keepdim=True)], _rows),
-    Case("largest of all", lambda x: [(x * 2).max(), x.min()], _rows),
+    Case("largest of all", lambda x: [(x * 2).max(), x.min()], _rows, large=None),
     Case("argmax and argmin", lambda x: [(x * 2).argmax(1), x.argmin(1, keepdim=True)], _rows),
-    Case("argmax of columns", lambda x: [x.argmax(0)], _columns),
+    Case("argmax of columns", lambda x: [x.argmax(0)], _columns, large=None),
     Case("var and mean", lambda x: [*torch.var_mean(x + 3, 1), *torch.var_mean(x, 1, correction=0)], _rows),
-    Case("std of columns", lambda x: [x.std(0, correction=0), *torch.std_mean(x, 0, correction=0)], _columns),
+    Case("std of columns", lambda x: [x.std(0, correction=0), *torch.std_mean(x, 0, correction=0)], _columns, large=COLUMN),
     Case("norm", lambda x: [torch.linalg.vector_norm(x, dim=1), x.norm()], _rows),
-    Case("softmax", lambda x: [(x * 3).softmax(1)], _rows),
-    Case("softmax of columns", lambda x: [x.softmax(0) + 1], _columns),
-    Case("log_softmax", lambda x: [x.log_softmax(1)], _rows),
-    Case("softmax backward", _softmax_backward, _two),
-    Case("logsumexp", lambda x: [x.logsumexp(1), (x * 2).logsumexp((0, 1), keepdim=True)], _rows),
-    Case("cross entropy", _cross_entropy(False), _rows, rounds=True),
-    Case("cross entropy in float32", _cross_entropy(True), _rows),
-    Case("cross entropy, summed", _cross_entropy(True, 2), _rows),
-    Case("layer norm", lambda x, w, b: [*aten.native_layer_norm(x, [x.shape[-1]], w, b, 1e-5)], _norm),
-    Case("layer norm of a sum", lambda x, w, b: [F.layer_norm(x + x.abs(), (x.shape[-1],), w, None).relu()], _norm),
-    Case("layer norm backward", _layer_norm_backward([True, False, False]), _norm_backward),
-    Case("layer norm backward, all", _layer_norm_backward([True, True, True]), _norm_backward),
-    Case("batch norm", _batch_norm(False), _images),
-    Case("batch norm in channels-last", _batch_norm(True), _images),
+    Case("softmax", lambda x: [(x * 3).softmax(1)], _rows, large=WRITTEN),
+    Case("softmax of columns", lambda x: [x.softmax(0) + 1], _columns, large=None),
+    Case("log_softmax", lambda x: [x.log_softmax(1)], _rows, large=WRITTEN),
+    Case("softmax backward", _softmax_backward, _two, large=WRITTEN),
+    Case("logsumexp", lambda x: [x.logsumexp(1), (x * 2).logsumexp((0, 1), keepdim=True)], _rows, large=WRITTEN),
+    Case("cross entropy", _cross_entropy(False), _rows, rounds=True, large=WRITTEN),
+    Case("cross entropy in float32", _cross_entropy(True), _rows, large=WRITTEN),
+    Case("cross entropy, summed", _cross_entropy(True, 2), _rows, large=WRITTEN),
+    Case("layer norm", lambda x, w, b: [*aten.native_layer_norm(x, [x.shape[-1]], w, b, 1e-5)], _norm, large=WRITTEN),
+    Case(
+        "layer norm of a sum", lambda x, w, b: [F.layer_norm(x + x.abs(), (x.shape[-1],), w, None).relu()], _norm, large=WRITTEN
+    ),
+    Case("layer norm backward", _layer_norm_backward([True, False, False]), _norm_backward, large=COLUMN),
+    Case("layer norm backward, all", _layer_norm_backward([True, True, True]), _norm_backward, large=COLUMN),
+    Case("batch norm", _batch_norm(False), _images, large=3 * 1075),
+    Case("batch norm in channels-last", _batch_norm(True), _images, large=39 * 129),
 ]
 
 

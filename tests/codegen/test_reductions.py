@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kitsune.codegen.lowering import lower_rules
 from kitsune.ir import Kernel
 from kitsune.ir.program import Program, Tile
 from tests.codegen.build import compiled_kernel
-from tests.codegen.reductions import CASES, DTYPES, RULES, draw
+from tests.codegen.reductions import CASES, DTYPES, RULES, SIZES, Case, draw
 from tests.codegen.test_compiled import resources
 from tests.plan.recorded import plan_of
 
@@ -58,6 +59,19 @@ def test_results_are_as_near_to_float64_as_eagers(what: str, tmp_path: Path) -> 
     *differences, n_kernels = done.stdout.splitlines()
     assert not differences, differences[:20]
     assert int(n_kernels) >= PARTS[what]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_size_that_is_interpreted_has_the_texts_of_a_large_one(case: Case) -> None:
+    texts: dict[int, list[str]] = {}
+    for n in (SIZES[-1], case.large or SIZES[-2]):
+        plan = plan_of(partial(case.program, *draw(case.shapes(n), torch.bfloat16)), numerics="strict")
+        kernels = [kernel for launch in plan.launches for kernel in launch.kernels]
+        texts[n] = [program.text.replace(program.name, "kernel") for program in map(render, kernels)]
+        turns = [kernel.n_columns / tile_of(kernel).columns for kernel in kernels if kernel.reduced and is_looped(kernel)]
+        assert n == SIZES[-1] or all(n_turns > 1 and n_turns % 1 for n_turns in turns), "a whole one, and one that is not"
+    small, large = texts.values()
+    assert small == large
 
 
 def test_the_table_has_every_rule_of_reductions() -> None:
@@ -181,6 +195,22 @@ def test_maximum_and_sum_of_a_softmax_take_one_loop() -> None:
     assert render(kernel).text.count("range(0, whole") == 2, "one for both, and one that writes the result"
     chain = only(lambda x: x.log_softmax(1).exp().sum(1), torch.zeros(256, 50000))
     assert render(chain).text.count("range(0, whole") == 2, "nobody reads what is between"
+
+
+def test_a_sum_that_something_is_made_of_for_every_element_keeps_its_dimension() -> None:
+    x = torch.zeros(64, 512)
+    # Also by way of numbers that each row has one of.
+    spread = render(only(lambda x: x - (x.sum(1, keepdim=True) * 2 + 1).exp() * 3, x)).text
+    assert "keep_dims=True" in spread and "tl.reshape" not in spread
+    alone = render(only(lambda x: (x * 2).sum(1).exp(), x)).text
+    assert "tl.reshape" in alone and "keep_dims=True" not in alone
+
+
+def test_a_target_beyond_32_bits_is_beyond_the_row() -> None:
+    case = next(case for case in CASES if case.name == "cross entropy in float32")
+    texts = [render(kernel).text for kernel in kernels_of(case.program, draw(case.shapes(512), torch.bfloat16))]
+    bounded = [line for text in texts for line in text.splitlines() if "< columns), x" in line]
+    assert bounded and not any(re.search(r"= x\d+\.to\(tl\.int32\)", text) for text in texts)
 
 
 def test_a_text_is_told_from_others_by_its_key() -> None:

@@ -36,11 +36,13 @@ def pooled(options: tuple[Any, ...], last: bool) -> Callable[..., list[torch.Ten
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Few different numbers, so that the first of equal ones counts; NaN, infinities, a corner of nothing but minus infinity."""
+    """Few different numbers, so that the first of equal ones counts; NaN, infinities, a corner of nothing but minus infinity,
+    and numbers that float16 does not have."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-3, 4, shape, generator=generator).to(dtype)
     flat = x.view(-1)
     flat[5::37], flat[11::41], flat[3::29] = float("nan"), float("inf"), float("-inf")
+    flat[7::43] = 1e30 if dtype is not torch.float16 else 6e4
     x[0, 0, :2, :2] = float("-inf")
     return [x, torch.randn(4 * x.numel() + 64, generator=generator).to(dtype)]
 

@@ -2,7 +2,8 @@
 
     make mutants                                     320 mutants; writes mutants.jsonl; an hour on one core
     python -m tests.mutants.run --map DIR            with the lines that an earlier run has traced
-    python -m tests.mutants.run --merge mutants.jsonl      the table again, and nothing run
+    python -m tests.mutants.run --map DIR --shard 1/2 --skip mutants.jsonl      half of what was not killed there
+    python -m tests.mutants.run --merge mutants.jsonl ...      the table again, and nothing run
 
 A mutant is put into a copy of the tree, never into the tree itself, and the cheapest tests that run its lines are run there,
 until one fails: it is killed. Before, the tests are traced once, which takes a quarter of an hour. `equivalent.py` lists mutants
@@ -232,6 +233,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budgets", default=BUDGETS, help="seconds of tests for each mutant, and for what survives them")
     parser.add_argument("--no-interpreter", action="store_true", help="leave out the long tests, of what kernels compute")
     parser.add_argument("--skip", type=Path, help="results of an earlier run: what was killed there is killed")
+    parser.add_argument("--shard", default="1/1", help="2/3: the second of every three that are left")
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"), help="a line of JSON for each mutant")
     parser.add_argument("--merge", type=Path, nargs="+", help="say what these files hold, and run nothing")
     return parser.parse_args(given)
@@ -254,6 +256,8 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ.update(SETTINGS)
     found = {row["mutant"]: row for row in read([options.skip])} if options.skip else {}
     known = {name: row for name, row in found.items() if row["verdict"] in ("killed", "timed out")}
+    shard, of = map(int, options.shard.split("/"))
+    left = [mutant for mutant in mutants if mutant.key not in known][shard - 1 :: of]
     with tempfile.TemporaryDirectory() as scratch:
         folders = options.map or [Path(scratch) / "map"]
         if not options.map:
@@ -264,10 +268,11 @@ def main(given: Sequence[str] | None = None) -> int:
         if not options.no_interpreter:
             record(copy, [test for test in lines.seconds if test.startswith(INTERPRETER)], Path(scratch) / "known")
         budgets = [float(budget) for budget in options.budgets.split(",") if budget]
-        rows = []
+        rows = [known[mutant.key] for mutant in mutants if mutant.key in known]
         with options.out.open("w") as file:
-            for mutant in mutants:
-                rows.append(known.get(mutant.key) or tried(copy, lines, mutant, budgets, not options.no_interpreter))
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            for mutant in left:
+                rows.append(tried(copy, lines, mutant, budgets, not options.no_interpreter))
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
     return told(rows)

@@ -7,6 +7,8 @@ from hypothesis import given, strategies as st
 from kitsune.ir import Launch, happens_before
 from kitsune.memory import Lifetime, assign_offsets
 from kitsune.memory.arena import ALIGNMENT
+from kitsune.memory.lifetimes import lifetimes
+from tests.plan.test_verify_plan import CHAIN, kernel_of
 
 
 def rounded(nbytes: int) -> int:
@@ -100,6 +102,15 @@ def test_a_chain_needs_two_buffers():
     lives = [Lifetime(k, 1000, k, 0b11 << k, True) for k in range(20)]
     _, arena = assign_offsets(lives, happens_before([Launch()] * 21))
     assert arena == 2 * 1024
+
+
+def test_kernels_have_places_in_the_arena_and_library_calls_where_they_can_be_given_memory() -> None:
+    by_kernels = [Launch((kernel_of(op),)) for op in CHAIN.ops]
+    by_library = [Launch(op=op) for op in CHAIN.ops]
+    for launches, takes, ours in ((by_kernels, False, True), (by_library, False, False), (by_library, True, True)):
+        found = {life.storage: life.in_arena for life in lifetimes(CHAIN, launches, lambda op, takes=takes: takes)}
+        # The last one is the program's.
+        assert found == {1: ours, 2: ours, 3: False}
 
 
 def test_happens_before_follows_streams_and_waits():

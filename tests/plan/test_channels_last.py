@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
-from kitsune.ir import Graph, Op, TensorType, type_of, verify
+from kitsune.ir import Graph, Kind, Op, Result, TensorType, Value, default_type, type_of, verify
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs, dead_code, in_channels_last
+from kitsune.scheduler.channels_last import _over_images, _pointwise
 from kitsune.scheduler.formats import ROWS, elementwise, is_channels_last, why_not_channels_last
 from tests.plan.recorded import launched, recorded_again
 from tests.plan.test_padding import COSTS, Generous
@@ -195,6 +196,36 @@ def test_the_rule_for_strides_of_pointwise_results_is_that_of_torch() -> None:
         assert elementwise(found.shape, [type_of(t) for t in operands]) == found.stride(), [
             (t.shape, t.stride()) for t in operands
         ]
+
+
+def test_a_copy_has_the_strides_that_torch_gives_it() -> None:
+    die = random.Random(1)
+    seen = set()
+    for _ in range(300):
+        x = _operand(die, [die.choice((1, 1, 2, 3)) for _ in range(die.randint(1, 5))])
+        value, recorded = Value(0, type_of(x), 0), Value(1, type_of(x.contiguous()), 1)
+        op = Op(aten.clone.default, Kind.POINTWISE, (value,), (), (value,), Result(0), (recorded,))
+        (found,) = _pointwise(op) or ()
+        assert found.stride == x.clone().stride(), (x.shape, x.stride())
+        seen.add(found.stride == elementwise(x.shape, [type_of(x)]))
+    assert seen == {False, True}, "where a dimension has one element, other operators give it another stride"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "keeps", "over"),
+    [
+        ((2, 3, 4, 5), (2, 3), True, True),
+        ((2, 3, 4, 5), (-1, -2), False, True),
+        ((2, 3, 4, 5), (0, 2, 3), False, True),
+        ((2, 3, 4, 5), (0, 2, 3), True, False),
+        ((2, 3, 4, 5), (1,), False, False),
+        ((3, 4, 5), (2,), False, False),
+    ],
+)
+def test_sums_over_images(shape: tuple[int, ...], dims: tuple[int, ...], keeps: bool, over: bool) -> None:
+    value = Value(0, default_type(torch.float32, shape), 0)
+    op = Op(aten.sum.dim_IntList, Kind.REDUCTION, (value, dims, keeps), (), (value,), Result(0), (value,))
+    assert _over_images(op) is over
 
 
 def _operand(die: random.Random, shape: list[int]) -> torch.Tensor:

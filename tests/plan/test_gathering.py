@@ -108,6 +108,8 @@ def test_a_group_takes_only_sums_of_other_rows_and_nothing_that_reads_them() -> 
     assert reasons(lambda: (x.softmax(1), (x * 2).sum(0)), {"sum"}) == []
     assert reasons(lambda: (x.softmax(1), x.amax(0)), {"amax"}) == ["it is no sum of all rows"]
     assert reasons(lambda: (x.softmax(1), x.sum(1)), {"sum"}) == ["it adds up other rows"]
+    # As many elements as a row has, and no row of them.
+    assert reasons(lambda: (x * 2, x[0] + 1), set()) == ["it works on another shape"]
     assert reasons(lambda: x.softmax(1) - x.sum(0), {"sum"}) == ["it reads a sum that is complete only after the last row"]
 
 

@@ -24,11 +24,17 @@ def fresh() -> Iterator[None]:
     yield
 
 
-def block(between: Callable[..., Any] = lambda **_: None, level: float = 0, bias: bool = True, in_place: bool = True) -> Any:
+def block(
+    between: Callable[..., Any] = lambda **_: None,
+    level: float = 0,
+    bias: bool = True,
+    in_place: bool = True,
+    other: bool = False,
+) -> Any:
     """A norm, its rectifier, and the gradients of both; `between` sees all of it before the backward of the norm."""
     x = torch.zeros(SHAPE, dtype=HALF).to(memory_format=torch.channels_last)
     grad, w, b = torch.zeros_like(x), torch.ones(16), torch.ones(16) if bias else None
-    mean, var = torch.zeros(16), torch.ones(16)
+    mean, var, behind = torch.zeros(16), torch.ones(16), torch.ones(16) if other else w
 
     def program() -> Any:
         image, into = x * 2, grad * 3
@@ -36,7 +42,11 @@ def block(between: Callable[..., Any] = lambda **_: None, level: float = 0, bias
         y = y.relu_() if in_place else y.relu()
         through = aten.threshold_backward(into, y.detach(), level)
         kept = between(image=image, weight=w, bias=b, through=through, saved=saved)
-        return [y, kept, *aten.native_batch_norm_backward(through, image, w, mean, var, *saved, True, 1e-5, [True, True, True])]
+        return [
+            y,
+            kept,
+            *aten.native_batch_norm_backward(through, image, behind, mean, var, *saved, True, 1e-5, [True, True, True]),
+        ]
 
     return program
 
@@ -82,10 +92,11 @@ def test_what_passed_is_worked_out_for_the_sums_and_for_the_gradient(in_place: b
         block(lambda saved, **_: saved[1].mul_(2) * 1),
         block(level=0.5),
         block(bias=False),
+        block(other=True),
     ],
     ids=(
         "read too,seen,weight written,bias written,image written,mean written through a view,deviation written,"
-        "another level,no bias"
+        "another level,no bias,another weight in the backward"
     ).split(","),
 )
 def test_otherwise_the_gradient_is_written(program: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.fusion.kernels import in_long_rows
 from kitsune.ir import Plan
 from tests.plan.recorded import launched, plan_of, reasons
 
@@ -226,6 +228,11 @@ def test_what_is_broadcast_along_large_images_is_loaded_once_for_a_row():
     planes = last(32, "contiguous_format")
     assert (planes.domain, planes.reduced) == ((32, 64, 1024), 1)
     assert [access.strides for access in planes.loads] == [(65536, 1024, 1)] + 3 * [(0, 1, 0)]
+    # Neighbours in a row are to be neighbours in memory, for each operand.
+    by_elements = replace(planes, reduced=0)
+    apart = replace(planes.loads[0], strides=(131072, 2048, 2))
+    assert str(in_long_rows(by_elements)) == str(planes)
+    assert in_long_rows(replace(by_elements, loads=(apart, *planes.loads[1:]))) is None
     # A small one is not worth another text.
     assert last(4, "channels_last").reduced == 0 and last(4, "contiguous_format").reduced == 0
 

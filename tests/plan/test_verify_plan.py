@@ -24,9 +24,11 @@ from kitsune.ir import (
     Store,
     Value,
     default_type,
+    roots,
     tensor_type,
     verify_plan,
 )
+from kitsune.ir.verify_plan import touches_of
 
 aten = torch.ops.aten
 F8 = default_type(torch.float32, (8,))
@@ -144,6 +146,27 @@ UNSOUND = {
 def test_an_unsound_plan_is_named(says: str) -> None:
     with pytest.raises(ValueError, match=says):
         verify_plan(UNSOUND[says])
+
+
+def test_a_call_of_the_library_writes_what_it_changes_in_place() -> None:
+    touches = touches_of(plan(READ_AND_WRITE, Launch(op=TO_B), Launch(op=WRITE)))
+    assert touches[0] == [(0, 0, False), (1, 0, False), (1, 0, True)]
+    assert touches[1] == [(1, 0, False)] and touches[2] == [(0, 0, True)]
+
+
+def test_values_of_other_units_have_roots_of_their_own() -> None:
+    views = Op(aten.view.dtype, Kind.VIEW, (A, torch.int32), (), (A,), Result(0), (replace(B, storage=1),))
+    as_int = replace(views, results=(replace(B, storage=1, type=default_type(torch.int32, (8,))),))
+    conjugate = replace(views, results=(replace(B, storage=1, type=replace_type(F8, conj=True)),))
+    for op, own in ((views, False), (as_int, True), (conjugate, True)):
+        found = roots(Graph((X,), (TO_A, op), op.results))
+        assert (found[B.id] is op.results[0]) is own, op
+        assert found[A.id] is A
+
+
+def replace_type(type_: Any, **changes: Any) -> Any:
+    fields = {name: getattr(type_, name) for name in ("dtype", "shape", "stride", "offset", "device", "conj", "neg")}
+    return tensor_type(**{**fields, **changes})
 
 
 def test_bytes_are_used_again_only_after_an_event() -> None:

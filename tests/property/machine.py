@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -314,14 +316,23 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further script after these")
+    parser.add_argument("--out", type=Path, help="write a line of JSON for each script to this file")
     options = parser.parse_args()
     k, n = map(int, options.shard.split("/"))
     counts: Counter[str] = Counter()
+    until = time.monotonic() + 60 * options.minutes
     for seed in range(options.first + k - 1, options.first + options.runs, n):
+        if time.monotonic() > until:
+            break
         script = apart(scripted, seed, options.steps)
         kind, found = (script and apart(verdict, script, seed % 2)) or ("crashed", ["the process died or did not end"])
         counts["run"] += 1
         counts[kind] += 1
+        if options.out:
+            row = {"seed": seed, "lines": len(script or []), "run": 1, "verdict": kind, "told": found}
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         if found:
             print(
                 f"seed {seed}, warmup {seed % 2}: {kind}",

@@ -73,3 +73,12 @@ def test_both_worlds_agree() -> None:
     run_state_machine_as_test(TwoWorldsMachine, settings=few)
     # What is recorded alone would not show what following gets wrong.
     assert all(TwoWorldsMachine.counts[name] > 0 for name in FOLLOWED), TwoWorldsMachine.counts
+
+
+def test_nothing_is_written_that_torch_may_not_resize_for_it() -> None:
+    machine = Machine(0)
+    kept = "torch.add(t3[None], 1, out=t4)"
+    machine.put("t9 = torch.from_numpy(np.arange(3.0))", "torch.add(t9, t3, out=t9)", "seen = t2.detach().numpy().shape")
+    machine.put("torch.add(t3, t3, out=t2.detach())", kept)
+    assert machine.script[-4:] == ["pass", "seen = t2.detach().numpy().shape", "pass", kept]
+    assert machine.world.tensors["t4"].shape == (1, 2, 3) and machine.world.tensors["t9"].shape == (3,)

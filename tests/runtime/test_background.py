@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import threading
@@ -25,8 +26,12 @@ def calls_in_here_are_heard() -> None:
         hearing.tell_of(hearing.codes_of(sys.modules[__name__]), tool)
 
 
+def same(k: int) -> int:
+    return k
+
+
 def spin(n: int) -> int:
-    return sum(map(abs, range(n))) and sum(abs(k) for k in range(n))
+    return sum(same(k) for k in range(n))
 
 
 def test_calls_are_made_in_order_on_one_thread() -> None:
@@ -45,7 +50,7 @@ def measured(paced: PacedThread) -> Future[tuple[float, float]]:
 
     def work() -> None:
         start, cpu = time.perf_counter(), time.thread_time()
-        spin(200_000)
+        spin(60_000)
         took.set_result((time.perf_counter() - start, time.thread_time() - cpu))
 
     paced.submit(work)
@@ -92,6 +97,26 @@ def test_it_goes_on_soon_after_the_step() -> None:
         paced.close()
     # Three looks find the step going on, the first of them before it rests at all.
     assert len(slept) == 2 and all(0 < seconds <= LOOK_S for seconds in slept)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_in_a_step_it_goes_on_while_an_operator_takes_its_time(moves: bool) -> None:
+    paced, places, rests = PacedThread(), itertools.count(), []
+    paced.in_a_step, paced.where = lambda: True, lambda: next(places) if moves else "here"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.background._alone", lambda: True)
+        patch.setattr(paced, "_rest", lambda worked, rest=paced._rest: (rests.append(time.perf_counter()), rest(worked)))
+        wall, cpu = measured(paced).result(SECONDS)
+    assert len(rests) > 10 and (wall > cpu * (1 + REST_IN_STEP) * 0.7) is moves
+    paced.close()
+
+
+def test_in_a_step_it_rests_where_nobody_can_tell_how_far_it_is() -> None:
+    paced = PacedThread()
+    paced.in_a_step, paced.where = lambda: True, lambda: None
+    wall, cpu = measured(paced).result(SECONDS)
+    assert wall > cpu * (1 + REST_IN_STEP) * 0.7
+    paced.close()
 
 
 def test_it_does_not_rest_while_somebody_waits_for_it() -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import kitsune
+from kitsune.backends import on_device, reader_of
+from kitsune.codegen import PAGE_PROGRAMS
 from kitsune.config import config
+from kitsune.ir import Pending
 from kitsune.ir.page import N_PAGES
-from kitsune.runtime import SlotTable, lent_outputs, page_ring
+from kitsune.runtime import PageReader, SlotTable, lent_outputs, page_ring
 from kitsune.runtime.page_ring import PageRing
 from tests.runtime.backends import lazily
 from tests.runtime.pages import naive_reader
@@ -30,6 +35,7 @@ class Told:
         self.places = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
         self.table = SlotTable(n_numbers, CPU)
         self.ring = PageRing([(p.data_ptr(), p.numel()) for p in self.places], self.table, reader)
+        self.ring.restart()
         # What nobody else holds any more would be another's memory when the device comes to read it.
         self.batches: list[list[torch.Tensor]] = []
 
@@ -212,6 +218,48 @@ def test_numbers_that_are_held_are_copied_by_the_graph(monkeypatch: pytest.Monke
         assert [t.item() for t in held] == [6.0 * (k // 3 + 1) * (k % 3 + 1) for k in range(3 * n)]
         assert len(by_driver) > 30 and len(by_driver) <= (n if pages else 4 * n)
     assert len(by_driver) > 3 * n
+
+
+@pytest.mark.parametrize(("error", "n_asked"), [(Pending("read_page"), 3), (RuntimeError("no compiler"), 1)])
+def test_kernels_that_are_not_there_are_asked_for_again_unless_they_failed(error: Exception, n_asked: int) -> None:
+    asked: list[str] = []
+
+    class Fails:
+        def compile(self, program: Any, *variant: Any) -> Any:
+            asked.append(program.name)
+            raise error
+
+    reader = PageReader(PAGE_PROGRAMS, Fails(), CPU)
+    assert not any(reader.is_there() for _ in range(3)) and len(asked) == n_asked
+    x = torch.arange(3.0)
+    with pytest.MonkeyPatch.context() as patch, config.patch(gate=False), graphs(kernels=False), lazily():
+        patch.setattr("kitsune.running.reader_of", lambda backend: reader)
+        for k in range(12):
+            y = (x + k) * 2
+            kitsune.flush()
+            assert y.tolist() == [2.0 * (i + k) for i in range(3)]
+            x = x.clone()
+
+
+def test_a_backends_graphs_begin_with_pages_unless_they_are_switched_off() -> None:
+    asked: list[str] = []
+
+    class Asked:
+        def ask(self, program: Any, *variant: Any) -> Any:
+            asked.append(program.name)
+            return Future()
+
+        def expect(self) -> None:
+            pass
+
+    backend = on_device("sm_90", cast(Any, Asked()), CPU)
+    nothing_else = SimpleNamespace(likely=None)
+    assert backend.warm is not None and reader_of(backend) is backend.reader is not None
+    assert len(backend.warm(cast(Any, None), nothing_else)) == len(PAGE_PROGRAMS)
+    assert asked == [program.name for program in PAGE_PROGRAMS]
+    with config.patch(pages=False):
+        assert reader_of(backend) is None and not backend.warm(cast(Any, None), nothing_else)
+    assert reader_of("There are no kernels.") is None
 
 
 def test_memory_of_a_ring_that_is_gone_is_used_again_and_brings_nothing() -> None:
