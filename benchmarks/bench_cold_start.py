@@ -40,8 +40,9 @@ CACHES = ("KITSUNE_CACHE_DIR", "TRITON_CACHE_DIR")
 VISITS = ("empty", "warm")
 N_BATCHES = 4
 LONGEST_S = 90.0
-# Steps after the kernels are there: one by plan, one that is captured, and some that are replayed.
-LATER = 5
+# Of steps after the kernels are there: those beside which libraries make their plans, one by plan, one that is captured, and the
+# first that is replayed, if that comes.
+LATER_S = 10.0
 
 
 class Times:
@@ -85,7 +86,7 @@ def watched() -> Times:
     """Times of what a cold start consists of, wherever it happens in this process."""
     times = Times()
     module = importlib.import_module
-    times.watch(module("kitsune.running"), "show_plan", "plan")
+    times.watch(module("kitsune.coming"), "show_plan", "plan")
     times.watch(module("kitsune.runtime.plan_executor").PlanExecutor, "prepare", "prepare")
     times.watch(module("kitsune.codegen.compile_pool")._Worker, "compile", "compile")
     times.watch(module("kitsune.codegen.driver").LoadedKernel, "__init__", "load")
@@ -119,11 +120,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             steps(1)
         there, before = ends[-1], kitsune.counters()
         steady = None
-        for _ in range(LATER):
+        while steady is None and ends[-1] < there + LATER_S:
             steps(1)
             now = kitsune.counters()
             by_plan = now["kernels"] > before["kernels"] and now["replayed"] > before["replayed"]
-            steady, before = steady or (ends[-1] if by_plan else None), now
+            steady, before = ends[-1] if by_plan else None, now
     n_kernels = len({path.stem for path in Path(os.environ[CACHES[0]]).rglob("*.bin")})
     row = {"kernels": n_kernels, **times.row(), "first_step_s": ends[0], "kernels_there_s": there, "steady_s": steady}
     return {**row, "refused": list(kitsune.counters()["graph_refused"])}

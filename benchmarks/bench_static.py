@@ -55,7 +55,7 @@ class NoGraphs:
         """There are no streams."""
         return True
 
-    def record(self, work: Work, inputs: Sequence[Tensor], n_sent: int = 0) -> NoWork:
+    def record(self, work: Work, inputs: Sequence[Tensor], n_sent: int = 0, nbytes: int = 0) -> NoWork:
         """The outputs are those of this one run for ever."""
         before = [t.detach().clone() for t in inputs]
         numbers: list[Any] = []

@@ -118,7 +118,9 @@ def reader_of(backend: Backend | str) -> PageReader | None:
 
 def program_of(launch: Launch, slots_in_memory: bool = False) -> Program:
     """The program of a launch of kernels."""
-    program = render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
+    written = launch.written
+    known = written is not None and written.slots_in_memory == slots_in_memory
+    program = written.program if known and written else render(launch.kernels[0], len(launch.kernels) > 1, slots_in_memory)
     return program if launch.tile is None else replace(program, tile=launch.tile)
 
 

@@ -23,12 +23,15 @@ REST = 3
 # While a step is recorded or run it rests until that is over, ten times as long if need be: a step of ResNet-50 has 9 ms of
 # Python and then 27 ms of waiting for the device, and with rests of three times it had 17 ms of Python (H200, unfused).
 REST_IN_STEP = 10
-LOOK_S = 0.002
+LOOK_S = 0.001
+# An operator that has taken so long takes longer: it waits for the device, or has torch load a library, and needs no lock. Much
+# of a first step is of that kind.
+LONG_S = 0.001
 # Another thread needs some 50 us to wake up and take the lock. Who gets the lock back much later than that was not alone.
 YIELD_S = 0.0001
 ALONE_S = 0.0004
-# Calls between two looks at the clock, which cost as much as a call: 0.1 ms of work.
-EVENTS = 256
+# Functions between two looks at the clock, which cost as much as a call: 0.1 to 0.3 ms of work.
+EVENTS = 64
 
 R = TypeVar("R")
 
@@ -53,6 +56,9 @@ class PacedThread:
         self.n_waiting = 0
         # Is the program in the middle of a step, which this thread makes slower?
         self.in_a_step: Callable[[], bool] = lambda: False
+        # Where it is in it, and since when this was seen; None where nobody can tell.
+        self.where: Callable[[], Any] = lambda: None
+        self._seen: tuple[Any, float] = (None, 0.0)
 
     def submit(self, call: Callable[[], None], rank: int = 0) -> None:
         """Call it soon, before what has a higher rank. It must not raise."""
@@ -81,7 +87,7 @@ class PacedThread:
                 self._tokens.get()
                 if self._calls:
                     call = heapq.heappop(self._calls)[-1]
-                    # It hears of every call that this thread makes in Python, so that no stage has to offer places to rest.
+                    # It hears of every function that this thread begins, so that no stage has to offer places to rest.
                     with hearing(pace):
                         call()
                     del call
@@ -113,7 +119,15 @@ class PacedThread:
             return
         until = time.perf_counter() + worked * REST_IN_STEP
         while self.in_a_step() and not self._closing and (left := until - time.perf_counter()) > 0:
+            if self._is_in_a_long_operator() and _alone():
+                return
             time.sleep(min(LOOK_S, left))
+
+    def _is_in_a_long_operator(self) -> bool:
+        where, now = self.where(), time.perf_counter()
+        if where is None or where != self._seen[0]:
+            self._seen = where, now
+        return where is not None and now - self._seen[1] >= LONG_S
 
 
 def _alone() -> bool:
@@ -154,6 +168,11 @@ def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
     # After the loading of what others wait for.
     thread.submit(work, rank=1)
     return result
+
+
+def n_open() -> int:
+    """Calls of `later` that have not ended: what they make is being made, or what they wait for."""
+    return _n_open
 
 
 def n_awaited() -> int:

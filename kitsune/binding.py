@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from kitsune.amp import HalfForward
 from kitsune.config import config
 from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
+from kitsune.global_hooks import GlobalHook
 
 # A module that owns none of the parameters is asked again every so often, because modules can be put into it later.
 ASK_AGAIN = 64
@@ -68,6 +68,7 @@ class Binding:
         # By id, not by a WeakKeyDictionary: a module that defines __eq__ may have no hash.
         self._verdicts: dict[int, Verdict] = {}
         self.compiled = False
+        self._context: AbstractContextManager[Any] | None = None
 
     @property
     def recording(self) -> bool:
@@ -83,9 +84,9 @@ class Binding:
         # The session imports far more than a plain optimizer needs.
         from kitsune.session import Accelerate, note
 
-        recording: AbstractContextManager[Any] = nullcontext()
-        if not self._is_open_by_hand():
-            recording = Accelerate(self.warmup, self.device, options=self.engine)
+        if self._context is None:
+            self._context = Accelerate(self.warmup, self.device, options=self.engine)
+        recording: AbstractContextManager[Any] = nullcontext() if self._is_open_by_hand() else self._context
         note(self.note)
         recording.__enter__()
         self.local.recording = recording
@@ -95,6 +96,8 @@ class Binding:
         """Has the program opened a context here itself? Then that one takes the step, with its own options."""
         from kitsune.contexts import here
 
+        if not here.depth:
+            return False
         kinds = {pipeline.device.type for pipeline in here.depth if pipeline.runner.options == DEFAULT}
         return bool(kinds) and (self.device is None or torch.device(self.device).type in kinds)
 
@@ -175,7 +178,6 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 _bindings: list[Binding] = []
-_hook: RemovableHandle | None = None
 _lock = threading.RLock()  # re-entrant: the garbage collector may run `unwatch` at any point
 
 
@@ -197,13 +199,11 @@ def unwatch(binding: Binding) -> None:
 
 def _place_hook() -> None:
     # A process-wide hook costs each module call 2 us, so it is there only while some optimizer waits for a forward.
-    global _hook
     waiting = any(binding.waits for binding in _bindings)
-    if waiting and _hook is None:
-        _hook = register_module_forward_pre_hook(_before_forward)
-    elif not waiting and _hook is not None:
-        _hook.remove()
-        _hook = None
+    if waiting and not _hook.is_on:
+        _hook.put_on()
+    elif not waiting and _hook.is_on:
+        _hook.take_off()
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
@@ -221,6 +221,9 @@ def _before_forward(module: nn.Module, args: Any) -> None:
                 _begin_amp(amp, module, verdict)
         if binding.batch is not None and binding.recording and binding.local.root() is module:
             binding.batch(args)
+
+
+_hook = GlobalHook(register_module_forward_pre_hook, _before_forward)
 
 
 def _begin_amp(amp: HalfForward, module: nn.Module, verdict: Verdict) -> None:

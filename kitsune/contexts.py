@@ -1,6 +1,5 @@
 """The contexts that are open in a thread: when its ops are taken, and when they are left to eager in between."""
 
-import contextlib
 import os
 import threading
 import weakref
@@ -13,8 +12,9 @@ from torch.utils._foreach_utils import _foreach_supported_types
 from kitsune.config import config
 from kitsune.dispatch import foreign_modes
 from kitsune.garbage import Threshold
+from kitsune.global_hooks import GlobalHook
 from kitsune.ir import Barrier
-from kitsune.lazy import LazyTensor, close_doors, open_doors, renew_lock, settle_grads, settle_state
+from kitsune.lazy import LazyTensor, close_doors, keep, open_doors, renew_lock, settle_grads, settle_state
 from kitsune.pipeline import Pipeline
 
 # torch's optimizers and clip_grad_norm_ take their multi-tensor path only for types on this list.
@@ -34,7 +34,6 @@ here = Here()
 everyone: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
 _lock = threading.Lock()
 _n_open = 0
-_step_hook: Any = None
 threshold = Threshold()
 # What the stance asks of every pipeline: to take nothing, and what becomes of ops that are not known ("record" them, leave
 # them to "eager", "fail").
@@ -44,7 +43,7 @@ _on_new = "record"
 
 def open_context(pipeline: Pipeline) -> None:
     """A context is entered in this thread."""
-    global _n_open, _step_hook
+    global _n_open
     depth = here.depth.get(pipeline, 0)
     here.depth[pipeline] = depth + 1
     if depth:
@@ -54,10 +53,12 @@ def open_context(pipeline: Pipeline) -> None:
         if other is not pipeline:
             other.recorder.flush(Barrier.NESTED)
             other.stop_following()
+            # Nor does its lane see what becomes of gradients from here on.
+            keep([leaf.grad for leaf in other.recorder.living_leaves()])
     with _lock:
         _n_open += 1
         if _n_open == 1:
-            _step_hook = register_optimizer_step_post_hook(_end_step)
+            _step_hook.put_on()
         first = _n_open == 1
     if first:
         # Not under the lock: a collection may run anybody's finalizers.
@@ -91,7 +92,7 @@ def _closed(pipeline: Pipeline) -> None:
     with _lock:
         _n_open -= 1
         if not _n_open:
-            _step_hook.remove()
+            _step_hook.take_off()
             threshold.end()
 
 
@@ -114,14 +115,19 @@ def _turn_on(pipeline: Pipeline) -> None:
 def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
     """Leave this thread as plain PyTorch has it, with no mode and no door; nothing may be pending."""
     # Each is done whatever becomes of the others: an interrupt may come at any line.
-    with contextlib.ExitStack() as then:
-        then.callback(lambda: settle_grads(pipeline.recorder.take_leaves()))
-        then.callback(close_doors, pipeline.recorder, for_good)
-        then.callback(_restore_views)
-        pipeline.on = False
-        if not pipeline.leave(for_good):
-            pipeline.left_behind = True
-            pipeline.recorder.pause()
+    try:
+        try:
+            try:
+                pipeline.on = False
+                if not pipeline.leave(for_good):
+                    pipeline.left_behind = True
+                    pipeline.recorder.pause()
+            finally:
+                _restore_views()
+        finally:
+            close_doors(pipeline.recorder, for_good)
+    finally:
+        settle_grads(pipeline.recorder.take_leaves())
 
 
 def _restore_views() -> None:
@@ -153,6 +159,9 @@ def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # With contexts in each other, an inner one that is left to eager would only be recorded by the outer one.
     if len(pipelines) == 1 and _may_turn(pipelines[0]):
         _look_at_gate(pipelines[0], optimizer)
+
+
+_step_hook = GlobalHook(register_optimizer_step_post_hook, _end_step)
 
 
 def _look_at_gate(pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:
@@ -223,7 +232,7 @@ def _in_forked_child() -> None:
     for pipeline in list(everyone):
         pipeline.recorder.pause()
     # A context that the child enters itself gets a pipeline of its own.
-    here.pipelines.clear()
+    here.pipelines = {}
 
 
 os.register_at_fork(before=_before_fork, after_in_child=_in_forked_child)

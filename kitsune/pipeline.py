@@ -6,12 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
 
 from kitsune.backends import nearest_arch
-from kitsune.background import n_awaited, thread, wait
+from kitsune.background import n_awaited, n_open, thread, wait
 from kitsune.checking import checked_run
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
@@ -20,16 +21,25 @@ from kitsune.fusion import ANYTHING, Rules
 from kitsune.garbage import MANY_NODES, look_at_new
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
-from kitsune.lazy import CallLane, LazyTensor, Recorder, close_graph_doors, in_a_step, memory_changed, open_graph_doors
+from kitsune.lazy import (
+    CallLane,
+    LazyTensor,
+    Recorder,
+    close_graph_doors,
+    in_a_step,
+    memory_changed,
+    open_graph_doors,
+    where_in_step,
+)
 from kitsune.planning import planner_for
 from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
-from kitsune.runtime import Answers
+from kitsune.runtime import Answers, asked_bytes, give_back, has_room, would_rise
 from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
-tally.n_compiling = n_awaited
-thread.in_a_step = in_a_step
+tally.n_compiling, tally.n_preparing = n_awaited, n_open
+thread.in_a_step, thread.where = in_a_step, where_in_step
 # What `last_plan` is asked for: the graph, and the cause of its end.
 latest: dict[str, Any] = {}
 # Hear of each region as it closes; `session.trace_regions` adds itself here.
@@ -93,7 +103,8 @@ class Pipeline:
         # Counts the times that everything known was dropped.
         self.n_forgotten = 0
         self.device = device
-        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, self.has_room, self.allocated, tally)
+        memory = partial(has_room, device), partial(asked_bytes, device), self.make_way, partial(give_back, device)
+        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, *memory, tally)
 
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
@@ -189,19 +200,16 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def allocated(self) -> int:
-        """Bytes that were ever asked of the device's allocator."""
-        if self.device.type != "cuda":
-            return 0
-        asked: int = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["allocated"]
-        return asked
-
-    def has_room(self) -> bool:
-        """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""
-        if self.device.type != "cuda":
-            return True
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free >= torch.cuda.max_memory_allocated(self.device)
+    def make_way(self) -> None:
+        """Let eager steps have the memory of graphs, where both together would need more than there ever was."""
+        steady, pool = self.runner.steady, self.runner.pool
+        if would_rise(self.device, 0 if pool is None else pool.statistics.held_bytes):
+            self.replays.forget()
+            if pool is not None:
+                pool.give_way()
+            if steady is not None:
+                steady.forget()
+            give_back(self.device)
 
 
 def close(graph: Graph, cause: Barrier, site: Site | None, options: EngineOptions) -> None:
@@ -244,6 +252,8 @@ def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
     for runner in list(runners):
         runner.ask_all()
     there = wait(timeout)
+    for runner in list(runners):
+        runner.spread_nothing()
     if not tuned or not there:
         return there
     with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
@@ -258,25 +268,6 @@ def _arch_here() -> str:
         return "sm_90"
     major, minor = torch.cuda.get_device_capability()
     return nearest_arch(major, minor)
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to record for: by default the current CUDA device or, without one, the CPU."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type == "cpu":
-        return torch.device("cpu")
-    if resolved.type != "cuda":
-        raise ValueError(f"Kitsune records for device 'cpu' or 'cuda', not {str(device)!r}.")
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            f"device={str(device)!r} was asked for, but torch finds no CUDA device. Use device='cpu' or leave it out."
-        )
-    index = torch.cuda.current_device() if resolved.index is None else resolved.index
-    if index >= torch.cuda.device_count():
-        raise RuntimeError(f"device={str(device)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")
-    return torch.device("cuda", index)
 
 
 def _half_of_memory(device: torch.device) -> int:

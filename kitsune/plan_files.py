@@ -1,44 +1,60 @@
 """Plans on disk: BERT's takes 1.3 s of Python on an H200's host to make, of which a program that starts again waits for most."""
 
 import hashlib
+import os
 import platform
+import re
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
 from kitsune.backends import cache_folder
+from kitsune.codegen import write
 from kitsune.codegen.cache import versions
 from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.fusion import ANYTHING
-from kitsune.ir import Graph, Plan, dump_plan, graph_digest, load_plan
+from kitsune.ir import Graph, Launch, LoadedPlan, Plan, Program, dump_plan, graph_digest, load_plan, reads_slots
 from kitsune.planning import Planner, no_tile
 from kitsune.scheduler import Costs
 
 # Fewer operators are planned in less than 0.05 s.
 WORTH = 100
-FOLDER = "plans"
-# Files that are kept, of up to 1 MB; the ones read longest ago go first.
+FOLDER, NAME = "plans", re.compile("[0-9a-f]{32}[.]plan")
+# Files that are kept of each kind, of up to 1 MB; the ones read longest ago go first.
 MAX_FILES = 128
+# Plans that are read before it is known whether they are needed: ResNet-50's takes 0.15 s with all that starts it (CPU host).
+MAX_AHEAD = 4
 
 
-def planned(graph: Graph, planner: Planner) -> Plan:
+def at_once(call: Callable[[], None]) -> None:
+    """Call it now."""
+    call()
+
+
+def planned(graph: Graph, planner: Planner, soon: Callable[[Callable[[], None]], None] = at_once) -> Plan:
     """The planner's plan of a graph: from disk if the same version of everything has made it for an equal graph before.
 
-    Tiles are not part of what is kept: they are those that are known when it is read.
+    Tiles are not part of what is kept: they are those that are known when it is read. What writes the file is given to `soon`.
     """
-    path = _path(graph, planner)
-    found = None if path is None else _read(path, graph)
+    found = kept_plan(graph, planner)
     if found is not None:
-        return found.with_tiles(planner.tiles)
+        return found
+    path = plan_path(graph, planner)
     if path is None:
         return planner.plan(graph)
-    plan = replace(planner, tiles=no_tile).plan(graph)
-    # A plan that cannot be kept, for want of room or because nobody can spell it, is as good as any.
-    with suppress(Exception):
-        _write(path, dump_plan(plan, graph))
+    plan = _with_texts(replace(planner, tiles=no_tile).plan(graph), planner.slots_in_kernels)
+
+    def keep() -> None:
+        # A plan that cannot be kept, for want of room or because nobody can spell it, is as good as any.
+        with suppress(Exception):
+            _write(path, dump_plan(plan, graph))
+
+    soon(keep)
     return plan.with_tiles(planner.tiles)
 
 
@@ -49,18 +65,19 @@ def may_be_kept(graph: Graph) -> bool:
 
 def kept_plan(graph: Graph, planner: Planner) -> Plan | None:
     """The same, if it need not be made."""
-    path = _path(graph, planner) if may_be_kept(graph) else None
-    found = None if path is None else _read(path, graph)
-    return None if found is None else found.with_tiles(planner.tiles)
+    path = plan_path(graph, planner)
+    found = None if path is None else read_plan(path)
+    return None if found is None else found.of(graph).with_tiles(planner.tiles)
 
 
-def _path(graph: Graph, planner: Planner) -> Path | None:
-    """None for a plan that is not kept: it is made quickly, is to be checked, or depends on measurements of this process."""
+def plan_path(graph: Graph, planner: Planner) -> Path | None:
+    """The file of a plan; None for one that is not kept: it is made quickly, is to be checked, or depends on measurements of this
+    process."""
     plain = type(planner) is Planner and type(planner.costs) is Costs and planner.rules == ANYTHING
     if len(graph.ops) < WORTH or planner.verify or not plain:
         return None
     try:
-        digest = graph_digest(graph)
+        digest = _digest(graph)
     except TypeError:
         return None
     said = {field.name: getattr(planner, field.name) for field in fields(planner) if field.name != "tiles"}
@@ -69,22 +86,80 @@ def _path(graph: Graph, planner: Planner) -> Path | None:
     return cache_folder() / FOLDER / f"{hashlib.sha256(digest + made_by.encode()).hexdigest()[:32]}.plan"
 
 
-def _read(path: Path, graph: Graph) -> Plan | None:
+# A region is looked up, planned and kept: BERT's takes 0.02 s to tell from others (CPU host).
+_digest = lru_cache(8)(graph_digest)
+
+
+def read_plan(path: Path) -> LoadedPlan | None:
+    """What a file holds; None if there is none, or it is damaged."""
     content = read_sealed(path)
     if content is None:
         return None
     try:
-        plan = load_plan(content, graph)
+        plan = load_plan(content)
         path.touch()
+    except OSError:  # of a folder that can only be read
+        return plan
     except Exception:  # whatever a file of other content makes of itself: the plan is made anew, and the file written over
         return None
     return plan
 
 
+def _with_texts(plan: Plan, slots_in_kernels: bool) -> Plan:
+    """The plan with the sources of its kernels, which it takes as long to tell from others as to write."""
+    texts: dict[str, str] = {}
+    programs: dict[int, Program] = {}
+
+    def with_text(launch: Launch) -> Launch:
+        if not launch.kernels or not all(kernel.n_elements for kernel in launch.kernels):
+            return launch
+        try:
+            written = write(launch.kernels, slots_in_kernels and any(map(reads_slots, launch.ops)))
+        except Exception:  # said where it is to be started
+            return launch
+        program = written.program
+        if id(program) not in programs:
+            # Programs of one text share it in the file. They may differ in parameters that are equal to Python, 0.0 and -0.0.
+            programs[id(program)] = replace(program, text=texts.setdefault(program.text, program.text))
+        return replace(launch, written=replace(written, program=programs[id(program)]))
+
+    return replace(plan, launches=tuple(map(with_text, plan.launches)))
+
+
+def program_name(device: torch.device) -> str:
+    """Tells programs apart, which are likely to do again what they did when they last ran: by their file and arguments."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+    return hashlib.sha256(repr((os.path.abspath(main), sys.argv[1:], str(device))).encode()).hexdigest()[:32]
+
+
+# By folder and program, the plans that this process has used.
+_used: dict[tuple[Path, str], list[str]] = {}
+
+
+def last_plans(program: str) -> list[Path]:
+    """The files of the plans that a program used when it last ran. It is a guess: what they hold is for the graph that is in
+    their names."""
+    content = read_sealed(cache_folder() / FOLDER / f"{program}.last")
+    names = [] if content is None else content.decode(errors="replace").split()
+    return [cache_folder() / FOLDER / name for name in names[:MAX_AHEAD] if NAME.fullmatch(name)]
+
+
+def remember_plan(program: str, path: Path) -> None:
+    """The program has used a plan."""
+    used = _used.setdefault((path.parent, program), [])
+    if path.name in used or len(used) >= MAX_AHEAD:
+        return
+    used.append(path.name)
+    if path not in last_plans(program):
+        # Next time it will be slower where this cannot be written.
+        with suppress(OSError):
+            _write(path.parent / f"{program}.last", " ".join(used).encode())
+
+
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(path, content)
-    kept = sorted(path.parent.glob("*.plan"), key=_age, reverse=True)
+    kept = sorted(path.parent.glob(f"*{path.suffix}"), key=_age, reverse=True)
     for old in kept[: max(len(kept) - MAX_FILES, 0)]:
         old.unlink(missing_ok=True)
 

@@ -104,6 +104,7 @@ class Planner:
         launches = assign_streams(in_turn, planned, self.costs.load, self.n_streams, peak_bytes(lives, len(in_turn)))
         before = happens_before(launches)
         offsets, arena = assign_offsets(lives, before)
+        living = dead_code(graph).ops
         plan = Plan(
             graph=planned,
             launches=launches,
@@ -112,7 +113,10 @@ class Planner:
             drops=_drops(planned, lives, offsets, len(launches)),
             refusals=tuple(parts.refusals),
             n_recorded=len(graph.ops),
-            n_unplanned=sum(op.kind is not Kind.VIEW for op in dead_code(graph).ops),
+            n_unplanned=sum(op.kind is not Kind.VIEW for op in living),
+            n_dead=len(graph.ops) - len(living),
+            awaited=graph.awaited,
+            outside=peak_bytes([life for life in lives if life.storage not in offsets], len(launches)),
         )
         if self.verify:
             verify_plan(plan)

@@ -8,7 +8,7 @@ from typing import Any
 
 from kitsune.background import later
 from kitsune.config import KitsuneWarning
-from kitsune.ir import Graph, Plan
+from kitsune.ir import Graph, Op, Plan
 from kitsune.profiler import PlanTally, Tally, plan_tally
 from kitsune.runtime import PlanExecutor, Prepared, Schedule, Steady, current_stream, prepare, views_of_inputs
 from kitsune.scheduler import awaited_first, dead_code, run_passes
@@ -41,13 +41,18 @@ class Ready:
     n_runs: int = 0
     # Of one that is run by plan: its kernels, once other tiles are tried for them.
     subject: Subject | None = None
-    # What is to come as far as it is known: its kernels are still being compiled.
-    planned: Graph | None = None
-    # What takes its place, if its plan lies on disk, which is looked up before it is known whether the region comes back.
+    # Of what is to come: operators that make plans of their own, and are to be run once before. A step that made all would take
+    # 0.4 s (ResNet-50, H200).
+    to_try: list[Op] = field(default_factory=list)
+    # What takes its place, if its plan lies on disk, which is looked up before it is known whether the region comes back; its
+    # kernels may have to be waited for.
     kept: "Future[Ready | None] | None" = None
+    found: "Ready | None" = None
 
     def arrived(self) -> "Future[Ready] | None":
         """What takes its place from now on, if anything does."""
+        if self.to_try:
+            return None
         if self.kept is not None and self.kept.done():
             kept, self.kept = self.kept, None
             # A failure would be met again, and told, where the plan is made.
@@ -63,13 +68,12 @@ def unfused(graph: Graph, check: bool) -> Ready:
     return Ready(prepare(alive), None, len(alive.ops), n_dead, alive, views_of_inputs(alive), awaited=graph.awaited)
 
 
-def by_plan(plan: Plan, graph: Graph, executor: PlanExecutor | None) -> Ready:
+def by_plan(plan: Plan, executor: PlanExecutor | None) -> Ready:
     """A region that is run by a plan."""
     assert executor is not None, "plans are made where something runs them"
     n_ops = sum(len(launch.ops) for launch in plan.launches)
-    n_dead = len(graph.ops) - len(dead_code(graph).ops)
     views = views_of_inputs(plan.graph)
-    return Ready(executor.prepare(plan), plan_tally(plan), n_ops, n_dead, plan.graph, views, awaited=graph.awaited)
+    return Ready(executor.prepare(plan), plan_tally(plan), n_ops, plan.n_dead, plan.graph, views, awaited=plan.awaited)
 
 
 def try_tiles(ready: Ready, tuner: Tuner, executor: PlanExecutor, warm: Warm, until: float | None) -> None:

@@ -12,11 +12,12 @@ from kitsune.backends import Backend, backend_of, pool_budget, reader_of, record
 from kitsune.background import later
 from kitsune.benefits import gains_enough
 from kitsune.codegen import WorkerFailed
+from kitsune.coming import Coming
 from kitsune.config import config
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
-from kitsune.plan_files import kept_plan, may_be_kept
+from kitsune.plan_files import program_name
 from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import Tally
 from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, tell, try_tiles, unfused
@@ -25,7 +26,6 @@ from kitsune.runtime import (
     Arenas,
     Captured,
     PlanExecutor,
-    Prepared,
     Schedule,
     SlotTable,
     Steady,
@@ -33,13 +33,12 @@ from kitsune.runtime import (
     ThreadPlans,
     Work,
     adopt_views,
-    current_stream,
+    give_back,
     numeric_settings,
     plan_work,
     replay,
     schedule_work,
 )
-from kitsune.runtime.instructions import Start
 from kitsune.shown import SHOWN_ARCH, show_plan, shows
 from kitsune.tuning import Tuner
 
@@ -48,8 +47,6 @@ MAX_READY = 1024
 # Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
 # may be another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
 PLAN_AFTER = 2
-# Regions that are looked up on disk in vain, 0.03 s each for one like BERT's.
-MAX_MISSED = 8
 
 
 class Runner:
@@ -64,7 +61,8 @@ class Runner:
         self.pool: MemoryPool | None = None
         self.steady: SteadyState | None = None
         self.tuner: Tuner | None = None
-        self._n_missed, self.thread_plans = 0, ThreadPlans()
+        self.coming: Coming | None = None
+        self.thread_plans = ThreadPlans()
         runners.add(self)
         self.backend = backend = backend_of(device)
         recorder = recorder_of(device)
@@ -75,11 +73,15 @@ class Runner:
             self.steady = SteadyState(device, recorder, limits, lambda: reader_of(backend), *told)
         if isinstance(backend, Backend):
             self.arch = backend.arch
-            self.pool = MemoryPool(options.pool_bytes or self._budget)
+            self.pool = MemoryPool(options.pool_bytes or self._budget, give_back)
             self.executor = PlanExecutor(backend.prepare_launch, self.pool, self.sentences.append)
             self.arenas = Arenas(self.executor.pool)
             if backend.choices is not None:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
+            if backend.warm is not None:
+                self.coming = Coming(self.executor, backend, program_name(device), self.thread_plans.needed)
+                if self._in_background() and options.fuses:
+                    self.coming.read_ahead(self.planner)
         elif device.type == "cuda":
             self.sentences.append(backend)
 
@@ -108,8 +110,8 @@ class Runner:
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
             self._ask(graph, ready)
-        if ready.planned is not None and self.thread_plans.go_on(ready.planned):
-            ready.planned = None
+        if ready.to_try:
+            self.thread_plans.go_on(ready.to_try)
         tell(self.sentences, self.tally)
         return None if captured is None else captured.answers(values)
 
@@ -131,7 +133,8 @@ class Runner:
         ready = self.ready[key] = self._prepare(graph)
         if self.steady is not None and self.options.captures:
             ready.steady = self._steady_of(ready, self.steady)
-        self._look_up(graph, ready)
+        if ready.waits and self.options.fuses and self.coming is not None:
+            self.coming.look_up(graph, ready, self.planner())
         return ready
 
     def ask_all(self) -> None:
@@ -139,6 +142,11 @@ class Runner:
         for (graph, *knobs, _), ready in list(self.ready.items()):
             if tuple(knobs) == self.options.knobs:
                 self._ask(graph, ready)
+
+    def spread_nothing(self) -> None:
+        """What is there now is run next time, whatever of it has to be made in that run."""
+        for ready in list(self.ready.values()):
+            ready.to_try = []
 
     def tune_all(self, until: float) -> None:
         """Try the tiles of every region that is replayed now, and not beside its replays, until the clock says so."""
@@ -152,6 +160,8 @@ class Runner:
             self.steady.forget()
         if self.executor is not None:
             self.executor.pool.free_all()
+        if self.coming is not None:
+            self.coming.ahead.clear()
 
     def _prepare(self, graph: Graph) -> Ready:
         if self._in_background():
@@ -162,7 +172,7 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._worthwhile(graph, by_plan(show_plan(graph, self.planner()), graph, self.executor))
+                    return self._worthwhile(graph, by_plan(show_plan(graph, self.planner()), self.executor))
                 if shows().wanted:
                     show_plan(graph, self.planner(SHOWN_ARCH))
             except Exception as error:
@@ -185,53 +195,27 @@ class Runner:
         assert self.executor is not None
         if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
             return made
-        return by_plan(show_plan(graph, planner), graph, self.executor)
+        return by_plan(show_plan(graph, planner), self.executor)
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
-        executor, backend, fuse = self.executor, self.backend, self.options.fuses
         if not now.waits or now.coming is not None:
             return
-        assert executor is not None and isinstance(backend, Backend)
+        coming, fuse = self.coming, self.options.fuses
+        assert coming is not None
         planner = self.planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
-                if backend.expect is not None and kept_plan(graph, planner) is None:
-                    backend.expect()
-                made = by_plan(show_plan(graph, planner), graph, executor)
-                prepared = made.work
+                made = coming.planned(graph, now, planner)
             else:
-                prepared = executor.prepare(planner.plan(now.graph))
+                prepared = coming.executor.prepare(planner.plan(now.graph))
                 made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, in_graph=prepared)
-            assert isinstance(prepared, Prepared)
-            made.compiling, now.planned = self._warm(prepared), prepared.plan.graph
+                made.compiling = coming.warm(prepared)
+            now.to_try = coming.to_try(made.graph)
             return made, made.compiling
 
         now.coming = later(make)
-
-    def _look_up(self, graph: Graph, now: Ready) -> None:
-        """A plan that lies on disk is had before the region comes back: nothing is lost if it does not."""
-        if not now.waits or not self.options.fuses or self._n_missed >= MAX_MISSED or shows().wanted or not may_be_kept(graph):
-            return
-        planner = self.planner()
-
-        def make() -> tuple[Ready | None, list[Future[Any]]]:
-            plan = kept_plan(graph, planner)
-            if plan is None:
-                self._n_missed += 1
-                return None, []
-            made = by_plan(plan, graph, self.executor)
-            assert isinstance(made.work, Prepared)
-            made.compiling, now.planned = self._warm(made.work), made.graph
-            return made, made.compiling
-
-        now.kept = later(make)
-
-    def _warm(self, prepared: Prepared) -> list[Future[Any]]:
-        assert isinstance(self.backend, Backend) and self.backend.warm is not None
-        starts = [i for i in prepared.instructions if isinstance(i, Start) and i.prepared is not None]
-        return [future for start in starts for future in self.backend.warm(start.launch, start.prepared)]
 
     def _arrived(self, graph: Graph, ready: Ready, coming: Future[Ready]) -> Ready:
         """A region's plan and kernels are there, or will not be."""
@@ -258,8 +242,9 @@ class Runner:
 
     def _tune(self, ready: Ready, until: float | None = None) -> None:
         """After a replay: go on with trying other tiles, or try them all by `until`, and have those made that are better."""
-        if self.tuner is not None and self.executor is not None and config.tuning == "on" and self._in_background():
-            try_tiles(ready, self.tuner, self.executor, self._warm, until)
+        if self.tuner is None or self.coming is None or config.tuning != "on" or not self._in_background():
+            return
+        try_tiles(ready, self.tuner, self.coming.executor, self.coming.warm, until)
 
     def _replayed(self, ready: Ready, values: list[Any], scalars: list[float]) -> Captured | None:
         """The CUDA graph as which the region was run, if it was."""
@@ -286,8 +271,7 @@ class Runner:
             prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
-        stream = current_stream(prepared.device)
-        return plan_work(self.executor, prepared, in_graph, table, self.arenas, stream, moved, ready.awaited)
+        return plan_work(self.executor, prepared, in_graph, table, self.arenas, moved, ready.awaited)
 
     def _relieve(self, hard: bool) -> None:
         if self.executor is not None:

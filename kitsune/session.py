@@ -15,7 +15,7 @@ from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
 from kitsune.numerics import numerics_now
-from kitsune.pipeline import Pipeline, last_plan, listeners, resolve_device, tally, wait_for_kernels
+from kitsune.pipeline import Pipeline, last_plan, listeners, tally, wait_for_kernels
 from kitsune.profiler import Report, report
 from kitsune.static import StaticFunction
 
@@ -100,13 +100,19 @@ class Accelerate:
         if modes := foreign_modes():
             tally.passed_through[(Barrier.FOREIGN_MODE, type(modes[-1]).__name__)] += 1
             return None
+        # To look it up by all options takes 5 us, which a context around each step need not.
+        latest, stamp = getattr(self._entered, "latest", None), (device, config.n_changes)
+        if latest is not None and latest[0] is _thread.pipelines and latest[1] == stamp:
+            pipeline: Pipeline = latest[2]
+            return pipeline
         warmup = config.warmup if self._warmup is None else self._warmup
         key = (device, warmup, config.max_pending_ops, config.max_pending_bytes, self._options)
-        pipeline = _thread.pipelines.get(key)
-        if pipeline is None:
-            pipeline = _thread.pipelines[key] = Pipeline(device, warmup, self._options)
-            everyone.add(pipeline)
-        return pipeline
+        found = _thread.pipelines.get(key)
+        if found is None:
+            found = _thread.pipelines[key] = Pipeline(device, warmup, self._options)
+            everyone.add(found)
+        self._entered.latest = _thread.pipelines, stamp, found
+        return found
 
 
 @overload
@@ -270,3 +276,25 @@ def _check_callable(fn: Any) -> None:
             f"{fn.__name__} is a generator or a coroutine: its body runs after the call has returned, outside of the context. "
             "Put `with kitsune.accelerate():` inside its body."
         )
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to record for: by default the current CUDA device or, without one, the CPU."""
+    if device is None and torch.cuda.is_initialized():
+        # To ask all that is asked below takes 10 us.
+        return torch.device("cuda", torch.cuda.current_device())
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise ValueError(f"Kitsune records for device 'cpu' or 'cuda', not {str(device)!r}.")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"device={str(device)!r} was asked for, but torch finds no CUDA device. Use device='cpu' or leave it out."
+        )
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    if index >= torch.cuda.device_count():
+        raise RuntimeError(f"device={str(device)!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")
+    return torch.device("cuda", index)

@@ -2,12 +2,13 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kitsune.backends import program_of
 from kitsune.config import config
 from kitsune.ir import Graph, Plan
-from kitsune.plan_files import planned
+from kitsune.plan_files import at_once, planned
 from kitsune.planning import Planner
 from kitsune.profiler import Show
 
@@ -22,11 +23,11 @@ def shows() -> Show:
     return Show(config.debug, Path(config.dump) if config.dump else None)
 
 
-def show_plan(graph: Graph, planner: Planner) -> Plan:
-    """The plan of a graph, printed and dumped."""
+def show_plan(graph: Graph, planner: Planner, soon: Callable[[Callable[[], None]], None] = at_once) -> Plan:
+    """The plan of a graph, printed and dumped; `soon` is given what can be done later."""
     show = shows()
     if not show.wanted:
-        return planned(graph, planner)
+        return planned(graph, planner, soon)
     show = show.region(graph, next(_numbers))
     start = time.perf_counter()
     plan = planner.plan(graph, show.passed)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 import kitsune
 from kitsune import KitsuneOptimizer
@@ -308,6 +309,18 @@ def test_module_hook_is_gone_while_recording():
         model(X).sum().backward()
         assert _before_forward not in torch_module._global_forward_pre_hooks.values()
         opt.step()
+
+
+def test_hooks_come_and_go_without_a_new_handle():
+    """Of a new one, the next backward would ask whether it is at a leaf's node."""
+    model = nn.Linear(4, 2)
+    opt = sgd(model)
+    handles = set()
+    for _ in range(4):
+        model(X).sum().backward()
+        opt.step()
+        handles.add(RemovableHandle.next_id)
+    assert len(handles) == 1
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -23,7 +23,12 @@ class Program:
         self.eager, self.kitsune, self.room = eager, kitsune, room
         self.now, self.n_ops, self.n_new, self.n_made, self.asked, self.n_steps = 0.0, 0, 0, 0, 0, 0
         self.tally, self.optimizer = Tally(), Optimizer()
-        self.gate = Gate(kernels, self.progress, lambda: self.now, lambda: self.room, lambda: self.asked, self.tally)
+        # The steps so far, each time that eager is to have memory, and that it is given back.
+        self.made_way: list[int] = []
+        self.relieved: list[int] = []
+        memory = lambda: self.made_way.append(self.n_steps), lambda: self.relieved.append(self.n_steps)
+        asked = (lambda: self.room), (lambda: self.asked)
+        self.gate = Gate(kernels, self.progress, lambda: self.now, *asked, *memory, self.tally)
 
     def progress(self) -> Progress:
         return Progress(self.n_ops, self.n_new, self.n_made)
@@ -74,9 +79,25 @@ def test_a_program_that_is_faster_recorded_stays_recorded_and_is_told_with_its_f
     assert program.tally.gate_left == 0
 
 
+def test_what_eager_steps_needed_goes_back_once_they_are_measured_and_not_wanted() -> None:
+    program = Program(eager=1.0, kitsune=0.5)
+    decided_after = program.until_decided()
+    assert program.relieved == [decided_after]
+    # Three times five steps of eager, each of which is followed by as many of ours.
+    assert program.made_way == [decided_after - n * (BLOCK + 1) for n in (6, 4, 2)]
+    looked_at = program.tally.gate_revisited
+    while program.tally.gate_revisited == looked_at:
+        program.step()
+    assert len(program.relieved) == 1
+    program.steps(100)
+    assert len(program.relieved) == 2
+
+
 def test_a_program_that_is_slower_recorded_is_left_to_eager() -> None:
     program = Program(eager=1.0, kitsune=1.32)
     program.until_decided()
+    # Eager's steps go on, in that memory.
+    assert program.relieved == []
     assert program.gate.left == f"It took 1.32 times as long as eager's over {BLOCKS * BLOCK} steps"
     assert not any(program.steps(100))
 
@@ -133,6 +154,25 @@ def test_one_disturbed_block_decides_nothing() -> None:
     program.now += 1000.0
     program.until_decided()
     assert program.gate.left is None
+
+
+class AfterSwitches(Program):
+    """Its first two eager steps after each switch take three times as long."""
+
+    n_eager = 0
+
+    def step(self, new: bool = False, optimizer: object = None) -> bool:
+        self.n_eager = 0 if self.gate.records else self.n_eager + 1
+        self.now += 2 * self.eager * (0 < self.n_eager <= 2)
+        return super().step(new, optimizer)
+
+
+@pytest.mark.parametrize(("eager", "left", "n"), [(0.05, False, 12), (0.002, True, 51)])
+def test_short_steps_are_measured_over_more_of_them(eager: float, left: bool, n: int) -> None:
+    program = AfterSwitches(eager, 1.2 * eager)
+    program.until_decided()
+    assert (program.gate.left is not None) == left
+    assert f"over {n} steps" in decided(program)[0]
 
 
 def test_steps_that_are_always_new_are_left_to_eager_and_not_recorded_again() -> None:
@@ -254,7 +294,7 @@ def test_an_interrupt_while_it_reads_the_clock_does_not_break_the_steps_that_fol
 def test_nothing_is_measured_while_the_background_prepares_steps(what: str) -> None:
     program = Program(eager=1.0, kitsune=1.5)
     if what == "kernels":
-        program.tally.n_compiling = lambda: 3 * (program.n_steps < 100)
+        program.tally.n_preparing = lambda: 3 * (program.n_steps < 100)
     else:
         program.tally.n_untried = 5
     # What is being made takes time from both.
@@ -267,7 +307,7 @@ def test_nothing_is_measured_while_the_background_prepares_steps(what: str) -> N
 
 def test_it_does_not_wait_for_ever_for_the_background() -> None:
     program = Program(eager=1.0, kitsune=0.5)
-    program.tally.n_compiling = lambda: 1
+    program.tally.n_preparing = lambda: 1
     assert all(program.steps(module.WAITS_FOR_KERNELS))
     program.until_decided()
     assert program.gate.left is None and program.n_steps < module.WAITS_FOR_KERNELS + 100
@@ -275,6 +315,6 @@ def test_it_does_not_wait_for_ever_for_the_background() -> None:
 
 def test_a_program_that_keeps_changing_is_left_before_its_kernels_are_there() -> None:
     program = Program()
-    program.tally.n_compiling = lambda: 1
+    program.tally.n_preparing = lambda: 1
     n = program.until_decided(lambda _: True)
     assert n < 40 and program.gate.left is not None

@@ -313,9 +313,9 @@ def test_a_measured_gate_takes_turns_and_looks_again(monkeypatch: pytest.MonkeyP
     with kitsune.accelerate():
         (pipeline,) = kitsune.contexts.here.depth
     now = [0.0]
-    monkeypatch.setattr(
-        pipeline, "gate", gate.Gate(True, pipeline.progress, lambda: now[0], lambda: True, lambda: 0, kitsune.pipeline.tally)
-    )
+    memory = (lambda: True), (lambda: 0), (lambda: None), (lambda: None)
+    made = gate.Gate(True, pipeline.progress, lambda: now[0], *memory, kitsune.pipeline.tally)
+    monkeypatch.setattr(pipeline, "gate", made)
     eager, ours = small(), small()
     torch.manual_seed(1)
     expected = [plain_step(*eager, n) for n in range(80)]

@@ -11,7 +11,7 @@ from kitsune.codegen.libdevice import toolkit_libdevice
 from kitsune.codegen.lower import why_not_lowered
 from kitsune.codegen.lowering import NotLowered, base_name
 from kitsune.codegen.pages import COPY_RESULT, COPY_TENSORS, PAGE_PROGRAMS, READ_PAGE
-from kitsune.codegen.render import parameters_of, render
+from kitsune.codegen.render import parameters_of, render, write
 from kitsune.codegen.tiles import candidates, is_looped, keeps_bits, keeps_rows, tile_of
 from kitsune.codegen.windows import is_window
 
@@ -49,4 +49,5 @@ __all__ = [
     "why_not_exact",
     "why_not_lowered",
     "why_not_tried",
+    "write",
 ]

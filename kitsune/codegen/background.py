@@ -94,7 +94,7 @@ class BackgroundCompiler:
                 self._later(settle)
 
         try:
-            if self.compiler.is_known(program, target, *variant):
+            if self.compiler.find(program, target, *variant):
                 self._later(settle)
             else:
                 job = self.compiler.job_of(program, target, *variant)

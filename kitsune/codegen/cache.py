@@ -31,18 +31,21 @@ class KernelFiles:
         self._private: Path | None = None
         self._lock = threading.Lock()
 
-    def path_of(self, name: str, text: str, flags: str = "") -> Path:
-        """The file with this source, written if it is not there. `flags` tells apart what is compiled differently."""
+    def named(self, name: str, text: str, flags: str = "") -> Path:
+        """Where the file with this source is, or would be. `flags` tells apart what is compiled differently."""
         digest = hashlib.sha256("\n".join((text, flags, versions(), settings())).encode()).hexdigest()[:20]
-        content = sealed(text)
-        directory = self.directory
+        return self.directory / f"{name[:80]}_{digest}.py"
+
+    def path_of(self, name: str, text: str, flags: str = "") -> Path:
+        """The same file, written if it is not there."""
+        path, content = self.named(name, text, flags), sealed(text)
         try:
-            return _ensure(directory / f"{name[:80]}_{digest}.py", content)
+            return _ensure(path, content)
         except OSError as error:
             with self._lock:
-                if self.directory == directory:  # else another thread has found out
+                if self.directory == path.parent:  # else another thread has found out
                     self._fall_back(error)
-            return _ensure(self.directory / f"{name[:80]}_{digest}.py", content)
+            return _ensure(self.directory / path.name, content)
 
     def _fall_back(self, error: OSError) -> None:
         if self._private is not None:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from kitsune.codegen.machine_code import (
 from kitsune.codegen.render import HEADER, parameters_of
 from kitsune.ir.plan import Kernel
 from kitsune.ir.program import Parameter, Program
+
+# Gives a source its file: by name, text and flags.
+PathOf = Callable[[str, str, str], Path]
 
 
 class Compiled:
@@ -92,7 +95,7 @@ class Compiler:
         self.files = KernelFiles(directory)
         self.interpret = interpret
         self.libdevice = libdevice or toolkit_libdevice()
-        self._library = file_stamp(self.libdevice) if self.libdevice else None
+        self._flags = f"{interpret} {file_stamp(self.libdevice) if self.libdevice else None}"
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
         self._lock = threading.Lock()
 
@@ -115,22 +118,33 @@ class Compiler:
 
     def path_of(self, program: Program) -> Path:
         """The file with the program's source."""
-        return self.files.path_of(program.name, self._text(program), f"{self.interpret} {self._library}")
+        return self.files.path_of(program.name, self._text(program), self._flags)
 
     def _text(self, program: Program) -> str:
         return interpreted_text(program.text) if self.interpret else program.text
 
     def job_of(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Job:
         """What is to be compiled; the program's file is written for it."""
+        return self._job(program, target, aligned, wide, self.files.path_of)
+
+    def _job(self, program: Program, target: torch.device | int, aligned: bool, wide: bool, path_of: PathOf) -> Job:
         if isinstance(target, torch.device):
             major, minor = torch.cuda.get_device_capability(target)
             target = major * 10 + minor
-        path, tile = str(self.path_of(program)), astuple(program.tile)
+        path = str(path_of(program.name, self._text(program), self._flags))
+        tile = astuple(program.tile)
         return Job(path, program.name, program.batched, aligned, wide, target, self.libdevice, tile)
 
-    def is_known(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> bool:
-        """Does its machine code lie on disk?"""
-        return read_binary(binary_path(self.job_of(program, target, aligned, wide))) is not None
+    def find(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> bool:
+        """Does its machine code lie on disk? It is read, and `compile` has it."""
+        key = (program.text, program.tile, target, aligned, wide)
+        with self._lock:
+            if key not in self._compiled:
+                job = self._job(program, target, aligned, wide, self.files.named)
+                if (binary := read_binary(binary_path(job))) is None:
+                    return False
+                self._compiled[key] = self._on_device(program, target, job, binary)
+        return True
 
     def _compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
         if self.interpret:
@@ -140,7 +154,10 @@ class Compiler:
             types = list(types_of(module, wide).values())
             return Interpreted(path, program.tile.rows, getattr(module, program.name), types, values)
         job = self.job_of(program, target, aligned, wide)
-        binary = read_binary(binary_path(job)) or compile_binary(job)
+        return self._on_device(program, target, job, read_binary(binary_path(job)) or compile_binary(job))
+
+    @staticmethod
+    def _on_device(program: Program, target: torch.device | int, job: Job, binary: Binary) -> OnDevice:
         device = (target.index or 0) if isinstance(target, torch.device) else None
         return OnDevice(Path(job.path), program.tile.rows, binary, device)
 

@@ -1,6 +1,7 @@
 """When two kernels have the same text, told without writing it; and when they may share a launch."""
 
 from collections.abc import Hashable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import kitsune.codegen.rules  # noqa: F401 -- fills the table
@@ -19,6 +20,8 @@ UNSEEN = frozenset("dim keepdim normalized_shape output_mask half_to_float dtype
 MAX_COLUMNS = 64
 
 
+# Asked for when kernels are put together, written and passed their parameters: ResNet-50's 700 three times.
+@lru_cache(2048)
 def text_key(kernel: Kernel) -> tuple[Any, ...]:
     """Equal for two kernels exactly if `render` gives them the same text but for the name, moving numbers in memory or not."""
     if is_window(kernel):

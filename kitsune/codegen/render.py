@@ -15,7 +15,7 @@ from kitsune.codegen.turns import Turns
 from kitsune.codegen.walks import LINEAR, ONE, Walk, accesses, coordinates, counted, walk
 from kitsune.codegen.windows import Windows, is_window
 from kitsune.ir.plan import Access, Kernel
-from kitsune.ir.program import Parameter, Program, Size, Stride
+from kitsune.ir.program import Parameter, Program, Size, Stride, Written
 
 HEADER = """import triton
 import triton.language as tl
@@ -53,6 +53,12 @@ def render(kernel: Kernel, batched: bool = False, slots_in_memory: bool = False)
         raise ValueError(f"{kernel.name} cannot be batched: {reason}.")
     key = (call_key(kernel), kernel.name, batched, slots_in_memory)
     return _programs.get(key) or _programs.keep(key, _rendered(kernel, batched, slots_in_memory))
+
+
+def write(kernels: tuple[Kernel, ...], slots_in_memory: bool = False) -> Written:
+    """What to keep with a launch of these kernels, so that nothing has to be rendered for it again. Raises NotLowered."""
+    program = render(kernels[0], len(kernels) > 1, slots_in_memory)
+    return Written(program, tuple(parameters_of(kernel, slots_in_memory) for kernel in kernels[1:]), slots_in_memory)
 
 
 def _rendered(kernel: Kernel, batched: bool, slots_in_memory: bool) -> Program:

@@ -79,7 +79,7 @@ class Group:
             return f"the kernel would have more than {self.max_ops} operators"
         if Kind.WINDOW in (op.kind, *(member.op.kind for member in self.members[:1])):
             return self._add_window(number, op)
-        if any(v.storage in self.totals for v in op.inputs):
+        if self.totals and any(v.storage in self.totals for v in op.inputs):
             return "it reads a sum that is complete only after the last row"
         layout = self._layout_of(op, number in self.across)
         if isinstance(layout, str):

@@ -129,7 +129,8 @@ def alive(p: Partition, n: int) -> int:
 def _join(p: Partition, n: int, number: int, op: Op, preds: set[int]) -> bool:
     node = p.nodes[n]
     assert node.group is not None
-    between = any(p.anc[m] >> n & 1 for m in preds if m != n)
+    bit = 1 << n
+    between = any(p.anc[m] & bit for m in preds if m != n)
     trial = node.group.copy()
     reason = "another operator lies between them" if between else trial.add(number, op)
     if reason is None and _go_apart(p, node.numbers, [number]):
@@ -200,7 +201,15 @@ def contract(p: Partition, home: int, others: Iterable[int]) -> None:
 
 def lies_between(p: Partition, first: int, last: int) -> bool:
     """Does a node between lie on a path from the one to the other?"""
-    return any(p.anc[n] >> first & 1 for n in bits(p.anc[last]) if n != first) if p.anc[last] >> first & 1 else False
+    anc, bit = p.anc, 1 << first
+    between = anc[last] ^ bit if anc[last] & bit else 0
+    while between:
+        # The latest first: it is the latest that come after what they are asked about.
+        n = between.bit_length() - 1
+        if anc[n] & bit:
+            return True
+        between ^= 1 << n
+    return False
 
 
 def _new_node(p: Partition, number: int, preds: set[int], group: Group | None) -> None:

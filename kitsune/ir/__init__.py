@@ -24,9 +24,9 @@ from kitsune.ir.lent import LentMemory, lent_memory, mark_lent, own
 from kitsune.ir.output_spec import describe_result
 from kitsune.ir.own_threads import in_own_thread, is_own
 from kitsune.ir.plan import Access, Kernel, Launch, Load, Local, Plan, Refusal, Step, Store, touched_bytes, window_order
-from kitsune.ir.plan_serial import dump_plan, graph_digest, load_plan
+from kitsune.ir.plan_serial import LoadedPlan, dump_plan, graph_digest, load_plan
 from kitsune.ir.plan_text import plan_text
-from kitsune.ir.program import Extent, Pending, Pointer, Program, Scalar, Size, SlotAddress, Stride, Tile
+from kitsune.ir.program import Extent, Pending, Pointer, Program, Scalar, Size, SlotAddress, Stride, Tile, Written
 from kitsune.ir.reductions import Reduction, argument_names, left_of, named, reduction_of
 from kitsune.ir.serial import dump_graph, load_graph
 from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_type, type_of
@@ -48,6 +48,7 @@ __all__ = [
     "Launch",
     "LentMemory",
     "Load",
+    "LoadedPlan",
     "Local",
     "Op",
     "OpRow",
@@ -71,6 +72,7 @@ __all__ = [
     "TensorType",
     "Tile",
     "Value",
+    "Written",
     "argument_names",
     "awaited",
     "bits",

@@ -1,7 +1,6 @@
 """What a Graph implies without saying it: which op must follow which, and which tensor a view is a view of."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from kitsune.ir.graph import Graph, Kind, Op, Value
 from kitsune.ir.plan import Launch
@@ -51,7 +50,7 @@ def roots(graph: Graph) -> dict[int, Value]:
     A view that changes the dtype counts its elements in another unit and is a root of its own.
     """
     found = {value.id: value for value in graph.inputs}
-    behind = {value.id: replace(value) for value in graph.inputs}
+    behind = {v.id: Value(v.id, v.type, v.storage, v.version) for v in graph.inputs}
     for op in graph.ops:
         for before, after in op.rewritten:
             found[after.id] = found[before.id]

@@ -36,13 +36,18 @@ class Value:
         return f"${self.id}"
 
 
-def values_in(argument: Any) -> Iterator[Value]:
+def values_in(argument: Any) -> list[Value]:
     """The Values among an op's arguments, in their order; lists and tuples are looked into."""
-    if isinstance(argument, Value):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
+    if type(argument) is Value:
+        return [argument]
+    found: list[Value] = []
+    if isinstance(argument, (tuple, list)):
         for a in argument:
-            yield from values_in(a)
+            if type(a) is Value:
+                found.append(a)
+            elif isinstance(a, (tuple, list)):
+                found += values_in(a)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +148,12 @@ class Op:
 
 def reads_slots(op: Op) -> bool:
     """Does the op take a moving number?"""
-    return next(slots_in((op.args, op.kwargs)), None) is not None
+    return any(map(_has_slot, op.args)) or any(_has_slot(a) for _, a in op.kwargs)
+
+
+def _has_slot(argument: Any) -> bool:
+    cls = type(argument)
+    return cls is Slot or (cls in (tuple, list) and any(map(_has_slot, argument)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from kitsune.ir.graph import Graph, Kind, Op, Value
-from kitsune.ir.program import Tile
+from kitsune.ir.program import Tile, Written
 from kitsune.ir.tensor_type import TensorType
 
 
@@ -125,7 +125,7 @@ class Launch:
 
     Several kernels in one launch have the same source and no order between them: a horizontal fusion. `waits` are numbers of
     launches on other streams that must have ended before. `host_only` starts nothing. `tile` is what a block of its kernels works
-    on, where that is another than the first choice.
+    on, where that is another than the first choice. `written` is its source, where that was written before.
     """
 
     kernels: tuple[Kernel, ...] = ()
@@ -134,6 +134,7 @@ class Launch:
     waits: tuple[int, ...] = ()
     micros: float = 0.0
     tile: "Tile | None" = None
+    written: "Written | None" = None
 
     @property
     def host_only(self) -> bool:
@@ -188,6 +189,11 @@ class Plan:
     # Ops recorded, and those of them that would reach the device if each living one were run by itself.
     n_recorded: int = 0
     n_unplanned: int = 0
+    # Of the graph that was recorded: ops that nobody needs, and outputs whose numbers the program reads as soon as it can.
+    n_dead: int = 0
+    awaited: tuple[int, ...] = ()
+    # Bytes outside of the arena that are in use at most, of what the plan makes.
+    outside: int = 0
 
     def __str__(self) -> str:
         from kitsune.ir.plan_text import plan_text

@@ -1,11 +1,12 @@
-"""Plans as bytes and back. A plan refers to the graph that it was made for, whose ops keep the lines of today's program."""
+"""Plans as bytes and back, before the graph is there that they are for: its ops then give theirs the lines of today's program."""
 
 import copyreg
 import hashlib
 import io
+import marshal
 import pickle
 from collections.abc import Callable, Hashable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -13,10 +14,9 @@ import torch
 from torch._ops import OpOverload
 
 from kitsune.ir import barrier, graph as nouns, plan as plans, program as programs
-from kitsune.ir.barrier import Site
-from kitsune.ir.graph import Graph, Op
+from kitsune.ir.graph import Graph, Op, Operand, Result, Slot, Value
 from kitsune.ir.plan import Plan
-from kitsune.ir.serial import dump_graph, overload
+from kitsune.ir.serial import SPELL, overload
 from kitsune.ir.tensor_type import TensorType, tensor_type
 
 # What a plan consists of. A file names what is called to read it, and these do nothing but hold their arguments.
@@ -31,28 +31,87 @@ _CONSTANTS = (torch.dtype, torch.memory_format)
 
 def graph_digest(graph: Graph) -> bytes:
     """Equal for graphs that a planner cannot tell apart. Raises TypeError for one with constants that nobody can spell."""
-    # What the text of a graph leaves to its reader.
-    derived = [([v.id for v in op.inputs], op.effects.writes, op.allocates, op.late) for op in graph.ops]
-    return hashlib.sha256((dump_graph(graph) + repr(derived)).encode()).digest()
+    types: dict[TensorType, int] = {}
+
+    def of_value(v: Value) -> tuple[int, ...]:
+        return v.id, types.setdefault(v.type, len(types)), v.storage, v.version
+
+    def of_op(op: Op) -> tuple[Any, ...]:
+        return (
+            _called_in_full(op.target),
+            op.kind.name,
+            _plain(op.args),
+            tuple([(name, _plain(a)) for name, a in op.kwargs]),
+            tuple([v.id for v in op.inputs]),
+            _plain(op.structure),
+            tuple(map(of_value, op.results)),
+            tuple([(before.id, of_value(after)) for before, after in op.rewritten]),
+            (op.effects.writes, op.effects.random, op.grad_enabled, op.allocates, op.late),
+        )
+
+    values, ops = tuple(map(of_value, graph.inputs)), tuple(map(of_op, graph.ops))
+    shown = tuple((str(t.dtype), tuple(t.shape), t.stride, t.offset, str(t.device), t.conj, t.neg) for t in types)
+    # A format without references between equal objects: what is written depends on nothing but values and their types.
+    return hashlib.sha256(marshal.dumps((values, ops, [v.id for v in graph.outputs], graph.awaited, shown), 2)).digest()
+
+
+_called_in_full = cache(lambda target: str(target.name()))
+_ATOMS = frozenset({int, str, bool, float, type(None)})
+# Bytes, which no operator takes, tell what stands for something else.
+_TAGS = {Slot: b"%", Result: b"result", Operand: b"operand"}
+
+
+def _plain(a: Any) -> Any:
+    """An argument as what every process writes alike."""
+    cls = type(a)
+    if cls is Value:
+        return b"$", a.id
+    if cls in _ATOMS:
+        return a
+    if cls is tuple or cls is torch.Size:
+        return tuple(map(_plain, a))
+    if cls is list:
+        return list(map(_plain, a))
+    if cls in _TAGS:
+        return _TAGS[cls], a.index
+    if cls in SPELL:
+        return SPELL[cls][0].encode(), str(a)
+    raise TypeError(f"{cls.__name__} {a!r} cannot be spelled")
 
 
 def dump_plan(plan: Plan, graph: Graph) -> bytes:
-    """What `load_plan` reads, given an equal graph."""
+    """What `load_plan` reads; the plan was made for the graph."""
     buffer = io.BytesIO()
     _Writer(buffer, graph).dump(plan)
     return buffer.getvalue()
 
 
-def load_plan(content: bytes, graph: Graph) -> Plan:
+@dataclass(frozen=True, slots=True)
+class LoadedPlan:
+    """A plan that was read, for any graph that is equal to the one it was made for. `lines` has, for ops of the plan, the number
+    of the op in that graph whose line is theirs."""
+
+    plan: Plan
+    lines: tuple[tuple[Op, int], ...]
+
+    def of(self, graph: Graph) -> Plan:
+        """The plan with the lines of this graph."""
+        for op, number in self.lines:
+            object.__setattr__(op, "site", graph.ops[number].site)
+        return self.plan
+
+
+def load_plan(content: bytes) -> LoadedPlan:
     """The plan again. Raises pickle.UnpicklingError, and other things for content that `dump_plan` has not written."""
-    plan = _Reader(io.BytesIO(content), graph).load()
+    reader = _Reader(io.BytesIO(content))
+    plan = reader.load()
     if not isinstance(plan, Plan):
         raise pickle.UnpicklingError(f"a {type(plan).__name__} is no plan")
-    return plan
+    return LoadedPlan(plan, tuple(reader.lines))
 
 
 class _Writer(pickle.Pickler):
-    """Names the graph's own ops by their place, and what is interned by what it consists of."""
+    """Names lines by the op of the graph that has them, and what is interned by what it consists of."""
 
     def __init__(self, buffer: io.BytesIO, graph: Graph) -> None:
         super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
@@ -60,29 +119,29 @@ class _Writer(pickle.Pickler):
         sites = {op.site: i for i, op in enumerate(graph.ops) if op.site is not None}
 
         def of_op(op: Op) -> Any:
-            place = places.get(id(op))
-            return _called(op) if place is None else (_op, (place,))
-
-        def of_site(site: Site) -> Any:
             # An op of the planner's has the line of the one that it stands for.
-            return _site, (sites[site],)
+            place = places.get(id(op), sites.get(op.site) if op.site is not None else None)
+            return _op, (place, *(getattr(op, name) for name in _OF_OP))
 
         table: dict[Any, Callable[[Any], Any]] = {cls: _called for cls in _READABLE if is_dataclass(cls)}
-        table[Op], table[Site] = of_op, of_site
+        table[Op] = of_op
         table[OpOverload] = lambda target: (overload, (str(target.name()),))
         table[TensorType] = lambda t: (tensor_type, (t.dtype, t.shape, t.stride, t.offset, t.device, t.conj, t.neg))
         self.dispatch_table = {**copyreg.dispatch_table, **table}
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, buffer: io.BytesIO, graph: Graph) -> None:
+    def __init__(self, buffer: io.BytesIO) -> None:
         super().__init__(buffer)
-        self._here: dict[str, Callable[..., Any]] = {
-            "_op": lambda place: graph.ops[place],
-            "_site": lambda place: graph.ops[place].site,
-            "overload": overload,
-            "tensor_type": tensor_type,
-        }
+        self.lines: list[tuple[Op, int]] = []
+
+        def op(place: int | None, *fields: Any) -> Op:
+            made = Op(*(*fields[:_SITE], None, *fields[_SITE:]))
+            if place is not None:
+                self.lines.append((made, place))
+            return made
+
+        self._here: dict[str, Callable[..., Any]] = {"_op": op, "overload": overload, "tensor_type": tensor_type}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("kitsune.ir.") and name in self._here:
@@ -103,9 +162,9 @@ def _names(cls: Hashable) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls) if field.init)  # type: ignore[arg-type]
 
 
-def _op(place: int) -> Op:
-    raise NotImplementedError  # its name stands in the file; who reads it has the graph
+_SITE = _names(Op).index("site")
+_OF_OP = tuple(name for name in _names(Op) if name != "site")
 
 
-def _site(place: int) -> Site:
-    raise NotImplementedError
+def _op(place: int | None, *fields: Any) -> Op:
+    raise NotImplementedError  # its name stands in the file; who reads it keeps the places

@@ -87,5 +87,17 @@ class Program:
     tile: Tile
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written of the kernels of a launch: their program, and what each kernel after the first passes to it.
+
+    `slots_in_memory`: it reads moving numbers from memory.
+    """
+
+    program: Program
+    rest: tuple[tuple[Parameter, ...], ...]
+    slots_in_memory: bool
+
+
 class Pending(Exception):
     """A program is still being compiled: what would start it is done in another way meanwhile."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +26,13 @@ class Reduction:
 
 def reduction_of(op: Op) -> Reduction | None:
     """What an op reduces; None for one that does not, or not in a way that is known here."""
-    if op.kind is not Kind.REDUCTION or op.rewritten or not op.results:
+    return _reduction_of(op) if op.kind is Kind.REDUCTION else None
+
+
+# A planner asks 25,000 times while it plans ResNet-50, of 900 reductions.
+@lru_cache(4096)
+def _reduction_of(op: Op) -> Reduction | None:
+    if op.rewritten or not op.results:
         return None
     rule = _RULES.get(op.target._opname)
     found = None if rule is None else rule(op, named(op))

@@ -7,12 +7,13 @@ from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.graph_doors import close_graph_doors, open_graph_doors
 from kitsune.lazy.realize import attach_spent
 from kitsune.lazy.recorder import Recorder
-from kitsune.lazy.recorders import in_a_step, renew_lock
+from kitsune.lazy.recorders import in_a_step, renew_lock, where_in_step
 from kitsune.lazy.region import is_strided
 from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.settle import settle_grads, settle_state
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, as_plain
+from kitsune.lazy.used_again import keep
 
 __all__ = [
     "CallLane",
@@ -25,6 +26,7 @@ __all__ = [
     "close_graph_doors",
     "in_a_step",
     "is_strided",
+    "keep",
     "memory_changed",
     "open_doors",
     "open_graph_doors",
@@ -33,4 +35,5 @@ __all__ = [
     "settle_grads",
     "settle_state",
     "user_site",
+    "where_in_step",
 ]

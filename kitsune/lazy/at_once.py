@@ -46,7 +46,7 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     flush_for(recorder, row, args, kwargs, tensors, reason)
     if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER):
         recorder.n_unrecorded += 1
-    early = recorder.early.answer(row, tensors[0], recorder.below_autograd) if reason is Barrier.ITEM else None
+    early = recorder.early.answer(row, tensors[0]) if reason is Barrier.ITEM else None
     result, reals = call(recorder, row, args, kwargs, tensors) if early is None else (early, tensors)
     if recorder.watcher is not None:
         recorder.watcher.passed(row, args, kwargs, reason)

@@ -3,7 +3,8 @@ at all leaves in a few steps, and at no key: of the 109 us that a backward of 6 
 """
 
 import weakref
-from itertools import repeat
+from bisect import bisect_left
+from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from kitsune.lazy.cell import Cell
-from kitsune.lazy.edges import Edge, Incoming
+from kitsune.lazy.edges import Edge, Incoming, Made
 from kitsune.lazy.matchers import MISS
 from kitsune.lazy.realize import MADE
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
+from kitsune.lazy.used_again import give_back
 
 _real, _came = attrgetter("real"), attrgetter("came")
 _base: Any = torch._C.TensorBase
@@ -37,9 +39,9 @@ class BackwardMatcher:
         self._cames = list(map(_came, cells))
         self._graded, self._are_leaves = list(map(_requires_grad, reals)), list(map(is_leaf, reals))
         self._leaves = [k for k, cell in enumerate(cells) if cell.came.id in leaves]
-        # Of each gradient: the place of its leaf, what makes its wrapper, and what that stands for.
+        # Of each gradient: the place of its leaf, and what it is.
         places = {cells[k].came.id: k for k in self._leaves}
-        self._grads = [(places[number], made.make, made.ref, made.type, made.storage) for number, made in edge.grads]
+        self._grads = [(places[number], made) for number, made in edge.grads]
         # The leaves whose nodes were found to have no hooks, and how many handles of hooks there had been by then.
         self._without: tuple[list[int], int] = [], -1
 
@@ -70,14 +72,15 @@ class BackwardMatcher:
             if found is None or numbers is None:
                 return MISS
             # Before anything else: who makes objects may have others finalized, and their finalizers may end the region.
-            wrappers = [make() for _, make, *_ in self._grads]
+            wrappers = [made.spare.pop() if made.spare else _new(made) for _, made in self._grads]
             if recorder.region is not region or region.node is not node:
                 return MISS
             region.scalars.extend(numbers)
             region.node = edge.node
             append = region.produced.append
-            for wrapper, (place, _, value, type_, storage) in zip(wrappers, self._grads, strict=True):
-                wrapper.cell = cell = Cell(region, value, type_, storage)
+            for wrapper, (place, _) in zip(wrappers, self._grads, strict=True):
+                cell = wrapper.cell
+                cell.region = region
                 append(cell)
                 found[place].grad = wrapper
             region.past.append(edge)
@@ -112,18 +115,26 @@ class BackwardMatcher:
         return reals if lane.recorder.leaves.keys() >= set(ids) else None
 
 
+def _new(made: Made) -> Any:
+    wrapper = made.make()
+    wrapper.cell = cell = Cell(None, made.ref, made.type, made.storage)
+    cell.home = made
+    return wrapper
+
+
 def spend(recorder: Any, region: Any, spent: frozenset[int]) -> None:
     """The graph of these calls is used up; what the program still holds of them is remembered."""
     calls, gone = region.calls, []
-    for k in spent:
-        for tensor in calls[k][MADE]:
-            if tensor.cell.owed is not None:
-                tensor.cell.spent = True
-                gone.append(weakref.ref(tensor))
-    tensor = None
-    region.counted = [(sum(k not in spent for k in range(n)), tensors) for n, tensors in region.counted]
+    wrappers = list(chain.from_iterable([calls[k][MADE] for k in spent]))
     region.calls = [call for k, call in enumerate(calls) if k not in spent]
-    if not region.calls:
-        region.counted = []
+    left = [k for k in range(len(calls)) if k not in spent]
+    region.counted = [(bisect_left(left, n), tensors) for n, tensors in region.counted] if left else []
     del calls
+    for tensor in (wrappers := give_back(wrappers)):
+        tensor.cell.home = None
+        if tensor.cell.owed is not None:
+            tensor.cell.spent = True
+            gone.append(weakref.ref(tensor))
+    tensor = None
+    del wrappers
     recorder.lane.spent = [reference for reference in (*recorder.lane.spent, *gone) if reference() is not None]

@@ -60,7 +60,7 @@ def ref(id: int) -> Ref:
 class Cell:
     """What a wrapper stands for: a value of a region, and its tensor once it has been computed."""
 
-    __slots__ = ("__weakref__", "came", "external", "owed", "real", "ref", "region", "spent", "storage", "type")
+    __slots__ = ("__weakref__", "came", "external", "home", "owed", "real", "ref", "region", "spent", "storage", "type")
 
     def __init__(
         self, region: Any, ref: Ref, type: TensorType, storage: int, real: torch.Tensor | None = None, came: Ref | None = None
@@ -76,3 +76,5 @@ class Cell:
         # Set while autograd does not know that the tensor has a history; and is that one used up?
         self.owed: Any = None
         self.spent = False
+        # What its wrapper was made for, if it may be made to stand for the same once more; see `used_again.py`.
+        self.home: Any = None

@@ -13,7 +13,7 @@ import torch
 from kitsune.ir import Graph, n_values
 from kitsune.lazy.foresight import Foresight, foresight, with_foresight
 from kitsune.lazy.tensor import LazyTensor
-from kitsune.lazy.trie import Node
+from kitsune.lazy.trie import ONE, Node
 
 ITEM = torch.ops.aten._local_scalar_dense.default
 # Numbers of one region that are sent early.
@@ -109,11 +109,11 @@ class EarlyReads:
         if region.node.reads is not None:
             region.node.reads.n_ends += 1
 
-    def answer(self, row: Any, tensor: Any, below_autograd: Any) -> Any:
+    def answer(self, row: Any, tensor: Any) -> Any:
         """The number that a tensor holds, waited for no longer than needed; None if it has to be read from the device."""
         if self.answers is None or self._stamp != _last_change or row.target is not ITEM or type(tensor) is not LazyTensor:
             return None
-        with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             number = self.answers.to(tensor.cell.real)
         self.tally.answered += number is not None
         return number
@@ -135,6 +135,23 @@ class EarlyReads:
         self._learn(region, live, values, before)
         self.answers = None
         return False
+
+    def made_before(self, recorder: Any, edge: Any, call: Any) -> Any:
+        """What a call returns that would lead along `edge` from the root of a region, if that was run with the one before."""
+        if self._foreseen is None:
+            return None
+        foresight, operands, results = self._foreseen
+        if edge.node is not foresight.node or edge.form != ONE or edge.graded or recorder.watcher is not None:
+            return None
+        found, fresh = results.get(edge.made[0].ref.id), list(call.fresh.values())
+        with recorder.lock:
+            if self._stamp != _last_change or found is None:
+                return None
+            if any(type(fresh[k]) is not LazyTensor or operands.get(n) is not fresh[k].cell.real for k, n in edge.places):
+                return None
+            self._foreseen = self._before = None
+        self.tally.foreseen += 1
+        return recorder.settled(found, edge.made[0].type)
 
     def _learn(self, region: Any, live: tuple[int, ...], values: list[Any], before: Any) -> None:
         """Could this region have been run with the one before?"""

@@ -41,6 +41,8 @@ class Made:
     graded: str | None
     # As what the call made it, before it wrote to it.
     born: int = 0
+    # Wrappers that were this in an earlier region, and that nobody holds any more; see `used_again.py`.
+    spare: list[Any] = field(default_factory=list, init=False, compare=False, repr=False)
 
 
 @dataclass(slots=True, eq=False)

@@ -14,9 +14,14 @@ from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.doors import OPENINGS
 from kitsune.lazy.matchers import MISS
-from kitsune.lazy.open_lanes import lanes, on_top
+from kitsune.lazy.module_calls import KNOWN, at_first
+from kitsune.lazy.open_lanes import lanes
 from kitsune.lazy.optimizer_doors import optimizer_doors
+from kitsune.lazy.used_again import drop_gradients
 
+_n_modes, _mode_at = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
+_modes_are_on = torch._C._is_torch_function_mode_enabled
+_INHERITED = object()
 _here = threading.local()
 _originals: list[tuple[Any, str, Any]] = []
 _lock = threading.Lock()
@@ -33,9 +38,8 @@ def open_graph_doors(lane: CallLane) -> None:
         if not _originals:
             _n_openings += 1
             for owner, name, make in _doors():
-                original = getattr(owner, name)
-                _originals.append((owner, name, original))
-                setattr(owner, name, make(original))
+                _originals.append((owner, name, vars(owner).get(name, _INHERITED)))
+                setattr(owner, name, make(getattr(owner, name)))
 
 
 def close_graph_doors(lane: CallLane, for_good: bool = False) -> None:
@@ -45,7 +49,11 @@ def close_graph_doors(lane: CallLane, for_good: bool = False) -> None:
     with _lock:
         _n_open -= 1
         while not _n_open and (for_good or _n_openings < OPENINGS) and _originals:
-            setattr(*_originals.pop())
+            owner, name, original = _originals.pop()
+            if original is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
 
 
 def _lost_track(original: Any) -> Any:
@@ -141,22 +149,56 @@ def _python_calls(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(public_api: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
-        lane = on_top()
-        result = MISS if lane is None else lane.at_sight(public_api, args, kwargs)
-        return original(public_api, relevant_args, *args, **kwargs) if result is MISS else result
+        # As in `on_top`, in one frame.
+        n = _n_modes()
+        lane: Any = _mode_at(n - 1) if n and _modes_are_on() else None
+        if isinstance(lane, CallLane):
+            recorder = lane.recorder
+            region = recorder.region
+            node = region.node
+            matcher = node.matchers.get(public_api)
+            if matcher is not None and not recorder.paused and region.deferred is None:
+                result = matcher(lane, region, node, args, kwargs)
+                if result is not MISS:
+                    return result
+        return original(public_api, relevant_args, *args, **kwargs)
 
     return door
 
 
-def _quiet(original: Any) -> Any:
+def _module_called(original: Any) -> Any:
+    """Where torch's own modules are called whose Python a known call can do without."""
+
+    @functools.wraps(original)
+    def door(module: Any, *args: Any, **kwargs: Any) -> Any:
+        n = _n_modes()
+        lane: Any = _mode_at(n - 1) if n and _modes_are_on() else None
+        if type(module) in KNOWN and isinstance(lane, CallLane):
+            recorder = lane.recorder
+            region = recorder.region
+            node = region.node
+            taker = node.matchers.get(id(module)) or at_first(node, module)
+            if not recorder.paused and region.deferred is None:
+                result = taker(lane, region, node, module, args, kwargs)
+                if result is not MISS:
+                    return result
+        # Who puts something in its place sees each call: `torch.fx` does while it traces.
+        return torch.nn.Module.__call__(module, *args, **kwargs)
+
+    return door
+
+
+def _gradients_dropped(original: Any) -> Any:
     """It reads and sets gradients by the hundred, at 1 us each while calls are looked at."""
 
     @functools.wraps(original)
-    def door(*args: Any, **kwargs: Any) -> Any:
+    def door(module: Any, set_to_none: bool = True) -> None:
         if not lanes():
-            return original(*args, **kwargs)
+            return original(module, set_to_none)  # type: ignore[no-any-return]
         with torch._C.DisableTorchFunction():
-            return original(*args, **kwargs)
+            if set_to_none is not True or getattr(module, "_is_replica", False):
+                return original(module, set_to_none)  # type: ignore[no-any-return]
+            return drop_gradients(list(module.parameters()))
 
     return door
 
@@ -184,7 +226,8 @@ def _doors() -> Iterator[Door]:
         if hasattr(torch, f"set_autocast_{name}"):
             yield torch, f"set_autocast_{name}", _modes
     yield from optimizer_doors()
-    yield torch.nn.Module, "zero_grad", _quiet
+    yield torch.nn.Module, "zero_grad", _gradients_dropped
+    yield from ((cls, "__call__", _module_called) for cls in KNOWN)
     for functions in (torch.functional, torch.nn.functional, torch._tensor):
         yield functions, "handle_torch_function", _python_calls
     for scripted in ("ScriptFunction", "ScriptMethod"):

@@ -49,6 +49,10 @@ VALUES = frozenset(
         "is_shared is_pinned __dir__",
     )
 )
+# They read one number, and what they make of it. (A number that is no whole one is refused as an index, in words of torch's.)
+READS: dict[object, Any] = {Tensor.item: lambda number: number, Tensor.__bool__: bool, Tensor.__float__: float}
+# Of these dtypes Python makes of a number what torch does.
+SIMPLE = frozenset({torch.bool, torch.int64, torch.int32, torch.float64, torch.float32, torch.bfloat16, torch.float16})
 # They ask for a value, or for a place in the graph.
 ASKS = VALUES | frozenset(
     {_getter(name) for name in "grad_fn _version _base data output_nr retains_grad name _backward_hooks".split()}

@@ -199,9 +199,13 @@ def _follow(w: Writer, edge: Edge) -> None:
     for k, number, type_, storage, graded in edge.arrivals:
         seen, a = fresh[k]
         value = w.bind(number)
-        w.lines.append(f"{a}_cell = Cell(region, {value}, {w.bind(type_)}, {w.bind(storage)}, {a}, {value})")
+        # The one that it had in the region before, which lets go of it at its end.
+        like = f"None, {value}, {w.bind(type_)}, {w.bind(storage)}, None, {value}"
+        cell = w.bind(Cell(None, number, type_, storage, None, number))
+        w.lines.append(f"{a}_cell = {cell} if {cell}.region is None else Cell({like})")
         if graded:
             w.lines.append(f"if id({a}) not in recorder.leaves: recorder.note_leaf({a})")
+        then.append(f"{a}_cell.region = region; {a}_cell.real = {a}; {a}_cell.ref = {value}")
         then += [f"storages[{seen}[1]] = {a}_cell.storage", f"plain[id({a})] = {a}_cell"]
     undo = "None"
     if edge.dirty:
@@ -210,10 +214,15 @@ def _follow(w: Writer, edge: Edge) -> None:
         dirty = w.name(f"region.dirty | {w.bind(edge.dirty)}")
         then += [f"{cell}.ref = {w.bind(after)}" for cell, after in cells] + [f"region.dirty = {dirty}"]
     for i, m in enumerate(edge.made):
-        w.lines.append(f"w{i} = {w.bind(m.make)}()")
-        w.lines.append(f"w{i}.cell = c{i} = Cell(region, {w.bind(m.ref)}, {w.bind(m.type)}, {w.bind(m.storage)})")
-        if m.graded is not None:
-            w.lines.append(f"c{i}.owed = {w.bind(m)}")
+        new = (
+            f"w{i} = {w.bind(m.make)}(); w{i}.cell = c{i} = Cell(region, {w.bind(m.ref)}, {w.bind(m.type)}, {w.bind(m.storage)})"
+        )
+        if m.graded is None:
+            w.lines.append(new)
+        else:
+            spare = w.bind(m.spare)
+            w.lines.append(f"if {spare}: w{i} = {spare}.pop(); c{i} = w{i}.cell; c{i}.region = region")
+            w.lines.append(f"else: {new}; c{i}.owed = c{i}.home = {w.bind(m)}")
         then.append(f"region.produced.append(c{i})")
     then.append(f"region.node = {w.bind(edge.node)}")
     if edge.graded:

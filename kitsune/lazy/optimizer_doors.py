@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from kitsune.lazy.clipping import clipping_door
 from kitsune.lazy.open_lanes import lanes, on_top
 from kitsune.lazy.update_lists import make_lists
 from kitsune.lazy.updates import take_update
+from kitsune.lazy.used_again import drop_gradients
 
 _profiled = torch.autograd._profiler_enabled
 _Mark = torch._C._profiler._RecordFunctionFast
@@ -48,9 +50,7 @@ def _gradients_dropped(original: Any) -> Any:
             if set_to_none is not True or _profiled() or not hasattr(optimizer, "_zero_grad_profile_name"):
                 return original(optimizer, set_to_none)  # type: ignore[no-any-return]
             for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad = None
+                drop_gradients(group["params"])
         return None
 
     return door
@@ -61,7 +61,9 @@ def _mark_begins(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(mark: Any) -> Any:
-        if lanes() and not _profiled() and mark.name.startswith("Optimizer.") and mark.args is None:
+        if not lanes():
+            return original(mark)
+        if not _profiled() and mark.name.startswith("Optimizer.") and mark.args is None:
             mark.run_callbacks_on_exit, mark.record = False, _Mark(mark.name)
             mark.record.__enter__()
             return mark
@@ -79,6 +81,8 @@ def _mark_ends(original: Any) -> Any:
             mark.record.__exit__(*error)
             mark.record = None
             return None
+        if not lanes():
+            return original(mark, *error)
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             return original(mark, *error)
 
@@ -96,5 +100,7 @@ def optimizer_doors() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
             name = module.__name__.rpartition(".")[2]
             if inspect.isfunction(getattr(module, name, None)):
                 yield module, name, _update
+    for clips in (torch.nn.utils, torch.nn.utils.clip_grad):
+        yield clips, "clip_grad_norm_", clipping_door
     yield torch.autograd.profiler.record_function, "__enter__", _mark_begins
     yield torch.autograd.profiler.record_function, "__exit__", _mark_ends

@@ -108,7 +108,7 @@ def realize(recorder: Any, region: Any) -> None:
                 region.dirty = set(call.dirty)
                 walk.begin(call)
                 for tensor in call.made:
-                    tensor.cell.owed = None
+                    tensor.cell.owed = tensor.cell.home = None
                 # Writes to them are counted once more as they are made again.
                 torch._C._autograd._unsafe_set_version_counter(tuple(call.made), (0,) * len(call.made))
                 for tensor in call.flat:

@@ -19,6 +19,7 @@ from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import GENERAL, ONE, SELF, Node
+from kitsune.lazy.used_again import keep
 
 # Constants that compare and hash as they mean. Booleans and floats do not: 1 == True == 1.0.
 CONSTANTS = frozenset({int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -283,5 +284,6 @@ class Recorder(Recording):
 
     def run_outside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op on a wrapper in a thread, or at a time, in which nothing is recorded."""
+        keep((args, kwargs))
         with self.lock:
             return pass_through(self, self.describe(func), args, kwargs, Barrier.OUTSIDE)

@@ -27,6 +27,13 @@ def in_a_step() -> bool:
     return any(recorder.running or recorder.region.node.depth for recorder in list(OPEN))
 
 
+def where_in_step() -> tuple[Any, ...] | None:
+    """How far the recording of steps has come: the same twice while an operator takes its time. None where one is run at length,
+    of which nothing tells how far that is."""
+    recorders = list(OPEN)
+    return None if any(recorder.running for recorder in recorders) else tuple(id(one.region.node) for one in recorders)
+
+
 def listening() -> list[Any]:
     """Those that are to hear of what the calling thread does."""
     return [] if in_own_thread() else OPEN

@@ -171,6 +171,8 @@ class Region:
 
     def release(self) -> None:
         """The region has ended. Its inputs hold it and it holds them: without this only the garbage collector frees a batch."""
+        for cell in self.plain.values():
+            cell.region = cell.real = None
         self.plain.clear()
         self.inputs.clear()
         self.produced.clear()
@@ -216,13 +218,14 @@ class Region:
 
 
 def living(cells: list[Cell]) -> list[Cell]:
-    """The cells that something besides the list holds: a wrapper. (A weak reference to each would cost 0.3 us per op.)"""
+    """The cells that something besides the list holds: a wrapper. (A weak reference to each would cost 0.3 us per op.) Those
+    whose wrapper waits for another region are nobody's."""
     # What a cell's count is when only the list holds it depends on the interpreter: ask one that is surely alone.
     cells.append(Cell(None, ref(0), _NO_TYPE, -1))
     counts = [getrefcount(cell) for cell in cells]
     cells.pop()
     alone = counts.pop()
-    return [cell for cell, count in zip(cells, counts, strict=True) if count > alone]
+    return [cell for cell, count in zip(cells, counts, strict=True) if count > alone and cell.region is not None]
 
 
 def numbers_of(cells: Iterable[Cell]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """What outlives a step becomes a plain tensor again: `.grad` fields and optimizer state."""
 
+import contextlib
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -10,6 +11,10 @@ from kitsune.ir import Barrier, lent_memory
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.recorders import OPEN
 from kitsune.lazy.tensor import LazyTensor
+
+_NOTHING: Any = contextlib.nullcontext()
+# A tensor over the same memory, with a count of writes of its own.
+_alias = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 
 
 def settle_grads(parameters: Iterable[torch.Tensor]) -> None:
@@ -54,9 +59,10 @@ def _can_settle(wrapper: LazyTensor) -> bool:
 
 def _settled(wrappers: list[LazyTensor]) -> list[torch.Tensor]:
     """A plain tensor for each, with its count of writes. In 200 at once each costs 2 us, one after the other 12."""
-    reals = [_real(wrapper.cell) for wrapper in wrappers]
-    with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        plain = [real if real.is_inference() else real.detach() for real in reals]
+    reals = _reals([wrapper.cell for wrapper in wrappers])
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+    with outside, torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        plain = [real if real.is_inference() else _alias(real) for real in reals]
     for real, tensor in zip(reals, plain, strict=True):
         memory = lent_memory(real)
         if memory is not None:
@@ -69,10 +75,7 @@ def _settled(wrappers: list[LazyTensor]) -> list[torch.Tensor]:
     return plain
 
 
-def _real(cell: Cell) -> torch.Tensor:
-    recorder = cell.region.recorder
+def _reals(cells: list[Cell]) -> list[torch.Tensor]:
     # With nothing pending anywhere there is nothing to wait for, which is what leaving a context comes to.
-    if cell.real is not None and not any(recording.region.node.depth for recording in {recorder, *OPEN}):
-        return cell.real
-    real: torch.Tensor = recorder.materialize(cell, Barrier.STEP)
-    return real
+    pending = any(recording.region.node.depth for recording in {*OPEN, *(cell.region.recorder for cell in cells)})
+    return [cell.region.recorder.materialize(cell, Barrier.STEP) if pending or cell.real is None else cell.real for cell in cells]

@@ -93,11 +93,20 @@ class LazyTensor(torch.Tensor):
 
     @grad.setter
     def grad(self, value: Any) -> None:  # type: ignore[override]
+        self._own_up()
+        self.cell.home = None
         _grad.__set__(self, value)
 
     @grad.deleter
     def grad(self) -> None:  # type: ignore[override]
         _grad.__delete__(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "LazyTensor":
+        """As in torch, and autograd has to do with it from now on."""
+        self._own_up()
+        self.cell.home = None
+        torch._C.TensorBase.requires_grad_(self, requires_grad)
+        return self
 
     def _own_up(self) -> None:
         if self.cell.owed is not None:

@@ -65,6 +65,8 @@ class Node:
     reads: Any = None
     # What takes the call of a function that has come most often; see `matchers.py`.
     matchers: dict[Any, Any] = field(default_factory=dict)
+    # Torch's modules that are called here, whose calls have matchers by their ids; see `module_calls.py`.
+    modules: dict[int, Any] = field(default_factory=dict)
 
     def path(self) -> list["Node"]:
         """The nodes from the region's first op to this one."""

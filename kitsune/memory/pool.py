@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 ALIGNMENT = 512
 # Above 16 MiB a block is a multiple of what torch's allocator deals in: an eighth of an arena would be too much to waste.
 LARGE, LARGE_STEP = 16 << 20, 2 << 20
+# Room is made for a block that is larger by this much than the last one that room was made for: not for every shape anew.
+GROWTH = 1.25
 Place = tuple[torch.device, int]
 
 
@@ -44,13 +46,16 @@ class MemoryPool:
     Regions run one after the other, so that one block serves them all: the smallest that has room is used again, and those
     that are too small are let go of before a larger one is made. Of the blocks that nobody uses, the most recently used are
     kept, `budget` bytes of them at most. A block is used again on the stream that it was made for only, whose order of work
-    keeps an earlier user's kernels before a later one's.
+    keeps an earlier user's kernels before a later one's. `make_room(device)` is called before a large block is made, which fits
+    into nothing that there was before.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, make_room: Callable[[torch.device], None] = lambda device: None) -> None:
         if budget < 0:
             raise ValueError(f"A pool's budget is a number of bytes, 0 or more, not {budget}.")
-        self.budget = budget
+        self.budget, self._make_room = budget, make_room
+        # The bytes that room was made for, by place.
+        self._room: dict[Place, int] = {}
         # Also entered by a finalizer that runs a region while this thread is inside.
         self._lock = threading.RLock()
         self._idle: OrderedDict[int, Block] = OrderedDict()
@@ -67,6 +72,11 @@ class MemoryPool:
             self._misses += 1
             for number in [number for number, idle in self._idle.items() if idle.place == place]:
                 del self._idle[number]
+            grows = size > LARGE and size > GROWTH * self._room.get(place, 0)
+            if grows:
+                self._room[place] = size
+        if grows:
+            self._make_room(device)
         block = _new_block(size, place)
         with self._lock:
             self._used[id(block)] = block
@@ -91,6 +101,12 @@ class MemoryPool:
     def free_all(self) -> None:
         """Let go of every idle block; those on loan are kept or let go of when they come back, as ever."""
         self.trim(0)
+
+    def give_way(self) -> None:
+        """Let go of every idle block, for others to use the memory: room is made again for those that come after."""
+        with self._lock:
+            self._room.clear()
+        self.free_all()
 
     @property
     def statistics(self) -> PoolStatistics:

@@ -4,6 +4,7 @@ from kitsune.runtime.answers import Answers
 from kitsune.runtime.captured import Captured, NotCaptured, Work
 from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
 from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
+from kitsune.runtime.idle import asked_bytes, give_back, has_room, would_rise
 from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
 from kitsune.runtime.numeric_settings import library_switches, numeric_settings
 from kitsune.runtime.out_forms import out_form, takes_memory
@@ -35,8 +36,11 @@ __all__ = [
     "Trial",
     "Work",
     "adopt_views",
+    "asked_bytes",
     "current_stream",
     "device_seconds",
+    "give_back",
+    "has_room",
     "in_turn",
     "library_switches",
     "numeric_settings",
@@ -47,4 +51,5 @@ __all__ = [
     "schedule_work",
     "takes_memory",
     "views_of_inputs",
+    "would_rise",
 ]

@@ -88,7 +88,9 @@ class Assembly:
         kernels = tuple(kernel for kernel in launch.kernels if kernel.n_elements)
         if not kernels:
             return
-        instruction = self.start(launch if len(kernels) == len(launch.kernels) else replace(launch, kernels=kernels))
+        if len(kernels) < len(launch.kernels):
+            launch = replace(launch, kernels=kernels, written=None)
+        instruction = self.start(launch)
         written = {store.access.value.storage for kernel in kernels for store in kernel.stores}
         instruction.commits = not written.isdisjoint(self._input_storages) or any(op.effects.random for op in launch.ops)
         self.instructions.append(instruction)

@@ -1,5 +1,6 @@
 """A region as one graph: what it was captured with, when that still holds, and how it is replayed."""
 
+import contextlib
 import operator
 import struct
 from collections.abc import Callable, Sequence
@@ -32,7 +33,8 @@ class Work:
     """What is captured: `run(values, scalars, send)` does all of a region's work once, `finish` what had to wait for its end.
 
     In between `run` calls `send` once with the tensors of the values `sent`, whose numbers the program waits for, if any.
-    `keep` is what the work refers to by address; `tail` is work that follows each replay.
+    `keep` is what the work refers to by address; `tail` is work that follows each replay. `nbytes` of memory are in use at most,
+    arenas aside.
     """
 
     run: Callable[[list[Any], list[float], Sending], None]
@@ -40,6 +42,7 @@ class Work:
     keep: list[Any] = field(default_factory=list)
     tail: Tail | None = None
     sent: tuple[int, ...] = ()
+    nbytes: int = 0
 
 
 class Miss(Exception):
@@ -134,7 +137,8 @@ class Captured:
             self._n_copies = 0 if self.has_tail else self._passing.copy_out(small_results(results[: len(made)]))
             return results
 
-        self._recorded: Recorded = self._recorder.record(work, [values[n] for n in self._fixed], len(self._work.sent))
+        inputs = [values[n] for n in self._fixed]
+        self._recorded: Recorded = self._recorder.record(work, inputs, len(self._work.sent), self._work.nbytes)
         self._passing.restart()
         self.baked = {n: struct.pack("d", scalars[n]) for n in numbers.read}
         self._kept = dict(zip(self._kept, self._recorded.outputs[len(made) :], strict=True))
@@ -230,11 +234,18 @@ class Captured:
     def _take_few(self, values: list[Any]) -> list[Any]:
         return [values[n] for n in self._fixed]
 
-    def destroy(self) -> None:
-        """Let go of the graph; what others hold of its outputs stays."""
-        self._recorded.destroy()
-        self._lent.memories.clear()
+    def destroy(self, may_move: bool) -> None:
+        """Let go of the graph. What others hold of its outputs stays; it is moved to other memory if it may be, and can be."""
+        # The outputs first: the memory goes back to the device with the graph only if nobody refers to it any more. Gradients
+        # that were held, 98 MiB, kept 2.3 GiB of ResNet-50's (H200).
+        if may_move:
+            with contextlib.suppress(Exception), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                self._lent.release()
+        self._lent.forget()
         self._kept.clear()
+        # Whoever knows a short way to this graph does not hold its arena.
+        self._work = Work(lambda values, scalars, send: None)
+        self._recorded.destroy()
 
     def _alias(self, value: Value, values: list[Any], scalars: Sequence[float]) -> None:
         """The tensor of an output that lies in an input's memory."""

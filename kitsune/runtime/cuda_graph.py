@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kitsune.runtime.idle import WORTH_GIVING_BACK, give_back
 from kitsune.runtime.letter import Letter
 
 # Hears of tensors of one element whose numbers the host waits for.
@@ -39,10 +40,11 @@ class Recorded(Protocol):
 class GraphRecorder(Protocol):
     """What makes work repeatable."""
 
-    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0) -> Recorded:
+    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0, nbytes: int = 0) -> Recorded:
         """Take down what `work` does to the memory of `inputs`. It has no effect yet, on none of the inputs that it writes.
 
-        `work` sends `n_sent` tensors to the host, at one place in the middle; none if that is 0.
+        `work` sends `n_sent` tensors to the host, at one place in the middle; none if that is 0. About `nbytes` of
+        memory are in use at once.
         """
         ...
 
@@ -54,8 +56,9 @@ class GraphRecorder(Protocol):
         ...
 
 
-# Bytes of destroyed graphs that may lie idle.
-EMPTY_AT = 32 << 20
+# The part of a graph's memory that its pool asks the device for in one piece, from which torch's allocator cuts what is smaller.
+# BERT's, op by op, is 103 pieces otherwise. Were it the whole, a last large tensor would find no room among the smaller ones.
+AT_ONCE = 0.8
 # torch can capture on one thread at a time only: the default generator takes part in each capture.
 _one_capture = threading.Lock()
 # Captures that broke off. torch's allocators may still ask them which memory is theirs.
@@ -123,7 +126,7 @@ class CudaGraphs:
         self._last = (handle, stream)
         return True
 
-    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0) -> CudaGraph:
+    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0, nbytes: int = 0) -> CudaGraph:
         """Capture. Raises what `work` raises and what CUDA says of it; memory and generator are then as before."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.index)
@@ -152,6 +155,8 @@ class CudaGraphs:
         # and the next one sets it to its own.
         self._stream.wait_stream(user)
         with _one_capture, _no_collection(), torch.cuda.device(self.index), torch.cuda.stream(self._stream), _then(user):
+            # The steps so far have left memory that the graph's pool cannot take.
+            give_back(self.device)
             # Not a MemPool, which ends the process if it dies before its graph.
             pool, before = torch.cuda.graph_pool_handle(), torch.cuda.memory_reserved(self.index)
             # A workspace from outside could be in use on another stream when the graph runs, and one from inside must not be
@@ -159,6 +164,8 @@ class CudaGraphs:
             torch._C._cuda_clearCublasWorkspaces()
             try:
                 begin()
+                # Let go of at once: most of what the work asks for is then cut from one block.
+                torch.UntypedStorage(int(AT_ONCE * nbytes), device=self.device)
                 outputs = work(inputs, send)
                 end()
             except BaseException:
@@ -171,13 +178,13 @@ class CudaGraphs:
             except BaseException:
                 _reset(graphs)
                 raise
-            nbytes = max(torch.cuda.memory_reserved(self.index) - before, 0)
-        return CudaGraph(graphs, letter, outputs, nbytes, self)
+            held = max(torch.cuda.memory_reserved(self.index) - before, 0)
+        return CudaGraph(graphs, letter, outputs, held, self)
 
     def gave_up(self, nbytes: int) -> None:
         """A graph was destroyed. torch keeps its pool's memory, for nobody, until its caches are emptied."""
         self._given_up += nbytes
-        if self._given_up >= EMPTY_AT:
+        if self._given_up >= WORTH_GIVING_BACK:
             self._given_up = 0
             torch.cuda.empty_cache()
 

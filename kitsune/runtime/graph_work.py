@@ -14,8 +14,8 @@ from kitsune.runtime.cuda_graph import Sending
 from kitsune.runtime.frame import Frame, Pool, Startable
 from kitsune.runtime.instructions import Alias, Call, CallInto, Drop, Instruction, Publish, Send, Start, StartInGraph
 from kitsune.runtime.places import Places
-from kitsune.runtime.plan_executor import PlanExecutor, Prepared
-from kitsune.runtime.replay import Schedule, replay
+from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
+from kitsune.runtime.replay import Schedule, most_in_use, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.tail import Tail, may_stay_outside, needs_of, reads
 
@@ -72,7 +72,6 @@ def plan_work(
     prepare: PrepareInGraph,
     table: SlotTable,
     arenas: Arenas,
-    stream: int,
     moved: frozenset[int] = frozenset(),
     awaited: tuple[int, ...] = (),
 ) -> Work:
@@ -100,7 +99,8 @@ def plan_work(
     sending: list[Sending] = []
     sends = () if there is None else (Send(awaited, lambda tensors: sending[0](tensors)),)
     inside = replace(prepared, instructions=(*head[:there], *sends, *head[there:]) if sends else head)
-    arena = arenas.arena(prepared.plan.arena, prepared.device, stream) if prepared.layout.arena else None
+    device, layout = prepared.device, prepared.layout
+    arena = arenas.arena(prepared.plan.arena, device, current_stream(device)) if layout.arena else None
     left = _LeftOut(rest) if rest else None
 
     def run(values: list[Any], scalars: list[float], send: Sending) -> None:
@@ -114,7 +114,7 @@ def plan_work(
             startable.fill_tables()
 
     tail = None if left is None else Tail(_needs(rest, prepared.plan.graph), left.run)
-    return Work(run, finish, [arena, table], tail, awaited)
+    return Work(run, finish, [arena, table], tail, awaited, prepared.plan.outside)
 
 
 class _LeftOut:
@@ -200,7 +200,7 @@ def schedule_work(
     awaited: tuple[int, ...] = (),
 ) -> Work:
     """A region's ops one by one; from the first that takes one of the numbers in `moved`, they are the tail if they can be."""
-    instructions = schedule.instructions
+    instructions, nbytes = schedule.instructions, most_in_use(graph)
     cut = next((k for k, i in enumerate(instructions) if moved and reads(i.op, moved)), len(instructions))
     rest, tail = [i.op for i in instructions[cut:]], None
     if rest and may_stay_outside(graph, rest, Places(graph).root):
@@ -209,7 +209,7 @@ def schedule_work(
         tail = Tail(needs_of(rest), lambda values, scalars: replay(left, values, scalars))
     there = _when_there(awaited, [{v.id for v in i.op.outputs} for i in schedule.instructions])
     if there is None or sum(not i.op.starts_nothing for i in schedule.instructions[there:]) < WORTH_SENDING:
-        return Work(lambda values, scalars, send: replay(schedule, values, scalars), keep=[table], tail=tail)
+        return Work(lambda values, scalars, send: replay(schedule, values, scalars), keep=[table], tail=tail, nbytes=nbytes)
     head, then = Schedule(schedule.instructions[:there]), Schedule(schedule.instructions[there:])
 
     def run(values: list[Any], scalars: list[float], send: Sending) -> None:
@@ -217,4 +217,4 @@ def schedule_work(
         send([values[number] for number in awaited])
         replay(then, values, scalars)
 
-    return Work(run, keep=[table], tail=tail, sent=awaited)
+    return Work(run, keep=[table], tail=tail, sent=awaited, nbytes=nbytes)

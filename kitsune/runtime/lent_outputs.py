@@ -277,3 +277,9 @@ class Lent:
             values[number] = tensor
         for memory in self._copying:
             memory.copy(values)
+
+    def forget(self) -> None:
+        """Refer to none of the memory any more; what others hold of it is theirs."""
+        self.memories.clear()
+        self._copying.clear()
+        self._tensors.clear()

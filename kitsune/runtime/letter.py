@@ -6,6 +6,8 @@ import torch
 
 # For the widest type, complex numbers of two doubles.
 N_BYTES = 16
+# Not the method, which is a door; and the overload, which need not be looked for.
+_number_of = torch.ops.aten._local_scalar_dense.default
 
 
 class Letter:
@@ -33,4 +35,4 @@ class Letter:
     def read(self, k: int) -> Any:
         """Wait for the numbers; returns number k."""
         torch._C._CudaEventBase.synchronize(self._sent)
-        return torch.ops.aten._local_scalar_dense(self._numbers[k])
+        return _number_of(self._numbers[k])

@@ -134,9 +134,10 @@ class SteadyState:
         return region.captured if outcome is Outcome.DONE else None
 
     def forget(self) -> None:
-        """Destroy every graph."""
-        while self._kept:
-            self._drop(next(iter(self._kept)))
+        """Destroy every graph. That its region is captured again, once it comes back, is no sign that it does not fit."""
+        for region in [*self._kept]:
+            region.n_captures -= 1
+            self._drop(region)
 
     @property
     def nbytes(self) -> int:
@@ -210,8 +211,7 @@ class SteadyState:
             region.moved.update(changed(numbers, region.numbers))
         if region.n_runs <= RUNS:
             return False
-        apart = [n for n, a, b in zip(region.inputs, before, region.addresses, strict=True) if a != b]
-        apart = [n for n in apart if n not in region.moving]
+        apart = [n for n, a, b in zip(region.inputs, before, region.addresses, strict=True) if a != b and n not in region.moving]
         if not apart:
             return True
         reasons = [why_not_moving(region.graph, n, values[n]) for n in apart]
@@ -282,7 +282,7 @@ class SteadyState:
         captured = self._kept.pop(region, None)
         region.captured = region.addresses = None
         if captured is not None:
-            captured.destroy()
+            captured.destroy(self.recorder.follow_stream())
 
     def _refuse(self, region: Steady, reason: str, mended: bool = False) -> None:
         region.refusal, region.addresses = reason, None

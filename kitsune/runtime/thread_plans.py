@@ -17,8 +17,9 @@ from kitsune.runtime.calls import try_out
 BACKWARD = frozenset({"convolution_backward", "_scaled_dot_product_cudnn_attention_backward"})
 # Not attention, which may draw random numbers.
 FORWARD = frozenset({"convolution"})
-# Beside one step. ResNet-50 has 46 of them, and steps in which the host waits for the device for 27 ms (H200, unfused).
-SECONDS = 0.004
+# Beside one step, to begin with; then TIMES as long as the step took without, and so long at the most. ResNet-50 has 46 of them
+# for its plan, which take 0.3 s, in steps of 36 ms with 9 ms of Python (H200, unfused): 24 ms of the rest can go into these.
+SECONDS, TIMES, MOST = 0.004, 2, 0.025
 
 
 class ThreadPlans:
@@ -26,6 +27,8 @@ class ThreadPlans:
 
     def __init__(self) -> None:
         self._known: set[Any] = set()
+        # When the last ones were made.
+        self._ended: float | None = None
 
     def make(self, graph: Graph) -> None:
         """Make those of a region that was observed: its forward has run in this thread, and its backward in another one."""
@@ -38,23 +41,32 @@ class ThreadPlans:
             elif op.target._opname in FORWARD:
                 self._is_new(op)
 
-    def go_on(self, graph: Graph) -> bool:
-        """Make a few of those of a region that is to come; True once it has them all."""
+    def needed(self, graph: Graph) -> list[Op]:
+        """Of a region that is to come, those that this thread has no plans for, each shape once. Another thread may ask."""
+        ops = [op for op in graph.ops if op.target._opname in BACKWARD or op.target._opname in FORWARD]
+        return list({key: op for op in ops if (key := _key(op)) not in self._known}.values())
+
+    def go_on(self, ops: list[Op]) -> None:
+        """Make the plans of a few of these, which are taken off the list."""
         if _captured():
-            return False
-        until = time.perf_counter() + SECONDS
-        for op in graph.ops:
-            if (op.target._opname in BACKWARD or op.target._opname in FORWARD) and self._is_new(op):
+            return
+        now = time.perf_counter()
+        until = now + (SECONDS if self._ended is None else min(TIMES * (now - self._ended), MOST))
+        while ops and now < until:
+            if self._is_new(op := ops.pop(0)):
                 _run_once(op)
-                if time.perf_counter() >= until:
-                    return False
-        return True
+            now = time.perf_counter()
+        self._ended = now
 
     def _is_new(self, op: Op) -> bool:
-        key = (op.target, tuple(a.type.at_start() if type(a) is Value else a for a in op.args), op.kwargs)
+        key = _key(op)
         is_new = key not in self._known
         self._known.add(key)
         return is_new
+
+
+def _key(op: Op) -> Any:
+    return op.target, tuple(a.type.at_start() if type(a) is Value else a for a in op.args), op.kwargs
 
 
 def _captured() -> bool:

@@ -62,7 +62,7 @@ def find_cut(op: Op, reduction: Reduction, parts: Parts, made: TensorType, besid
     if cut is None or (cut.parts > MORE * wanted and not cut.whole):
         # Of 197 parts with 64 rows each a block has hardly begun when it is done: ViT-B/16's sums took 29 us of an H200 so, where
         # the bytes take 14.
-        cut = _in_stretches(type_, reduction, wanted, made) or cut
+        cut = _in_stretches(type_, reduction, wanted) or cut
     return cut
 
 
@@ -108,7 +108,7 @@ def _fits(step: int, made: TensorType) -> bool:
     return all(n == 1 or not s or step % s == 0 or s % step == 0 for n, s in zip(made.shape, made.stride, strict=True))
 
 
-def _in_stretches(type_: TensorType, reduction: Reduction, wanted: int, made: TensorType) -> Cut | None:
+def _in_stretches(type_: TensorType, reduction: Reduction, wanted: int) -> Cut | None:
     left, whole = wanted, set[int]()
     for d in sorted(reduction.dims, key=lambda d: -type_.stride[d]):
         n = type_.shape[d]
@@ -119,7 +119,7 @@ def _in_stretches(type_: TensorType, reduction: Reduction, wanted: int, made: Te
             left = -(-left // n)
             continue
         near = [k for k in _divisors(n) if left / FEWER <= k <= left * MORE]
-        k = _nearest([k for k in near if _fits(n // k * type_.stride[d], made)] or near, left)
+        k = _nearest(near, left)
         return Cut(d, k, frozenset(whole)) if k > 1 else _whole_cut(whole, reduction)
     return _whole_cut(whole, reduction)
 

@@ -29,7 +29,7 @@ def compare_pages(kernels: Any) -> None:
     for n, n_numbers in itertools.product((0, 1, 63, 64, 65), (0, 1, 70)):
         words = HEAD + n + n_numbers
         first = torch.randint(-(2**62), 2**62, (N_PAGES, words))
-        for count in (0, 1, N_PAGES - 1, N_PAGES, 12345, 16 * 999):
+        for count in (0, 1, N_PAGES - 1, N_PAGES, 12345, 16 * 999, 16 * 999 + 8):
             first[count % N_PAGES, 0] = n_numbers if count % 2 else 0
             found = []
             for kernel in kernels:
@@ -57,7 +57,7 @@ def compare_copies(kernels: Any) -> None:
             owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
             found = []
             for kernel in kernels:
-                targets = [torch.zeros(size + 40, dtype=torch.uint8) for size in sizes]
+                targets = [torch.full((size + 40,), 7, dtype=torch.uint8) for size in sizes]
                 firsts = [sum(counts[:k]) for k in range(len(sizes))]
                 rows = torch.tensor([[t.data_ptr() + e, s, f] for t, e, s, f in zip(targets, ends, sizes, firsts, strict=True)])
                 kernel.launch(len(owners), [places.data_ptr(), rows.data_ptr(), owners.data_ptr()], 0)
@@ -71,7 +71,7 @@ def compare_results(kernels: Any) -> None:
     for size, begins_at, is_told in itertools.product((1, 2, 4, 8, 12, 16), (0, 3), (True, False)):
         source, found = torch.randint(1, 256, (32,), dtype=torch.uint8), []
         for kernel in kernels:
-            target = torch.zeros(32, dtype=torch.uint8)
+            target = torch.full((32,), 7, dtype=torch.uint8)
             place = torch.tensor([(target.data_ptr() + begins_at) * is_told])
             kernel.launch(1, [place.data_ptr(), source.data_ptr(), size], 0)
             found.append(target)

@@ -211,10 +211,10 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_a_worker_leaves_the_code_where_this_process_finds_it(cache: Path, tmp_path: Path, pools: Any) -> None:
     compiler, made = Compiler(tmp_path / "kernels"), program()
-    assert not compiler.is_known(made, 90, True, False)
+    assert not compiler.find(made, 90, True, False)
     background = BackgroundCompiler(compiler, lambda: pools(), now)
     compiled = background.ask(made, 90, True, False).result(120)
-    assert compiler.is_known(made, 90, True, False) and not compiler.is_known(made, 90, False, False)
+    assert compiler.find(made, 90, True, False) and not compiler.find(made, 90, False, False)
     assert isinstance(compiled, OnDevice) and compiled.binary == read_binary(binary_path(compiler.job_of(made, 90, True, False)))
     assert compiled.binary.code == compiled_kernel(compiler, made, 90).asm["cubin"]
 
@@ -251,7 +251,7 @@ def test_a_damaged_binary_is_compiled_again(cache: Path, tmp_path: Path, damage:
     good = compile_binary(compiler.job_of(program(), 90, True, False))
     content = path.read_bytes()
     path.write_bytes(content[:-1] if damage is None else damage)
-    assert read_binary(path) is None and not compiler.is_known(program(), 90, True, False)
+    assert read_binary(path) is None and not compiler.find(program(), 90, True, False)
     compiled = compiler.compile(program(), 90, True, False)
     assert isinstance(compiled, OnDevice) and compiled.binary == good == read_binary(path)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import random
 from pathlib import Path
 
 import pytest
+import torch
 
-from kitsune.codegen import text_key
-from kitsune.ir import Graph, Kernel, Op, load_graph
+from kitsune.codegen import text_key, why_not_lowered
+from kitsune.codegen.lower import _form, _why_not_lowered
+from kitsune.ir import Graph, Kernel, Kind, Op, Slot, load_graph
 from kitsune.planning import Planner
-from kitsune.scheduler import RATES, Costs
+from kitsune.runtime.replay import most_in_use
+from kitsune.scheduler import RATES, Costs, dead_code
 
 # Of each recorded step: launches op by op, launches planned, fused ones among them, distinct programs of those. A change of the
 # planner shows here; more launches than before want a reason.
@@ -71,6 +75,14 @@ STRICT = {
     "vit-small-amp-cpu": (68, 29, 23, 10),
     "vit-small-amp-cuda": (67, 28, 22, 10),
     "vit-small-fp32-cpu": (65, 26, 18, 12),
+}
+# Mebibytes that a step needs beside parameters, optimizer state and batch: the arena of its plan, what lies outside of that (most
+# of it gradients, and what libraries allocate), and the most that is in use where it is run op by op.
+HELD = {
+    "bert-full-amp-cuda": (1463, 642, 2960),
+    "gpt2-full-amp-cuda": (2667, 1930, 11187),
+    "resnet50-full-amp-cuda": (1308, 1359, 2747),
+    "vit-full-amp-cuda": (3541, 782, 4312),
 }
 CORPUS = Path(__file__).parent.parent / "corpus"
 FILES = sorted(CORPUS.glob("*.jsonl.gz"))
@@ -141,8 +153,32 @@ def test_a_step_needs_these_launches(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.partition(".")[0])
 def test_with_reductions_in_kernels_a_step_needs_these(path):
-    plan = Planner(Costs(RATES["sm_90"]), verify=True, numerics="strict").plan(graph_of(path))
+    graph = graph_of(path)
+    plan = Planner(Costs(RATES["sm_90"]), verify=True, numerics="strict").plan(graph)
     fused = [launch for launch in plan.launches if launch.kernels]
     programs = {(text_key(launch.kernels[0]), len(launch.kernels) > 1) for launch in fused}
     found = (plan.n_launches, len(fused), len(programs), round(plan.nbytes / 1e6))
-    assert STRICT[path.name.partition(".")[0]] == found
+    name = path.name.partition(".")[0]
+    assert STRICT[name] == found
+    if name in HELD:
+        held = (plan.arena >> 20, plan.outside >> 20, most_in_use(dead_code(graph)) >> 20)
+        assert all(n <= most for n, most in zip(held, HELD[name], strict=True)), held
+
+
+def test_what_is_known_of_a_form_holds_for_every_op_of_it() -> None:
+    ops = [op for path in FILES for op in graph_of(path).ops]
+    assert [why_not_lowered(op) for op in ops] == [_why_not_lowered(op) for op in ops]
+
+
+def test_a_form_has_the_types_of_its_constants() -> None:
+    graph = next(graph_of(path) for path in FILES if path.name.startswith("mlp"))
+    op = next(op for op in graph.ops if op.kind is Kind.POINTWISE and op.args)
+    forms = [_form(dataclasses.replace(op, args=(*op.args, extra))) for extra in (1, 1.0, True, None, Slot(0), (1,), [1], "1")]
+    assert len({*forms, _form(op)}) == len(forms) + 1
+    value = op.results[0]
+    far = dataclasses.replace(value, type=dataclasses.replace(value.type, dtype=torch.complex64))
+    # Of an operand, of a list of them, and of a result: no kernel is written for such.
+    others = {"args": (far, (far,)), "inputs": (far,), "results": (far,), "rewritten": ((value, far),)}
+    changed = [dataclasses.replace(op, **{name: found}) for name, found in others.items()]
+    assert len({*map(_form, changed), _form(op)}) == 5
+    assert why_not_lowered(dataclasses.replace(op, args=(*op.args, {}))) == why_not_lowered(op), "not hashable, and not known"

@@ -200,8 +200,8 @@ def test_a_sum_over_images_needs_no_copy_of_them() -> None:
     assert total.inputs[0].type.stride[1] == 1
 
 
-def test_few_operands_that_move_along_rows_and_columns_leave_room_for_fewer_columns_a_turn() -> None:
-    """Numbers of a row or of a column alone do not count."""
+def test_columns_of_a_turn_are_by_how_many_operands_move_along_rows_and_columns() -> None:
+    """Numbers of a row or of a column alone do not count. One operand of few blocks has more at a time."""
 
     def kernel(n_full: int) -> Kernel:
         value = Value(0, F4, 0)
@@ -209,7 +209,8 @@ def test_few_operands_that_move_along_rows_and_columns_leave_room_for_fewer_colu
         step = Step(Op(aten.sum.default, Kind.REDUCTION, (), (), (), Result(0), (value,)), ())
         return Kernel("k", (64, 64, 64), (full,) * n_full + (row,) * 4 + (column,) * 4, (step,), (), 2)
 
-    assert [_turn(kernel(n)) for n in (1, 4, 5)] == [16, 16, 32]
+    assert [_turn(kernel(n), 1024) for n in (1, 2, 3, 4, 5, 6)] == [16, 32, 16, 16, 16, 32]
+    assert [_turn(kernel(n), 477) for n in (1, 2)] == [64, 32]
 
 
 def test_a_reduction_whose_parts_no_kernel_can_hold_stays_whole() -> None:

@@ -16,13 +16,15 @@ import torch
 
 import kitsune
 from kitsune import plan_files
+from kitsune.backends import program_of
+from kitsune.codegen import parameters_of, render
 from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.config import config
 from kitsune.fusion import FusionConfig, Rules
-from kitsune.ir import Graph, Plan, Tile, dump_plan, graph_digest, load_plan, verify_plan
-from kitsune.plan_files import kept_plan, planned
+from kitsune.ir import Graph, Operand, Plan, Result, Slot, Tile, dump_plan, graph_digest, load_plan, reads_slots, verify_plan
+from kitsune.plan_files import MAX_AHEAD, kept_plan, last_plans, planned, program_name, remember_plan
 from kitsune.planning import Planner
-from kitsune.scheduler import RATES, Costs
+from kitsune.scheduler import RATES, Costs, dead_code
 from tests.plan.recorded import recorded_again
 from tests.plan.test_corpus_plans import FILES, graph_of
 from tests.runtime.backends import assert_equal, backend, lazily, loop
@@ -67,14 +69,13 @@ def files(folder: Path) -> list[Path]:
 def test_a_plan_comes_back_as_it_was(path: Path) -> None:
     old, again = graph_of(path), graph_of(path)
     plan = H200.plan(old)
-    back = load_plan(dump_plan(plan, old), again)
+    back = load_plan(dump_plan(plan, old)).of(again)
     assert str(back) == str(plan) and back.refusals == plan.refusals and back.drops == plan.drops
     assert (dict(back.offsets), back.arena) == (dict(plan.offsets), plan.arena)
     # Each op is launched once, and is one object wherever it is named; the places in the arena are equal anyway.
     verify_plan(back)
-    own = {id(op) for op in again.ops}
-    kept = [op for op in back.graph.ops if id(op) in own]
-    assert kept, "ops that the planner has left alone are those of the graph"
+    assert [op.site for op in back.graph.ops] == [op.site for op in plan.graph.ops]
+    assert (back.n_dead, back.awaited) == (plan.n_dead, plan.awaited) == (len(old.ops) - len(dead_code(old).ops), old.awaited)
 
 
 def test_an_equal_graph_is_not_planned_again(asked: list[int], folder: Path) -> None:
@@ -88,8 +89,37 @@ def test_lines_are_those_of_today() -> None:
         graph.inputs, tuple(dataclasses.replace(op, site=op.site and op.site._replace(line=7)) for op in graph.ops), graph.outputs
     )
     assert graph_digest(moved) == graph_digest(old)
-    sites = [op.site for op in load_plan(dump_plan(plan, old), moved).graph.ops]
+    sites = [op.site for op in load_plan(dump_plan(plan, old)).of(moved).graph.ops]
     assert len(sites) > 3 and {site.line for site in sites if site is not None} == {7}
+
+
+@pytest.mark.parametrize("in_args", [True, False])
+def test_graphs_are_told_apart_by_every_constant_and_its_type(in_args: bool) -> None:
+    graph = recorded_again(lambda: torch.arange(24.0).clamp(max=3))
+    (k,) = [k for k, op in enumerate(graph.ops) if op.target._opname == "clamp"]
+    constants = [0, 0.0, -0.0, False, None, "0", (0,), [0], torch.Size([0, 0]), Slot(0), Result(0), Operand(0), float("nan")]
+    constants += [
+        torch.float32,
+        torch.device("cpu"),
+        torch.strided,
+        torch.contiguous_format,
+        0j,
+        graph.inputs[:1] or graph.ops[0].results,
+    ]
+
+    def digest(constant: Any) -> bytes:
+        ops = list(graph.ops)
+        by_place, by_name = (*ops[k].args[:1], constant), (("max", constant),)
+        ops[k] = dataclasses.replace(ops[k], args=by_place) if in_args else dataclasses.replace(ops[k], kwargs=by_name)
+        return graph_digest(dataclasses.replace(graph, ops=tuple(ops)))
+
+    assert len({digest(constant) for constant in constants}) == len(constants)
+    with pytest.raises(TypeError, match=r"bytes .* cannot be spelled"):
+        digest(b"$")
+    kept = dataclasses.replace(graph.ops[k], late=True), dataclasses.replace(graph.ops[k], grad_enabled=True)
+    more = [graph_digest(dataclasses.replace(graph, ops=(*graph.ops[:k], op, *graph.ops[k + 1 :]))) for op in kept]
+    more += [graph_digest(dataclasses.replace(graph, awaited=(1,))), graph_digest(dataclasses.replace(graph, outputs=()))]
+    assert len({*more, graph_digest(graph)}) == 5
 
 
 def others() -> Iterator[tuple[str, Planner]]:
@@ -187,7 +217,7 @@ def test_a_file_with_anything_else_in_it_is_written_over(content: bytes | None, 
 
 def test_no_function_is_called_that_a_file_names() -> None:
     with pytest.raises(pickle.UnpicklingError, match=r"os\.getenv is no part of a plan"):
-        load_plan(pickle.dumps(Stranger()), recorded_again(program))
+        load_plan(pickle.dumps(Stranger()))
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_plan(tmp_path: Path, asked: list[int]) -> None:
@@ -246,3 +276,78 @@ def test_another_process_finds_the_plan(folder: Path) -> None:
         assert not done.returncode, done.stderr
         seen.append({path: path.read_bytes() for path in files(folder)})
     assert seen[0] and seen[0] == seen[1]
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has used no plans so far."""
+    monkeypatch.setattr(plan_files, "_used", {})
+
+
+def names(n: int) -> list[str]:
+    return [f"{k:032x}.plan" for k in range(n)]
+
+
+@pytest.mark.usefixtures("used")
+def test_the_plans_of_the_last_time_are_remembered_by_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [folder / name for name in names(6)]
+    for path in paths:
+        remember_plan("one", path)
+    assert last_plans("one") == paths[:MAX_AHEAD] and last_plans("other") == []
+    content = (folder / "one.last").read_bytes()
+    monkeypatch.setattr(plan_files, "_used", {})
+    remember_plan("one", paths[1])
+    assert (folder / "one.last").read_bytes() == content, "nothing new is known"
+    remember_plan("one", paths[5])
+    assert last_plans("one") == [paths[1], paths[5]], "a program that does something else"
+
+
+@pytest.mark.usefixtures("used")
+@pytest.mark.parametrize("content", [b"", b"../../etc/passwd", b"a.plan /tmp/b.plan", b"\xff" * 40, None])
+def test_a_list_of_plans_with_anything_else_in_it_names_none(content: bytes | None, folder: Path) -> None:
+    folder.mkdir()
+    if content is None:
+        (folder / "one.last").write_bytes(names(1)[0].encode())
+    else:
+        write_sealed(folder / "one.last", content)
+    assert last_plans("one") == []
+    remember_plan("one", folder / names(1)[0])
+    assert last_plans("one") == [folder / names(1)[0]]
+
+
+@pytest.mark.usefixtures("used")
+def test_where_nothing_can_be_written_nothing_is_remembered(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with config.patch(cache_dir=str(tmp_path / "file")):
+        remember_plan("one", tmp_path / "file" / "plans" / names(1)[0])
+        assert last_plans("one") == []
+
+
+def test_programs_are_told_apart_by_file_arguments_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
+    found = [program_name(device) for device in devices]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1"])
+    found.append(program_name(devices[0]))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/elsewhere/train.py", raising=False)
+    found.append(program_name(devices[0]))
+    assert len(set(found)) == 5 and found[-1] == program_name(devices[0])
+
+
+def test_a_plan_has_the_texts_that_would_be_rendered_for_it(folder: Path) -> None:
+    old, again = (graph_of(next(path for path in FILES if path.name.startswith("lenet-small-amp"))) for _ in range(2))
+    plan, back = planned(old, H200), kept_plan(again, H200)
+    assert back is not None and len(files(folder)) == 1
+    n_written = 0
+    for launch, read in zip(plan.launches, back.launches, strict=True):
+        assert (launch.written is None) == (read.written is None)
+        if launch.kernels and read.written is not None:
+            n_written += 1
+            program = render(launch.kernels[0], len(launch.kernels) > 1, read.written.slots_in_memory)
+            rest = [parameters_of(kernel, read.written.slots_in_memory) for kernel in launch.kernels[1:]]
+            # As text: -0.0 is another number than 0.0.
+            assert repr((read.written.program, read.written.rest)) == repr((program, tuple(rest)))
+            assert read.written.slots_in_memory == any(map(reads_slots, launch.ops))
+            other = not read.written.slots_in_memory
+            # Where numbers are read from memory, they are no parameters.
+            assert repr(program_of(read, other)) == repr(render(launch.kernels[0], len(launch.kernels) > 1, other))
+    assert n_written == sum(bool(launch.kernels) for launch in plan.launches) > 3

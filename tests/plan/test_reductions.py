@@ -141,7 +141,7 @@ def test_parts_may_be_far_more_or_fewer_than_wanted_where_the_rows_have_few_divi
     )
 
 
-def test_far_more_parts_than_wanted_give_way_to_stretches_that_fit_what_made_the_rows():
+def test_far_more_parts_than_wanted_give_way_to_stretches():
     """29 are wanted of 2304 columns: 197 in turn fit the images, and so do 32 stretches of two images each."""
     x = torch.zeros(64, 197, 2304, dtype=HALF)
     assert kernels(strict(lambda: (x * 2).view(-1, 2304).sum(0)))[0].domain == (32, 2304, 2 * 197)

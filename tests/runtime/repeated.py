@@ -68,7 +68,7 @@ class Repeater:
     def follow_stream(self) -> bool:
         return True
 
-    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0) -> Repeated:
+    def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0, nbytes: int = 0) -> Repeated:
         state = get_state(torch.default_generator)
         storages = {storage_of(t)._cdata: storage_of(t) for t in inputs}
         before = [(storage, storage.clone()) for storage in storages.values()]

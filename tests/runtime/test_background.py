@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from kitsune import hearing
-from kitsune.background import LOOK_S, REST, REST_IN_STEP, WORK_S, PacedThread, later, wait, when_done
+from kitsune.background import LOOK_S, REST, REST_IN_STEP, WORK_S, PacedThread, later, n_awaited, n_open, wait, when_done
 
 SECONDS = 60.0
 
@@ -25,8 +26,12 @@ def calls_in_here_are_heard() -> None:
         hearing.tell_of(hearing.codes_of(sys.modules[__name__]), tool)
 
 
+def same(k: int) -> int:
+    return k
+
+
 def spin(n: int) -> int:
-    return sum(map(abs, range(n))) and sum(abs(k) for k in range(n))
+    return sum(same(k) for k in range(n))
 
 
 def test_calls_are_made_in_order_on_one_thread() -> None:
@@ -45,7 +50,7 @@ def measured(paced: PacedThread) -> Future[tuple[float, float]]:
 
     def work() -> None:
         start, cpu = time.perf_counter(), time.thread_time()
-        spin(200_000)
+        spin(60_000)
         took.set_result((time.perf_counter() - start, time.thread_time() - cpu))
 
     paced.submit(work)
@@ -92,6 +97,26 @@ def test_it_goes_on_soon_after_the_step() -> None:
         paced.close()
     # Three looks find the step going on, the first of them before it rests at all.
     assert len(slept) == 2 and all(0 < seconds <= LOOK_S for seconds in slept)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_in_a_step_it_goes_on_while_an_operator_takes_its_time(moves: bool) -> None:
+    paced, places, rests = PacedThread(), itertools.count(), []
+    paced.in_a_step, paced.where = lambda: True, lambda: next(places) if moves else "here"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.background._alone", lambda: True)
+        patch.setattr(paced, "_rest", lambda worked, rest=paced._rest: (rests.append(time.perf_counter()), rest(worked)))
+        wall, cpu = measured(paced).result(SECONDS)
+    assert len(rests) > 10 and (wall > cpu * (1 + REST_IN_STEP) * 0.7) is moves
+    paced.close()
+
+
+def test_in_a_step_it_rests_where_nobody_can_tell_how_far_it_is() -> None:
+    paced = PacedThread()
+    paced.in_a_step, paced.where = lambda: True, lambda: None
+    wall, cpu = measured(paced).result(SECONDS)
+    assert wall > cpu * (1 + REST_IN_STEP) * 0.7
+    paced.close()
 
 
 def test_it_does_not_rest_while_somebody_waits_for_it() -> None:
@@ -189,3 +214,23 @@ def test_without_futures_it_is_called_at_once() -> None:
     called: list[int] = []
     when_done([], lambda: called.append(1))
     assert called == [1]
+
+
+def test_what_is_being_made_is_open_before_anything_is_awaited_and_until_that_has_come() -> None:
+    assert wait(SECONDS)
+    began, go_on, coming = threading.Event(), threading.Event(), Future[None]()
+
+    def make() -> tuple[int, list[Future[Any]]]:
+        began.set()
+        assert go_on.wait(SECONDS)
+        return 1, [coming]
+
+    made = later(make)
+    assert began.wait(SECONDS) and (n_open(), n_awaited()) == (1, 0)
+    go_on.set()
+    until = time.perf_counter() + SECONDS
+    while not n_awaited() and time.perf_counter() < until:
+        time.sleep(1e-3)
+    assert (n_open(), n_awaited()) == (1, 1)
+    coming.set_result(None)
+    assert made.result(SECONDS) == 1 and wait(SECONDS) and (n_open(), n_awaited()) == (0, 0)

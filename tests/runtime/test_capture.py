@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.config import KitsuneWarning, config
+from kitsune.ir import storage_of
 from tests.property import steps as _steps, steps_autograd as _autograd  # noqa: F401  (they fill the table)
 from tests.property.strategies import programs
 from tests.property.test_programs import SLOW
 from tests.property.world import Program, differences
 from tests.runtime.backends import assert_equal, lazily, loop, update
-from tests.runtime.repeated import counts, graphs
+from tests.runtime.repeated import Repeated, counts, graphs
 
 REGIONS = 1
 BOTH = pytest.mark.parametrize("kernels", [True, False])
@@ -308,3 +309,25 @@ def test_a_graph_that_has_fitted_for_long_stays_while_its_inputs_are_elsewhere_f
     assert all(map(torch.equal, memory, expected))
     # Back where it was it is replayed at once; where it stays elsewhere it is captured there.
     assert captured[13] == captured[29] == 1 and captured[-1] == 2
+
+
+def test_outputs_are_nobodys_when_their_graph_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    uses: list[int] = []
+    destroy = Repeated.destroy
+
+    def looked_at(graph: Repeated) -> None:
+        # What a graph itself refers to is gone as well in CUDA's: here it is one tensor for each.
+        uses.extend(torch._C._storage_Use_Count(storage_of(t)._cdata) for t in graph._memory)
+        destroy(graph)
+
+    monkeypatch.setattr(Repeated, "destroy", looked_at)
+    alone = torch.ones(4)
+    with graphs(), lazily():
+        for _ in range(6):
+            # More than what is copied for who asks.
+            y = state(torch.ones(64))
+            kitsune.flush()
+            del y
+        assert counts("replayed")[0] > 0
+        kitsune.reset()
+    assert uses and set(uses) == {torch._C._storage_Use_Count(storage_of(alone)._cdata)}

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import kitsune
-from kitsune import plan_files, running
+from kitsune import coming, plan_files
 from kitsune.backends import Backend
 from kitsune.background import thread
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph, Launch, Pending
-from kitsune.runtime import ThreadPlans
+from kitsune.runtime import PlanExecutor, ThreadPlans
 from tests.runtime.backends import assert_equal, chain, lazily, loop, runner
 from tests.runtime.checked import forget
 from tests.runtime.repeated import Repeater, WalkInGraph, counts
@@ -147,27 +147,43 @@ def test_only_what_comes_back_is_planned_and_after_its_capture() -> None:
 
 
 def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(ThreadPlans, "go_on", lambda self, graph: (given.append(graph), len(given) > 1)[1])
+    graphs: list[Graph] = []
+    n_left: list[int] = []
+    monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: (graphs.append(graph), [*graph.ops, *graph.ops][:3])[1])
+    monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: (ops.pop(), n_left.append(len(ops))))
     with cold() as (workers, _):
-        for n in range(1, 7):
+        for n in range(1, 5):
             assert torch.equal(step(), chain()) and idle() and counts("unfused") == [n]
-            # Planned after the second run; twice something is left to do for it, and then no more.
-            assert len(given) == min(max(n - 2, 0), 2)
-        (graph,) = set(given)
-        assert isinstance(graph, Graph)
-        workers.release()
-        assert torch.equal(step(), chain()) and counts("kernels") == [1] and len(given) == 2
+            # Planned after the second run.
+            assert len(n_left) == max(n - 2, 0)
+        for future in workers.asked.values():
+            workers._settle(future)
+        # Its kernels are there, and one is left that would be made in the middle of a step.
+        assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, 5] and n_left == [2, 1, 0]
+        assert torch.equal(step(), chain()) and counts("kernels") == [1] and n_left == [2, 1, 0]
+        assert len(graphs) == 1
+
+
+def test_who_waits_for_kernels_has_them_in_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: [*graph.ops])
+    monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: None)
+    with cold() as (workers, _):
+        workers.hold = False
+        for _ in range(4):
+            step()
+            assert idle()
+        assert counts("kernels") == [0]
+        assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), chain()) and counts("kernels") == [1]
 
 
 def test_no_step_waits_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    go, plan = threading.Event(), running.show_plan
+    go, plan = threading.Event(), coming.show_plan
 
-    def slow(*given: Any) -> Any:
+    def slow(*given: Any, **options: Any) -> Any:
         assert go.wait(SECONDS)
-        return plan(*given)
+        return plan(*given, **options)
 
-    monkeypatch.setattr(running, "show_plan", slow)
+    monkeypatch.setattr(coming, "show_plan", slow)
     with cold() as (workers, _):
         workers.hold = False
         for n in range(1, 9):
@@ -293,6 +309,62 @@ def test_a_plan_on_disk_is_had_before_the_region_comes_back(tmp_path: Path) -> N
             assert counts("kernels")[0] == (2 if known else 1) and not kitsune.explain().mended
 
 
+def other() -> torch.Tensor:
+    with lazily():
+        return (torch.arange(24.0).view(4, 6) * 3 - 1).abs()
+
+
+@pytest.mark.parametrize("again", [step, other])
+def test_plans_of_the_last_time_are_ready_when_the_first_step_ends(tmp_path: Path, again: Any) -> None:
+    with kitsune.disable():
+        expected = again()
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        assert torch.equal(step(), chain()) and kitsune.wait_for_kernels(SECONDS) and len(workers.asked) == 1
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        with lazily():
+            assert idle() and len(workers.asked) == len(runner().coming.ahead) == 1, "before there is a region"
+        (path,) = tmp_path.glob("plans/*.plan")
+        path.write_bytes(b"not read again")
+        assert torch.equal(again(), expected) and idle()
+        # A guess that was wrong costs nothing but the time.
+        assert len(runner().coming.ahead) == (again is other)
+        assert torch.equal(again(), expected) and counts("kernels") == [again is step]
+        assert not kitsune.explain().mended
+
+
+def test_lines_of_a_plan_that_was_read_ahead_are_those_of_today(tmp_path: Path) -> None:
+    for line in (10, 20):
+        scope: dict[str, Any] = {"torch": torch}
+        program = compile("\n" * (line - 1) + "x = (torch.arange(6.0).view(2, 3) * 2 + 1).abs()", "program.py", "exec")
+        with plans_in(tmp_path), cold() as (workers, _):
+            workers.hold = False
+            for _ in range(3):
+                with lazily():
+                    exec(program, scope)
+                assert scope["x"].tolist() == [[1, 3, 5], [7, 9, 11]] and kitsune.wait_for_kernels(SECONDS)
+            (ready,) = [one for one in runner().ready.values() if one.plan is not None]
+            assert {op.site.line for op in ready.plan.plan.graph.ops if op.site is not None} == {line}
+
+
+def test_a_plan_that_was_looked_up_is_not_made_ready_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Any] = []
+    prepare = PlanExecutor.prepare
+    monkeypatch.setattr(PlanExecutor, "prepare", lambda self, plan: (prepared.append(plan), prepare(self, plan))[1])
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        step()
+        assert kitsune.wait_for_kernels(SECONDS) and len(prepared) == 1
+    with plans_in(tmp_path), cold() as (workers, _):
+        # Its kernels are late, and it comes back meanwhile.
+        for _ in range(4):
+            assert torch.equal(step(), chain()) and idle() and counts("kernels") == [0]
+        assert planned() and len(prepared) == 2
+        workers.release()
+        assert torch.equal(step(), chain()) and counts("kernels") == [1] and len(prepared) == 2
+
+
 def test_where_none_is_kept_none_is_looked_up(tmp_path: Path) -> None:
     with plans_in(tmp_path), cold():
         step()
@@ -312,26 +384,25 @@ def test_a_plan_on_disk_waits_for_its_kernels_as_any_other(tmp_path: Path) -> No
 
 def test_a_program_that_keeps_changing_is_not_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    monkeypatch.setattr(running, "kept_plan", lambda graph, planner: looked.append(len(graph.ops)))
-    monkeypatch.setattr(running, "may_be_kept", lambda graph: True)
+    monkeypatch.setattr(coming.Coming, "kept", lambda self, graph, planner: looked.append(len(graph.ops)))
+    monkeypatch.setattr(coming, "may_be_kept", lambda graph: True)
     with cold():
-        for n in range(2 * running.MAX_MISSED):
+        for n in range(2 * coming.MAX_MISSED):
             with lazily():
                 torch.arange(n + 2.0) * 2
             assert idle()
-        assert len(looked) == running.MAX_MISSED
+        assert len(looked) == coming.MAX_MISSED
 
 
 def test_a_look_up_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Any] = []
 
-    def fail(graph: Any, planner: Any) -> None:
+    def fail(self: Any, graph: Any, planner: Any) -> None:
         looked.append(graph)
-        if len(looked) == 1:
-            raise ZeroDivisionError
+        raise ZeroDivisionError
 
-    monkeypatch.setattr(running, "kept_plan", fail)
-    monkeypatch.setattr(running, "may_be_kept", lambda graph: True)
+    monkeypatch.setattr(coming.Coming, "kept", fail)
+    monkeypatch.setattr(coming, "may_be_kept", lambda graph: True)
     with cold() as (workers, _):
         workers.hold = False
         for _ in range(2):
@@ -341,12 +412,12 @@ def test_a_look_up_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_plan_that_cannot_be_made_is_told_by_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("of no use")
 
     with cold(), config.patch(verify=False), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        monkeypatch.setattr("kitsune.running.show_plan", fail)
+        monkeypatch.setattr("kitsune.coming.show_plan", fail)
         assert torch.equal(step(), chain()) and kitsune.wait_for_kernels(SECONDS) and not said
         for _ in range(2):
             assert torch.equal(step(), chain())

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import kitsune
+from kitsune.backends import on_device, reader_of
 from kitsune.codegen import PAGE_PROGRAMS
 from kitsune.config import config
 from kitsune.ir import Pending
 from kitsune.ir.page import N_PAGES
 from kitsune.runtime import PageReader, SlotTable, lent_outputs, page_ring
+from kitsune.runtime.page_reader import Reading
 from kitsune.runtime.page_ring import PageRing
 from tests.runtime.backends import lazily
 from tests.runtime.pages import naive_reader
@@ -238,6 +242,40 @@ def test_kernels_that_are_not_there_are_asked_for_again_unless_they_failed(error
             x = x.clone()
 
 
+def test_a_backends_graphs_begin_with_pages_unless_they_are_switched_off() -> None:
+    asked: list[str] = []
+
+    class Asked:
+        def ask(self, program: Any, *variant: Any) -> Any:
+            asked.append(program.name)
+            return Future()
+
+        def expect(self) -> None:
+            pass
+
+    backend = on_device("sm_90", cast(Any, Asked()), CPU)
+    nothing_else = SimpleNamespace(likely=None)
+    assert backend.warm is not None and reader_of(backend) is backend.reader is not None
+    assert len(backend.warm(cast(Any, None), nothing_else)) == len(PAGE_PROGRAMS)
+    assert asked == [program.name for program in PAGE_PROGRAMS]
+    with config.patch(pages=False):
+        assert reader_of(backend) is None and not backend.warm(cast(Any, None), nothing_else)
+    assert reader_of("There are no kernels.") is None
+
+
+def test_a_held_number_that_is_written_after_the_graph_is_copied_then() -> None:
+    x, held = torch.ones(3, 2), []
+    with config.patch(gate=False), graphs(kernels=False), lazily():
+        for k in range(30):
+            total = (x * 2).sum()
+            # No kernel that could read a number which moves: it is called when the graph has been replayed.
+            total.mul_(1.0 + k)
+            kitsune.flush()
+            held.append(total)
+        assert counts("replayed", "moved")[0] > 20 and not counts("graph_refused")[0], kitsune.counters()
+    assert [total.item() for total in held] == [12.0 * (1 + k) for k in range(30)]
+
+
 def test_memory_of_a_ring_that_is_gone_is_used_again_and_brings_nothing() -> None:
     told = Told()
     told.replay(3)
@@ -254,7 +292,9 @@ BATCHES = [(torch.full((5, 7), float(k)), torch.arange(k, k + 33)) for k in rang
 
 
 @pytest.mark.parametrize("pages", [True, False])
-def test_replays_far_beyond_the_ring_are_as_in_eager(pages: bool) -> None:
+def test_replays_far_beyond_the_ring_are_as_in_eager(pages: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A steady replay asks the device nothing.
+    monkeypatch.setattr(Reading, "n_started", lambda self: pytest.fail("the device was asked how far it is"))
     with config.patch(gate=False, pages=pages), graphs(), lazily():
         got = []
         for k, (x, y) in enumerate(BATCHES):

@@ -100,6 +100,20 @@ def test_one_block_serves_regions_of_all_sizes() -> None:
     assert (pool.statistics.hits, pool.statistics.misses) == (3, 2)
 
 
+def test_room_is_made_for_a_block_that_is_larger_than_any_before_and_not_for_each() -> None:
+    made: list[int] = []
+    pool = MemoryPool(0, lambda device: made.append(pool.statistics.misses))
+    # In MiB: small ones fit anywhere; a little more than before was in the same memory, as good as.
+    for mib in (4, 16, 20, 24, 20, 30, 24, 32):
+        pool.give(pool.take(mib << 20, CPU, 0))
+    assert made == [3, 6]
+    pool.give(pool.take(20 << 20, CPU, 1))
+    assert made == [3, 6, 9]
+    pool.give_way()
+    pool.give(pool.take(18 << 20, CPU, 0))
+    assert made == [3, 6, 9, 10]
+
+
 def test_the_most_recently_used_are_kept() -> None:
     pool = MemoryPool(3 * 4096)
     blocks = [pool.take(4096, CPU, stream) for stream in range(5)]

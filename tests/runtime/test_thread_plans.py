@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.ir import Op
 from kitsune.runtime import ThreadPlans, thread_plans
 from kitsune.runtime.calls import try_out
 from tests.plan.recorded import record
@@ -48,16 +49,41 @@ def test_those_of_a_region_to_come_are_made_a_few_at_a_time(monkeypatch: pytest.
     monkeypatch.setattr(thread_plans, "try_out", lambda op, values: made.append(op.target._opname))
     monkeypatch.setattr(thread_plans.time, "perf_counter", lambda: next(clock) * thread_plans.SECONDS * 0.4)
     graph, plans = convolutions(), ThreadPlans()
-    n_made = []
-    while not plans.go_on(graph):
-        n_made.append(len(made))
+    left = plans.needed(graph)
     # Two layers and their backwards are alike but for the gradient of the first one's input.
-    assert n_made == [3] and sorted(made) == ["convolution"] * 2 + ["convolution_backward"] * 3
-    assert plans.go_on(graph) and len(made) == 5
+    assert len(left) == 5
+    n_made = []
+    while left:
+        plans.go_on(left)
+        n_made.append(len(made))
+    assert n_made[0] == 3 and n_made[-1] == 5 and sorted(made) == ["convolution"] * 2 + ["convolution_backward"] * 3
+    assert not plans.needed(graph)
     # What has run in this thread needs none.
     others = ThreadPlans()
     others.make(graph)
-    assert len(made) == 8 and others.go_on(graph) and len(made) == 8
+    assert len(made) == 8 and not others.needed(graph)
+
+
+def test_they_take_twice_as_long_as_the_step_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Op] = []
+    now = [100.0]
+
+    def try_out(op: Op, values: object) -> None:
+        made.append(op)
+        now[0] += 0.003
+
+    monkeypatch.setattr(thread_plans, "try_out", try_out)
+    monkeypatch.setattr(thread_plans.time, "perf_counter", lambda: now[0])
+    graph, plans, n_made = convolutions(), ThreadPlans(), []
+    one = plans.needed(graph)[0]
+    for seconds in (0.5, 0.004, 0.001, 10.0):
+        now[0] += seconds
+        plans._known.clear()
+        before = len(made)
+        plans.go_on([replace(one, kwargs=(("number", k),)) for k in range(20)])
+        n_made.append(len(made) - before)
+    # At least one each time, or it would never end.
+    assert n_made == [2, 3, 1, 9] and (thread_plans.SECONDS, thread_plans.MOST) == (0.004, 0.025)
 
 
 def test_nothing_is_run_into_a_graph_that_the_program_captures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,9 +93,10 @@ def test_nothing_is_run_into_a_graph_that_the_program_captures(monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(thread_plans, "_captured", lambda: True)
         plans.make(graph)
-        assert not plans.go_on(graph) and not made
-    while not plans.go_on(graph):
-        pass
+        plans.go_on(left := plans.needed(graph))
+        assert len(left) == 5 and not made
+    while left:
+        plans.go_on(left)
     assert len(made) == 5
 
 

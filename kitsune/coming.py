@@ -1,0 +1,121 @@
+"""What takes the place of a region that is run op by op: its plan, from disk or made in the background, with its kernels."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kitsune.backends import Backend
+from kitsune.background import later
+from kitsune.config import config
+from kitsune.ir import Graph, LoadedPlan, Op
+from kitsune.plan_files import last_plans, may_be_kept, plan_path, read_plan, remember_plan
+from kitsune.planning import Planner
+from kitsune.ready import Ready, by_plan
+from kitsune.runtime import PlanExecutor, Prepared
+from kitsune.runtime.instructions import Start
+from kitsune.shown import show_plan, shows
+
+# Regions that are looked up on disk in vain, 0.03 s each for one like BERT's.
+MAX_MISSED = 8
+
+
+@dataclass(slots=True)
+class Found:
+    """A plan that lay on disk, made ready."""
+
+    plan: LoadedPlan
+    ready: Ready
+
+
+@dataclass
+class Coming:
+    """Has the plans of a thread's regions read or made by the background thread, and the programs that they need."""
+
+    executor: PlanExecutor
+    backend: Backend
+    program: str
+    # Which operators of a region that is to come are to be run once before.
+    to_try: Callable[[Graph], list[Op]]
+    n_missed: int = 0
+    # Of the plans that this program had when it last ran, by their files: those that no region has asked for yet.
+    ahead: dict[Path, Found] = field(default_factory=dict)
+
+    def read_ahead(self, planner: Callable[[], Planner]) -> None:
+        """Have the plans read that this program used when it last ran: the first step has its regions only at its end, and waits
+        for libraries until then."""
+        paths = [] if shows().wanted or config.verify else last_plans(self.program)
+
+        def make() -> tuple[None, list[Future[Any]]]:
+            for path in paths:
+                if (found := self._read(path, planner())) is not None:
+                    self.ahead[path] = found
+            return None, []
+
+        if paths:
+            later(make)
+
+    def look_up(self, graph: Graph, now: Ready, planner: Planner) -> None:
+        """A plan that lies on disk is had before the region comes back: nothing is lost if it does not."""
+        if self.n_missed >= MAX_MISSED or shows().wanted or not may_be_kept(graph):
+            return
+
+        def make() -> tuple[Ready | None, list[Future[Any]]]:
+            now.found = self.kept(graph, planner)
+            if now.found is None:
+                self.n_missed += 1
+                return None, []
+            now.to_try = self.to_try(now.found.graph)
+            return now.found, now.found.compiling
+
+        now.kept = later(make)
+
+    def kept(self, graph: Graph, planner: Planner) -> Ready | None:
+        """A region by its plan from disk."""
+        path = plan_path(graph, planner)
+        if path is None:
+            return None
+        found = self.ahead.pop(path, None) or self._read(path, planner)
+        if found is None:
+            return None
+        found.plan.of(graph)
+        remember_plan(self.program, path)
+        return found.ready
+
+    def planned(self, graph: Graph, now: Ready, planner: Planner) -> Ready:
+        """A region by the plan that it has on disk, or that is made now."""
+        if now.found is not None:
+            # Looked up before by this very thread.
+            return now.found
+        path = plan_path(graph, planner)
+        if self.backend.expect is not None and (path is None or not path.exists()):
+            self.backend.expect()
+        # ResNet-50's plan takes 0.28 s to write (CPU host), in which kernels can be compiled already.
+        ready = by_plan(show_plan(graph, planner, soon=_in_background), self.executor)
+        ready.compiling = self.warm(ready.work)
+        if path is not None:
+            remember_plan(self.program, path)
+        return ready
+
+    def _read(self, path: Path, planner: Planner) -> Found | None:
+        plan = read_plan(path)
+        if plan is None:
+            return None
+        ready = by_plan(plan.plan.with_tiles(planner.tiles), self.executor)
+        ready.compiling = self.warm(ready.work)
+        return Found(plan, ready)
+
+    def warm(self, prepared: Any) -> list[Future[Any]]:
+        """Ask for the programs that a prepared plan will need."""
+        assert isinstance(prepared, Prepared) and self.backend.warm is not None
+        starts = [i for i in prepared.instructions if isinstance(i, Start) and i.prepared is not None]
+        return [future for start in starts for future in self.backend.warm(start.launch, start.prepared)]
+
+
+def _in_background(call: Callable[[], None]) -> None:
+    def make() -> tuple[None, list[Future[Any]]]:
+        call()
+        return None, []
+
+    later(make)

@@ -1,0 +1,66 @@
+"""Wrappers that nobody holds any more stand for the same value of a later region. To make a wrapper and its cell, and to free
+them, costs 2 us; to look whether an old one may be taken, 0.4.
+"""
+
+import weakref
+from sys import getrefcount
+from typing import Any
+
+import torch
+
+from kitsune.lazy.rebuild import tensors_in
+from kitsune.lazy.tensor import LazyTensor
+
+_use_count, _version = torch._C.TensorBase._use_count, torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
+
+
+def _holds(wrappers: list[Any]) -> list[tuple[int, int, int]]:
+    """How many places in Python and in C++ refer to each, and how many do so weakly."""
+    return list(zip(map(getrefcount, wrappers), map(_use_count, wrappers), map(weakref.getweakrefcount, wrappers), strict=True))
+
+
+# Of a tensor that is in the list that is asked about, and nowhere else.
+_NOBODY = _holds([torch.empty(0)])[0]
+
+
+def give_back(wrappers: list[Any]) -> list[Any]:
+    """Those that are in this list alone are taken out of their region, for a later one; returns the rest.
+
+    One that somebody knows weakly, or has given an attribute, must die as it would in eager.
+    """
+    rest, written = [], []
+    for wrapper, holds, version in zip(wrappers, _holds(wrappers), list(map(_version, wrappers)), strict=True):
+        cell = wrapper.cell
+        made = cell.home
+        if made is None or holds != _NOBODY or vars(wrapper):
+            rest.append(wrapper)
+            continue
+        if version:
+            written.append(wrapper)
+        cell.region = cell.real = cell.came = None
+        cell.ref, cell.storage, cell.external, cell.spent = made.ref, made.storage, False, False
+        made.spare.append(wrapper)
+    if written:
+        # Nobody shares their counts: who makes a view or an alias of a wrapper keeps it.
+        torch._C._autograd._unsafe_set_version_counter(tuple(written), (0,) * len(written))  # type: ignore[attr-defined]
+    return rest
+
+
+def drop_gradients(parameters: list[Any]) -> None:
+    """What `zero_grad` does."""
+    wrappers = []
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is not None:
+            parameter.grad = None
+            if type(grad) is LazyTensor:
+                wrappers.append(grad)
+    grad = None
+    give_back(wrappers)
+
+
+def keep(tree: Any) -> None:
+    """The wrappers in it stand for nothing else from now on: torch is given them, and may share their counts of writes."""
+    for tensor in tensors_in(tree):
+        if type(tensor) is LazyTensor:
+            tensor.cell.home = None

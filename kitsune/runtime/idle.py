@@ -1,0 +1,53 @@
+"""Memory that torch's allocator keeps for later requests: what neither a graph nor an arena can use goes back to the device.
+
+A graph takes its memory from a pool of its own, and an arena is one block. Neither finds room in what eager's steps have left,
+which would be held beside them from then on.
+"""
+
+import torch
+
+# Less than that is not worth waiting for the device.
+WORTH_GIVING_BACK = 32 << 20
+
+
+def give_back(device: torch.device) -> None:
+    """Let go of what is cached for nobody, where it is much. The device has to come to an end of its work for that."""
+    if device.type == "cuda" and idle_bytes(device) >= WORTH_GIVING_BACK:
+        torch.cuda.empty_cache()
+
+
+def would_rise(device: torch.device, ours: int) -> bool:
+    """Would the most that was ever held rise, if as much were asked for as ever was? Of what is lent now, `ours` is of no use for
+    that."""
+    if device.type != "cuda":
+        return False
+    statistics = torch.cuda.memory_stats_as_nested_dict(device)
+    if not statistics:
+        return False
+    reserved, allocated = (statistics[name]["all"] for name in ("reserved_bytes", "allocated_bytes"))
+    lacking = allocated["peak"] - (allocated["current"] - ours)
+    return bool(reserved["current"] + lacking >= reserved["peak"] + WORTH_GIVING_BACK)
+
+
+def idle_bytes(device: torch.device) -> int:
+    """Bytes that the allocator holds and has lent to nobody, those of graphs between their replays among them."""
+    statistics = torch.cuda.memory_stats_as_nested_dict(device)
+    if not statistics:
+        return 0
+    reserved, allocated = (statistics[name]["all"]["current"] for name in ("reserved_bytes", "allocated_bytes"))
+    return int(reserved - allocated)
+
+
+def has_room(device: torch.device) -> bool:
+    """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return free >= torch.cuda.max_memory_allocated(device)
+
+
+def asked_bytes(device: torch.device) -> int:
+    """Bytes that were ever asked of the device's allocator."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["allocated"])

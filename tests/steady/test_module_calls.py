@@ -1,0 +1,229 @@
+"""Calls of torch's own modules go to the matchers of what they call. What makes a module do something else is seen at once."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import kitsune
+from kitsune.lazy import module_calls
+from kitsune.lazy.matchers import MISS
+from kitsune.lazy.recorder import Recorder
+
+WARM_UP = 6
+pytestmark = pytest.mark.usefixtures("taken")
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The classes of the modules whose calls were taken."""
+    calls: list[str] = []
+    maker = module_calls._maker
+
+    def counting_maker(body: str, names: tuple[str, ...]) -> Any:
+        def counting_make(*constants: Any) -> Any:
+            taker = maker(body, names)(*constants)
+
+            def counted(lane: Any, region: Any, node: Any, module: Any, args: Any, kwargs: Any) -> Any:
+                result = taker(lane, region, node, module, args, kwargs)
+                if result is not MISS:
+                    calls.append(type(module).__name__)
+                return result
+
+            return counted
+
+        return counting_make
+
+    monkeypatch.setattr(module_calls, "_maker", counting_maker)
+    # A batch norm's count of batches is on the device on a GPU, and an operator like others there.
+    monkeypatch.setattr(Recorder, "_is_host_counter", lambda recorder, args: False)
+    kitsune.reset()
+    with kitsune.config.patch(gate=False, fuse=False):
+        yield calls
+    kitsune.reset()
+
+
+class Net(nn.Module):
+    """One of each, in a row. `seen` is what a program could notice of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.conv, self.bn, self.relu = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU()
+        self.pool, self.mean, self.drop, self.linear = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Dropout(0.3), nn.Linear(3, 4)
+        self.seen: list[Any] = []
+        self.before_bn: Callable[[Tensor], Tensor] = lambda h: h
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.pool(self.relu(self.bn(self.before_bn(self.conv(x.neg())))))
+        return self.linear(self.drop(self.mean(h).flatten(1)))
+
+
+def hooked(register: str, module: str, hook: Any) -> Callable[[Net], Callable[[], Any]]:
+    """A change: a hook is registered, and removed again."""
+    return lambda net: getattr(getattr(net, module), register)(hook).remove
+
+
+def replaced(owner: str, name: str, value: Any) -> Callable[[Net], Callable[[], Any]]:
+    """A change: an attribute of the net, or of a part of it."""
+
+    def change(net: Net) -> Callable[[], Any]:
+        part = getattr(net, owner) if owner else net
+        is_tensor, is_own, before = name in ("weight", "bias", "running_mean"), name in vars(part), getattr(part, name)
+        setattr(part, name, value(before) if is_tensor else value)
+        return lambda: setattr(part, name, before) if is_tensor or is_own or name == "__class__" else delattr(part, name)
+
+    return change
+
+
+def patched(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[Net], Callable[[], Any]]:
+    """A change: something else in the place of what is torch's own."""
+
+    def change(net: Net) -> Callable[[], Any]:
+        original, is_own = getattr(owner, name), name in vars(owner)
+        setattr(owner, name, make(original))
+        return lambda: setattr(owner, name, original) if is_own else delattr(owner, name)
+
+    return change
+
+
+def evaluated(net: Net) -> Callable[[], Any]:
+    net.bn.eval()
+    return net.bn.train
+
+
+def hooked_everywhere(net: Net) -> Callable[[], Any]:
+    def note(module: Any, args: Any) -> None:
+        net.seen.append(type(module).__name__)
+
+    return nn.modules.module.register_module_forward_pre_hook(note).remove
+
+
+class Named(Net):
+    """Passes its arguments by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(input=self.drop(input=self.mean(self.pool(self.relu(input=self.bn(self.conv(x.neg()))))).flatten(1)))
+
+
+class Functional(Net):
+    """Has its last layer called with other parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.mean(self.pool(self.relu(self.bn(self.conv(x.neg()))))).flatten(1))
+        return functional_call(self.linear, {"weight": self.linear.weight * 2, "bias": torch.zeros(4)}, (h,))
+
+
+CHANGES: dict[str, Callable[[Net], Callable[[], Any]]] = {
+    "another weight": replaced("conv", "weight", lambda weight: nn.Parameter(weight.detach() * 2)),
+    "no bias": replaced("linear", "bias", lambda bias: None),
+    "another buffer": replaced("bn", "running_mean", lambda mean: torch.ones(3)),
+    "momentum": replaced("bn", "momentum", 0.5),
+    "eps": replaced("bn", "eps", 0.1),
+    "a stride": replaced("conv", "stride", (2, 2)),
+    "more is dropped": replaced("drop", "p", 0.7),
+    "an evaluation": evaluated,
+    "in place": replaced("relu", "inplace", True),
+    "a hook before": hooked("register_forward_pre_hook", "linear", lambda module, args: (args[0] * 2,)),
+    "a hook behind": hooked("register_forward_hook", "relu", lambda module, args, output: output * 2),
+    "a hook on all modules": hooked_everywhere,
+    "its own forward": replaced("relu", "forward", torch.sigmoid),
+    "compiled": replaced("relu", "_compiled_call_impl", torch.sigmoid),
+    "another class": replaced("relu", "__class__", nn.Sigmoid),
+    "by keyword": replaced("", "__class__", Named),
+    "other parameters": replaced("", "__class__", Functional),
+    "forward patched": patched(nn.Linear, "forward", lambda original: lambda module, x: original(module, x) * 2),
+    "a method patched": patched(nn.Conv2d, "_conv_forward", lambda original: lambda *args: original(*args) * 2),
+    "every call patched": patched(nn.Module, "_call_impl", lambda original: lambda module, *args: original(module, *args) * 1.5),
+    "calls patched": patched(nn.Module, "__call__", lambda original: lambda module, *args: original(module, *args) * 1.5),
+    "the function patched": patched(F, "linear", lambda original: lambda *args: original(*args) * 2),
+    "a tensor's method patched": patched(Tensor, "add_", lambda original: lambda count, n: count.mul_(2)),
+    "a dimension less": replaced("", "before_bn", lambda h: h.flatten(2)),
+    "a hook before gradients": hooked("register_full_backward_pre_hook", "linear", lambda module, grads: (grads[0] * 2,)),
+    "a hook on gradients": hooked("register_full_backward_hook", "linear", lambda module, grads, _: (grads[0] * 2,)),
+}
+
+
+def train(changes: list[str], taken: list[str]) -> tuple[dict[str, list[Any]], list[set[str]]]:
+    """A training with a step of each change, and others before it: what they gave, and what was taken in the last before it."""
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, foreach=True)
+    x, y = torch.randn(2, 1, 8, 8), torch.randint(0, 4, (2,))
+    found: dict[str, list[Any]] = {}
+    usual: list[set[str]] = []
+
+    def step() -> list[Any]:
+        taken.clear()
+        optimizer.zero_grad()
+        try:
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            optimizer.step()
+        except ValueError as error:
+            return [str(error)]
+        return [loss]
+
+    for name in changes:
+        # A module that has changed is known again from its third call on.
+        for _ in range(WARM_UP):
+            step()
+        usual.append(set(taken))
+        undo = CHANGES[name](net)
+        found[name] = step()
+        undo()
+        found[name] += [*step(), *net.seen, *[t.detach().clone() for t in net.state_dict().values()]]
+        # A region ends here, so that the next step begins one.
+        net.linear.weight.sum().item()
+    return found, usual
+
+
+def test_one_that_is_changed_does_what_it_then_does(taken: list[str]) -> None:
+    expected, _ = train([*CHANGES], [])
+    with kitsune.accelerate():
+        found, usual = train([*CHANGES], taken)
+    for name, values in expected.items():
+        assert len(found[name]) == len(values), name
+        for a, b in zip(found[name], values, strict=True):
+            assert torch.equal(a, b) if isinstance(b, Tensor) else a == b, name
+    # What is changed would have been taken, but for the last one: a module that has had such hooks is another one for a while.
+    for name, modules in zip([*CHANGES][:-1], usual[:-1], strict=True):
+        assert modules == {type(module).__name__ for module in Net().children()}, name
+
+
+def test_a_traced_module_has_its_operators(taken: list[str]) -> None:
+    norm, x = nn.LayerNorm(3), torch.randn(2, 3)
+    with kitsune.accelerate(), torch.no_grad():
+        for _ in range(WARM_UP):
+            (norm(x) * 2).sum().item()
+        assert taken
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            traced = torch.jit.trace(norm, x)
+    assert "aten::layer_norm" in str(traced.inlined_graph)
+
+
+def test_what_is_known_of_a_module_goes_with_it(taken: list[str]) -> None:
+    x = torch.randn(2, 3)
+    with kitsune.accelerate(), torch.no_grad():
+        norm = nn.LayerNorm(3)
+        weight = weakref.ref(norm.weight)
+        for _ in range(WARM_UP):
+            (norm(x) * 2).sum().item()
+        assert taken
+        del norm
+        assert weight() is None
+
+
+def test_who_traces_modules_sees_each_call(taken: list[str]) -> None:
+    with kitsune.accelerate():
+        assert "__call__" in vars(nn.Linear)
+        graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
