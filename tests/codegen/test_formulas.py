@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kitsune.codegen import differences, render, why_not_lowered
-from kitsune.codegen.exactness import CANCELS, DISTANCE, WITHOUT_TOOLKIT
+from kitsune.codegen.exactness import CANCELS, DISTANCE, _without_toolkit
 from tests.codegen.build import build
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ def test_what_is_refused_of_one_type_is_lowered_of_another(
 
 def test_a_distance_is_said_in_units_or_as_what_cancels() -> None:
     measured = {one.op: one.measured for one in differences("fast", toolkit=False)}
-    inexact = {**DISTANCE, **WITHOUT_TOOLKIT}
+    inexact = {**DISTANCE, **_without_toolkit()}
     assert {ulp == CANCELS for op, (ulp, _) in inexact.items()} == {False, True}
     for op, (ulp, _) in inexact.items():
         expected = "what is left after cancellation" if ulp == CANCELS else f"at most {ulp} units in the last place of float32"
