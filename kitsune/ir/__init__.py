@@ -33,7 +33,7 @@ from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_
 from kitsune.ir.text import graph_text
 from kitsune.ir.verify import verify
 from kitsune.ir.verify_plan import storages_of, verify_plan
-from kitsune.ir.versions import versions_kept
+from kitsune.ir.versions import count_writes_to, versions_kept
 
 __all__ = [
     "OVERWRITES",
@@ -76,6 +76,7 @@ __all__ = [
     "argument_names",
     "awaited",
     "bits",
+    "count_writes_to",
     "default_type",
     "describe_result",
     "dump_graph",

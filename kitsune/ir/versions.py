@@ -1,9 +1,13 @@
 """Version counters: autograd's count of the writes to a tensor."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.autograd.graph import increment_version
+
+_version = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -17,3 +21,24 @@ def versions_kept(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     yield
     if counted:
         torch._C._autograd._unsafe_set_version_counter(counted, versions)
+
+
+def count_writes_to(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Count a write to each tensor, as often as it is there; returns those that were counted.
+
+    A view, or what was detached, shares the counter of its base: where both are there, it has moved with that.
+    """
+    if len(tensors) == 1:
+        increment_version(tensors)
+        return tensors
+    before = list(map(_version, tensors))
+    increment_version(tensors)
+    if all(now == then + 1 for now, then in zip(map(_version, tensors), before, strict=True)):
+        return tensors
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(before))
+    times, counted = Counter(map(id, tensors)), []
+    for tensor, then in zip(tensors, before, strict=True):
+        if _version(tensor) < then + times[id(tensor)]:
+            increment_version(tensor)
+            counted.append(tensor)
+    return counted

@@ -4,17 +4,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
+from kitsune.ir import count_writes_to
 from kitsune.lazy.tensor import LazyTensor
 
 
 def count_writes(region: Any, tensors: list[Any], edge: Any) -> None:
     """A call that was followed writes these tensors."""
-    increment_version(tensors)
+    counted = count_writes_to(tensors)
     if region.calls:
         # A call that is owed itself counts its writes to what other calls owe when it is made again.
-        mine = [t for t in tensors if not is_owed(t)] if edge.graded else tensors
+        mine = [t for t in counted if not is_owed(t)] if edge.graded else list(counted)
         region.counted.append((len(region.calls), mine))
 
 

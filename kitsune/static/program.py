@@ -6,9 +6,8 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
-from kitsune.ir import Graph, TensorType, lent_memory, slots_in
+from kitsune.ir import Graph, TensorType, count_writes_to, lent_memory, slots_in
 from kitsune.lazy import LazyTensor, ScalarSources, attach_spent
 from kitsune.static.asked import Asked
 from kitsune.static.guards import Guards
@@ -186,7 +185,7 @@ class _Call:
         """What Python would do with the results; returns what the call returns."""
         program = self._program
         if program.bumped[1]:
-            increment_version(self.leaves(program.bumped))
+            count_writes_to(self.leaves(program.bumped))
         self._give_gradients()
         if program.record.counters:
             with torch.no_grad():

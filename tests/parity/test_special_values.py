@@ -159,6 +159,6 @@ def not_fused(samples: list[Sample], plans: list[Plan]) -> Counter[str]:
     refused = Counter(
         r.before
         for r in refusals
-        if any(why in r.reason for why in ("every bit", "reciprocal")) or r.reason.endswith("is extern")
+        if any(why in r.reason for why in ("every bit", "reciprocal", "power that moves")) or r.reason.endswith("is extern")
     )
     return Counter(OTHER_NAMES.get(sample.rule, sample.rule) for sample in samples) - fused - refused

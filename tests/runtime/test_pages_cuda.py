@@ -142,7 +142,9 @@ def test_on_streams_that_take_turns(reader: PageReader) -> None:
 
 def test_results_are_copied_to_where_the_page_says(reader: PageReader) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    ring, x = PageRing([], SlotTable(1, device), reader), torch.zeros(2, device=device)
+    table, x = SlotTable(1, device), torch.zeros(2, device=device)
+    # It does not keep the table, into whose memory its numbers go.
+    ring = PageRing([], table, reader)
     loss, pair = torch.zeros((), device=device), torch.zeros(2, dtype=torch.complex64, device=device)
 
     def work(inputs: Any, send: Any) -> list[torch.Tensor]:
