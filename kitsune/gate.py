@@ -32,7 +32,8 @@ LASTING, MANY = 0.05, 24
 # A step is left to eager when it is slower by this much, and recorded again when it is faster by as much: noise decides nothing.
 SLOWER = 1.05
 FASTER = 0.95
-# Steps until a decision is looked at again: each time four times as many. A look costs some 30 steps.
+# Steps until a decision is looked at again: each time four times as many, and more by as much as blocks are longer than BLOCK.
+# A look costs some 30 steps, with blocks of that length.
 REVISIT = 256
 LONGEST = 2**18
 # A step is new if this share of its operators is; a program keeps changing if so many of its last steps are new.
@@ -95,6 +96,7 @@ class Gate:
         # Why the steps are left to eager; None while they are not, or only to be measured.
         self.left: str | None = None
         self._decided = False
+        self._block_steps = BLOCK
         self._before = self._progress()
         self._patience = AT_FIRST
         # Was it left because it keeps changing?
@@ -171,7 +173,8 @@ class Gate:
                 self._keep()
             else:
                 self._leave(why)
-            pause, wait = wait, min(4 * wait, LONGEST)
+            # Longer blocks make a look dearer.
+            pause, wait = min(wait * self._block_steps // BLOCK, LONGEST), min(4 * wait, LONGEST)
             while (yield from self._still_changes_after(pause)):
                 pause = REVISIT
             self._tally.gate_revisited += 1
@@ -230,7 +233,7 @@ class Gate:
 
     def _measured(self, bound: float) -> Generator[None, None, str | None]:
         first = yield from self._block(BLOCK, records=False)
-        n = min(max(BLOCK, round(LASTING / max(first, 1e-9))), MANY)
+        self._block_steps = n = min(max(BLOCK, round(LASTING / max(first, 1e-9))), MANY)
         eagers, ours = [first] if n == BLOCK else [], []
         for k in range(BLOCKS):
             if len(eagers) == k:

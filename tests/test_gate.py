@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from kitsune import gate as module
-from kitsune.gate import BLOCK, BLOCKS, NO_STEPS, ON_A_CPU, REVISIT, SHOWN, Gate, Progress
+from kitsune.gate import BLOCK, BLOCKS, MANY, NO_STEPS, ON_A_CPU, REVISIT, SHOWN, Gate, Progress
 from kitsune.profiler import Tally
 
 
@@ -124,6 +124,16 @@ def test_a_decision_is_looked_at_again_ever_more_rarely() -> None:
     assert gaps[0] == REVISIT
     assert 4 * REVISIT < gaps[1] < 5 * REVISIT
     assert 16 * REVISIT < gaps[2] < 17 * REVISIT
+
+
+def test_a_decision_about_short_steps_is_looked_at_again_after_as_many_more_as_its_blocks_are_longer() -> None:
+    program = Program(eager=0.001, kitsune=0.0015)
+    program.until_decided()
+    before = program.tally.gate_revisited
+    program.steps(MANY // BLOCK * REVISIT - 1)
+    assert program.tally.gate_revisited == before == 0
+    program.steps(2)
+    assert program.tally.gate_revisited == 1
 
 
 def test_noise_does_not_make_it_oscillate() -> None:
