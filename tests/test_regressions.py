@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import os
 import threading
@@ -307,3 +308,24 @@ def test_a_door_passed_while_a_region_runs_does_not_run_it_again(monkeypatch: py
         assert runs == [3, 2], "the second round whole, and of the third what was pending at the divergence"
     finally:
         kitsune.session._thread.pipelines.clear()
+
+
+@pytest.mark.parametrize("wrap", [lambda f, g: g, lambda f, g: functools.wraps(f)(g)], ids=["plain", "wraps"])
+def test_a_function_in_the_place_of_torchs_is_called_once(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    relu, add_, split = nn.functional.relu, torch.Tensor.add_, torch.Tensor.split
+    monkeypatch.setattr(nn.functional, "relu", wrap(relu, lambda x, inplace=False: relu(x, inplace) + 1))
+    monkeypatch.setattr(torch.Tensor, "add_", wrap(add_, lambda x, other: add_(x, other).mul(2)))
+    monkeypatch.setattr(torch.Tensor, "split", wrap(split, lambda x, size: split(x, size)[:-1]))
+
+    def run() -> list[Any]:
+        found = []
+        for k in range(6):
+            x = torch.ones(4) * k
+            found += [nn.functional.relu(x).tolist(), x.add_(1).tolist(), len(x.split(1)), nn.ReLU()(x).tolist()]
+        return found
+
+    expected = run()
+    with kitsune.accelerate(device="cpu"):
+        assert run() == expected
+        with kitsune.disable():
+            assert run() == expected

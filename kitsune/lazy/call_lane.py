@@ -35,6 +35,7 @@ from kitsune.lazy.matchers import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
+from kitsune.lazy.replaced import original_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.used_again import keep
@@ -70,7 +71,11 @@ class CallLane(Learner):
             result = matcher(self, region, node, args, kwargs)
             if result is not MISS:
                 return result
-        if func in HARMLESS or recorder.paused:
+        if func in HARMLESS:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if (original := original_of(func)) is not None:
+            return self.call(original, types, args, kwargs)
+        if recorder.paused:
             return func(*args, **kwargs) if kwargs else func(*args)
         if stays(func, args, kwargs):
             return args[0]
