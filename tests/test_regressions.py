@@ -329,3 +329,28 @@ def test_a_function_in_the_place_of_torchs_is_called_once(wrap: Any, monkeypatch
         assert run() == expected
         with kitsune.disable():
             assert run() == expected
+
+
+def moved_along(t: torch.Tensor) -> None:
+    """With a view that shares its counter."""
+    t.data.mul_(2)
+    t[1:] = t[:-1]
+
+
+WRITES = {"list": lambda t: torch._foreach_zero_([t]), "alone": lambda t: t.zero_(), "moved along": moved_along}
+
+
+@pytest.mark.parametrize("graded", [True, False])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_write_that_is_followed_is_counted_once(write: Any, graded: bool) -> None:
+    def count() -> int:
+        x = torch.ones(2, 3)
+        if graded:
+            x = nn.functional.linear(x, torch.ones(3, 3).requires_grad_())
+        write(x)
+        return x._version
+
+    expected = count()
+    for _ in range(5):
+        with kitsune.accelerate(device="cpu", warmup=0):
+            assert count() == expected

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from kitsune.ir import versions_kept
 from kitsune.ir.graph import Result
@@ -64,6 +65,7 @@ class Walk:
     def take(self, row: Any, tensors: list[Any]) -> Any:
         """The results of an op."""
         node = self.path.pop() if self.path else None
+        uncounted: bool = row.bumps
         if node is None or node.row is not row:
             expected = "none" if node is None or node.row is None else node.row.target
             raise RuntimeError(
@@ -75,6 +77,9 @@ class Walk:
         for operand, _, after, storage in node.written:
             region.cell(tensors[operand]).ref = after
             region.dirty.add(storage)
+            if uncounted:
+                # What autograd does not count, who records it does.
+                increment_version(tensors[operand])
         return fill(node.structure, [self._result(row, *result) for result in node.results], tensors)
 
     def _result(self, row: Any, ref: Any, type_: Any, storage: int) -> LazyTensor:
