@@ -45,10 +45,16 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(module_calls, "_maker", counting_maker)
     # A batch norm's count of batches is on the device on a GPU, and an operator like others there.
     monkeypatch.setattr(Recorder, "_is_host_counter", lambda recorder, args: False)
+    # What optimizers of other tests that are still there have put on each call of a module.
+    left = [(hooks, dict(hooks)) for hooks in module_calls._GLOBAL_HOOKS]
+    for hooks, _ in left:
+        hooks.clear()
     kitsune.reset()
     with kitsune.config.patch(gate=False, fuse=False):
         yield calls
     kitsune.reset()
+    for hooks, before in left:
+        hooks.update(before)
 
 
 class Net(nn.Module):
