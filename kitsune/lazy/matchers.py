@@ -12,12 +12,12 @@ from torch import Tensor, is_grad_enabled
 from torch.nn import Parameter
 
 from kitsune.ir.graph import Operand, Result
-from kitsune.lazy.call_keys import AGAIN, LONG
-from kitsune.lazy.cell import Cell, Ref, ref
+from kitsune.lazy.call_keys import LONG
+from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Edge
 from kitsune.lazy.hands_off import DETACHES
+from kitsune.lazy.matcher_writer import Unsuited, Writer, serial_of_result
 from kitsune.lazy.rebuild import fill
-from kitsune.lazy.recorder import CONSTANTS
 from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.write_counts import count_writes
@@ -34,103 +34,8 @@ _ALWAYS = {
     "fill": fill,
     "is_grad_enabled": is_grad_enabled,
     "kind_of": kind_of,
+    "serial_of_result": serial_of_result,
 }
-
-
-class Unsuited(Exception):
-    """No matcher is made for this call."""
-
-
-class Writer:
-    """Writes a matcher's text. The text depends on the form of the call alone, so that equal layers share its compilation."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.constants: dict[str, Any] = {}
-        # The names of the call's tensors, of their cells, of its floats; what is known of the fresh ones, and their names.
-        self.flat: list[str] = []
-        self.cells: list[str] = []
-        self.floats: list[str] = []
-        self.fresh: dict[str, str] = {}
-        self._n = 0
-
-    def bind(self, value: Any) -> str:
-        """A name for a constant."""
-        name = f"K{len(self.constants)}"
-        self.constants[name] = value
-        return name
-
-    def name(self, expression: str) -> str:
-        """A local name for what an expression gives."""
-        self._n += 1
-        self.lines.append(f"a{self._n} = {expression}")
-        return f"a{self._n}"
-
-    def unless(self, condition: str) -> None:
-        """Another call, unless this holds."""
-        self.lines.append(f"if not ({condition}): return MISS")
-
-    def part(self, a: str, value: Any, key: Any) -> None:
-        """Compare the argument named `a` with one whose part of the key is `key`."""
-        cls = type(value)
-        if cls is LazyTensor:
-            self._wrapper(a, key)
-        elif cls is Tensor or cls is Parameter:
-            self.unless(f"type({a}) is {'Tensor' if cls is Tensor else 'Parameter'}")
-            self._plain(a, key)
-        elif value is None or cls is bool or value is Ellipsis:
-            self.unless(f"{a} is {value}")
-        elif cls is float:
-            self.unless(f"type({a}) is float")
-            self.floats.append(a)
-        elif cls in CONSTANTS:
-            self.unless(f"type({a}) is {self.bind(cls)} and {a} == {self.bind(value)}")
-        elif cls is slice:
-            self.unless(f"type({a}) is {self.bind(cls)}")
-            for name, part in zip(("start", "stop", "step"), key[1:], strict=True):
-                self.part(self.name(f"{a}.{name}"), getattr(value, name), part)
-        elif isinstance(value, (tuple, list)) and isinstance(key, tuple) and len(value) < LONG:
-            self.unless(f"type({a}) is {self.bind(cls)} and len({a}) == {len(value)}")
-            for k, (item, part) in enumerate(zip(value, key[1:], strict=True)):
-                self.part(self.name(f"{a}[{k}]"), item, part)
-        else:
-            raise Unsuited
-
-    def _wrapper(self, a: str, key: Any) -> None:
-        value, graded = _value_in(key)
-        self.unless(f"type({a}) is LazyTensor")
-        cell = self.name(f"{a}.cell")
-        owes = "is not None" if graded else "is None"
-        self.unless(f"{cell}.ref is {self.bind(value)} and {cell}.region is region and {cell}.owed {owes}")
-        self.flat.append(a)
-        self.cells.append(cell)
-
-    def _plain(self, a: str, key: Any) -> None:
-        self.flat.append(a)
-        number = self.name(f"id({a})")
-        if isinstance(key, Ref) or key[0] == "graded":
-            value, graded = _value_in(key)
-            cell = self.name(f"plain.get({number})")
-            self.unless(f"{cell} is not None and {cell}.ref is {self.bind(value)} and {a}.requires_grad is {graded}")
-            self.cells.append(cell)
-            return
-        if key[0] is AGAIN or key[1] is not None:
-            raise Unsuited
-        seen = self.name(f"arrivals.get({number})")
-        self.unless(f"{seen} is not None and {seen}[2] is {self.bind(key)} and {seen}[1] not in storages")
-        for other in self.fresh:
-            self.unless(f"{seen}[1] != {other}[1]")
-        self.fresh[seen] = a
-        self.cells.append(f"{a}_cell")
-
-
-def _value_in(key: Any) -> tuple[Ref, bool]:
-    """The value that a part of a key names, and has it a place in the autograd graph."""
-    if isinstance(key, Ref):
-        return key, False
-    if isinstance(key, tuple) and key and key[0] == "graded":
-        return ref(key[1]), True
-    raise Unsuited
 
 
 def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, bool] | None) -> Any:
@@ -149,6 +54,9 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
             w.part(w.name(f"args[{k}]"), a, part)
         for (name, a), part in zip(kwargs.items(), key[3 + n :: 2], strict=True):
             w.part(w.name(f"kwargs.get({name!r}, MISS)"), a, part)
+        if not (edge.start.depth or edge.dirty) and any(new.wrapped for new in w.fresh):
+            # It may be the second question about a result: its answer may be there already.
+            raise Unsuited
         if len(w.flat) >= LONG:
             # Its text would take 9 ms to compile: 36 tensors of a fused update.
             raise Unsuited
@@ -194,23 +102,13 @@ def _only_under(w: Writer, edge: Edge) -> None:
 def _follow(w: Writer, edge: Edge) -> None:
     """What follows once the call is known. All that is new is made first: who makes objects may have others finalized, and
     their finalizers may end the region."""
-    flat, fresh, then = w.flat, list(w.fresh.items()), []
+    then: list[str] = []
     made = [f"w{i}" for i in range(len(edge.made))]
-    for k, number, type_, storage, graded in edge.arrivals:
-        seen, a = fresh[k]
-        value = w.bind(number)
-        # The one that it had in the region before, which lets go of it at its end.
-        like = f"None, {value}, {w.bind(type_)}, {w.bind(storage)}, None, {value}"
-        cell = w.bind(Cell(None, number, type_, storage, None, number))
-        w.lines.append(f"{a}_cell = {cell} if {cell}.region is None else Cell({like})")
-        if graded:
-            w.lines.append(f"if id({a}) not in recorder.leaves: recorder.note_leaf({a})")
-        then.append(f"{a}_cell.region = region; {a}_cell.real = {a}; {a}_cell.ref = {value}")
-        then += [f"storages[{seen}[1]] = {a}_cell.storage", f"plain[id({a})] = {a}_cell"]
+    came = _arrive(w, edge, then)
     undo = "None"
     if edge.dirty:
         cells = [(w.cells[k], after) for k, after in edge.rewrites]
-        undo = w.name("[" + ", ".join(f"({cell}, {cell}.ref)" for cell, _ in cells) + "]")
+        undo = w.name("[" + ", ".join(f"({cell}, {came.get(cell, f'{cell}.ref')})" for cell, _ in cells) + "]")
         dirty = w.name(f"region.dirty | {w.bind(edge.dirty)}")
         then += [f"{cell}.ref = {w.bind(after)}" for cell, after in cells] + [f"region.dirty = {dirty}"]
     for i, m in enumerate(edge.made):
@@ -227,14 +125,14 @@ def _follow(w: Writer, edge: Edge) -> None:
     then.append(f"region.node = {w.bind(edge.node)}")
     if edge.graded:
         name = w.bind(edge)
-        debt = w.name(f"({name}, args, kwargs, {_tuple(flat)}, {_tuple(made)}, {undo}, region.dirty, recorder.epoch)")
+        debt = w.name(f"({name}, args, kwargs, {_tuple(w.flat)}, {_tuple(made)}, {undo}, region.dirty, recorder.epoch)")
         then += [f"region.past.append({name})", f"region.calls.append({debt})"]
     if edge.moves:
         then.append(f"region.scalars.extend({_tuple(w.floats)})")
     elif edge.scalars:
         then.append(f"region.scalars.extend({w.bind(edge.scalars)})")
     if edge.bumps:
-        then.append(f"count_writes(region, [{', '.join(flat[k] for k in edge.bumps)}], {w.bind(edge)})")
+        then.append(f"count_writes(region, [{', '.join(w.flat[k] for k in edge.bumps)}], {w.bind(edge)})")
     then += ["recorder.tally.followed += 1", f"return {_returned(w, edge.structure, made)}"]
     w.lines += [
         "shared = recorder.shared",
@@ -245,6 +143,28 @@ def _follow(w: Writer, edge: Edge) -> None:
         "finally:",
         "    if shared: recorder.lock.release()",
     ]
+
+
+def _arrive(w: Writer, edge: Edge, then: list[str]) -> dict[str, str]:
+    """Let the fresh tensors in; returns what their cells stand for then, whatever they stood for in the region before."""
+    came = {}
+    for k, number, type_, storage, graded in edge.arrivals:
+        new, value, memory = w.fresh[k], w.bind(number), w.bind(storage)
+        a, cell = new.tensor, new.cell
+        came[cell] = value
+        then.append(f"storages[{new.serial}] = {memory}")
+        if new.wrapped:
+            then.append(f"region.inputs.append(({number.id}, {cell}.real)); {cell}.region = region; {cell}.ref = {value}")
+            then.append(f"{cell}.storage = {memory}; {cell}.external = True; {cell}.came = {value}")
+            continue
+        # The one that it had in the region before, which lets go of it at its end.
+        spare = w.bind(Cell(None, number, type_, storage, None, number))
+        like = f"None, {value}, {w.bind(type_)}, {memory}, None, {value}"
+        w.lines.append(f"{cell} = {spare} if {spare}.region is None else Cell({like})")
+        if graded:
+            w.lines.append(f"if id({a}) not in recorder.leaves: recorder.note_leaf({a})")
+        then.append(f"{cell}.region = region; {cell}.real = {a}; {cell}.ref = {value}; plain[id({a})] = {cell}")
+    return came
 
 
 def _returned(w: Writer, structure: Any, made: list[str]) -> str:

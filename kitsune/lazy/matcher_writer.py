@@ -1,0 +1,150 @@
+"""Writes how a matcher compares what a call brings with what is expected there."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from kitsune.ir import TensorType
+from kitsune.lazy.call_keys import AGAIN, LONG
+from kitsune.lazy.cell import Ref, ref, serial_of
+from kitsune.lazy.recorder import CONSTANTS
+from kitsune.lazy.tensor import LazyTensor
+
+_requires_grad = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+class Unsuited(Exception):
+    """No matcher is made for this call."""
+
+
+class Fresh(NamedTuple):
+    """The names of a tensor that is new to the region, of its cell and of its storage's serial. Was it a wrapper before?"""
+
+    tensor: str
+    cell: str
+    serial: str
+    wrapped: bool
+
+
+class Writer:
+    """Writes a matcher's text. The text depends on the form of the call alone, so that equal layers share its compilation."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.constants: dict[str, Any] = {}
+        # The names of the call's tensors, of their cells, of its floats; and the fresh ones among the tensors.
+        self.flat: list[str] = []
+        self.cells: list[str] = []
+        self.floats: list[str] = []
+        self.fresh: list[Fresh] = []
+        self._n = 0
+
+    def bind(self, value: Any) -> str:
+        """A name for a constant."""
+        name = f"K{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def name(self, expression: str) -> str:
+        """A local name for what an expression gives."""
+        self._n += 1
+        self.lines.append(f"a{self._n} = {expression}")
+        return f"a{self._n}"
+
+    def unless(self, condition: str) -> None:
+        """Another call, unless this holds."""
+        self.lines.append(f"if not ({condition}): return MISS")
+
+    def part(self, a: str, value: Any, key: Any) -> None:
+        """Compare the argument named `a` with one whose part of the key is `key`."""
+        cls = type(value)
+        if cls is LazyTensor:
+            self.unless(f"type({a}) is LazyTensor")
+            self._wrapper(a, key)
+        elif cls is Tensor or cls is Parameter:
+            self.unless(f"type({a}) is {'Tensor' if cls is Tensor else 'Parameter'}")
+            self._plain(a, key)
+        elif value is None or cls is bool or value is Ellipsis:
+            self.unless(f"{a} is {value}")
+        elif cls is float:
+            self.unless(f"type({a}) is float")
+            self.floats.append(a)
+        elif cls in CONSTANTS:
+            self.unless(f"type({a}) is {self.bind(cls)} and {a} == {self.bind(value)}")
+        elif cls is slice:
+            self.unless(f"type({a}) is {self.bind(cls)}")
+            for name, part in zip(("start", "stop", "step"), key[1:], strict=True):
+                self.part(self.name(f"{a}.{name}"), getattr(value, name), part)
+        elif isinstance(value, (tuple, list)) and isinstance(key, tuple) and len(value) < LONG:
+            self.unless(f"type({a}) is {self.bind(cls)} and len({a}) == {len(value)}")
+            for k, (item, part) in enumerate(zip(value, key[1:], strict=True)):
+                self.part(self.name(f"{a}[{k}]"), item, part)
+        else:
+            raise Unsuited
+
+    def _wrapper(self, a: str, key: Any) -> None:
+        cell = self.name(f"{a}.cell")
+        self.flat.append(a)
+        self.cells.append(cell)
+        if isinstance(key, tuple) and key and isinstance(key[0], TensorType):
+            self._of_before(a, cell, *key)
+            return
+        value, graded = _value_in(key)
+        owes = "is not None" if graded else "is None"
+        self.unless(f"{cell}.ref is {self.bind(value)} and {cell}.region is region and {cell}.owed {owes}")
+
+    def _of_before(self, a: str, cell: str, type_: TensorType, storage: Any, graded: bool) -> None:
+        """The result of another region: a gradient that is clipped after a loss was read."""
+        if storage is not None or graded:
+            raise Unsuited
+        serial = self.name(f"serial_of_result(region, {a}, {self.bind(type_)})")
+        self.unless(f"{serial} is not None")
+        self._enters(Fresh(a, cell, serial, True))
+
+    def _enters(self, new: Fresh) -> None:
+        """Its memory is not known in the region, nor does another tensor of the call bring it along."""
+        self.unless(" and ".join([f"{new.serial} not in storages", *(f"{new.serial} != {other.serial}" for other in self.fresh)]))
+        self.fresh.append(new)
+
+    def _plain(self, a: str, key: Any) -> None:
+        self.flat.append(a)
+        number = self.name(f"id({a})")
+        if isinstance(key, Ref) or key[0] == "graded":
+            value, graded = _value_in(key)
+            cell = self.name(f"plain.get({number})")
+            self.unless(f"{cell} is not None and {cell}.ref is {self.bind(value)} and {a}.requires_grad is {graded}")
+            self.cells.append(cell)
+            return
+        if key[0] is AGAIN or key[1] is not None:
+            raise Unsuited
+        seen = self.name(f"arrivals.get({number})")
+        self.unless(f"{seen} is not None and {seen}[2] is {self.bind(key)}")
+        self._enters(Fresh(a, f"{a}_cell", self.name(f"{seen}[1]"), False))
+        self.cells.append(f"{a}_cell")
+
+
+def _value_in(key: Any) -> tuple[Ref, bool]:
+    """The value that a part of a key names, and has it a place in the autograd graph."""
+    if isinstance(key, Ref):
+        return key, False
+    if isinstance(key, tuple) and key and key[0] == "graded":
+        return ref(key[1]), True
+    raise Unsuited
+
+
+def serial_of_result(region: Any, wrapper: Any, type_: TensorType) -> int | None:
+    """What the storage of another region's result is known by; None if this is none of that type, or has a graph."""
+    cell = wrapper.cell
+    real = cell.real
+    if (
+        cell.region is region
+        or real is None
+        or cell.owed is not None
+        or (cell.type is not type_ and cell.type.at_start() != type_)
+    ):
+        return None
+    # Who asks may be torch's module, with the lane in between.
+    with torch._C.DisableTorchFunction():
+        return None if _requires_grad(wrapper) or region.oddness(real) is not None else serial_of(real)
