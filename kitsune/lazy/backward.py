@@ -8,7 +8,7 @@ import torch
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward_matchers import BackwardMatcher, spend
 from kitsune.lazy.call_keys import key_of
-from kitsune.lazy.edges import Edge, Incoming, Made, Returned
+from kitsune.lazy.edges import Edge, Incoming, Made, Returned, begin_of
 from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
 from kitsune.lazy.region import is_leaf
@@ -30,7 +30,7 @@ def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradient
         if key is not None and not region.real and region.observed_from is None and not region.slow:
             edge = region.node.calls.get(key)
             numbers = None if edge is None else edge.sources.numbers(region.scalars)
-            if numbers is not None and _is_whole(region, edge, losses):
+            if numbers is not None and _begin_there(region, edge) and _is_whole(region, edge, losses):
                 if BackwardMatcher.suits(edge, call, losses, gradients, leaves):
                     lane.take_by(BackwardMatcher(lane, edge, call, leaves), edge)
                 return _follow(recorder, edge, call, leaves, numbers)
@@ -63,6 +63,14 @@ def _runs_python(leaves: Any) -> bool:
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _begin_there(region: Any, edge: Edge) -> bool:
+    """Do the inputs that it views begin where they did?"""
+    if not edge.begins:
+        return True
+    reals = {cell.came.id: cell.real for cell in region.plain.values()}
+    return all(begin_of(reals[number]) == begin for number, begin in edge.begins)
 
 
 def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
@@ -114,8 +122,11 @@ def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: di
     recorder, region = lane.recorder, lane.recorder.region
     before = {number: (leaf, leaf.grad) for number, leaf in leaves.items()}
     mark = Mark(recorder, key, call, region.scalars)
-    region.real = True
-    result = lane.made(run)
+    region.real = recorder.making = True
+    try:
+        result = lane.made(run)
+    finally:
+        recorder.making = False
     if recorder.region is not region:
         return result
     edge = None

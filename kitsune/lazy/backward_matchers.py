@@ -22,6 +22,7 @@ from kitsune.lazy.used_again import give_back
 _real, _came = attrgetter("real"), attrgetter("came")
 _base: Any = torch._C.TensorBase
 _requires_grad, _is_leaf, _grad = _base.requires_grad.__get__, _base.is_leaf.__get__, _base.grad.__get__
+_storage_offset = _base.storage_offset
 _hooks, _later_hooks = _base._backward_hooks.__get__, _base._post_accumulate_grad_hooks.__get__
 _is_anomaly_on = torch.is_anomaly_enabled
 _distributed = torch.distributed.is_initialized if torch.distributed.is_available() else lambda: False
@@ -42,6 +43,8 @@ class BackwardMatcher:
         # Of each gradient: the place of its leaf, and what it is.
         places = {cells[k].came.id: k for k in self._leaves}
         self._grads = [(places[number], made) for number, made in edge.grads]
+        numbers = {cell.came.id: k for k, cell in enumerate(cells)}
+        self._begins = [(numbers[number], begin) for number, begin in edge.begins]
         # The leaves whose nodes were found to have no hooks, and how many handles of hooks there had been by then.
         self._without: tuple[list[int], int] = [], -1
 
@@ -100,6 +103,8 @@ class BackwardMatcher:
                 return None
         except RuntimeError:
             # Of some views autograd refuses to tell.
+            return None
+        if any(_storage_offset(reals[k]) != begin for k, begin in self._begins):
             return None
         leaves = [reals[k] for k in self._leaves]
         if any(map(_hooks, leaves)) or any(map(_later_hooks, leaves)):

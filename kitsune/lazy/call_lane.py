@@ -15,12 +15,13 @@ from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.early_reads import ITEM
-from kitsune.lazy.edges import Before, Edge, Incoming
+from kitsune.lazy.edges import Before, Edge, Incoming, begin_of
 from kitsune.lazy.hands_off import (
     ASKS,
     DETACHES,
     FLAGS,
     HARMLESS,
+    PRODUCTS,
     REACHES_GRAPH,
     READS,
     SHOWS_GRAPH,
@@ -109,7 +110,7 @@ class CallLane(Learner):
         return self._make(func, args, kwargs, None if call.unknown else plain_key, call, modes)
 
     def _may_follow(self, edge: Edge, region: Any, func: Any, kwargs: Any, call: Incoming) -> bool:
-        if edge.graded and region.real:
+        if (edge.graded and region.real) or any(begin_of(call.flat[k]) != begin for k, begin in edge.begins):
             return False
         return not call.floats or call.floats == edge.floats or (func, *kwargs) in self.proven
 
@@ -251,7 +252,11 @@ class CallLane(Learner):
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
-        result = self.made(func, args, kwargs)
+        recorder.making = func in PRODUCTS
+        try:
+            result = self.made(func, args, kwargs)
+        finally:
+            recorder.making = False
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.

@@ -11,9 +11,11 @@ import torch
 
 from kitsune.ir import TensorType
 from kitsune.ir.graph import Operand, Result
-from kitsune.lazy.cell import Cell, Ref, ref
+from kitsune.lazy.cell import Cell, Ref, ref, serial_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import GENERAL, NOTHING, ONE, SELF, Node
+
+_storage_offset: Any = torch._C.TensorBase.storage_offset
 
 
 class Incoming:
@@ -80,6 +82,9 @@ class Edge:
     spent: Any = None
     # Of the tensors that come in: (position among the fresh ones, number of the value).
     places: tuple[tuple[int, int], ...] = ()
+    # Inputs of the region that it takes views of, and where each begins in its memory, since a view says where it is in that: by
+    # the position among all tensors of a call, by the number of the value for a backward.
+    begins: tuple[tuple[int, int], ...] = ()
     # Of a backward or an update: where its numbers come from.
     sources: Any = None
     floats: list[float] = field(default_factory=list)
@@ -99,6 +104,7 @@ class Edge:
             and self.moves == other.moves
             and self.grads == other.grads
             and self.made == other.made
+            and self.begins == other.begins
         )
 
 
@@ -171,6 +177,38 @@ def arrivals_of(path: Sequence[Node], fresh: Sequence[Any], region: Any) -> tupl
             graded = fresh[came[number]].requires_grad
             found.append((came[number], ref(number), type_, storage, graded))
     return tuple(found)
+
+
+def viewed_operands(path: Sequence[Node], flat: Sequence[Any], region: Any) -> tuple[tuple[int, int], ...]:
+    """`begins` of a call's edge. Where a leaf begins is part of its key."""
+    viewed, found = _viewed(path), []
+    for k, tensor in enumerate(flat if viewed else ()):
+        cell = cell_in(tensor, region)
+        if cell is not None and cell.came is not None and cell.storage in viewed and not tensor.requires_grad:
+            found.append((k, begin_of(tensor)))
+    return tuple(found)
+
+
+def viewed_inputs(path: Sequence[Node], region: Any, first: int) -> tuple[tuple[int, int], ...] | None:
+    """`begins` of a backward's edge; None where one is a wrapper, or was not there before value `first`."""
+    viewed = _viewed(path)
+    cells = [cell for cell in region.plain.values() if cell.storage in viewed and not cell.real.requires_grad]
+    wrapped = any(region.storages.get(serial_of(tensor)) in viewed for _, tensor in region.inputs)
+    if wrapped or any(cell.came.id >= first for cell in cells):
+        return None
+    return tuple((cell.came.id, begin_of(cell.real)) for cell in cells)
+
+
+def _viewed(path: Sequence[Node]) -> set[int]:
+    return {storage for node in path if node.row is not None and node.row.is_view for *_, storage in node.results}
+
+
+def begin_of(tensor: Any) -> int:
+    """Where a tensor begins in its memory."""
+    real = tensor.cell.real if type(tensor) is LazyTensor else tensor
+    # Who asks may be torch's module, with the lane in between.
+    with torch._C.DisableTorchFunction():
+        return int(_storage_offset(real))
 
 
 def born(path: Sequence[Node], value: Ref) -> int:

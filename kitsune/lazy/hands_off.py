@@ -65,6 +65,11 @@ SHOWS_GRAPH = frozenset({_getter("grad_fn")})
 # What they return has no history, whatever they are given.
 DETACHES = frozenset({Tensor.detach, torch.detach})
 
+# They view their operands as matrices: of a batch of three dimensions that is part of what they do.
+PRODUCTS = frozenset(
+    _found(torch.nn.functional, "linear") | _found(torch, "matmul") | _found(Tensor, "matmul __matmul__ __rmatmul__")
+)
+
 # They say whether a leaf collects a gradient: nobody else's affair while the region does not know the leaf.
 FLAGS = frozenset({Tensor.requires_grad_, getattr(Tensor, "requires_grad").__set__})  # noqa: B009
 

@@ -7,7 +7,7 @@ import torch
 
 from kitsune.lazy.call_keys import with_floats
 from kitsune.lazy.cell import serial_of
-from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between
+from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between, viewed_operands
 from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.node_hooks import NodeHooks
 from kitsune.lazy.realize import Followed
@@ -157,6 +157,7 @@ class Learner:
             # Who writes to a tensor with a history, maybe through a view of it, gets a place in that history.
             graded=returned.graded or (torch.is_grad_enabled() and bool(dirty) and any(t.requires_grad for t in flat)),
             floats=list(call.floats),
+            begins=viewed_operands(path, flat, region),
         )
 
 

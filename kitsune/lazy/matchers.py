@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.call_keys import LONG
 from kitsune.lazy.cell import Cell
-from kitsune.lazy.edges import Edge
+from kitsune.lazy.edges import Edge, begin_of
 from kitsune.lazy.hands_off import DETACHES
 from kitsune.lazy.matcher_writer import Unsuited, Writer, serial_of_result
 from kitsune.lazy.rebuild import fill
@@ -30,6 +30,7 @@ _ALWAYS = {
     "MISS": MISS,
     "Parameter": Parameter,
     "Tensor": Tensor,
+    "begin_of": begin_of,
     "count_writes": count_writes,
     "fill": fill,
     "is_grad_enabled": is_grad_enabled,
@@ -60,6 +61,8 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
         if len(w.flat) >= LONG:
             # Its text would take 9 ms to compile: 36 tensors of a fused update.
             raise Unsuited
+        for k, begin in edge.begins:
+            w.unless(f"begin_of({w.flat[k]}) == {begin}")
         _same_floats(w, edge, moves, (edge.func, *kwargs))
         _only_under(w, edge)
         if edge.plain:

@@ -16,6 +16,7 @@ from kitsune.ir import versions_kept
 from kitsune.ir.graph import Result
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Edge, path_between
+from kitsune.lazy.hands_off import PRODUCTS
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
@@ -112,6 +113,7 @@ def realize(recorder: Any, region: Any) -> None:
                 adopt(call)
                 region.dirty = set(call.dirty)
                 walk.begin(call)
+                recorder.making = call.edge.func in PRODUCTS
                 for tensor in call.made:
                     tensor.cell.owed = tensor.cell.home = None
                 # Writes to them are counted once more as they are made again.
@@ -122,7 +124,7 @@ def realize(recorder: Any, region: Any) -> None:
                 with versions_kept([t for t in call.flat if id(t) not in owed]):
                     recount.replaced(hand_over(call.edge.func(*call.args, **(call.kwargs or {})), call))
     finally:
-        recorder.walk, recorder.hook = None, hook
+        recorder.walk, recorder.hook, recorder.making = None, hook, False
         recount.rest()
         region.dirty = now
         for cell, ref in refs:

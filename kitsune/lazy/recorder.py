@@ -31,6 +31,8 @@ class Recorder(Recording):
 
     # Does an optimizer collect what it updates, and make what is not there yet?
     collecting = False
+    # Is a product being made, or a backward? They view what they are given as they need it.
+    making = False
 
     def record(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
         """Take one aten call; returns placeholders, or results where the call is made at once.
@@ -91,7 +93,7 @@ class Recorder(Recording):
                 and (cell := region.cell(args[0])).external
             ):
                 # Inputs are known without the offset of their first element; a view's own counts from there.
-                append(cell.type.offset)
+                append(region.begin(cell))
             whole = tuple(key)
             node = region.node.children.get(whole)
             if node is None or region.slow or not node.known:
@@ -237,7 +239,8 @@ class Recorder(Recording):
         if row.barrier is not None:
             return pass_through(self, row, args, kwargs, row.barrier)
         if row.is_view:
-            return pass_through(self, row, args, kwargs, Barrier.INPUT_VIEW) if self._only_comes_in(first) else RECORD
+            passes = self._only_comes_in(first) and not self._is_seen_as_matrix(first)
+            return pass_through(self, row, args, kwargs, Barrier.INPUT_VIEW) if passes else RECORD
         return pass_through(self, row, args, kwargs, Barrier.HOST_SCALAR) if self._is_host_counter(args) else RECORD
 
     def _item(self, row: OpRow, args: Any, kwargs: Any) -> Any:
@@ -260,6 +263,11 @@ class Recorder(Recording):
             outside = cell.region is not region or cell.external
             return outside and cell.real is not None and not tensor.requires_grad and not self.is_pending(tensor)
         return type(tensor) is Tensor and not tensor.requires_grad and not self.is_pending(tensor)
+
+    def _is_seen_as_matrix(self, tensor: Any) -> bool:
+        """Is it viewed by the product that it is an operand of? A view says where it is in its memory, so that batches that begin
+        elsewhere each time would make regions of their own."""
+        return self.making and (self.walk is not None or not tensor.storage_offset())
 
     def _reshape(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """`x.squeeze_()` on a wrapper: the view is recorded, and the wrapper stands for it from now on."""

@@ -10,6 +10,7 @@ import torch
 from kitsune.ir import Barrier, TensorType, type_of
 from kitsune.lazy.advance import arrive, rewrite
 from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
+from kitsune.lazy.edges import begin_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 
@@ -79,6 +80,13 @@ class Region:
     def cell(self, tensor: Any) -> Cell:
         """The cell of a tensor that has come in."""
         return tensor.cell if type(tensor) is LazyTensor else self.plain[id(tensor)]
+
+    def begin(self, cell: Cell) -> int:
+        """Where an input begins in its memory. A call that is followed lets it in as if that were the start."""
+        begin = begin_of(cell.real)
+        if cell.type.offset != begin:
+            cell.type = type_of(cell.real)  # type: ignore[arg-type]
+        return begin
 
     def see(self, cells: Iterable[Cell]) -> None:
         """These have their values; who still holds them at the end is to be known."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from kitsune.lazy.call_keys import key_of, with_floats
-from kitsune.lazy.edges import Edge, Incoming
+from kitsune.lazy.edges import Edge, Incoming, begin_of
 from kitsune.lazy.host_counts import host_counts
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.update_matchers import UpdateMatcher
@@ -44,6 +44,8 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
         before = call.floats if counts is None else call.floats + counts.numbers
         key = None if key is None else (key, None if counts is None else counts.pattern)
         edge = None if key is None or recorder.region.slow else recorder.region.node.calls.get(key)
+        if edge is not None and any(begin_of(call.flat[k]) != begin for k, begin in edge.begins):
+            edge = None
         numbers = None if edge is None else edge.sources.numbers(before)
         if edge is not None and numbers is not None:
             if counts is not None:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kitsune.lazy.edges import Before, Edge, Incoming, Made, arrivals_of, path_between
+import torch
+
+from kitsune.lazy.edges import Before, Edge, Incoming, Made, arrivals_of, path_between, viewed_inputs, viewed_operands
 from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.trie import NOTHING
 
@@ -49,6 +51,11 @@ class Mark:
         if arrivals is None:
             return None
         rewrites, bumps = written
+        # A backward views what the calls before it were given.
+        of_region = func is torch.Tensor.backward
+        begins = viewed_inputs(path, region, self.first) if of_region else viewed_operands(path, call.flat, region)
+        if begins is None:
+            return None
         return Edge(
             start=self.start,
             func=func,
@@ -65,4 +72,5 @@ class Mark:
             made=(),
             graded=False,
             grads=grads,
+            begins=begins,
         )

@@ -315,16 +315,3 @@ def test_two_windows_that_move_along_one_tensor_are_one_region() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert kitsune.counters()["regions"] <= 2
-
-
-@pytest.mark.xfail(strict=True, reason="F.linear views a batch of three dimensions, which comes in as a view of no known tensor")
-def test_a_linear_layer_on_a_batch_of_three_dimensions_is_followed() -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), torch.randn(3, 5, 8)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with kitsune.accelerate(device="cpu"):
-        for _ in range(STEPS):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert kitsune.counters()["backwards_followed"] > STEPS // 2
