@@ -197,7 +197,7 @@ class CallLane(Learner):
         with recorder.lock:
             if recorder.region is not region or region.node is not start:
                 return self.call(edge.func, (), args, kwargs)
-            dirty, undo = region.dirty, None
+            n_dirty, undo = len(region.dirty), None
             if edge.arrivals:
                 arrive(region, edge, list(call.fresh.items()))
             if edge.scalars:
@@ -209,7 +209,7 @@ class CallLane(Learner):
             region.node = edge.node
             if edge.graded:
                 region.past.append(edge)
-                region.calls.append((edge, args, kwargs, flat, wrappers, undo, dirty, recorder.epoch))
+                region.calls.append((edge, args, kwargs, flat, wrappers, undo, n_dirty, recorder.epoch))
             if edge.bumps:
                 count_writes(region, [flat[k] for k in edge.bumps], edge)
             recorder.tally.followed += 1

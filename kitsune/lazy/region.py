@@ -54,8 +54,9 @@ class Region:
         # Those of ops that were made at once, which are not kept alive: a step's activations would be.
         self.seen: list[weakref.ref[Cell]] = []
         self.scalars: list[float] = []
-        # Storages that the region writes: reading one of them from outside must wait for the region.
-        self.dirty: set[int] = set()
+        # Storages that the region writes: reading one of them from outside must wait for the region. In the order of their first
+        # writes, so that those before a call are told by how many there were.
+        self.dirty: dict[int, None] = {}
         # Depth from which ops were run at once; None while everything is pending.
         self.observed_from: int | None = None
         # (value, type, storage, undo) of the operands that the op at hand brought in, and why it cannot be recorded.
