@@ -4,133 +4,14 @@ Building a key that fits any call, looking it up and stepping on cost 9 us a cal
 wrapper. What a matcher does not know it leaves to the way of all calls.
 """
 
-import functools
 import math
 from typing import Any
 
-from torch import Tensor, is_grad_enabled
-from torch.nn import Parameter
-
-from kitsune.ir.graph import Operand, Result
-from kitsune.lazy.call_keys import AGAIN, LONG
-from kitsune.lazy.cell import Cell, Ref, ref
+from kitsune.lazy.call_keys import LONG
 from kitsune.lazy.edges import Edge
 from kitsune.lazy.hands_off import DETACHES
-from kitsune.lazy.rebuild import fill
-from kitsune.lazy.recorder import CONSTANTS
+from kitsune.lazy.matcher_writer import MISS, Unsuited, Writer, followed, only_under, under_lock
 from kitsune.lazy.scalar_sources import kind_of
-from kitsune.lazy.tensor import LazyTensor
-from kitsune.lazy.write_counts import count_writes
-
-# What a matcher returns of a call that is another one.
-MISS = object()
-_ALWAYS = {
-    "Cell": Cell,
-    "LazyTensor": LazyTensor,
-    "MISS": MISS,
-    "Parameter": Parameter,
-    "Tensor": Tensor,
-    "count_writes": count_writes,
-    "fill": fill,
-    "is_grad_enabled": is_grad_enabled,
-    "kind_of": kind_of,
-}
-
-
-class Unsuited(Exception):
-    """No matcher is made for this call."""
-
-
-class Writer:
-    """Writes a matcher's text. The text depends on the form of the call alone, so that equal layers share its compilation."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.constants: dict[str, Any] = {}
-        # The names of the call's tensors, of their cells, of its floats; what is known of the fresh ones, and their names.
-        self.flat: list[str] = []
-        self.cells: list[str] = []
-        self.floats: list[str] = []
-        self.fresh: dict[str, str] = {}
-        self._n = 0
-
-    def bind(self, value: Any) -> str:
-        """A name for a constant."""
-        name = f"K{len(self.constants)}"
-        self.constants[name] = value
-        return name
-
-    def name(self, expression: str) -> str:
-        """A local name for what an expression gives."""
-        self._n += 1
-        self.lines.append(f"a{self._n} = {expression}")
-        return f"a{self._n}"
-
-    def unless(self, condition: str) -> None:
-        """Another call, unless this holds."""
-        self.lines.append(f"if not ({condition}): return MISS")
-
-    def part(self, a: str, value: Any, key: Any) -> None:
-        """Compare the argument named `a` with one whose part of the key is `key`."""
-        cls = type(value)
-        if cls is LazyTensor:
-            self._wrapper(a, key)
-        elif cls is Tensor or cls is Parameter:
-            self.unless(f"type({a}) is {'Tensor' if cls is Tensor else 'Parameter'}")
-            self._plain(a, key)
-        elif value is None or cls is bool or value is Ellipsis:
-            self.unless(f"{a} is {value}")
-        elif cls is float:
-            self.unless(f"type({a}) is float")
-            self.floats.append(a)
-        elif cls in CONSTANTS:
-            self.unless(f"type({a}) is {self.bind(cls)} and {a} == {self.bind(value)}")
-        elif cls is slice:
-            self.unless(f"type({a}) is {self.bind(cls)}")
-            for name, part in zip(("start", "stop", "step"), key[1:], strict=True):
-                self.part(self.name(f"{a}.{name}"), getattr(value, name), part)
-        elif isinstance(value, (tuple, list)) and isinstance(key, tuple) and len(value) < LONG:
-            self.unless(f"type({a}) is {self.bind(cls)} and len({a}) == {len(value)}")
-            for k, (item, part) in enumerate(zip(value, key[1:], strict=True)):
-                self.part(self.name(f"{a}[{k}]"), item, part)
-        else:
-            raise Unsuited
-
-    def _wrapper(self, a: str, key: Any) -> None:
-        value, graded = _value_in(key)
-        self.unless(f"type({a}) is LazyTensor")
-        cell = self.name(f"{a}.cell")
-        owes = "is not None" if graded else "is None"
-        self.unless(f"{cell}.ref is {self.bind(value)} and {cell}.region is region and {cell}.owed {owes}")
-        self.flat.append(a)
-        self.cells.append(cell)
-
-    def _plain(self, a: str, key: Any) -> None:
-        self.flat.append(a)
-        number = self.name(f"id({a})")
-        if isinstance(key, Ref) or key[0] == "graded":
-            value, graded = _value_in(key)
-            cell = self.name(f"plain.get({number})")
-            self.unless(f"{cell} is not None and {cell}.ref is {self.bind(value)} and {a}.requires_grad is {graded}")
-            self.cells.append(cell)
-            return
-        if key[0] is AGAIN or key[1] is not None:
-            raise Unsuited
-        seen = self.name(f"arrivals.get({number})")
-        self.unless(f"{seen} is not None and {seen}[2] is {self.bind(key)} and {seen}[1] not in storages")
-        for other in self.fresh:
-            self.unless(f"{seen}[1] != {other}[1]")
-        self.fresh[seen] = a
-        self.cells.append(f"{a}_cell")
-
-
-def _value_in(key: Any) -> tuple[Ref, bool]:
-    """The value that a part of a key names, and has it a place in the autograd graph."""
-    if isinstance(key, Ref):
-        return key, False
-    if isinstance(key, tuple) and key and key[0] == "graded":
-        return ref(key[1]), True
-    raise Unsuited
 
 
 def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, bool] | None) -> Any:
@@ -153,14 +34,17 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
             # Its text would take 9 ms to compile: 36 tensors of a fused update.
             raise Unsuited
         _same_floats(w, edge, moves, (edge.func, *kwargs))
-        _only_under(w, edge)
+        only_under(w, edge)
         if edge.plain:
             w.lines.append(f"return lane.made({w.bind(edge.func)}, args, kwargs)")
         else:
-            _follow(w, edge)
+            then, returned = followed(w, edge, "args", "kwargs")
+            under_lock(w, [*then, f"return {returned}"])
     except Unsuited:
         return None
-    return _maker("\n        ".join(w.lines), tuple(w.constants))(*w.constants.values())
+    matcher = w.compiled("lane, region, node, args, kwargs")
+    matcher.learned = [(edge, key)]
+    return matcher
 
 
 def either(one: Any, other: Any) -> Any:
@@ -172,7 +56,13 @@ def either(one: Any, other: Any) -> Any:
 
     other = getattr(other, "one", other)
     matcher.one = one  # type: ignore[attr-defined]
+    matcher.learned = learned_by(one) + learned_by(other)  # type: ignore[attr-defined]
     return matcher
+
+
+def learned_by(matcher: Any) -> list[tuple[Edge, Any]]:
+    """The edges along which a matcher leads, with the keys of their calls."""
+    return getattr(matcher, "learned", [])
 
 
 def _same_floats(w: Writer, edge: Edge, moves: Any, name: Any) -> None:
@@ -185,91 +75,3 @@ def _same_floats(w: Writer, edge: Edge, moves: Any, name: Any) -> None:
         # 0.0 == -0.0, and not a number equals nothing.
         ordinary = known and math.isfinite(known)
         w.unless(f"{a} == {w.bind(known)}" if ordinary else f"{a}.hex() == {w.bind(known.hex())}")
-
-
-def _only_under(w: Writer, edge: Edge) -> None:
-    w.lines.insert(0, f"if region.slow or region.real or lane.modes[is_grad_enabled()] is not {w.bind(edge.modes)}: return MISS")
-
-
-def _follow(w: Writer, edge: Edge) -> None:
-    """What follows once the call is known. All that is new is made first: who makes objects may have others finalized, and
-    their finalizers may end the region."""
-    flat, fresh, then = w.flat, list(w.fresh.items()), []
-    made = [f"w{i}" for i in range(len(edge.made))]
-    for k, number, type_, storage, graded in edge.arrivals:
-        seen, a = fresh[k]
-        value = w.bind(number)
-        # The one that it had in the region before, which lets go of it at its end.
-        like = f"None, {value}, {w.bind(type_)}, {w.bind(storage)}, None, {value}"
-        cell = w.bind(Cell(None, number, type_, storage, None, number))
-        w.lines.append(f"{a}_cell = {cell} if {cell}.region is None else Cell({like})")
-        if graded:
-            w.lines.append(f"if id({a}) not in recorder.leaves: recorder.note_leaf({a})")
-        then.append(f"{a}_cell.region = region; {a}_cell.real = {a}; {a}_cell.ref = {value}")
-        then += [f"storages[{seen}[1]] = {a}_cell.storage", f"plain[id({a})] = {a}_cell"]
-    undo = "None"
-    if edge.dirty:
-        cells = [(w.cells[k], after) for k, after in edge.rewrites]
-        undo = w.name("[" + ", ".join(f"({cell}, {cell}.ref)" for cell, _ in cells) + "]")
-        then += [f"{cell}.ref = {w.bind(after)}" for cell, after in cells] + [f"region.dirty.update({w.bind(edge.dirty)})"]
-    for i, m in enumerate(edge.made):
-        new = (
-            f"w{i} = {w.bind(m.make)}(); w{i}.cell = c{i} = Cell(region, {w.bind(m.ref)}, {w.bind(m.type)}, {w.bind(m.storage)})"
-        )
-        if m.graded is None:
-            w.lines.append(new)
-        else:
-            spare = w.bind(m.spare)
-            w.lines.append(f"if {spare}: w{i} = {spare}.pop(); c{i} = w{i}.cell; c{i}.region = region")
-            w.lines.append(f"else: {new}; c{i}.owed = c{i}.home = {w.bind(m)}")
-        then.append(f"region.produced.append(c{i})")
-    then.append(f"region.node = {w.bind(edge.node)}")
-    if edge.graded:
-        name = w.bind(edge)
-        debt = w.name(f"({name}, args, kwargs, {_tuple(flat)}, {_tuple(made)}, {undo}, len(region.dirty), recorder.epoch)")
-        then += [f"region.past.append({name})", f"region.calls.append({debt})"]
-    if edge.moves:
-        then.append(f"region.scalars.extend({_tuple(w.floats)})")
-    elif edge.scalars:
-        then.append(f"region.scalars.extend({w.bind(edge.scalars)})")
-    if edge.bumps:
-        then.append(f"count_writes(region, [{', '.join(flat[k] for k in edge.bumps)}], {w.bind(edge)})")
-    then += ["recorder.tally.followed += 1", f"return {_returned(w, edge.structure, made)}"]
-    w.lines += [
-        "shared = recorder.shared",
-        "if shared: recorder.lock.acquire()",
-        "try:",
-        "    if recorder.region is not region or region.node is not node: return MISS",
-        *("    " + line for line in then),
-        "finally:",
-        "    if shared: recorder.lock.release()",
-    ]
-
-
-def _returned(w: Writer, structure: Any, made: list[str]) -> str:
-    if isinstance(structure, Result):
-        return made[structure.index]
-    if isinstance(structure, Operand):
-        return w.flat[structure.index]
-    if structure is None:
-        return "None"
-    return f"fill({w.bind(structure)}, {_tuple(made)}, {_tuple(w.flat)})"
-
-
-def _tuple(names: list[str]) -> str:
-    return f"({', '.join(names)},)" if names else "()"
-
-
-@functools.lru_cache(maxsize=4096)
-def _maker(body: str, names: tuple[str, ...]) -> Any:
-    text = f"""
-def make({", ".join(names)}):
-    def matcher(lane, region, node, args, kwargs{"".join(f", {name}={name}" for name in names)}):
-        recorder, plain, storages = lane.recorder, region.plain, region.storages
-        arrivals = recorder.arrivals
-        {body}
-    return matcher
-"""
-    names_in: dict[str, Any] = dict(_ALWAYS)
-    exec(compile(text, "<kitsune matcher>", "exec"), names_in)
-    return names_in["make"]
