@@ -17,8 +17,13 @@ from kitsune.lazy.matcher_writer import MISS, Unsuited
 from kitsune.lazy.module_writer import ModuleWriter, ways
 from kitsune.lazy.trusted_modules import may_learn
 
-# Sights of a module at a place at which it is looked at closely: its calls may have no matchers yet.
+# Sights of a module at a place from which on it is looked at closely, once for each: its calls may have no matchers yet.
 _LOOKS = (3, 5, 9)
+# A module that has changed is looked at again, each time after twice as many sights, up to this many times as many: where a
+# program gives all parameters other memory in each step, what is learned of them is good for nothing.
+PATIENCE = 64
+# Looks in one region, of 0.1 ms each: the third step of ResNet-50, which is captured, would have 158.
+MOST_LOOKS = 40
 
 
 class _Heard(TorchFunctionMode):
@@ -40,13 +45,20 @@ class NotYet:
     """Takes the calls of a module at a place where it is not known yet. (Not a function: it counts them.)"""
 
     def __init__(self) -> None:
-        self._n = 0
+        self._n = self._n_looks = 0
+        self._patience = 1
 
     def __call__(self, lane: Any, region: Any, node: Any, module: Any, args: Any, kwargs: Any) -> Any:
         """Have the module called, and learn from it."""
         self._n += 1
-        if self._n not in _LOOKS or region.slow or region.real or kwargs or not may_learn(module):
+        if self._n < _LOOKS[self._n_looks] * self._patience or region.n_looks >= MOST_LOOKS:
             return MISS
+        self._n_looks += 1
+        if self._n_looks == len(_LOOKS):
+            node.matchers[id(module)] = _never
+        if region.slow or region.real or kwargs or not may_learn(module):
+            return MISS
+        region.n_looks += 1
         n_followed, heard = lane.recorder.tally.followed, _Heard()
         with heard:
             result = nn.Module.__call__(module, *args)
@@ -54,12 +66,17 @@ class NotYet:
         if recorder.region is region and recorder.tally.followed - n_followed == len(heard.calls) and heard.calls:
             for way in ways(node, heard.calls, region.node):
                 with contextlib.suppress(Unsuited):
-                    writer = ModuleWriter(module, args, recorder.arrivals, _anew)
+                    writer = ModuleWriter(module, args, recorder.arrivals, self.anew)
                     node.matchers[id(module)] = writer.known(way, heard.calls, result)
                     return result
-        if self._n >= _LOOKS[-1]:
-            node.matchers[id(module)] = _never
         return result
+
+    def anew(self, node: Any, module: Any) -> Any:
+        """The module has changed, and may stay as it is now."""
+        self._n = self._n_looks = 0
+        self._patience = min(2 * self._patience, PATIENCE)
+        node.matchers[id(module)] = self
+        return MISS
 
 
 def at_first(node: Any, module: Any) -> NotYet:
@@ -74,12 +91,6 @@ def at_first(node: Any, module: Any) -> NotYet:
     # An id is good for as long as its module lives.
     modules[number] = weakref.ref(module, dead)
     return taker
-
-
-def _anew(node: Any, module: Any) -> Any:
-    """The module has changed, and may stay as it is now."""
-    node.matchers[id(module)] = NotYet()
-    return MISS
 
 
 def _never(lane: Any, region: Any, node: Any, module: Any, args: Any, kwargs: Any) -> Any:

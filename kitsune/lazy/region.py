@@ -26,6 +26,7 @@ class Region:
         "dirty",
         "error",
         "inputs",
+        "n_looks",
         "node",
         "observed_from",
         "odd",
@@ -74,6 +75,8 @@ class Region:
         # An update that was followed, of which the region's tensors do not know yet: its edge, its tensors, and those of them
         # that are new with the serials of their storages.
         self.deferred: Any = None
+        # How many of torch's modules were looked at closely; see `module_calls.py`.
+        self.n_looks = 0
         # What went wrong when the region was run: its values were never computed.
         self.error: BaseException | None = None
 

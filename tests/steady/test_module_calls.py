@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import kitsune
-from kitsune.lazy import module_writer, trusted_modules
+from kitsune.lazy import module_calls, module_writer, trusted_modules
 from kitsune.lazy.matcher_writer import MISS
 from kitsune.lazy.recorder import Recorder
 
@@ -211,7 +211,8 @@ def train(changes: list[str], taken: list[str]) -> tuple[dict[str, list[Any]], l
     return found, usual
 
 
-def test_one_that_is_changed_does_what_it_then_does(taken: list[str]) -> None:
+def test_one_that_is_changed_does_what_it_then_does(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_calls, "PATIENCE", 1)
     expected, _ = train([*CHANGES], [])
     with kitsune.accelerate():
         found, usual = train([*CHANGES], taken)
@@ -324,3 +325,35 @@ def test_calls_that_were_taken_are_made_again_for_their_graph(taken: list[str]) 
     expected, found = gradients(contextlib.nullcontext()), gradients(kitsune.accelerate())
     assert "BatchNorm2d" in taken
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_many_modules_are_learned_a_few_in_each_step(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_calls, "MOST_LOOKS", 4)
+    net, x = nn.Sequential(*(nn.Linear(3, 3) for _ in range(10))), torch.ones(2, 3)
+    n_taken = []
+    with kitsune.accelerate():
+        for _ in range(7):
+            taken.clear()
+            net(x.neg()).sum().item()
+            n_taken.append(len(taken))
+    assert n_taken == [0, 0, 0, 4, 8, 10, 10]
+
+
+def test_a_module_that_changes_in_each_step_is_looked_at_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    known = module_writer.ModuleWriter.known
+
+    def counted(self: Any, *args: Any) -> Any:
+        looks.append(k)
+        return known(self, *args)
+
+    monkeypatch.setattr(module_writer.ModuleWriter, "known", counted)
+    layer, x = nn.Linear(3, 3), torch.ones(2, 3)
+    kitsune.reset()
+    with kitsune.config.patch(gate=False), kitsune.accelerate():
+        for k in range(60):  # noqa: B007 - counted
+            layer(x.neg()).sum().item()
+            layer.weight.data = layer.weight.data.clone()
+    kitsune.reset()
+    # After 3, 3 * 2, 3 * 4 and 3 * 8 more; each is found to be out of date in the step behind it.
+    assert looks == [2, 9, 22, 47]
