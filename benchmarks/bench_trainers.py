@@ -35,18 +35,19 @@ N_BATCHES = 4
 
 
 class Stopwatch:
-    """Told of each step: waits for the kernels once after a warm-up, and then takes the time of blocks of steps."""
+    """Told of each step: waits for the kernels once after a warm-up, lets the steps go by in which the gate compares Kitsune with
+    eager, and then takes the time of blocks of steps."""
 
     def __init__(self, options: Any) -> None:
         self.warm, self.block, self.cuda = options.warm_up, options.block, options.device != "cpu"
+        self.settled = self.warm + options.settle
         self.steps, self.blocks, self.start = 0, [], 0.0
 
     def __call__(self) -> None:
         self.steps += 1
         if self.steps == self.warm:
             kitsune.wait_for_kernels(tuned=True)
-        # Another block settles what the kernels changed.
-        since = self.steps - self.warm - self.block
+        since = self.steps - self.settled
         if since >= 0 and since % self.block == 0:
             if self.cuda:
                 torch.cuda.synchronize()
@@ -57,7 +58,7 @@ class Stopwatch:
 
     def total(self, rounds: int) -> int:
         """The steps of a whole run."""
-        return self.warm + self.block * (rounds + 1)
+        return self.settled + self.block * rounds
 
 
 def by_transformers(workload: Workload, optimizer: Any, batches: list[Any], watch: Stopwatch, rounds: int) -> None:
@@ -175,6 +176,7 @@ def main() -> None:
     add("--rounds", type=int, default=7)
     add("--block", type=int, default=20, help="steps of a block (%(default)s)")
     add("--warm-up", type=int, default=40, help="steps before the first block (%(default)s)")
+    add("--settle", type=int, default=240, help="steps after that which are not measured; the gate takes up to 200 (%(default)s)")
     add("--json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

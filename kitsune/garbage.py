@@ -16,20 +16,37 @@ def look_at_new() -> None:
         gc.collect(1)
 
 
+# Collections of the second generation before everything is looked at, which takes 0.25 s and more once a model, its libraries
+# and the plans for it are there.
+SELDOM = 100
+# Contexts that come and go so often, one around each step, leave the numbers between them: with Python's own there, each step
+# of a KitsuneOptimizer was followed by a collection, and some 100 steps later all objects were looked at (ResNet-50, H200).
+OPENINGS = 4
+
+
 class Threshold:
-    """Between `begin` and `end` the youngest objects are looked at after AFTER new ones, unless the program has a number of its
-    own that is larger, or has switched that off."""
+    """Between `begin` and `end` the youngest objects are looked at after AFTER new ones and all of them SELDOM, unless the
+    program has a number of its own that is larger, or has switched that off."""
 
     def __init__(self) -> None:
+        # What the program has, and what it has been given in the place of that.
         self._before: tuple[int, int, int] | None = None
-        self._begun = False
+        self._ours: tuple[int, int, int] | None = None
+        self._begun = self._hears = False
+        self._n_openings = 0
+        # Is a context open, and was one since the last collection?
+        self._is_open = self._was_open = False
 
     def begin(self) -> None:
         """A first context is open."""
-        first, *others = before = gc.get_threshold()
+        self._is_open = self._was_open = True
+        before = gc.get_threshold()
+        if self._before is not None and before == self._ours:
+            return
+        self._before, (first, second, third) = None, before
         if 0 < first < AFTER:
-            self._before = before
-            gc.set_threshold(AFTER, *others)
+            self._before, self._ours = before, (AFTER, second, max(third, SELDOM))
+            gc.set_threshold(*self._ours)
             if not self._begun and gc.isenabled():
                 # What importing and building models has brought is looked at now, and not in the middle of the fifth step.
                 self._begun = True
@@ -37,6 +54,22 @@ class Threshold:
 
     def end(self) -> None:
         """None is open any more. What the program has set in the meantime stays."""
+        self._is_open = False
+        self._n_openings += 1
+        if self._n_openings < OPENINGS:
+            self._restore()
+        elif not self._hears:
+            self._hears = True
+            gc.callbacks.append(self._collected)
+
+    def _collected(self, phase: str, info: dict[str, int]) -> None:
+        """Two collections with no context in between: the program does something else now."""
+        if phase == "stop" and not self._is_open:
+            if not self._was_open:
+                self._restore()
+            self._was_open = False
+
+    def _restore(self) -> None:
         before, self._before = self._before, None
-        if before is not None and gc.get_threshold() == (AFTER, *before[1:]):
+        if before is not None and gc.get_threshold() == self._ours:
             gc.set_threshold(*before)

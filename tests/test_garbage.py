@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 import kitsune
-from kitsune.garbage import AFTER
+from kitsune.contexts import threshold
+from kitsune.garbage import AFTER, OPENINGS, SELDOM
 
 
 @pytest.fixture(autouse=True)
 def usual() -> Iterator[None]:
     before = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
+    # Other tests have opened many contexts.
+    threshold._n_openings, threshold._before = 0, None
     yield
     gc.set_threshold(*before)
 
@@ -26,9 +29,47 @@ def usual() -> Iterator[None]:
 def test_it_is_as_before_when_the_last_context_is_left() -> None:
     with kitsune.accelerate(device="cpu"):
         with kitsune.accelerate(device="cpu"):
-            assert gc.get_threshold() == (AFTER, 10, 10)
-        assert gc.get_threshold() == (AFTER, 10, 10)
+            assert gc.get_threshold() == (AFTER, 10, SELDOM)
+        assert gc.get_threshold() == (AFTER, 10, SELDOM)
     assert gc.get_threshold() == (700, 10, 10)
+
+
+def in_steps(n: int) -> None:
+    for _ in range(n):
+        with kitsune.accelerate(device="cpu"):
+            pass
+
+
+def test_between_contexts_that_come_and_go_it_stays() -> None:
+    in_steps(OPENINGS - 1)
+    assert gc.get_threshold() == (700, 10, 10)
+    in_steps(1)
+    assert gc.get_threshold() == (AFTER, 10, SELDOM)
+    gc.collect(0)
+    in_steps(1)
+    gc.collect(0)
+    assert gc.get_threshold() == (AFTER, 10, SELDOM), "there was a context since the collection before"
+    gc.collect(0)
+    assert gc.get_threshold() == (700, 10, 10)
+    in_steps(1)
+    assert gc.get_threshold() == (AFTER, 10, SELDOM)
+
+
+def test_inside_of_a_context_no_number_of_collections_changes_it() -> None:
+    in_steps(OPENINGS)
+    with kitsune.accelerate(device="cpu"):
+        for _ in range(3):
+            gc.collect(0)
+        assert gc.get_threshold() == (AFTER, 10, SELDOM)
+
+
+def test_what_the_program_sets_between_contexts_stays() -> None:
+    in_steps(OPENINGS)
+    gc.set_threshold(500, 5, 5)
+    in_steps(1)
+    for _ in range(2):
+        gc.collect(0)
+    assert gc.get_threshold() == (500, 5, 5)
 
 
 @pytest.mark.parametrize("first", [0, AFTER + 1])
@@ -43,6 +84,13 @@ def test_what_the_program_sets_meanwhile_stays() -> None:
     with kitsune.accelerate(device="cpu"):
         gc.set_threshold(500, 5, 5)
     assert gc.get_threshold() == (500, 5, 5)
+
+
+def test_a_program_that_looks_at_all_more_seldom_still_does() -> None:
+    gc.set_threshold(700, 10, 10 * SELDOM)
+    with kitsune.accelerate(device="cpu"):
+        assert gc.get_threshold() == (AFTER, 10, 10 * SELDOM)
+    assert gc.get_threshold() == (700, 10, 10 * SELDOM)
 
 
 def test_steps_set_off_no_collection_for_objects_that_die_anyway() -> None:

@@ -39,6 +39,8 @@ class Program:
     is_ready: Callable[[], bool] = lambda: True
     # Has made what would be made beside later steps, before they are timed.
     settle: Callable[[], Any] = lambda: None
+    # Is it decided how steps are run? The gate compares with eager in turns, of 24 steps each where they are short.
+    is_decided: Callable[[], bool] = lambda: True
     # What is to be kept beside the times: whether it was what it is called.
     counts: Callable[[], dict[str, Any]] = dict
 
@@ -149,7 +151,13 @@ def _compile_graph(workload: Workload, batches: list[Batch], read: Read) -> Prog
 def _kitsune(workload: Workload, batches: list[Batch], read: Read) -> Program:
     step = make_step(workload, forward_of(workload), read)
     return Program(
-        step, batches, kitsune.accelerate(device=workload.device), is_ready=_kernels_are_there, settle=_tiles_are_timed
+        step,
+        batches,
+        kitsune.accelerate(device=workload.device),
+        is_ready=_kernels_are_there,
+        settle=_tiles_are_timed,
+        is_decided=_gate_has_decided,
+        counts=_gate_counts,
     )
 
 
@@ -172,6 +180,15 @@ def _kernels_are_there() -> bool:
 
 def _tiles_are_timed() -> bool:
     return kitsune.wait_for_kernels(TILES_S, tuned=True)
+
+
+def _gate_has_decided() -> bool:
+    return not kitsune.config.gate or bool(kitsune.counters()["gate_decided"])
+
+
+def _gate_counts() -> dict[str, Any]:
+    counters = kitsune.counters()
+    return {name: counters[name] for name in ("gate_left", "gate_decided", "graph_missed", "graph_refused")}
 
 
 def _static_counts() -> dict[str, Any]:

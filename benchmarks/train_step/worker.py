@@ -33,6 +33,8 @@ READ_EVERY = 20
 MIN_SAMPLES = 5
 HOST_STEPS = 20
 MEMORY_STEPS = 20
+# Steps that a gate may take; it needs some 200.
+MOST_UNDECIDED = 400
 # What has not come from the background by then does not come.
 LONGEST_S = 60.0
 
@@ -186,7 +188,9 @@ def visit(task: Task, save: Callable[[dict[str, Any]], None]) -> None:
             save(memory(step, task) if on_device else {})
             return
         program.settle()
-        for _ in range(READ_EVERY):
+        for n in range(MOST_UNDECIDED):
+            if n >= READ_EVERY and program.is_decided():
+                break
             step()
         save(step_times(step, task))
         # With a look at the loss in each step, Python waits for the device in all of them.

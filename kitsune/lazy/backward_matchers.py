@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Edge, Incoming, Made
-from kitsune.lazy.matcher_writer import MISS
+from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import MADE
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor

@@ -152,8 +152,9 @@ def _fresh(region: Any, tensor: Any, call: Incoming) -> Any:
     other = call.fresh.get(serial)
     if other is tensor:
         return (AGAIN, list(call.fresh).index(serial))
-    if other is not None or (graded and not is_leaf(tensor)):
-        # Which of two tensors begins their storage is the ops' affair; a graph from elsewhere is autograd's.
+    if other is not None or (graded and (lazy or not is_leaf(tensor))):
+        # Which of two tensors begins their storage is the ops' affair; a graph from elsewhere is autograd's, and so is a leaf
+        # that was made in a context: backwards that are followed know of plain leaves alone.
         call.unknown = True
         return None
     call.fresh[serial] = tensor

@@ -31,7 +31,7 @@ from kitsune.lazy.hands_off import (
     stays,
 )
 from kitsune.lazy.learning import Learner, Sight
-from kitsune.lazy.matcher_writer import MISS
+from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN

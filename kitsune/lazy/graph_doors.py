@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.doors import OPENINGS
-from kitsune.lazy.matcher_writer import MISS
+from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.module_calls import at_first
 from kitsune.lazy.open_lanes import lanes
 from kitsune.lazy.optimizer_doors import optimizer_doors

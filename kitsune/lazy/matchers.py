@@ -10,7 +10,8 @@ from typing import Any
 from kitsune.lazy.call_keys import LONG
 from kitsune.lazy.edges import Edge
 from kitsune.lazy.hands_off import DETACHES
-from kitsune.lazy.matcher_writer import MISS, Unsuited, Writer, followed, only_under, under_lock
+from kitsune.lazy.matcher_steps import MISS, compiled, followed, only_under, under_lock
+from kitsune.lazy.matcher_writer import Unsuited, Writer
 from kitsune.lazy.scalar_sources import kind_of
 
 
@@ -30,6 +31,9 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
             w.part(w.name(f"args[{k}]"), a, part)
         for (name, a), part in zip(kwargs.items(), key[3 + n :: 2], strict=True):
             w.part(w.name(f"kwargs.get({name!r}, MISS)"), a, part)
+        if not (edge.start.depth or edge.dirty) and any(new.number is None for new in w.fresh):
+            # It may be the second question about a result: its answer may be there already.
+            raise Unsuited
         if len(w.flat) >= LONG:
             # Its text would take 9 ms to compile: 36 tensors of a fused update.
             raise Unsuited
@@ -42,7 +46,7 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
             under_lock(w, [*then, f"return {returned}"])
     except Unsuited:
         return None
-    matcher = w.compiled("lane, region, node, args, kwargs")
+    matcher = compiled(w, "lane, region, node, args, kwargs")
     matcher.learned = [(edge, key)]
     return matcher
 

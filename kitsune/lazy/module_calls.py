@@ -13,7 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from kitsune.lazy.hands_off import HARMLESS
-from kitsune.lazy.matcher_writer import MISS, Unsuited
+from kitsune.lazy.matcher_steps import MISS
+from kitsune.lazy.matcher_writer import Unsuited
 from kitsune.lazy.module_writer import ModuleWriter, ways
 from kitsune.lazy.trusted_modules import may_learn
 

@@ -9,7 +9,8 @@ from torch.nn import Parameter, functional as F
 
 from kitsune.lazy.cell import Ref
 from kitsune.lazy.edges import Edge
-from kitsune.lazy.matcher_writer import Unsuited, Writer, followed, only_under, tuple_of, under_lock, value_in
+from kitsune.lazy.matcher_steps import compiled, followed, only_under, tuple_of, under_lock
+from kitsune.lazy.matcher_writer import Fresh, Unsuited, Writer, value_in
 from kitsune.lazy.matchers import learned_by
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor
@@ -35,26 +36,23 @@ class ModuleWriter(Writer):
 
     def known(self, edges: list[tuple[Edge, Any, Any]], calls: list[Any], result: Any) -> Any:
         """What takes calls that do along these edges what the calls have done that were heard."""
-        if result is not calls[-1][-1] or not edges or any(edge.modes is not edges[0][0].modes for edge, *_ in edges):
+        if result is not calls[-1][-1] or any(edge.modes is not edges[0][0].modes for edge, *_ in edges):
             raise Unsuited
         only_under(self, edges[0][0])
         self._as_it_was()
         self.lines.append(f"if kwargs or len(args) != {len(self._args)}: return MISS")
         start, then, returned = "node", [], ""
-        for (func, args, kwargs, _), (edge, key, matcher) in zip(calls, edges, strict=False):
+        for (func, args, kwargs, _), (edge, key, matcher) in zip(calls, edges, strict=True):
             # Where more has been learned of the function's calls, or something forgotten, another matcher is there.
             at_place = f"{start}.matchers.get({self.bind(func)}) is {self.bind(matcher)}"
             self.lines.append(f"if not ({at_place}): return anew(node, module)")
             lines, returned = self._call(edge, key, args, kwargs, alone=len(calls) == 1)
             then += lines
             start = self.bind(edge.node)
-        rest = [self._rest(*call) for call in calls[len(edges) :]]
         unknown = [f"id({name}) != {self.bind(id(t))}" for name, t in self._own.items() if name not in self._come]
         if unknown:
             self.lines.insert(self._after_tensors, f"if {' or '.join(unknown)}: return anew(node, module)")
-        under_lock(self, then if rest else [*then, f"return {returned}"])
-        # What is begun is finished, as the module would.
-        self.lines += rest
+        under_lock(self, [*then, f"return {returned}"])
         return _taker(self)
 
     def _as_it_was(self) -> None:
@@ -118,7 +116,8 @@ class ModuleWriter(Writer):
             if not alone and type(a) is not LazyTensor:
                 # What comes in with one call is known to the next.
                 raise Unsuited
-            if type(a) is LazyTensor and value_in(key)[1] is not (a.cell.owed is not None):
+            in_region = isinstance(key, Ref) or key[0] == "graded"
+            if type(a) is LazyTensor and in_region and value_in(key)[1] is not (a.cell.owed is not None):
                 # The way of a call without a graph, to the same operators.
                 raise Unsuited
             name = self.name(name)
@@ -141,10 +140,10 @@ class ModuleWriter(Writer):
     def _own_tensor(self, name: str, tensor: Tensor, key: Any) -> None:
         """The recorder has an entry of each tensor that comes in, which goes when the tensor does, or may have changed."""
         cls, entry = "Parameter" if type(tensor) is Parameter else "Tensor", self._arrivals.get(id(tensor))
-        if name in self._come or type(tensor) not in PLAIN:
+        if name in self._come:
             raise Unsuited
-        if isinstance(key, Ref) or key[0] == "graded":
-            # It is in the region: an embedding's weight is that of the last layer, too.
+        if type(tensor) not in PLAIN or isinstance(key, Ref) or key[0] == "graded":
+            # It was made in the context, or is in the region: an embedding's weight is that of the last layer, too.
             self.part(name, tensor, key)
             return
         if entry is None or entry[2] is not key or key[1] is not None or entry[1] in self._come.values():
@@ -152,28 +151,19 @@ class ModuleWriter(Writer):
         serial, number = self.bind(entry[1]), self.bind(id(tensor))
         same = f"type({name}) is {cls} and arrivals.get(id({name})) is {self.bind(entry)}"
         self.lines.append(f"if not ({same}): return anew(node, module)")
-        # Those that are known by their entries are known to be different.
-        others = [other for a, other, _ in self.fresh if a not in self._come]
-        self.unless(" and ".join([f"{serial} not in storages", *[f"{serial} != {other}" for other in others]]))
         self._come[name] = entry[1]
         self.flat.append(name)
-        self.comes(name, serial, number)
+        self.cells.append(f"{name}_cell")
+        self.enters(Fresh(name, f"{name}_cell", serial, number))
 
-    def _rest(self, func: Any, args: Any, kwargs: Any, _: Any) -> str:
-        """What makes a last call that has no matcher, as where a norm's buffers were made in the context. What the module is
-        given is what it was given, so that nothing is begun that it would refuse."""
-        for k, a in enumerate(self._args):
-            if type(a) is not LazyTensor:
-                raise Unsuited
-            cell = f"args[{k}].cell"
-            self.unless(f"type(args[{k}]) is LazyTensor and {cell}.region is region and {cell}.ref is {self.bind(a.cell.ref)}")
-        given = [*map(self._named, args), *[f"{name}={self._named(a)}" for name, a in kwargs.items()]]
-        return f"return {self.bind(func)}({', '.join(given)})"
+    def may_share(self, new: Fresh, other: Fresh) -> bool:
+        """Those that are known by their entries are known to be different."""
+        return not (new.tensor in self._come and other.tensor in self._come)
 
 
 def ways(node: Any, calls: list[Any], end: Any) -> Iterator[list[tuple[Edge, Any, Any]]]:
     """The edges along which calls in a row may have led from one node to another, with their keys and the matchers that take
-    them. The last call may have no matcher."""
+    them."""
     func, args, kwargs, _ = calls[0]
     matcher = node.matchers.get(func)
     for edge, key in learned_by(matcher):
@@ -183,8 +173,6 @@ def ways(node: Any, calls: list[Any], end: Any) -> Iterator[list[tuple[Edge, Any
             yield from ([(edge, key, matcher), *way] for way in ways(edge.node, calls[1:], end))
         elif alike and edge.node is end:
             yield [(edge, key, matcher)]
-    if matcher is None and len(calls) == 1:
-        yield []
 
 
 def _is_fixed(value: Any) -> bool:
@@ -193,4 +181,4 @@ def _is_fixed(value: Any) -> bool:
 
 
 def _taker(writer: Writer) -> Any:
-    return writer.compiled("lane, region, node, module, args, kwargs")
+    return compiled(writer, "lane, region, node, module, args, kwargs")

@@ -133,6 +133,23 @@ def module(b: Builder, i: int, j: int, k: int) -> str:
 
 
 @step(2, MACHINE)
+def loop_of_a_new_leaf(b: Builder, i: int, j: int, k: int) -> str:
+    """A leaf that is made inside of a context, and what it collects in regions after that."""
+    x, t = b.any(i), b.new()
+    makers = ("torch.rand(3, 3).requires_grad_()", "torch.ones(3, requires_grad=True)", f"({x}.detach() * 2).requires_grad_()")
+    reads = (f"seen = {x}.sum().item()", f"seen = {t}.detach().sum().item()", "pass")
+    step = pick(
+        (
+            f"({t} * {t}).sum().backward(); seen = {t}.grad.tolist()",
+            f"({t} * 2).sum().backward(); {t}.data.sub_({t}.grad)",
+            f"{t}.grad = None; net({t}.expand(2, 3) if {t}.dim() == 1 else {t}).square().mean().backward()",
+        ),
+        i + k,
+    )
+    return f"{t} = {pick(makers, j)}\nfor _ in range(5): {pick(reads, k)}; {step}"
+
+
+@step(2, MACHINE)
 def hook(b: Builder, i: int, j: int, k: int) -> str:
     x, p = b.graded(i), b.leaf(j)
     calls = (

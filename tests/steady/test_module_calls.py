@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.lazy import module_calls, module_writer, trusted_modules
-from kitsune.lazy.matcher_writer import MISS
+from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.recorder import Recorder
 
 WARM_UP = 6
@@ -152,7 +152,6 @@ CHANGES: dict[str, Callable[[Net], Callable[[], Any]]] = {
     "another buffer": replaced("bn", "running_mean", lambda mean: torch.ones(3)),
     "buffers renamed": renamed,
     "momentum": replaced("bn", "momentum", 0.5),
-    "eps": replaced("bn", "eps", 0.1),
     "a stride": replaced("conv", "stride", (2, 2)),
     "more is dropped": replaced("drop", "p", 0.7),
     "an evaluation": evaluated,
@@ -175,6 +174,7 @@ CHANGES: dict[str, Callable[[Net], Callable[[], Any]]] = {
     "a hook before gradients": hooked("register_full_backward_pre_hook", "linear", lambda module, grads: (grads[0] * 2,)),
     "a hook on gradients": hooked("register_full_backward_hook", "linear", lambda module, grads, _: (grads[0] * 2,)),
     "a frozen weight": frozen,
+    "eps": replaced("bn", "eps", 0.1),
 }
 
 
@@ -220,8 +220,9 @@ def test_one_that_is_changed_does_what_it_then_does(taken: list[str], monkeypatc
         assert len(found[name]) == len(values), name
         for a, b in zip(found[name], values, strict=True):
             assert torch.equal(a, b) if isinstance(b, Tensor) else a == b, name
-    # What is changed would have been taken, but for the last two: a module that has had such hooks is another one for a while.
-    for name, modules in zip([*CHANGES][:-2], usual[:-2], strict=True):
+    # What is changed would have been taken, but for the last: a module that has had such hooks is another one for a while, and
+    # three ways of one module are too many to know.
+    for name, modules in zip([*CHANGES][:-3], usual[:-3], strict=True):
         assert modules == {type(module).__name__ for module in Net().children()}, name
 
 
