@@ -1,6 +1,7 @@
 """Writes what a matcher does once it knows its call, and makes what was written a function."""
 
 import functools
+from collections.abc import Iterator
 from operator import is_
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import Module, Parameter
 from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Edge
-from kitsune.lazy.matcher_writer import Writer, serial_of_result
+from kitsune.lazy.matcher_writer import Unsuited, Writer, serial_of_result
 from kitsune.lazy.rebuild import fill
 from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
@@ -44,7 +45,7 @@ def only_under(w: Writer, edge: Edge) -> None:
 
 def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], str]:
     """What follows once the call is known, and its result. All that is new is made first: who makes objects may have others
-    finalized, and their finalizers may end the region."""
+    finalized, and their finalizers may end the region. Writes are counted at the very end, which makes objects, too."""
     then: list[str] = []
     made = w.new_names(len(edge.made))
     came = _arrive(w, edge, then)
@@ -72,12 +73,14 @@ def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], 
         n_dirty = f"len(region.dirty) + {w.n_dirty}" if w.n_dirty else "len(region.dirty)"
         debt = w.name(f"({name}, {args}, {kwargs}, {tuple_of(w.flat)}, {tuple_of(made)}, {undo}, {n_dirty}, recorder.epoch)")
         then += [f"region.past.append({name})", f"region.calls.append({debt})"]
+        w.n_debts += 1
     if edge.moves:
-        then.append(f"region.scalars.extend({tuple_of(w.floats)})")
+        numbers = w.name(tuple_of(w.floats))
+        then.append(f"region.scalars.extend({numbers})")
     elif edge.scalars:
         then.append(f"region.scalars.extend({w.bind(edge.scalars)})")
     if edge.bumps:
-        then += _count(w, edge)
+        w.counts.append((edge, w.n_debts, [w.flat[k] for k in edge.bumps], w.cells[edge.bumps[0]]))
     then.append("recorder.tally.followed += 1")
     return then, _returned(w, edge.structure, made)
 
@@ -91,7 +94,8 @@ def _arrive(w: Writer, edge: Edge, then: list[str]) -> dict[str, str]:
         came[cell] = value
         then.append(f"storages[{new.serial}] = {memory}")
         if new.number is None:
-            then.append(f"region.inputs.append(({number.id}, {cell}.real)); {cell}.region = region; {cell}.ref = {value}")
+            brought = w.name(f"({number.id}, {cell}.real)")
+            then.append(f"region.inputs.append({brought}); {cell}.region = region; {cell}.ref = {value}")
             then.append(f"{cell}.storage = {memory}; {cell}.external = True; {cell}.came = {value}")
             continue
         # The one that it had in the region before, which lets go of it at its end.
@@ -104,25 +108,31 @@ def _arrive(w: Writer, edge: Edge, then: list[str]) -> dict[str, str]:
     return came
 
 
-def _count(w: Writer, edge: Edge) -> list[str]:
-    """What counts the writes of a call."""
-    tensors = ", ".join(w.flat[k] for k in edge.bumps)
-    if len(edge.bumps) != 1:
-        return [f"count_writes(region, [{tensors}], {w.bind(edge)})"]
-    # As `count_writes` does it, which takes 0.8 us; a ResNet-50 has 119 of these.
-    k = edge.bumps[0]
-    owed = f" and not ({w.cells[k]}.owed is not None and not {w.cells[k]}.spent)" if edge.graded else ""
-    return [f"increment(({tensors},))", f"if region.calls{owed}: region.counted.append((len(region.calls), [{tensors}]))"]
+def _count(w: Writer) -> Iterator[str]:
+    """What counts the writes of the calls."""
+    for edge, n_debts, tensors, cell in w.counts:
+        later, written = w.n_debts - n_debts, ", ".join(tensors)
+        if len(tensors) == 1:
+            # As `count_writes` does it, which takes 0.8 us; a ResNet-50 has 119 of these.
+            owed = f" and ({cell}.owed is None or {cell}.spent)" if edge.graded else ""
+            n = f"len(region.calls) - {later}" if later else "len(region.calls)"
+            yield f"increment(({written},)); n = {n}"
+            yield f"if n > 0{owed}: region.counted.append((n, [{written}]))"
+        elif later:
+            raise Unsuited
+        else:
+            yield f"count_writes(region, [{written}], {w.bind(edge)})"
 
 
-def under_lock(w: Writer, then: list[str]) -> None:
-    """Step along: what is to be done then. Another thread may have ended the region meanwhile."""
+def under_lock(w: Writer, then: list[str], returned: str) -> None:
+    """Step along: what is to be done then, and what is returned. Another thread may have ended the region meanwhile."""
+    counts = [*_count(w)]
     w.lines += [
         "shared = recorder.shared",
         "if shared: recorder.lock.acquire()",
         "try:",
         "    if recorder.region is not region or region.node is not node: return MISS",
-        *("    " + line for line in then),
+        *("    " + line for line in (*then, *counts, f"return {returned}")),
         "finally:",
         "    if shared: recorder.lock.release()",
     ]

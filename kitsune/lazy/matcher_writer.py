@@ -39,6 +39,10 @@ class Writer:
         # Of the calls before this one: the fresh tensors, and how many storages they write that were not written before.
         self.before: list[Fresh] = []
         self.n_dirty = 0
+        # How many calls are owed by them, and what counts their writes: the edge, how many were owed by then, the names of the
+        # tensors and of the first one's cell.
+        self.n_debts = 0
+        self.counts: list[tuple[Any, int, list[str], str]] = []
         self.fresh: list[Fresh] = []
         self.begin()
 

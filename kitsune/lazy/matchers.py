@@ -43,7 +43,7 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
             w.lines.append(f"return lane.made({w.bind(edge.func)}, args, kwargs)")
         else:
             then, returned = followed(w, edge, "args", "kwargs")
-            under_lock(w, [*then, f"return {returned}"])
+            under_lock(w, then, returned)
     except Unsuited:
         return None
     matcher = compiled(w, "lane, region, node, args, kwargs")

@@ -52,7 +52,7 @@ class ModuleWriter(Writer):
         unknown = [f"id({name}) != {self.bind(id(t))}" for name, t in self._own.items() if name not in self._come]
         if unknown:
             self.lines.insert(self._after_tensors, f"if {' or '.join(unknown)}: return anew(node, module)")
-        under_lock(self, [*then, f"return {returned}"])
+        under_lock(self, then, returned)
         return _taker(self)
 
     def _as_it_was(self) -> None:
