@@ -321,6 +321,7 @@ def test_calls_that_were_taken_are_made_again_for_their_graph(taken: list[str]) 
                 loss.backward()
                 loss.item()
             given += [p.grad for p in net.parameters()]
+            given += [torch.tensor(buffer._version) for buffer in net.buffers()]
         return [t.detach().clone() for t in [*given, *net.buffers()]]
 
     expected, found = gradients(contextlib.nullcontext()), gradients(kitsune.accelerate())
