@@ -113,7 +113,7 @@ def _count(w: Writer) -> Iterator[str]:
     for edge, n_debts, tensors, cell in w.counts:
         later, written = w.n_debts - n_debts, ", ".join(tensors)
         if len(tensors) == 1:
-            # As `count_writes` does it, which takes 0.8 us; a ResNet-50 has 119 of these.
+            # As `count_writes` does it, in 0.17 us and not 0.4; a ResNet-50 has 119 of these (CPU host).
             owed = f" and ({cell}.owed is None or {cell}.spent)" if edge.graded else ""
             n = f"len(region.calls) - {later}" if later else "len(region.calls)"
             yield f"increment(({written},)); n = {n}"
