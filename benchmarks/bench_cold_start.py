@@ -4,8 +4,9 @@
 
 With a GPU each model trains in processes of its own, first with empty caches on disk and then with what that has left there.
 Columns: distinct kernels; those compiled; seconds of planning, of preparing launches, of compiling (all of them, and from the
-first to the last) and of loading, on the threads that do so; seconds from the start until the first step has ended, all kernels
-are there, and the step is replayed with them.
+first to the last) and of loading, on the threads that do so; seconds from the start until the first step has ended, nothing is
+made in the background any more, the step is first replayed with its kernels, and until the end of the first step that is as fast
+as the last ones.
 
 Without one the recorded steps of tests/corpus are planned and compiled for an sm_90: what is loaded and replayed is left out.
 """
@@ -15,15 +16,17 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,10 @@ LONGEST_S = 90.0
 # Of steps after the kernels are there: those beside which libraries make their plans, one by plan, one that is captured, and the
 # first that is replayed, if that comes.
 LATER_S = 10.0
+# The last steps, whose median is the steady speed; and what a step may take of it, with this more, to be as fast.
+LAST_STEPS, WITHIN, MORE_S = 20, 1.25, 0.0002
+# Steps in a row that have to be: one alone may have had luck.
+IN_A_ROW = 3
 
 
 class Times:
@@ -101,33 +108,44 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     times, device = watched(), torch.device(options.device)
     workload = make(options.models[0], device, "amp", "full")
     batches = make_batches(options.models[0], device, N_BATCHES, "full")
-    step, ends = make_step(workload, forward_of(workload), "every 20"), []
+    step, ends, replayed = make_step(workload, forward_of(workload), "every 20"), [], []
     torch.cuda.synchronize()
     start = time.perf_counter()
 
     def steps(n: int) -> None:
+        before = kitsune.counters()
         for _ in range(n):
             step(*batches[len(ends) % N_BATCHES])
             torch.cuda.synchronize()
             ends.append(time.perf_counter() - start)
+            now = kitsune.counters()
+            if now["kernels"] > before["kernels"] and now["replayed"] > before["replayed"]:
+                replayed.append(ends[-1])
+            before = now
 
-    there = 0.0
     with kitsune.accelerate(device=device):
         steps(8)
         # To wait would leave the background thread alone with the processor, and `wait_for_kernels` has regions planned that
         # do not come back.
         while not nothing_open(0) and ends[-1] < LONGEST_S:
             steps(1)
-        there, before = ends[-1], kitsune.counters()
-        steady = None
-        while steady is None and ends[-1] < there + LATER_S:
+        there = ends[-1]
+        while not replayed and ends[-1] < there + LATER_S:
             steps(1)
-            now = kitsune.counters()
-            by_plan = now["kernels"] > before["kernels"] and now["replayed"] > before["replayed"]
-            steady, before = ends[-1] if by_plan else None, now
+        steps(LAST_STEPS)
+    steady = first_steady([end - begin for begin, end in itertools.pairwise([0.0, *ends])])
     n_kernels = len({path.stem for path in Path(os.environ[CACHES[0]]).rglob("*.bin")})
-    row = {"kernels": n_kernels, **times.row(), "first_step_s": ends[0], "kernels_there_s": there, "steady_s": steady}
+    row = {"kernels": n_kernels, **times.row(), "first_step_s": ends[0], "kernels_there_s": there}
+    row |= {"replayed_s": replayed[0] if replayed else None, "steady_s": None if steady is None else ends[steady]}
     return {**row, "refused": list(kitsune.counters()["graph_refused"])}
+
+
+def first_steady(taken: Sequence[float]) -> int | None:
+    """The number of the first step that is, with those behind it, as fast as the last ones; None if there is none. `taken` are
+    the seconds of all steps."""
+    limit = WITHIN * statistics.median(taken[-LAST_STEPS:]) + MORE_S
+    fast = [seconds <= limit for seconds in taken]
+    return next((k for k in range(len(taken) - IN_A_ROW + 1) if all(fast[k : k + IN_A_ROW])), None)
 
 
 def count(path: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -190,7 +208,7 @@ def in_new_process(model: str, caches: dict[str, str], options: argparse.Namespa
 COLUMNS = (
     ("kernels", "kernels"), ("compiled", "compiled"), ("plan_s", "plan s"), ("plan_again_s", "again"), ("prepare_s", "prepare"),
     ("compile_s", "compile"), ("compile_span_s", "from-to"), ("load_s", "load"), ("first_step_s", "1st step"),
-    ("kernels_there_s", "there"), ("steady_s", "steady"),
+    ("kernels_there_s", "there"), ("replayed_s", "replayed"), ("steady_s", "steady"),
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -88,12 +89,28 @@ def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device, cho
         return made
 
     def warm(launch: Launch, usable: PreparedLaunch) -> list[Future[Any]]:
-        asked = [(program, False, False) for program in PAGE_PROGRAMS if config.pages]
+        asked: list[Future[Any]] = [compiler.ask(program, device, False, False) for program in PAGE_PROGRAMS if config.pages]
         if usable.likely is not None:
-            asked.append((usable.program, *usable.likely))
-        return [compiler.ask(program, device, *variant) for program, *variant in asked]
+            asked.append(compiler.ask(usable.program, device, *usable.likely))
+            if usable.program.batched:
+                asked.append(_after(asked[-1], usable.reserve))
+        return asked
 
     return Backend(arch, prepare, in_graph, warm, compiler.expect, choices, reader=PageReader(PAGE_PROGRAMS, compiler, device))
+
+
+def _after(future: "Future[Any]", call: Callable[[], None]) -> "Future[None]":
+    """Done once the background thread has called it, which it does when the other is done."""
+    called: Future[None] = Future()
+
+    def work() -> None:
+        # Whatever it is, the program's own start will meet it again.
+        with suppress(Exception):
+            call()
+        called.set_result(None)
+
+    future.add_done_callback(lambda _: thread.submit(work))
+    return called
 
 
 def _differs_in_graph(launch: Launch) -> bool:

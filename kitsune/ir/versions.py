@@ -33,7 +33,7 @@ def count_writes_to(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         return tensors
     before = list(map(_version, tensors))
     increment_version(tensors)
-    if all(now == then + 1 for now, then in zip(map(_version, tensors), before, strict=True)):
+    if list(map(_version, tensors)) == [then + 1 for then in before]:
         return tensors
     torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(before))
     times, counted = Counter(map(id, tensors)), []

@@ -32,8 +32,7 @@ def rewrite(region: Any, edge: Edge, flat: list[Any]) -> list[tuple[Cell, Any]]:
         assert cell is not None
         undo.append((cell, cell.ref))
         cell.ref = after
-    # A new set: those of earlier calls keep theirs, in case they are made again.
-    region.dirty = region.dirty | edge.dirty
+    region.dirty.update(edge.dirty)
     return undo
 
 

@@ -4,7 +4,7 @@ at all leaves in a few steps, and at no key: of the 109 us that a backward of 6 
 
 import weakref
 from bisect import bisect_left
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from operator import attrgetter, is_
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Edge, Incoming, Made
-from kitsune.lazy.matchers import MISS
+from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import MADE
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
@@ -38,7 +38,9 @@ class BackwardMatcher:
         cells = list(region.plain.values())
         reals = list(map(_real, cells))
         self._cames = list(map(_came, cells))
-        self._graded, self._are_leaves = list(map(_requires_grad, reals)), list(map(is_leaf, reals))
+        self._graded = list(map(_requires_grad, reals))
+        # What needs no gradient is a leaf.
+        self._are_leaves = list(map(is_leaf, compress(reals, self._graded)))
         self._leaves = [k for k, cell in enumerate(cells) if cell.came.id in leaves]
         # Of each gradient: the place of its leaf, and what it is.
         places = {cells[k].came.id: k for k in self._leaves}
@@ -99,7 +101,9 @@ class BackwardMatcher:
             return None
         reals = list(map(_real, cells))
         try:
-            if list(map(_requires_grad, reals)) != self._graded or list(map(_is_leaf, reals)) != self._are_leaves:
+            if list(map(_requires_grad, reals)) != self._graded:
+                return None
+            if list(map(_is_leaf, compress(reals, self._graded))) != self._are_leaves:
                 return None
         except RuntimeError:
             # Of some views autograd refuses to tell.

@@ -32,7 +32,7 @@ from kitsune.lazy.hands_off import (
     stays,
 )
 from kitsune.lazy.learning import Learner, Sight
-from kitsune.lazy.matchers import MISS
+from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
@@ -198,7 +198,7 @@ class CallLane(Learner):
         with recorder.lock:
             if recorder.region is not region or region.node is not start:
                 return self.call(edge.func, (), args, kwargs)
-            dirty, undo = region.dirty, None
+            n_dirty, undo = len(region.dirty), None
             if edge.arrivals:
                 arrive(region, edge, list(call.fresh.items()))
             if edge.scalars:
@@ -210,7 +210,7 @@ class CallLane(Learner):
             region.node = edge.node
             if edge.graded:
                 region.past.append(edge)
-                region.calls.append((edge, args, kwargs, flat, wrappers, undo, dirty, recorder.epoch))
+                region.calls.append((edge, args, kwargs, flat, wrappers, undo, n_dirty, recorder.epoch))
             if edge.bumps:
                 count_writes(region, [flat[k] for k in edge.bumps], edge)
             recorder.tally.followed += 1

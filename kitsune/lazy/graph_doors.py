@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.doors import OPENINGS
-from kitsune.lazy.matchers import MISS
-from kitsune.lazy.module_calls import KNOWN, at_first
+from kitsune.lazy.matcher_steps import MISS
+from kitsune.lazy.module_calls import at_first
 from kitsune.lazy.open_lanes import lanes
 from kitsune.lazy.optimizer_doors import optimizer_doors
+from kitsune.lazy.trusted_modules import KNOWN
 from kitsune.lazy.used_again import drop_gradients
 
 _n_modes, _mode_at = torch._C._len_torch_function_stack, torch._C._get_function_stack_at

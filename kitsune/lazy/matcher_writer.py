@@ -20,12 +20,13 @@ class Unsuited(Exception):
 
 
 class Fresh(NamedTuple):
-    """The names of a tensor that is new to the region, of its cell and of its storage's serial. Was it a wrapper before?"""
+    """The names of a tensor that is new to the region, of its cell and of its storage's serial; what tells its id, if it is no
+    wrapper of another region."""
 
     tensor: str
     cell: str
     serial: str
-    wrapped: bool
+    number: str | None
 
 
 class Writer:
@@ -34,12 +35,26 @@ class Writer:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
+        self._n = self._n_calls = 0
+        # Of the calls before this one: the fresh tensors, and how many storages they write that were not written before.
+        self.before: list[Fresh] = []
+        self.n_dirty = 0
+        # How many calls are owed by them, and what counts their writes: the edge, how many were owed by then, the names of the
+        # tensors and of the first one's cell.
+        self.n_debts = 0
+        self.counts: list[tuple[Any, int, list[str], str]] = []
+        self.fresh: list[Fresh] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """What comes next is about another call."""
+        self._n_calls += 1
+        self.before += self.fresh
         # The names of the call's tensors, of their cells, of its floats; and the fresh ones among the tensors.
         self.flat: list[str] = []
         self.cells: list[str] = []
         self.floats: list[str] = []
-        self.fresh: list[Fresh] = []
-        self._n = 0
+        self.fresh = []
 
     def bind(self, value: Any) -> str:
         """A name for a constant."""
@@ -53,6 +68,10 @@ class Writer:
         self.lines.append(f"a{self._n} = {expression}")
         return f"a{self._n}"
 
+    def new_names(self, n: int) -> list[str]:
+        """Names for what a call makes."""
+        return [f"w{self._n_calls}_{k}" for k in range(n)]
+
     def unless(self, condition: str) -> None:
         """Another call, unless this holds."""
         self.lines.append(f"if not ({condition}): return MISS")
@@ -65,7 +84,7 @@ class Writer:
             self._wrapper(a, key)
         elif cls is Tensor or cls is Parameter:
             self.unless(f"type({a}) is {'Tensor' if cls is Tensor else 'Parameter'}")
-            self._plain(a, key)
+            self.plain(a, key)
         elif value is None or cls is bool or value is Ellipsis:
             self.unless(f"{a} is {value}")
         elif cls is float:
@@ -91,7 +110,7 @@ class Writer:
         if isinstance(key, tuple) and key and isinstance(key[0], TensorType):
             self._of_before(a, cell, *key)
             return
-        value, graded = _value_in(key)
+        value, graded = value_in(key)
         owes = "is not None" if graded else "is None"
         self.unless(f"{cell}.ref is {self.bind(value)} and {cell}.region is region and {cell}.owed {owes}")
 
@@ -101,18 +120,24 @@ class Writer:
             raise Unsuited
         serial = self.name(f"serial_of_result(region, {a}, {self.bind(type_)})")
         self.unless(f"{serial} is not None")
-        self._enters(Fresh(a, cell, serial, True))
+        self.enters(Fresh(a, cell, serial, None))
 
-    def _enters(self, new: Fresh) -> None:
-        """Its memory is not known in the region, nor does another tensor of the call bring it along."""
-        self.unless(" and ".join([f"{new.serial} not in storages", *(f"{new.serial} != {other.serial}" for other in self.fresh)]))
+    def enters(self, new: Fresh) -> None:
+        """Its memory is not known in the region, nor does another tensor of the calls bring it along."""
+        others = [f"{new.serial} != {other.serial}" for other in (*self.before, *self.fresh) if self.may_share(new, other)]
+        self.unless(" and ".join([f"{new.serial} not in storages", *others]))
         self.fresh.append(new)
 
-    def _plain(self, a: str, key: Any) -> None:
+    def may_share(self, new: Fresh, other: Fresh) -> bool:
+        """May two tensors that come in have the same memory?"""
+        return True
+
+    def plain(self, a: str, key: Any) -> None:
+        """Compare a plain tensor."""
         self.flat.append(a)
         number = self.name(f"id({a})")
         if isinstance(key, Ref) or key[0] == "graded":
-            value, graded = _value_in(key)
+            value, graded = value_in(key)
             cell = self.name(f"plain.get({number})")
             self.unless(f"{cell} is not None and {cell}.ref is {self.bind(value)} and {a}.requires_grad is {graded}")
             self.cells.append(cell)
@@ -121,11 +146,11 @@ class Writer:
             raise Unsuited
         seen = self.name(f"arrivals.get({number})")
         self.unless(f"{seen} is not None and {seen}[2] is {self.bind(key)}")
-        self._enters(Fresh(a, f"{a}_cell", self.name(f"{seen}[1]"), False))
+        self.enters(Fresh(a, f"{a}_cell", self.name(f"{seen}[1]"), number))
         self.cells.append(f"{a}_cell")
 
 
-def _value_in(key: Any) -> tuple[Ref, bool]:
+def value_in(key: Any) -> tuple[Ref, bool]:
     """The value that a part of a key names, and has it a place in the autograd graph."""
     if isinstance(key, Ref):
         return key, False

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class Followed:
     flat: Sequence[Any]
     made: Sequence[LazyTensor]
     undo: list[tuple[Cell, Any]] | None
-    dirty: set[int]
+    # How many storages the region had written before.
+    n_dirty: int
     epoch: int
 
 
@@ -77,7 +79,7 @@ class Walk:
         region = self.region
         for operand, _, after, storage in node.written:
             region.cell(tensors[operand]).ref = after
-            region.dirty.add(storage)
+            region.dirty[storage] = None
             if uncounted:
                 # What autograd does not count, who records it does.
                 increment_version(tensors[operand])
@@ -111,7 +113,7 @@ def realize(recorder: Any, region: Any) -> None:
             for n, call in enumerate(calls):
                 recount.before_call(n)
                 adopt(call)
-                region.dirty = set(call.dirty)
+                region.dirty = dict.fromkeys(islice(now, call.n_dirty))
                 walk.begin(call)
                 recorder.making = call.edge.func in PRODUCTS
                 for tensor in call.made:

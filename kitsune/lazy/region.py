@@ -27,6 +27,7 @@ class Region:
         "dirty",
         "error",
         "inputs",
+        "n_looks",
         "node",
         "observed_from",
         "odd",
@@ -55,8 +56,9 @@ class Region:
         # Those of ops that were made at once, which are not kept alive: a step's activations would be.
         self.seen: list[weakref.ref[Cell]] = []
         self.scalars: list[float] = []
-        # Storages that the region writes: reading one of them from outside must wait for the region.
-        self.dirty: set[int] = set()
+        # Storages that the region writes: reading one of them from outside must wait for the region. In the order of their first
+        # writes, so that those before a call are told by how many there were.
+        self.dirty: dict[int, None] = {}
         # Depth from which ops were run at once; None while everything is pending.
         self.observed_from: int | None = None
         # (value, type, storage, undo) of the operands that the op at hand brought in, and why it cannot be recorded.
@@ -74,6 +76,8 @@ class Region:
         # An update that was followed, of which the region's tensors do not know yet: its edge, its tensors, and those of them
         # that are new with the serials of their storages.
         self.deferred: Any = None
+        # How many of torch's modules were looked at closely; see `module_calls.py`.
+        self.n_looks = 0
         # What went wrong when the region was run: its values were never computed.
         self.error: BaseException | None = None
 

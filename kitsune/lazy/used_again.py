@@ -14,13 +14,13 @@ from kitsune.lazy.tensor import LazyTensor
 _use_count, _version = torch._C.TensorBase._use_count, torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 
 
-def _holds(wrappers: list[Any]) -> list[tuple[int, int, int]]:
+def _holds(wrappers: list[Any]) -> tuple[list[int], list[int], list[int]]:
     """How many places in Python and in C++ refer to each, and how many do so weakly."""
-    return list(zip(map(getrefcount, wrappers), map(_use_count, wrappers), map(weakref.getweakrefcount, wrappers), strict=True))
+    return list(map(getrefcount, wrappers)), list(map(_use_count, wrappers)), list(map(weakref.getweakrefcount, wrappers))
 
 
 # Of a tensor that is in the list that is asked about, and nowhere else.
-_NOBODY = _holds([torch.empty(0)])[0]
+((_IN_PYTHON,), (_IN_C,), _) = _holds([torch.empty(0)])
 
 
 def give_back(wrappers: list[Any]) -> list[Any]:
@@ -29,16 +29,19 @@ def give_back(wrappers: list[Any]) -> list[Any]:
     One that somebody knows weakly, or has given an attribute, must die as it would in eager.
     """
     rest, written = [], []
-    for wrapper, holds, version in zip(wrappers, _holds(wrappers), list(map(_version, wrappers)), strict=True):
+    # A hundred in a step: each look counts.
+    for wrapper, n, n_in_c, n_weak, version in zip(wrappers, *_holds(wrappers), list(map(_version, wrappers)), strict=True):
         cell = wrapper.cell
         made = cell.home
-        if made is None or holds != _NOBODY or vars(wrapper):
+        if made is None or n != _IN_PYTHON or n_in_c != _IN_C or n_weak or wrapper.__dict__:
             rest.append(wrapper)
             continue
         if version:
             written.append(wrapper)
-        cell.region = cell.real = cell.came = None
-        cell.ref, cell.storage, cell.external, cell.spent = made.ref, made.storage, False, False
+        cell.region = cell.real = None
+        cell.ref, cell.storage, cell.spent = made.ref, made.storage, False
+        if cell.external:
+            cell.external, cell.came = False, None
         made.spare.append(wrapper)
     if written:
         # Nobody shares their counts: who makes a view or an alias of a wrapper keeps it.

@@ -28,19 +28,22 @@ class Tables:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._blocks: tuple[int, torch.Tensor] | None = None
+        # By the elements of a block.
+        self._blocks: dict[int, tuple[int, torch.Tensor]] = {}
         # By stream: the rows and the table with them. A table on another stream might not be written yet.
         self._tables: dict[int, tuple[list[list[int]], torch.Tensor]] = {}
 
     def blocks(self, sizes: Sequence[int], block: int) -> tuple[int, torch.Tensor]:
         """The number of blocks, and for each the number of its kernel."""
-        if self._blocks is None:
+        known = self._blocks.get(block)
+        if known is None:
             owners = owners_of(sizes, block)
-            self._blocks = (owners.numel(), owners.to(self._device))
+            known = (owners.numel(), owners.to(self._device))
             if self._device.type == "cuda":
                 # Other streams read it as well, and this happens once.
                 torch.cuda.current_stream(self._device).synchronize()
-        return self._blocks
+            self._blocks[block] = known
+        return known
 
     def table(self, rows: list[list[int]], sizes: Sequence[int], block: int, stream: int) -> torch.Tensor:
         """The rows in memory that kernels on the stream can read."""
@@ -69,11 +72,12 @@ class LaterTables(Tables):
     """Tables of a launch that a CUDA graph captures: memory before the capture, the parameters when it is over.
 
     A copy from the host that is captured would be made again by every replay, and memory from inside the capture was another
-    tensor's before, which every replay writes again.
+    tensor's before, which every replay writes again. The kernels of the blocks are those of the `ordinary` starts.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, ordinary: Tables) -> None:
         super().__init__(device)
+        self._blocks = ordinary._blocks
         self._memory: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
 

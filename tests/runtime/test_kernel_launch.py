@@ -5,17 +5,23 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, cast
 
 import pytest
 import torch
 
+from kitsune.backends import on_device
 from kitsune.codegen import parameters_of, render
+from kitsune.config import config
 from kitsune.ir import Kernel, Launch, Program
 from kitsune.ir.program import SlotAddress
-from kitsune.runtime.kernel_launch import PreparedLaunch
+from kitsune.runtime import launch_tables
+from kitsune.runtime.kernel_launch import KernelUnavailable, PreparedLaunch
 from kitsune.runtime.slots import SlotTable
 from tests.codegen.build import build
+
+SECONDS = 60.0
 
 
 class Reading:
@@ -25,6 +31,14 @@ class Reading:
 
     def __init__(self) -> None:
         self.read: list[list[float]] = []
+        self.asked: list[Future[Any]] = []
+
+    def ask(self, program: Program, *variant: Any) -> Future[Any]:
+        self.asked.append(Future())
+        return self.asked[-1]
+
+    def expect(self) -> None:
+        pass
 
     def compile(self, program: Program, target: Any, aligned: bool, wide: bool) -> Reading:
         self.program = program
@@ -110,3 +124,42 @@ def test_rows_of_a_captured_batch_have_addresses_in_that_table(monkeypatch: pyte
     captured.fill_tables()
     rows = captured._tables._memory.tolist()  # type: ignore[attr-defined]
     assert [row[i] for row in rows for i in places(launch.program)] == [4000, 4008] * 2
+
+
+def test_which_kernel_a_block_belongs_to_is_worked_out_once_and_before_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    owners_of = launch_tables.owners_of
+    monkeypatch.setattr(launch_tables, "owners_of", lambda sizes, block: made.append(block) or owners_of(sizes, block))
+    launch, compiler = launches(2)
+    backend = on_device("sm_90", cast(Any, compiler), torch.device("cpu"))
+    assert backend.warm is not None
+    with config.patch(pages=False):
+        *programs, ready = backend.warm(launch.launch, launch)
+    assert programs == compiler.asked and not ready.done()
+    programs[0].set_result(compiler)
+    ready.result(SECONDS)
+    assert made == [1024]
+    launch.start(anywhere, [1.0, 2.0], 0)
+    captured = launch.captured_with(4000)
+    captured.load(like=launch)
+    assert made == [1024]
+    compiler.block = 512
+    captured.load(like=launch)
+    assert made == [1024, 512]
+
+
+def test_a_batch_whose_program_failed_says_so_at_its_start() -> None:
+    launch, compiler = launches(2)
+    backend = on_device("sm_90", cast(Any, compiler), torch.device("cpu"))
+    assert backend.warm is not None
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    compiler.compile = fails  # type: ignore[method-assign]
+    with config.patch(pages=False):
+        *programs, ready = backend.warm(launch.launch, launch)
+    programs[0].set_exception(RuntimeError("no compiler"))
+    assert ready.result(SECONDS) is None
+    with pytest.raises(KernelUnavailable, match="no compiler"):
+        launch.start(anywhere, [1.0, 2.0], 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from hypothesis import given, settings
 
 import kitsune
-from kitsune.ir import Graph, Kind, Launch, Op, Plan, Result, Value, default_type, storage_of
+from kitsune.dispatch import below_autograd
+from kitsune.ir import Graph, Kind, Launch, Op, Plan, Result, Value, default_type, storage_of, tensor_type, type_of
+from kitsune.runtime.frame import Frame, Layout
 from kitsune.runtime.instructions import Instruction, Start
 from tests.property import steps, steps_autograd  # noqa: F401  (they fill the table)
 from tests.property.strategies import programs
@@ -175,3 +178,33 @@ def test_random_programs_run_by_plans(start: Any, program: Program) -> None:
         for _ in range(2):
             program.run(kitsune.accelerate(warmup=0, device="cpu"))
     assert not it.wrong, it.wrong[0]
+
+
+TYPES = [
+    default_type(torch.bfloat16, (4, 3)),
+    tensor_type(torch.float64, torch.Size((2, 3)), (1, 2), 0, torch.device("cpu"), False, False),
+    tensor_type(torch.complex64, torch.Size((5,)), (2,), 0, torch.device("cpu"), True, True),
+    default_type(torch.bool, ()),
+    default_type(torch.float32, (0, 7)),
+]
+
+
+def test_tensors_in_an_arena_lie_where_they_are_said_to_and_count_their_own_writes() -> None:
+    # The second block begins in the middle of its memory.
+    blocks = [
+        SimpleNamespace(tensor=t, address=t.data_ptr(), notes={}) for t in (torch.zeros(4096, dtype=torch.uint8).split(2048))
+    ]
+    frame = Frame(Layout({}, {}, (), 1, 0), [], [], 0)
+    with below_autograd():
+        for block in blocks:
+            frame.move_in(block)
+            for k, type_ in enumerate(TYPES):
+                tensor = frame.in_arena(128 * k, type_)
+                assert (
+                    type_of(tensor).at_start() is type_ and storage_of(tensor).data_ptr() == storage_of(block.tensor).data_ptr()
+                )
+                assert tensor.data_ptr() == (block.address + 128 * k if type_.nbytes else 0)
+    with below_autograd():
+        one, other = (frame.in_arena(0, TYPES[0]) for _ in range(2))
+    one.fill_(2)
+    assert other.tolist() == [[2.0] * 3] * 4 and (one._version, other._version) == (1, 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kitsune
-from kitsune.lazy import matchers
+from kitsune.lazy import matcher_steps
 
 STEPS, AT = 9, 7
 pytestmark = pytest.mark.usefixtures("repeatable")
@@ -81,17 +81,17 @@ def run(change: Change, before: bool) -> list[Any]:
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Whether a result of before was known by heart, each time that it was looked at."""
     looks: list[bool] = []
-    original: Any = matchers._ALWAYS["serial_of_result"]
+    original: Any = matcher_steps._ALWAYS["serial_of_result"]
 
     def look(*of: Any) -> Any:
         serial = original(*of)
         looks.append(serial is not None)
         return serial
 
-    monkeypatch.setitem(matchers._ALWAYS, "serial_of_result", look)
-    matchers._maker.cache_clear()
+    monkeypatch.setitem(matcher_steps._ALWAYS, "serial_of_result", look)
+    matcher_steps._maker.cache_clear()
     yield looks
-    matchers._maker.cache_clear()
+    matcher_steps._maker.cache_clear()
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["at the beginning", "later"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kitsune
 from kitsune.lazy.backward_matchers import BackwardMatcher
-from kitsune.lazy.matchers import MISS
+from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.update_matchers import UpdateMatcher
 from kitsune.standing import Replays
 from tests.runtime.repeated import graphs
