@@ -35,13 +35,14 @@ from kitsune.lazy.matchers import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
-from kitsune.lazy.replaced import original_of
+from kitsune.lazy.replaced import is_untouched, original_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.used_again import keep
 from kitsune.lazy.write_counts import count_writes
 
 _profiled = torch.autograd._profiler_enabled
+_BACKWARD, _BACKWARDS = torch.Tensor.backward, torch.autograd.backward
 
 
 class CallLane(Learner):
@@ -85,11 +86,11 @@ class CallLane(Learner):
         if func in FLAGS and type(args[0]) in PLAIN and id(args[0]) not in region.plain:
             recorder.known.drop(args[0])
             return self.made(func, args, kwargs)
-        if func is torch.Tensor.backward:
+        if func is _BACKWARD or func is torch.Tensor.backward:
             return self._backward_of_method(*args, **kwargs)
-        if func is torch.autograd.backward:
+        if func is _BACKWARDS or func is torch.autograd.backward:
             # It asks here once more after its door; as a call like others it would be followed without its gradients.
-            return func(*args, **kwargs)
+            return _BACKWARDS(*args, **kwargs)
         call = Incoming()
         modes = self.modes[torch.is_grad_enabled()]
         plain_key = key_of(region, func, args, kwargs, modes, call)
@@ -178,7 +179,8 @@ class CallLane(Learner):
         def run() -> None:
             torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
 
-        return self.backward(run, loss, gradient, not retain_graph and not create_graph and inputs is None)
+        plain = not retain_graph and not create_graph and inputs is None and is_untouched(torch.autograd.backward)
+        return self.backward(run, loss, gradient, plain)
 
     def backward(self, run: Any, tensors: Any, gradients: Any, plain: bool) -> Any:
         """Take a backward, which `run` would make."""

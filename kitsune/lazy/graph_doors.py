@@ -17,6 +17,7 @@ from kitsune.lazy.matchers import MISS
 from kitsune.lazy.module_calls import KNOWN, at_first
 from kitsune.lazy.open_lanes import lanes
 from kitsune.lazy.optimizer_doors import optimizer_doors
+from kitsune.lazy.replaced import is_torchs
 from kitsune.lazy.used_again import drop_gradients
 
 _n_modes, _mode_at = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
@@ -67,6 +68,8 @@ def _lost_track(original: Any) -> Any:
 
 
 def _backward(original: Any) -> Any:
+    torchs = is_torchs(original)
+
     @functools.wraps(original)
     def door(
         tensors: Any,
@@ -81,7 +84,7 @@ def _backward(original: Any) -> Any:
 
         if not lanes():
             return run()
-        plain = not retain_graph and not create_graph and grad_variables is None and inputs is None
+        plain = torchs and not retain_graph and not create_graph and grad_variables is None and inputs is None
         return lanes()[-1].backward(run, tensors, grad_tensors, plain)
 
     return door
@@ -190,6 +193,8 @@ def _module_called(original: Any) -> Any:
 
 def _gradients_dropped(original: Any) -> Any:
     """It reads and sets gradients by the hundred, at 1 us each while calls are looked at."""
+    if not is_torchs(original):
+        return original
 
     @functools.wraps(original)
     def door(module: Any, set_to_none: bool = True) -> None:
