@@ -10,7 +10,6 @@ import weakref
 from operator import attrgetter, is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as _of_all
@@ -51,7 +50,6 @@ _TRUSTED = {cls: _trusted(cls, name) for cls, name in _CALLS.items() if all(is_t
 KNOWN = frozenset(_TRUSTED) if is_torchs(_BASE) else frozenset()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(_of_all, f"_global{name}") for name in _HOOKS]
-_tracing_state = torch._C._get_tracing_state  # type: ignore[attr-defined]
 # Attributes are compared by identity, which tells all of those of these types.
 _FIXED = {bool, int, float, str, type(None)}
 # Sights of a module at a place at which it is looked at closely: its calls may have no matchers yet.
@@ -86,15 +84,15 @@ class NotYet:
     def __call__(self, lane: Any, region: Any, node: Any, module: Any, args: Any, kwargs: Any) -> Any:
         """Have the module called, and learn from it."""
         self._n += 1
-        if self._n not in _LOOKS or region.slow or region.real or kwargs or not _may_learn(module):
+        if self._n not in _LOOKS or kwargs or not _may_learn(module):
             return MISS
         n_followed, heard = lane.recorder.tally.followed, _Heard()
         with heard:
             result = nn.Module.__call__(module, *args)
-        recorder = lane.recorder
-        if recorder.region is region and recorder.tally.followed - n_followed == len(heard.calls) and heard.calls:
+        # Calls that cannot be followed are left to torch at once.
+        if lane.recorder.tally.followed - n_followed == len(heard.calls):
             try:
-                known = _Writer(module, args, region).known(heard.calls, result)
+                known = _Writer(module, args).known(heard.calls, result)
             except Unsuited:
                 known = _never
             node.matchers[id(module)] = known
@@ -127,7 +125,7 @@ def _may_learn(module: Any) -> bool:
     """Is it called as torch would by itself? What hooks do is no part of what it does."""
     if nn.Module.__call__ is not _BASE or any(getattr(owner, name) is not it for owner, name, it in _TRUSTED[type(module)]):
         return False
-    return _tracing_state() is None and not any(_GLOBAL_HOOKS) and not any(getattr(module, name) for name in _HOOKS)
+    return not (any(_GLOBAL_HOOKS) or any(getattr(module, name) for name in _HOOKS))
 
 
 def _never(lane: Any, region: Any, node: Any, module: Any, args: Any, kwargs: Any) -> Any:
@@ -137,8 +135,8 @@ def _never(lane: Any, region: Any, node: Any, module: Any, args: Any, kwargs: An
 class _Writer:
     """Writes what takes the calls of one module at one place, from a call that was heard."""
 
-    def __init__(self, module: Any, args: Any, region: Any) -> None:
-        self._module, self._args, self._region = module, args, region
+    def __init__(self, module: Any, args: Any) -> None:
+        self._module, self._args = module, args
         self._constants: dict[str, Any] = {}
 
     def _bind(self, value: Any) -> str:
@@ -171,8 +169,6 @@ class _Writer:
                 is_whole or isinstance(value, dict) or name in ("_non_persistent_buffers_set", "_reversed_padding_repeated_twice")
             ):
                 raise Unsuited
-        if kept.get("padding_mode", "zeros") != "zeros" or kept["_modules"]:
-            raise Unsuited
         cls = self._bind(type(self._module))
         trusted = _TRUSTED[type(self._module)]
         methods = self._bind(attrgetter(*[name for owner, name, _ in trusted if owner is type(self._module)]))
@@ -185,7 +181,7 @@ class _Writer:
             f"if {methods}({cls}) != {as_known}: return MISS",
             "own = module.__dict__; parameters, buffers = own['_parameters'], own['_buffers']",
             f"if len(own) != {len(kept)} or not all(map(is_, own.values(), {values})): return anew(node, module)",
-            f"if {' or '.join(hooks)} or own['_modules'] or tracing() is not None: return MISS",
+            f"if {' or '.join(hooks)}: return MISS",
             self._same_tensors("parameters"),
             self._same_tensors("buffers"),
         ]
@@ -199,7 +195,7 @@ class _Writer:
         lines = [f"if kwargs or len(args) != {len(self._args)}: return MISS"]
         for k, a in enumerate(self._args):
             if n_calls > 1:
-                if type(a) is not LazyTensor or a.cell.region is not self._region:
+                if type(a) is not LazyTensor:
                     raise Unsuited
                 known = self._bind(a.cell.ref)
                 lines.append(f"if type(args[{k}]) is not LazyTensor or args[{k}].cell.region is not region: return MISS")
@@ -239,7 +235,6 @@ def make({", ".join(names)}):
         "anew": _anew,
         "Module": nn.Module,
         "is_": is_,
-        "tracing": _tracing_state,
     }
     exec(compile(text, "<kitsune module call>", "exec"), names_in)
     return names_in["make"]

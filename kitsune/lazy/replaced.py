@@ -19,9 +19,11 @@ _IN_C = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
 
 
 def is_torchs(function: Any) -> bool:
-    """Is this no library's that has been put in its place? Its code is torch's own, or it has none."""
+    """Is this no library's that has been put in its place? Its code, and that of what it wraps, is torch's."""
     code = getattr(function, "__code__", None)
-    return type(function) in _IN_C if code is None else code.co_filename.startswith(_TORCH)
+    if code is None:
+        return type(function) in _IN_C
+    return code.co_filename.startswith(_TORCH) and is_torchs(getattr(function, "__wrapped__", torch.add))
 
 
 def is_ours(function: Any) -> bool:
@@ -32,7 +34,14 @@ def is_ours(function: Any) -> bool:
 
 def is_untouched(function: Any) -> bool:
     """Is this torch's own, or a door before it?"""
-    return is_torchs(function.__wrapped__ if is_ours(function) and hasattr(function, "__wrapped__") else function)
+    return is_torchs(function.__wrapped__ if is_ours(function) else function)
+
+
+def _is_still(function: Any, original: Any) -> bool:
+    """Is this the original, or a door before it? (Dynamo has doors, too.)"""
+    while function is not original and (is_ours(function) or is_torchs(function)) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function is original
 
 
 def _is_helper(value: Any) -> bool:
@@ -85,11 +94,11 @@ class Named:
         self._torchs = bool(found) and all(is_torchs(value) for values in self._original for value in values)
 
     def are_torchs(self) -> bool:
-        """Is it all torch's own, but for doors of Kitsune's?"""
+        """Is it all torch's own?"""
         now = self._now()
         if now != self._last:
             pairs = [pair for a, b in zip(now, self._original, strict=True) for pair in zip(a, b, strict=True)]
-            if not all(value is original or is_ours(value) for value, original in pairs):
+            if not all(_is_still(value, original) for value, original in pairs):
                 return False
             self._last = now
         return self._torchs
