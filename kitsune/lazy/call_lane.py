@@ -199,19 +199,18 @@ class CallLane(Learner):
         with recorder.lock:
             if recorder.region is not region or region.node is not start:
                 return self.call(edge.func, (), args, kwargs)
-            dirty, undo = region.dirty, None
             if edge.arrivals:
                 arrive(region, edge, list(call.fresh.items()))
             if edge.scalars:
                 region.scalars.extend(call.floats if edge.moves else edge.scalars)
             if edge.dirty:
-                undo = rewrite(region, edge, flat)
+                rewrite(region, edge, flat)
             for made, wrapper in zip(edge.made, wrappers, strict=True):
                 place(region, made, wrapper)
             region.node = edge.node
             if edge.graded:
                 region.past.append(edge)
-                region.calls.append((edge, args, kwargs, flat, wrappers, undo, dirty, recorder.epoch))
+                region.calls.append((edge, args, kwargs, flat, wrappers, recorder.epoch))
             if edge.bumps:
                 count_writes(region, [flat[k] for k in edge.bumps], edge)
             recorder.tally.followed += 1

@@ -207,12 +207,9 @@ def _follow(w: Writer, edge: Edge) -> None:
             w.lines.append(f"if id({a}) not in recorder.leaves: recorder.note_leaf({a})")
         then.append(f"{a}_cell.region = region; {a}_cell.real = {a}; {a}_cell.ref = {value}")
         then += [f"storages[{seen}[1]] = {a}_cell.storage", f"plain[id({a})] = {a}_cell"]
-    undo = "None"
     if edge.dirty:
-        cells = [(w.cells[k], after) for k, after in edge.rewrites]
-        undo = w.name("[" + ", ".join(f"({cell}, {cell}.ref)" for cell, _ in cells) + "]")
-        dirty = w.name(f"region.dirty | {w.bind(edge.dirty)}")
-        then += [f"{cell}.ref = {w.bind(after)}" for cell, after in cells] + [f"region.dirty = {dirty}"]
+        then += [f"{w.cells[k]}.ref = {w.bind(after)}" for k, after in edge.rewrites]
+        then.append(f"region.dirty |= {w.bind(edge.dirty)}")
     for i, m in enumerate(edge.made):
         new = (
             f"w{i} = {w.bind(m.make)}(); w{i}.cell = c{i} = Cell(region, {w.bind(m.ref)}, {w.bind(m.type)}, {w.bind(m.storage)})"
@@ -227,7 +224,7 @@ def _follow(w: Writer, edge: Edge) -> None:
     then.append(f"region.node = {w.bind(edge.node)}")
     if edge.graded:
         name = w.bind(edge)
-        debt = w.name(f"({name}, args, kwargs, {_tuple(flat)}, {_tuple(made)}, {undo}, region.dirty, recorder.epoch)")
+        debt = w.name(f"({name}, args, kwargs, {_tuple(flat)}, {_tuple(made)}, recorder.epoch)")
         then += [f"region.past.append({name})", f"region.calls.append({debt})"]
     if edge.moves:
         then.append(f"region.scalars.extend({_tuple(w.floats)})")

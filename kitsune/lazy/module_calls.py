@@ -164,10 +164,8 @@ class _Writer:
         """Is the module as it was, its hooks, its parameters; and is torch as it is by itself?"""
         kept = vars(self._module)
         for name, value in kept.items():
-            is_whole = type(value) in _FIXED or (type(value) is tuple and {*map(type, value)} <= _FIXED)
-            if not (
-                is_whole or isinstance(value, dict) or name in ("_non_persistent_buffers_set", "_reversed_padding_repeated_twice")
-            ):
+            is_whole = type(value) in _FIXED or isinstance(value, (tuple, dict))
+            if not is_whole and name not in ("_non_persistent_buffers_set", "_reversed_padding_repeated_twice"):
                 raise Unsuited
         cls = self._bind(type(self._module))
         trusted = _TRUSTED[type(self._module)]

@@ -234,8 +234,10 @@ def test_what_is_known_of_a_module_goes_with_it(taken: list[str]) -> None:
         for _ in range(WARM_UP):
             (norm(x) * 2).sum().item()
         assert taken
+        root = next(iter(kitsune.session._thread.depth)).recorder.region.node
+        assert root.modules
         del norm
-        assert weight() is None
+        assert weight() is None and not root.modules
 
 
 def test_who_traces_modules_sees_each_call(taken: list[str]) -> None:

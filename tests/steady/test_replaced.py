@@ -118,16 +118,25 @@ def in_a_new_process(put: str) -> str:
         import torch
         from torch import Tensor, nn
         from torch.nn import functional as F
+
+        calls = []
+
+        def counted(result):
+            calls.append(1)
+            return result
+
         {put}
         import kitsune
 
         def found():
-            norm = nn.LayerNorm(4)
+            calls.clear()
+            norm, relu = nn.LayerNorm(4), nn.ReLU()
             norm.weight.data.fill_(3.0)
-            return [
-                [F.relu(x).tolist(), x.add_(1).tolist(), len(x.split(1)), nn.ReLU()(x).tolist(), norm(x).tolist()]
-                for x in (torch.ones(4) * k for k in range(12))
+            results = [
+                (relu(-x).sum().item(), F.relu(x).sum().item(), norm(x).sum().item(), x.add_(1).sum().item(), len(x.split(1)))
+                for x in [torch.full((4,), k - 5.0) for k in range(12)]
             ]
+            return results, len(calls)
 
         expected = found()
         with kitsune.accelerate(device="cpu"):
@@ -142,7 +151,7 @@ def in_a_new_process(put: str) -> str:
 
 
 BEFORE = {
-    "F.relu": "relu = F.relu; F.relu = lambda x, inplace=False: relu(x, inplace) + 1",
+    "F.relu": "torchs = F.relu; F.relu = lambda x, inplace=False: torchs(x, inplace) + 1",
     "Tensor.add_": "add_ = Tensor.add_; Tensor.add_ = lambda x, other: add_(x, other).mul(2)",
     "Tensor.split": "split = Tensor.split; Tensor.split = lambda x, size: split(x, size)[:-1]",
 }
@@ -158,11 +167,13 @@ def test_what_is_replaced_before_kitsune_is_there_is_called_once(name: str) -> N
 @pytest.mark.parametrize(
     "put",
     [
-        "forward = nn.ReLU.forward; nn.ReLU.forward = lambda module, x: forward(module, x) * 2",
-        "call = nn.Module.__call__; nn.Module.__call__ = lambda module, *args: call(module, *args) * 2",
+        "forward = nn.ReLU.forward; nn.ReLU.forward = lambda module, x: counted(forward(module, x))",
+        "call = nn.Module.__call__; nn.Module.__call__ = lambda module, *args: counted(call(module, *args))",
+        "nn.ReLU.forward = type('Relu', (), {'__call__': lambda relu, x: counted(torch.relu(x))})()",
+        "forward = torch.no_grad()(lambda module, x: counted(torch.relu(x))); nn.ReLU.forward = forward",
         "",
     ],
-    ids=["a module's method", "every module's call", "nothing"],
+    ids=["a module's method", "every module's call", "an object", "in a wrapper of torch's", "nothing"],
 )
 def test_modules_that_were_changed_before_kitsune_is_there_are_as_in_eager(put: str) -> None:
     assert in_a_new_process(put).split("\n")[:2] == ["True True", ""]
