@@ -353,7 +353,12 @@ def moved_along(t: torch.Tensor) -> None:
     t[1:] = t[:-1]
 
 
-WRITES = {"list": lambda t: torch._foreach_zero_([t]), "alone": lambda t: t.zero_(), "moved along": moved_along}
+WRITES = {
+    "list": lambda t: torch._foreach_zero_([t]),
+    "twice": lambda t: torch._foreach_mul_([t, t, torch.ones(1)], 2.0),
+    "alone": lambda t: t.zero_(),
+    "moved along": moved_along,
+}
 
 
 @pytest.mark.parametrize("graded", [True, False])

@@ -129,8 +129,7 @@ def hand_over(result: Any, call: Followed) -> Iterator[tuple[LazyTensor, LazyTen
             # One is new, the other has never been known to C++: nothing else refers to either.
             torch._C._swap_tensor_impl(held, made)
         except RuntimeError:
-            with torch.enable_grad():
-                Same.apply(made, held)
+            Same.apply(made, held)
         else:
             yield held, made
 

@@ -37,8 +37,8 @@ def give_back(wrappers: list[Any]) -> list[Any]:
             continue
         if version:
             written.append(wrapper)
-        cell.region = cell.real = cell.came = None
-        cell.ref, cell.storage, cell.external, cell.spent = made.ref, made.storage, False, False
+        cell.region = cell.real = None
+        cell.ref, cell.storage, cell.external = made.ref, made.storage, False
         made.spare.append(wrapper)
     if written:
         # Nobody shares their counts: who makes a view or an alias of a wrapper keeps it.

@@ -170,6 +170,19 @@ def test_who_looks_at_the_graph_sees_that_of_eager(name: str) -> None:
     assert tally.realized > 0
 
 
+def test_what_is_used_up_says_so_past_the_api() -> None:
+    with kitsune.accelerate(device="cpu"):
+        layer = nn.Linear(4, 4)
+        for k in range(STEPS):
+            y = layer(torch.ones(2, 4).neg())
+            y.square().sum().backward()
+            if k == STEPS - 1:
+                with torch._C.DisableTorchFunction():
+                    z = y * 2
+                with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                    z.sum().backward()
+
+
 def test_a_gradient_of_what_is_used_up_says_so() -> None:
     def run(context: Callable[[], AbstractContextManager[Any]]) -> list[str]:
         torch.manual_seed(3)

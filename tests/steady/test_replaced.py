@@ -112,6 +112,17 @@ def test_what_is_put_back_is_followed_again() -> None:
     assert tally.updates - before >= STEPS - 3
 
 
+def test_a_function_that_the_program_has_added_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(x: Tensor) -> Any:
+        if torch.overrides.has_torch_function_unary(x):
+            return torch.overrides.handle_torch_function(twice, (x,), x)
+        return x * 2
+
+    monkeypatch.setattr(nn.functional, "twice", twice, raising=False)
+    with kitsune.accelerate(device="cpu"):
+        assert [twice(torch.ones(2)).tolist() for _ in range(4)] == [[2.0, 2.0]] * 4
+
+
 def in_a_new_process(put: str) -> str:
     """What is said by a program that has `put` something somewhere before it imports Kitsune."""
     text = f"""
