@@ -147,6 +147,12 @@ def in_a_new_process(put: str) -> str:
                 (relu(-x).sum().item(), F.relu(x).sum().item(), norm(x).sum().item(), x.add_(1).sum().item(), len(x.split(1)))
                 for x in [torch.full((4,), k - 5.0) for k in range(12)]
             ]
+            layer = nn.Linear(4, 2)
+            optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, foreach=True)
+            for _ in range(12):
+                optimizer.zero_grad()
+                layer(torch.ones(1, 4)).sum().backward()
+                optimizer.step()
             return results, len(calls)
 
         expected = found()
@@ -181,10 +187,11 @@ def test_what_is_replaced_before_kitsune_is_there_is_called_once(name: str) -> N
         "forward = nn.ReLU.forward; nn.ReLU.forward = lambda module, x: counted(forward(module, x))",
         "call = nn.Module.__call__; nn.Module.__call__ = lambda module, *args: counted(call(module, *args))",
         "nn.ReLU.forward = type('Relu', (), {'__call__': lambda relu, x: counted(torch.relu(x))})()",
+        "lists = torch._foreach_add_; torch._foreach_add_ = lambda *args, **options: counted(lists(*args, **options))",
         "forward = torch.no_grad()(lambda module, x: counted(torch.relu(x))); nn.ReLU.forward = forward",
         "",
     ],
-    ids=["a module's method", "every module's call", "an object", "in a wrapper of torch's", "nothing"],
+    ids=["a module's method", "every module's call", "an object", "what an update calls", "in a wrapper of torch's", "nothing"],
 )
-def test_modules_that_were_changed_before_kitsune_is_there_are_as_in_eager(put: str) -> None:
+def test_what_was_changed_before_kitsune_is_there_is_as_in_eager(put: str) -> None:
     assert in_a_new_process(put).split("\n")[:2] == ["True True", ""]
