@@ -22,6 +22,7 @@ from kitsune.garbage import MANY_NODES, look_at_new
 from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, verify
 from kitsune.lazy import (
+    REPLACED_BEFORE,
     CallLane,
     LazyTensor,
     Recorder,
@@ -116,7 +117,10 @@ class Pipeline:
         """Take calls, not ops alone."""
         if self.follows:
             return
-        self.follows = config.follow and self.lane.enter()
+        if config.follow and REPLACED_BEFORE:
+            replaced = " and ".join(REPLACED_BEFORE[:4])
+            tally.notes[f"Calls are not followed: {replaced} had been replaced before Kitsune was imported."] = None
+        self.follows = config.follow and not REPLACED_BEFORE and self.lane.enter()
         if self.follows:
             self.recorder.known.come_back()
             self.recorder.hook = self.lane.stray

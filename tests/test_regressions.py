@@ -265,6 +265,22 @@ def test_a_function_is_traced_by_jit_inside() -> None:
         assert traced(torch.ones(2)).tolist() == [3.0, 3.0]
 
 
+TRACES = {"bound": torch.jit.trace, "module": lambda module, x: torch.jit.trace_module(module, {"forward": x})}
+
+
+@pytest.mark.parametrize("trace", TRACES.values(), ids=TRACES)
+def test_a_known_module_is_traced_in_other_ways(trace: Any) -> None:
+    """By what a program has bound beforehand, or by another function."""
+    norm, x = nn.LayerNorm(2), torch.ones(2)
+    with kitsune.config.patch(gate=False), kitsune.accelerate(device="cpu"), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for _ in range(8):
+            (norm(x) * 2).sum().item()
+        traced = trace(norm, x)
+        assert "aten::layer_norm" in str(traced.inlined_graph)
+        assert traced(x * 3).tolist() == norm(x * 3).tolist()
+
+
 def test_contexts_closed_out_of_order_leave_torch_as_it_was() -> None:
     first, second = kitsune.accelerate(warmup=0, device="cpu"), kitsune.accelerate(warmup=1, device="cpu")
     first.__enter__()
@@ -337,7 +353,12 @@ def moved_along(t: torch.Tensor) -> None:
     t[1:] = t[:-1]
 
 
-WRITES = {"list": lambda t: torch._foreach_zero_([t]), "alone": lambda t: t.zero_(), "moved along": moved_along}
+WRITES = {
+    "list": lambda t: torch._foreach_zero_([t]),
+    "twice": lambda t: torch._foreach_mul_([t, t, torch.ones(1)], 2.0),
+    "alone": lambda t: t.zero_(),
+    "moved along": moved_along,
+}
 
 
 @pytest.mark.parametrize("graded", [True, False])

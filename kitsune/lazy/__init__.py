@@ -9,6 +9,7 @@ from kitsune.lazy.realize import attach_spent
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import in_a_step, renew_lock, where_in_step
 from kitsune.lazy.region import is_strided
+from kitsune.lazy.replaced import REPLACED_BEFORE
 from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.settle import settle_grads, settle_state
 from kitsune.lazy.sites import user_site
@@ -16,6 +17,7 @@ from kitsune.lazy.tensor import LazyTensor, as_plain
 from kitsune.lazy.used_again import keep
 
 __all__ = [
+    "REPLACED_BEFORE",
     "CallLane",
     "LazyTensor",
     "Recorder",

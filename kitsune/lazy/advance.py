@@ -24,16 +24,13 @@ def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]]) -> None:
                 region.recorder.note_leaf(tensor)
 
 
-def rewrite(region: Any, edge: Edge, flat: list[Any]) -> list[tuple[Cell, Any]]:
-    """Let the tensors that a call writes stand for what they are afterwards; returns what they stood for."""
-    undo = []
+def rewrite(region: Any, edge: Edge, flat: list[Any]) -> None:
+    """Let the tensors that a call writes stand for what they are afterwards."""
     for k, after in edge.rewrites:
         cell = cell_in(flat[k], region)
         assert cell is not None
-        undo.append((cell, cell.ref))
         cell.ref = after
-    region.dirty.update(edge.dirty)
-    return undo
+    region.dirty |= edge.dirty
 
 
 def place(region: Any, made: Made, wrapper: LazyTensor) -> LazyTensor:

@@ -16,6 +16,7 @@ from kitsune.lazy.edges import Edge, Incoming, Made
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import MADE
 from kitsune.lazy.region import is_leaf
+from kitsune.lazy.replaced import is_untouched
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.used_again import give_back
 
@@ -60,6 +61,8 @@ class BackwardMatcher:
         """Follow the call of `Tensor.backward`, or return MISS with nothing changed."""
         recorder, edge = lane.recorder, self._edge
         if region.slow or region.real or lane.inside or lane.modes[False] is not self._modes or region.past != self._past:
+            return MISS
+        if not is_untouched(torch.autograd.backward):
             return MISS
         if len(args) != 1 or (kwargs and not all(option is None or option is False for option in kwargs.values())):
             return MISS

@@ -36,13 +36,14 @@ from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
-from kitsune.lazy.replaced import original_of
+from kitsune.lazy.replaced import is_untouched, original_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.used_again import keep
 from kitsune.lazy.write_counts import count_writes
 
 _profiled = torch.autograd._profiler_enabled
+_BACKWARD, _BACKWARDS = torch.Tensor.backward, torch.autograd.backward
 
 
 class CallLane(Learner):
@@ -86,11 +87,11 @@ class CallLane(Learner):
         if func in FLAGS and type(args[0]) in PLAIN and id(args[0]) not in region.plain:
             recorder.known.drop(args[0])
             return self.made(func, args, kwargs)
-        if func is torch.Tensor.backward:
+        if func is _BACKWARD or func is torch.Tensor.backward:
             return self._backward_of_method(*args, **kwargs)
-        if func is torch.autograd.backward:
+        if func is _BACKWARDS or func is torch.autograd.backward:
             # It asks here once more after its door; as a call like others it would be followed without its gradients.
-            return func(*args, **kwargs)
+            return _BACKWARDS(*args, **kwargs)
         call = Incoming()
         modes = self.modes[torch.is_grad_enabled()]
         plain_key = key_of(region, func, args, kwargs, modes, call)
@@ -179,7 +180,8 @@ class CallLane(Learner):
         def run() -> None:
             torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
 
-        return self.backward(run, loss, gradient, not retain_graph and not create_graph and inputs is None)
+        plain = not retain_graph and not create_graph and inputs is None and is_untouched(torch.autograd.backward)
+        return self.backward(run, loss, gradient, plain)
 
     def backward(self, run: Any, tensors: Any, gradients: Any, plain: bool) -> Any:
         """Take a backward, which `run` would make."""
@@ -198,19 +200,18 @@ class CallLane(Learner):
         with recorder.lock:
             if recorder.region is not region or region.node is not start:
                 return self.call(edge.func, (), args, kwargs)
-            n_dirty, undo = len(region.dirty), None
             if edge.arrivals:
                 arrive(region, edge, list(call.fresh.items()))
             if edge.scalars:
                 region.scalars.extend(call.floats if edge.moves else edge.scalars)
             if edge.dirty:
-                undo = rewrite(region, edge, flat)
+                rewrite(region, edge, flat)
             for made, wrapper in zip(edge.made, wrappers, strict=True):
                 place(region, made, wrapper)
             region.node = edge.node
             if edge.graded:
                 region.past.append(edge)
-                region.calls.append((edge, args, kwargs, flat, wrappers, undo, n_dirty, recorder.epoch))
+                region.calls.append((edge, args, kwargs, flat, wrappers, recorder.epoch))
             if edge.bumps:
                 count_writes(region, [flat[k] for k in edge.bumps], edge)
             recorder.tally.followed += 1

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 
 from kitsune.lazy.open_lanes import on_top
+from kitsune.lazy.replaced import Named
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.updates import AGAIN, TRIES
+
+_ORIGINAL: Any = torch.nn.utils.clip_grad_norm_
+_NAMED = Named(_ORIGINAL)
 
 
 class _Owner:
@@ -22,6 +26,8 @@ class _Owner:
 
 def clipping_door(original: Any) -> Any:
     """`clip_grad_norm_`."""
+    if original is not _ORIGINAL:
+        return original
 
     def clip_grad_norm_(grads: Any, *options: Any) -> Any:
         return original([_Owner(grad) for grad in grads], *options)
@@ -30,7 +36,7 @@ def clipping_door(original: Any) -> Any:
     def door(parameters: Any, max_norm: Any, norm_type: Any = 2.0, error_if_nonfinite: Any = False, foreach: Any = None) -> Any:
         options = (max_norm, norm_type, error_if_nonfinite, foreach)
         lane = on_top()
-        if lane is None or lane.inside or lane.recorder.paused:
+        if lane is None or lane.inside or lane.recorder.paused or not _NAMED.are_torchs():
             return original(parameters, *options)
         if type(parameters) is GeneratorType:
             # Torch tells one that is empty from other empty things.

@@ -33,7 +33,7 @@ def constant(region: Region, row: OpRow, args: Any, kwargs: Any) -> Any:
     return found
 
 
-def _is_constant(node: Node, value: Ref, dirty: dict[int, None], storage: int) -> bool:
+def _is_constant(node: Node, value: Ref, dirty: set[int], storage: int) -> bool:
     """Is the value made by pure operators, of nothing that comes in?"""
     needed, n_ops, nbytes = {value.id}, 0, 0
     at: Node | None = node
@@ -42,7 +42,7 @@ def _is_constant(node: Node, value: Ref, dirty: dict[int, None], storage: int) -
         if not needed.isdisjoint(made):
             n_ops, nbytes = n_ops + 1, nbytes + sum(made.values())
             storages = {storage for *_, storage in at.results}
-            if n_ops > MAX_OPS or nbytes > MAX_BYTES or not _is_pure(at.row) or not dirty.keys().isdisjoint(storages):
+            if n_ops > MAX_OPS or nbytes > MAX_BYTES or not _is_pure(at.row) or not dirty.isdisjoint(storages):
                 return False
             operands = list(_leaves((at.args, at.kwargs)))
             if any(isinstance(a, Slot) for a in operands):

@@ -114,7 +114,9 @@ def _doors() -> Iterator[Door]:
     yield torch.Tensor, "__deepcopy__", deepcopy_door
     yield torch.Tensor, "data", data_door
     yield torch.Tensor, "__cuda_array_interface__", property_door
-    yield torch.jit, "trace", kernel_door
+    # Where what a program has bound beforehand comes by, too.
+    yield torch.jit._trace, "_trace_impl", kernel_door
+    yield torch.jit, "trace_module", kernel_door
     yield torch, "ctc_loss", lengths_door
     yield torch, "tensor_split", places_door
     yield torch.Tensor, "tensor_split", places_door

@@ -52,8 +52,8 @@ class Edge:
     """A call at one place of a region: `func`, made under `modes`, leads from the node `start` to `node`.
 
     `arrivals` are (position among the fresh tensors, value, type, storage, does it collect a gradient); `rewrites` (position
-    among all tensors, value afterwards); `dirty` has the storages that it writes as keys; `bumps` are the positions of the plain
-    tensors that it writes, once for each write.
+    among all tensors, value afterwards); `dirty` are the storages that it writes; `bumps` the positions of the plain tensors that
+    it writes, once for each write.
     `scalars` are its moving numbers as it has them; where `moves`, they are the call's own. `grads` are (leaf's value, what
     becomes of its gradient) after a backward.
     """
@@ -64,7 +64,7 @@ class Edge:
     node: Node
     arrivals: tuple[tuple[int, Ref, TensorType, int, bool], ...]
     rewrites: tuple[tuple[int, Ref], ...]
-    dirty: dict[int, None]
+    dirty: frozenset[int]
     bumps: tuple[int, ...]
     scalars: tuple[float, ...]
     moves: bool

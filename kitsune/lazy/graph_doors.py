@@ -17,6 +17,7 @@ from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.module_calls import at_first
 from kitsune.lazy.open_lanes import lanes
 from kitsune.lazy.optimizer_doors import optimizer_doors
+from kitsune.lazy.replaced import is_torchs
 from kitsune.lazy.trusted_modules import KNOWN
 from kitsune.lazy.used_again import drop_gradients
 
@@ -68,6 +69,8 @@ def _lost_track(original: Any) -> Any:
 
 
 def _backward(original: Any) -> Any:
+    torchs = is_torchs(original)
+
     @functools.wraps(original)
     def door(
         tensors: Any,
@@ -82,7 +85,7 @@ def _backward(original: Any) -> Any:
 
         if not lanes():
             return run()
-        plain = not retain_graph and not create_graph and grad_variables is None and inputs is None
+        plain = torchs and not retain_graph and not create_graph and grad_variables is None and inputs is None
         return lanes()[-1].backward(run, tensors, grad_tensors, plain)
 
     return door
@@ -191,6 +194,8 @@ def _module_called(original: Any) -> Any:
 
 def _gradients_dropped(original: Any) -> Any:
     """It reads and sets gradients by the hundred, at 1 us each while calls are looked at."""
+    if not is_torchs(original):
+        return original
 
     @functools.wraps(original)
     def door(module: Any, set_to_none: bool = True) -> None:

@@ -135,7 +135,7 @@ class Learner:
             # A view of a parameter: it shares its count of writes with that once autograd knows of it, and not before.
             return None
         scalars = tuple(region.scalars[sight.n_scalars :])
-        dirty = dict.fromkeys(storage for node in path for *_, storage in node.written)
+        dirty = frozenset(storage for node in path for *_, storage in node.written)
         storages = {cell.storage for t in flat if (cell := cell_in(t, region)) is not None}
         if any(made.storage in storages and made.graded is None for made in returned.made):
             # A view shares its base's count of writes, which only autograd's own kernels can bring about.
@@ -179,4 +179,4 @@ def _in_order(kwargs: Any) -> bool:
 
 
 def _plain_edge(func: Any, sight: Sight, node: Node) -> Edge:
-    return Edge(sight.start, func, sight.modes, node, (), (), {}, (), (), False, None, NOTHING, (), False, plain=True)
+    return Edge(sight.start, func, sight.modes, node, (), (), frozenset(), (), (), False, None, NOTHING, (), False, plain=True)

@@ -51,15 +51,12 @@ def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], 
     for k, begin in edge.begins:
         w.unless(f"begin_of({w.flat[k]}) == {begin}")
     made = w.new_names(len(edge.made))
-    came = _arrive(w, edge, then)
-    undo = "None"
+    _arrive(w, edge, then)
     if edge.dirty:
-        cells = [(w.cells[k], after) for k, after in edge.rewrites]
-        undo = w.name("[" + ", ".join(f"({cell}, {came.get(cell, f'{cell}.ref')})" for cell, _ in cells) + "]")
-        then += [f"{cell}.ref = {w.bind(after)}" for cell, after in cells]
+        then += [f"{w.cells[k]}.ref = {w.bind(after)}" for k, after in edge.rewrites]
         written = list(edge.dirty)
         alone = len(written) == 1
-        then.append(f"region.dirty[{w.bind(written[0])}] = None" if alone else f"region.dirty.update({w.bind(edge.dirty)})")
+        then.append(f"region.dirty.add({w.bind(written[0])})" if alone else f"region.dirty.update({w.bind(edge.dirty)})")
     for a, m in zip(made, edge.made, strict=True):
         cell = f"Cell(region, {w.bind(m.ref)}, {w.bind(m.type)}, {w.bind(m.storage)})"
         new = f"{a} = {w.bind(m.make)}(); {a}.cell = {a}_cell = {cell}"
@@ -73,8 +70,7 @@ def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], 
     then.append(f"region.node = {w.bind(edge.node)}")
     if edge.graded:
         name = w.bind(edge)
-        n_dirty = f"len(region.dirty) + {w.n_dirty}" if w.n_dirty else "len(region.dirty)"
-        debt = w.name(f"({name}, {args}, {kwargs}, {tuple_of(w.flat)}, {tuple_of(made)}, {undo}, {n_dirty}, recorder.epoch)")
+        debt = w.name(f"({name}, {args}, {kwargs}, {tuple_of(w.flat)}, {tuple_of(made)}, recorder.epoch)")
         then += [f"region.past.append({name})", f"region.calls.append({debt})"]
         w.n_debts += 1
     if edge.moves:
@@ -88,13 +84,11 @@ def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], 
     return then, _returned(w, edge.structure, made)
 
 
-def _arrive(w: Writer, edge: Edge, then: list[str]) -> dict[str, str]:
-    """Let the fresh tensors in; returns what their cells stand for then, whatever they stood for in the region before."""
-    came = {}
+def _arrive(w: Writer, edge: Edge, then: list[str]) -> None:
+    """Let the fresh tensors in."""
     for k, number, type_, storage, graded in edge.arrivals:
         new, value, memory = w.fresh[k], w.bind(number), w.bind(storage)
         a, cell = new.tensor, new.cell
-        came[cell] = value
         then.append(f"storages[{new.serial}] = {memory}")
         if new.number is None:
             brought = w.name(f"({number.id}, {cell}.real)")
@@ -108,7 +102,6 @@ def _arrive(w: Writer, edge: Edge, then: list[str]) -> dict[str, str]:
         if graded:
             w.lines.append(f"if {new.number} not in recorder.leaves: recorder.note_leaf({a})")
         then.append(f"{cell}.region = region; {cell}.real = {a}; {cell}.ref = {value}; plain[{new.number}] = {cell}")
-    return came
 
 
 def _count(w: Writer) -> Iterator[str]:

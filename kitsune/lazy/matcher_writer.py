@@ -36,9 +36,8 @@ class Writer:
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
         self._n = self._n_calls = 0
-        # Of the calls before this one: the fresh tensors, and how many storages they write that were not written before.
+        # The fresh tensors of the calls before this one.
         self.before: list[Fresh] = []
-        self.n_dirty = 0
         # How many calls are owed by them, and what counts their writes: the edge, how many were owed by then, the names of the
         # tensors and of the first one's cell.
         self.n_debts = 0

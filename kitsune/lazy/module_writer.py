@@ -102,7 +102,6 @@ class ModuleWriter(Writer):
         if not edge.moves and [*map(float.hex, known)] != [*map(float.hex, edge.floats)]:
             raise Unsuited
         found = followed(self, edge, tuple_of(given), "{" + ", ".join(options) + "}" if options else "None")
-        self.n_dirty += len(edge.dirty)
         return found
 
     def _given(self, a: Any, key: Any, alone: bool) -> str:

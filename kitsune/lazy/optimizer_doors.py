@@ -10,15 +10,34 @@ import torch
 
 from kitsune.lazy.clipping import clipping_door
 from kitsune.lazy.open_lanes import lanes, on_top
+from kitsune.lazy.replaced import Named, is_torchs
 from kitsune.lazy.update_lists import make_lists
 from kitsune.lazy.updates import take_update
 from kitsune.lazy.used_again import drop_gradients
 
 _profiled = torch.autograd._profiler_enabled
 _Mark = torch._C._profiler._RecordFunctionFast
+_OPTIMIZERS = [it for it in vars(torch.optim).values() if isinstance(it, type) and "_init_group" in vars(it)]
+
+
+def _updates() -> Iterator[tuple[Any, str]]:
+    for optimizer in _OPTIMIZERS:
+        # The update is a function named like the module that both are in.
+        module = sys.modules[optimizer.__module__]
+        name = module.__name__.rpartition(".")[2]
+        if inspect.isfunction(getattr(module, name, None)):
+            yield module, name
+
+
+_UPDATES = list(_updates())
+# What they find under names, by function: not if that is not torch's.
+_NAMED = {function: Named(function) for module, name in _UPDATES if is_torchs(function := getattr(module, name))}
 
 
 def _lists(original: Any) -> Any:
+    if not is_torchs(original):
+        return original
+
     @functools.wraps(original)
     def door(self: Any, group: Any, *lists: Any) -> Any:
         if not lanes():
@@ -30,16 +49,24 @@ def _lists(original: Any) -> Any:
 
 
 def _update(original: Any) -> Any:
+    named = _NAMED.get(original)
+    if named is None:
+        return original
+
     @functools.wraps(original)
     def door(*args: Any, **kwargs: Any) -> Any:
         lane = on_top()
-        return original(*args, **kwargs) if lane is None else take_update(lane, original, args, kwargs)
+        if lane is None or not named.are_torchs():
+            return original(*args, **kwargs)
+        return take_update(lane, original, args, kwargs)
 
     return door
 
 
 def _gradients_dropped(original: Any) -> Any:
     """`zero_grad`. Of the 40 us that it took for 6 gradients, most went into a mark and a look for dynamo."""
+    if not is_torchs(original):
+        return original
 
     @functools.wraps(original)
     def door(optimizer: Any, set_to_none: bool = True) -> None:
@@ -92,14 +119,8 @@ def _mark_ends(original: Any) -> Any:
 def optimizer_doors() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     """Where they are: (owner, name, what makes the door from the original)."""
     yield torch.optim.Optimizer, "zero_grad", _gradients_dropped
-    for optimizer in vars(torch.optim).values():
-        if isinstance(optimizer, type) and "_init_group" in vars(optimizer):
-            # The update is a function named like the module that both are in.
-            module = sys.modules[optimizer._init_group.__module__]  # type: ignore[attr-defined]
-            yield optimizer, "_init_group", _lists
-            name = module.__name__.rpartition(".")[2]
-            if inspect.isfunction(getattr(module, name, None)):
-                yield module, name, _update
+    yield from ((optimizer, "_init_group", _lists) for optimizer in _OPTIMIZERS)
+    yield from ((*where, _update) for where in _UPDATES)
     for clips in (torch.nn.utils, torch.nn.utils.clip_grad):
         yield clips, "clip_grad_norm_", clipping_door
     yield torch.autograd.profiler.record_function, "__enter__", _mark_begins

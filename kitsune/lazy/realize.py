@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,20 +26,18 @@ from kitsune.lazy.write_counts import Recount, is_owed
 
 @dataclass(slots=True)
 class Followed:
-    """A call that was followed: with what, what it gave, and what it changed of its operands' cells."""
+    """A call that was followed: with what, and what it gave."""
 
     edge: Edge
     args: Any
     kwargs: Any
     flat: Sequence[Any]
     made: Sequence[LazyTensor]
-    undo: list[tuple[Cell, Any]] | None
-    # How many storages the region had written before.
-    n_dirty: int
     epoch: int
 
 
 MADE = [field.name for field in dataclasses.fields(Followed)].index("made")
+_number = attrgetter("id")
 # Not the name in torch, which is watched.
 _clear_casts = torch.clear_autocast_cache
 TWICE = (
@@ -76,19 +74,18 @@ class Walk:
                 f"instead of {expected}. This is a bug in Kitsune: please report it. KITSUNE_FOLLOW=0 runs the program without "
                 "following."
             )
-        region = self.region
-        for operand, _, after, storage in node.written:
-            region.cell(tensors[operand]).ref = after
-            region.dirty[storage] = None
-            if uncounted:
-                # What autograd does not count, who records it does.
-                increment_version(tensors[operand])
+        for operand, _, after, _ in node.written:
+            cell = self.region.cell(tensors[operand])
+            # What the call has made for itself is new; others stand for what they are by now.
+            cell.ref = max(cell.ref, after, key=_number)
+        if uncounted:
+            # What autograd does not count, who records it does.
+            increment_version([tensors[operand] for operand, *_ in node.written])
         return fill(node.structure, [self._result(row, *result) for result in node.results], tensors)
 
     def _result(self, row: Any, ref: Any, type_: Any, storage: int) -> LazyTensor:
         held = self.held.get(ref.id)
         if held is not None:
-            held.cell.ref = ref
             # Autograd makes a copy of a view that somebody holds, and that one would get the history.
             return wrap(held.cell) if row.is_view else held
         cell = Cell(self.region, ref, type_, storage)
@@ -99,13 +96,8 @@ class Walk:
 def realize(recorder: Any, region: Any) -> None:
     """Give every followed call of the region its place in the autograd graph."""
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
-    now = region.dirty
     recount = Recount(region)
     owed = {id(t) for call in calls for t in call.made if is_owed(t)}
-    refs = [(cell, cell.ref) for call in calls for cell, _ in call.undo or ()]
-    for call in reversed(calls):
-        for cell, before in reversed(call.undo or ()):
-            cell.ref = before
     walk = Walk(region)
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk
     try:
@@ -113,7 +105,6 @@ def realize(recorder: Any, region: Any) -> None:
             for n, call in enumerate(calls):
                 recount.before_call(n)
                 adopt(call)
-                region.dirty = dict.fromkeys(islice(now, call.n_dirty))
                 walk.begin(call)
                 recorder.making = call.edge.func in PRODUCTS
                 for tensor in call.made:
@@ -128,9 +119,6 @@ def realize(recorder: Any, region: Any) -> None:
     finally:
         recorder.walk, recorder.hook, recorder.making = None, hook, False
         recount.rest()
-        region.dirty = now
-        for cell, ref in refs:
-            cell.ref = ref
     region.real = True
 
 
@@ -143,8 +131,7 @@ def hand_over(result: Any, call: Followed) -> Iterator[tuple[LazyTensor, LazyTen
             # One is new, the other has never been known to C++: nothing else refers to either.
             torch._C._swap_tensor_impl(held, made)
         except RuntimeError:
-            with torch.enable_grad():
-                Same.apply(made, held)
+            Same.apply(made, held)
         else:
             yield held, made
 

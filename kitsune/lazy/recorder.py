@@ -113,7 +113,7 @@ class Recorder(Recording):
             elif node.rewrites is not None and type(args[0]) is LazyTensor:
                 wrapper = args[0]
                 wrapper.cell.ref = node.rewrites
-                region.dirty[node.storage] = None
+                region.dirty.add(node.storage)
                 region.node = node
             else:
                 return self.emit(node, tensors_in((args, kwargs)))
@@ -153,7 +153,7 @@ class Recorder(Recording):
         region.node = node
         for operand, _, after, storage in node.written:
             region.cell(tensors[operand]).ref = after
-            region.dirty[storage] = None
+            region.dirty.add(storage)
         if reals is None and node.row is not None and node.row.bumps:
             increment_version([tensors[operand] for operand, *_ in node.written])
         made: list[Any] = []

@@ -58,7 +58,7 @@ class Region:
         self.scalars: list[float] = []
         # Storages that the region writes: reading one of them from outside must wait for the region. In the order of their first
         # writes, so that those before a call are told by how many there were.
-        self.dirty: dict[int, None] = {}
+        self.dirty: set[int] = set()
         # Depth from which ops were run at once; None while everything is pending.
         self.observed_from: int | None = None
         # (value, type, storage, undo) of the operands that the op at hand brought in, and why it cannot be recorded.

@@ -2,14 +2,14 @@
 do something else.
 """
 
-import os
-from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as _of_all
+
+from kitsune.lazy.replaced import is_torchs
 
 # Torch's modules whose calls are taken, with the functions that they call. Their methods are looked at, too.
 _CALLS: dict[type[nn.Module], str] = {
@@ -30,7 +30,6 @@ _METHODS = ("forward", "__getattr__", "_call_impl", "_conv_forward", "_check_inp
 BASE: Any = nn.Module.__call__
 # By class, the methods and functions that its calls go through: (owner, name, what is there when nobody has put another there).
 _Trusted = list[tuple[Any, str, Any]]
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def _trusted(cls: type[nn.Module], function: str) -> _Trusted:
@@ -38,14 +37,8 @@ def _trusted(cls: type[nn.Module], function: str) -> _Trusted:
     return [*found, (F, function, getattr(F, function)), (Tensor, "add_", Tensor.add_)]
 
 
-def _is_torchs(function: Any) -> bool:
-    """Not a library's that has been put in its place: its code is torch's own, or it has none."""
-    code = getattr(function, "__code__", None)
-    return type(function) in (BuiltinFunctionType, MethodDescriptorType) if code is None else code.co_filename.startswith(_TORCH)
-
-
-TRUSTED = {cls: _trusted(cls, name) for cls, name in _CALLS.items() if all(_is_torchs(it) for *_, it in _trusted(cls, name))}
-KNOWN = frozenset(TRUSTED) if _is_torchs(BASE) else frozenset()
+TRUSTED = {cls: _trusted(cls, name) for cls, name in _CALLS.items() if all(is_torchs(it) for *_, it in _trusted(cls, name))}
+KNOWN = frozenset(TRUSTED) if is_torchs(BASE) else frozenset()
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [getattr(_of_all, f"_global{name}") for name in HOOKS]
 _tracing_state = torch._C._get_tracing_state  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ class Mark:
             node=region.node,
             arrivals=arrivals,
             rewrites=rewrites,
-            dirty=dict.fromkeys(storage for node in path for *_, storage in node.written),
+            dirty=frozenset(storage for node in path for *_, storage in node.written),
             bumps=bumps,
             scalars=tuple(region.scalars[self.n_scalars :]),
             moves=False,

@@ -63,8 +63,16 @@ def one_is_missing(loop: Loop) -> Any:
 
 
 def one_is_plain(loop: Loop) -> Any:
-    loop.leaves[1].grad = torch.full((8,), 3.0)
+    with kitsune.disable():
+        loop.leaves[1].grad = torch.full((8,), 3.0)
     return usual(loop)
+
+
+def of_an_iterator(loop: Loop) -> Any:
+    """Which can be gone through once, although one of its gradients is plain."""
+    with kitsune.disable():
+        loop.leaves[1].grad = torch.full((8,), 3.0)
+    return nn.utils.clip_grad_norm_(iter(loop.leaves), 0.5)
 
 
 class Loud(Tensor):
@@ -128,6 +136,7 @@ WAYS = {
     "a tensor": lambda loop: nn.utils.clip_grad_norm_(loop.leaves[0], 0.5),
     "a tuple": lambda loop: nn.utils.clip_grad_norm_(tuple(loop.leaves), 0.5),
     "the norm is a tensor": by(torch.tensor(0.5)),
+    "an iterator": of_an_iterator,
     "swapped": swapped,
     "one is missing": one_is_missing,
     "one is plain": one_is_plain,
@@ -168,11 +177,12 @@ def test_clipping_is_as_in_eager(name: str, always: bool, made: list[Any]) -> No
     assert loop.result() == expected
 
 
+@pytest.mark.parametrize("way", [usual, by(0.5), one_is_missing], ids=["a list", "a generator", "one is missing"])
 @pytest.mark.parametrize("asks", [False, True])
-def test_of_many_steps_all_but_the_first_are_followed(asks: bool, made: list[Any]) -> None:
+def test_of_many_steps_all_but_the_first_are_followed(asks: bool, way: Callable[[Loop], Any], made: list[Any]) -> None:
     """Also where the gradients are of the region before, since the loss was read in between."""
     with kitsune.accelerate(device="cpu"):
-        Loop(usual, asks=asks).run()
+        Loop(way, always=True, asks=asks).run()
     assert 0 < len(made) <= 3 * 4
 
 

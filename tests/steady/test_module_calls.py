@@ -146,6 +146,14 @@ class Functional(Net):
         return functional_call(self.linear, {"weight": self.linear.weight * 2, "bias": torch.zeros(4)}, (h,))
 
 
+def refuse(norm: Any, x: Tensor) -> None:
+    raise ValueError("refused")
+
+
+def doubled(original: Any) -> Any:
+    return lambda module, name: original(module, name) * 2 if name == "weight" else original(module, name)
+
+
 CHANGES: dict[str, Callable[[Net], Callable[[], Any]]] = {
     "another weight": replaced("conv", "weight", lambda weight: nn.Parameter(weight.detach() * 2)),
     "no bias": replaced("linear", "bias", lambda bias: None),
@@ -171,6 +179,8 @@ CHANGES: dict[str, Callable[[Net], Callable[[], Any]]] = {
     "the function patched": patched(F, "linear", lambda original: lambda *args: original(*args) * 2),
     "a tensor's method patched": patched(Tensor, "add_", lambda original: lambda count, n: count.mul_(2)),
     "a dimension less": replaced("", "before_bn", lambda h: h.flatten(2)),
+    "a check patched": patched(nn.BatchNorm2d, "_check_input_dim", lambda original: refuse),
+    "attributes patched": patched(nn.Linear, "__getattr__", lambda original: doubled(original)),
     "a hook before gradients": hooked("register_full_backward_pre_hook", "linear", lambda module, grads: (grads[0] * 2,)),
     "a hook on gradients": hooked("register_full_backward_hook", "linear", lambda module, grads, _: (grads[0] * 2,)),
     "a frozen weight": frozen,
@@ -259,8 +269,10 @@ def test_what_is_known_of_a_module_goes_with_it(taken: list[str]) -> None:
         for _ in range(WARM_UP):
             (norm(x) * 2).sum().item()
         assert taken
+        root = next(iter(kitsune.session._thread.depth)).recorder.region.node
+        assert root.modules
         del norm
-        assert weight() is None
+        assert weight() is None and not root.modules
 
 
 def test_who_traces_modules_sees_each_call(taken: list[str]) -> None:

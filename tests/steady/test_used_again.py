@@ -90,12 +90,16 @@ def test_they_are_used_again(used: list[int]) -> None:
     ids: list[int] = []
     made: list[int] = []
     listeners.append(lambda graph: made.append(len(graph.outputs)))
+
+    def after(t: Training) -> None:
+        ids.extend([id(t.leaves[0].grad), id(t.leaves[-1].grad)])
+
     try:
-        assert_same(lambda t, h, out, loss: ids.append(id(h)), lambda t: ids.append(id(t.leaves[0].grad)))
+        assert_same(lambda t, h, out, loss: ids.append(id(h)), after)
     finally:
         listeners.pop()
     # As many values as in eager outlive a step: none because its wrapper waits for the next.
-    assert len(set(ids[-6:])) == 2 and used and len(set(made[-5:-1])) == 1 and made[-2] < 12
+    assert len(set(ids[-9:])) == 3 and used and len(set(made[-5:-1])) == 1 and made[-2] < 12
 
 
 def test_one_that_is_held_keeps_its_value(used: list[int]) -> None:
@@ -147,6 +151,37 @@ def test_counts_of_writes_begin_at_nothing(used: list[int]) -> None:
         grad.mul_(0.5)
 
     assert_same(look, after)
+
+
+def test_counts_of_gradients_begin_at_nothing(used: list[int]) -> None:
+    """Also where nobody has asked for them before: who asks for one keeps it."""
+
+    def after(t: Training) -> None:
+        grad: Any = t.leaves[0].grad
+        if t.at == STEPS - 1:
+            t.seen.append(grad._version)
+        grad.mul_(0.5)
+
+    assert_same(nothing, after)
+
+
+def test_one_that_waits_is_as_it_was_made(used: list[int]) -> None:
+    """After it was part of another region, too."""
+
+    def after(t: Training) -> None:
+        t.seen.append(t.leaves[0].sum().item())
+        for leaf in t.leaves:
+            leaf.grad.mul_(0.5)  # type: ignore[union-attr]
+        if t.at == STEPS - 1:
+            t.optimizer.step()
+            t.optimizer.zero_grad()
+
+    with kitsune.accelerate():
+        Training(nothing, after, nothing).run()
+        cells = [t.cell for t in gc.get_objects() if type(t) is LazyTensor and t.cell.region is None and t.cell.home is not None]
+    assert cells
+    for cell in cells:
+        assert (cell.ref, cell.storage, cell.external) == (cell.home.ref, cell.home.storage, False)
 
 
 def aliased(tensor: Any, where: str) -> Any:
@@ -201,6 +236,31 @@ def test_an_alias_of_a_gradient_has_no_part_in_later_writes(used: list[int], whe
             t.seen.append(t.kept["alias"]._version)
 
     assert_same(nothing, after)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_one_that_got_a_history_with_others_is_not_used_as_one_without(used: list[int], early: bool) -> None:
+    """Nobody has asked for its own: before its backward for that of another, behind it for that of all."""
+
+    def look(t: Training, h: Tensor, out: Tensor, loss: Tensor) -> None:
+        if t.at == 8:
+            t.kept["h"] = h
+            if early:
+                t.seen.append(out.grad_fn is not None)
+        elif t.at > 8:
+            t.seen += [h.is_leaf, h.requires_grad]
+
+    def after(t: Training) -> None:
+        if t.at == 8:
+            if not early:
+                with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+                    pass
+            t.leaves[2].grad = t.kept.pop("h")
+            t.optimizer.zero_grad()
+        elif t.at > 8:
+            t.seen.append([(leaf.grad.is_leaf, leaf.grad.requires_grad) for leaf in t.leaves if leaf.grad is not None])
+
+    assert_same(look, after)
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before its backward", "behind it"])
