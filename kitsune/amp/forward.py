@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,18 @@ class HalfForward:
         self._local.region = region
         self._local.dtype, self._local.ended = dtype, ended
         # On the module for the time of this call only. On all modules it would cost each call 2 us.
-        self._local.handle = module.register_forward_hook(self._end, always_call=True)
+        self._local.handle = self._put_on(module)
+
+    def _put_on(self, module: nn.Module) -> RemovableHandle:
+        """The hook on a module, by the handle that this thread has had for it before. A backward looks for hooks again whenever
+        there is a new handle in the process (`lazy/node_hooks.py`): 0.2 ms for the 62 leaves of ResNet-18."""
+        latest, handle = getattr(self._local, "latest", (None, None))
+        if latest is None or handle is None or latest() is not module:
+            handle = module.register_forward_hook(self._end, always_call=True)
+            self._local.latest = weakref.ref(module), handle
+        module._forward_hooks[handle.id] = self._end
+        module._forward_hooks_always_called[handle.id] = True
+        return handle
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.inside:

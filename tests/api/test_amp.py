@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 import kitsune
 from kitsune import KitsuneOptimizer
@@ -260,6 +261,37 @@ def test_an_interrupted_forward_leaves_none_after_the_step() -> None:
         model(torch.ones(2, 8))
     optimizer.close()
     assert not torch.is_autocast_enabled("cpu") and not model._forward_hooks
+
+
+def test_a_model_that_comes_again_gets_no_new_handle() -> None:
+    """With each new one all backwards look for hooks again."""
+    models = [small_model(), small_model(1)]
+    optimizers = [KitsuneOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), enable_amp=True) for model in models]
+    handles = []
+    for k, (x, y) in enumerate(batches(6)):
+        model, optimizer = models[k // 3], optimizers[k // 3]
+        assert optimizer._amp is not None
+        plain_step(model, optimizer, x, y)
+        handles.append(RemovableHandle.next_id)
+        assert not model._forward_hooks and not model._forward_hooks_always_called
+    assert handles[1] == handles[2] and handles[4] == handles[5]
+
+
+def test_one_optimizer_with_two_models_casts_both() -> None:
+    """Each has its hook in turn."""
+    first, second = small_model(), small_model(1)
+    optimizer = KitsuneOptimizer(torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1), enable_amp=True)
+    (x, _), *_ = batches(1)
+    seen = []
+    for module in (first, second):
+        module[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    for _ in range(3):
+        for model in (first, second, first):
+            out = model(x)
+            assert out.dtype is torch.float32 and not model._forward_hooks
+            out.sum().backward()
+        optimizer.step()
+    assert seen == [torch.bfloat16] * 9
 
 
 @pytest.mark.parametrize("kind", [dict, tuple, list])
