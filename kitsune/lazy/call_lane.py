@@ -225,13 +225,13 @@ class CallLane(Learner):
         """Have torch make a call."""
         keep((args, kwargs))
         recorder = self.recorder
-        hook, recorder.hook = recorder.hook, None
-        self.inside += 1
+        hook, inside = recorder.hook, self.inside
+        # Within, since an interrupt may come between any two lines.
         try:
+            recorder.hook, self.inside = None, inside + 1
             return func(*args, **kwargs) if kwargs else func(*args)
         finally:
-            self.inside -= 1
-            recorder.hook = hook
+            recorder.hook, self.inside = hook, inside
 
     def _make(self, func: Any, args: Any, kwargs: Any, key: Any, call: Incoming, modes: Any) -> Any:
         """Make a call for real and learn from it."""
@@ -280,14 +280,14 @@ class CallLane(Learner):
             region = self.recorder.region
             region.unfold()
             if region.calls:
-                # That is no call of this thread's.
-                here = threading.get_ident() == self.thread
-                self.inside += here
+                inside = self.inside
                 try:
+                    # Another thread's is no call of this one's.
+                    self.inside += threading.get_ident() == self.thread
                     self.recorder.tally.realized += 1
                     realize(self.recorder, region)
                 finally:
-                    self.inside -= here
+                    self.inside = inside
         for tensor in tensors:
             if tensor_is_spent(tensor):
                 attach_spent(self.recorder, tensor)
