@@ -35,7 +35,7 @@ from kitsune.lazy.matchers import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
-from kitsune.lazy.replaced import original_of
+from kitsune.lazy.replaced import DOORS, original_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.used_again import keep
@@ -251,7 +251,7 @@ class CallLane(Learner):
         n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
-        result = self.made(func, args, kwargs)
+        result = self.made(DOORS.get(func, func), args, kwargs)
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.

@@ -1,10 +1,12 @@
-"""Functions of torch's in whose place the program has put others."""
+"""Functions of torch's in whose place the program, or Kitsune, has put others."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
+# Torch's functions in C++, and the doors that stand before them.
+DOORS: dict[Any, Any] = {}
 _OWNERS: tuple[Any, ...] = (torch.nn.functional, torch.Tensor)
 # As they were when Kitsune was imported.
 _ORIGINALS = [

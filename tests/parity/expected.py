@@ -56,6 +56,7 @@ PARTLY_LEFT: dict[str, str] = {
         "its forward is done in NumPy": "function/NumpyCubeAutogradFunction function/NumpyMulAutogradFunction "
         "function/NumpySortAutogradFunction",
         "a mask's elements are counted": "__getitem__",
+        "where it is cut, a tensor says": "narrow tensor_split",
     }.items()
     for name in names.split()
 }
@@ -72,7 +73,6 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("masked.prod", "float16"): "as prod",
     ("masked.prod", "complex64"): "as prod: 2.1e-6 where 1.3e-6 is allowed",
     ("custom/NumpyNonzeroCustomOp", "bool"): "the database cannot make its sample: it multiplies a bool tensor by integers",
-    ("tensor_split", "pending"): "the database has bound it before a door stood there; tests/parity/test_found.py has the door",
 }
 
 
