@@ -9,6 +9,7 @@ PASSES_THROUGH: dict[str, str] = {
     name: reason
     for reason, names in {
         "calls no operator": "broadcast_shapes",
+        "needs no gradient, and is made with no mode on": "linalg.matrix_rank linalg.matrix_rank.hermitian",
         "the shape of a result depends on values": "argwhere bincount combinations masked_select "
         "nonzero nonzero_static unique unique_consecutive",
         "an operator checks values on the host": "_segment_reduce.lengths _segment_reduce.offsets allclose histogramdd "
