@@ -74,6 +74,8 @@ def make_subclass_door(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(data) is not LazyTensor and not listening():
+            return original(cls, data, *args, **kwargs)
         data = plain(data)
         with torch._C._DisableTorchDispatch():
             return original(cls, data, *args, **kwargs)

@@ -114,6 +114,10 @@ def _lasting_doors() -> Iterator[Door]:
     if hasattr(torch._C, "_cuda_jiterator_compile_and_launch_kernel"):
         yield torch._C, "_cuda_jiterator_compile_and_launch_kernel", kernel_door
     yield torch.Tensor, "as_subclass", subclass_door
+    # A plain tensor would get a wrapper's memory, which is none.
+    yield torch.Tensor, "data", data_door
+    yield torch.nn.Parameter, "__new__", parameter_door
+    yield torch.Tensor, "_make_subclass", make_subclass_door
     yield torch.utils, "swap_tensors", swap_door
 
 
@@ -137,15 +141,12 @@ def _doors() -> Iterator[Door]:
         yield torch.Tensor, name, dlpack_door if name == "__dlpack__" else memory_door
     yield torch.Tensor, "__repr__", memory_door
     yield torch.Tensor, "__deepcopy__", deepcopy_door
-    yield torch.Tensor, "data", data_door
     yield torch.Tensor, "__cuda_array_interface__", property_door
     yield torch.jit, "trace", kernel_door
     yield torch, "ctc_loss", lengths_door
     for module in (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder):
         yield module, "forward", unheard_door
     yield python_dispatch, "_disable_current_modes", flush_door(Barrier.MODES_OFF)
-    yield torch.nn.Parameter, "__new__", parameter_door
-    yield torch.Tensor, "_make_subclass", make_subclass_door
     for table, make in (
         (_RANDOM, random_door),
         (_SYNCHRONIZE, flush_door(Barrier.SYNCHRONIZE)),
