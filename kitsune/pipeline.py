@@ -110,6 +110,8 @@ class Pipeline:
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
         self.recorder.enter()
+        # Also after an interrupt at the end of one.
+        self.lane.inside = 0
         self.recorder.early.on = config.early_reads
         self.follow()
 

@@ -118,6 +118,14 @@ def pending_samples(name: str, device: str, in_place: bool = False) -> Iterator[
     yield from (replace(found, op=of_copies) for found in samples(name, device, dtype))
 
 
+def ungraded_samples(name: str, device: str) -> Iterator[Sample]:
+    """The samples of an entry's first dtype of whose operands no gradient is wanted after all."""
+    dtype = _dtype(_database()[name], device)
+    for found in samples(name, device, dtype) if dtype is not None else ():
+        if any(t.requires_grad for t in found.tensors()):
+            yield replace(found, inputs=tree_map(_detached, found.inputs))
+
+
 def error_samples(name: str, device: str) -> Iterator[Sample]:
     """The calls of an entry that are to raise."""
     op = _database()[name]
@@ -197,6 +205,10 @@ def _calls_aten(op: Any, found: Any) -> bool:
     with _Counter() as counter, contextlib.suppress(Exception):
         op(inputs[0], *inputs[1], **inputs[2])
     return counter.calls > 0
+
+
+def _detached(leaf: Any) -> Any:
+    return _clone(leaf).requires_grad_(False) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _moved(leaf: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.lazy import doors
 from kitsune.session import trace_regions
 
 STEPS = 12
@@ -168,3 +169,56 @@ class Counting:
 
 
 NUMBERS = Counting()
+
+
+# Ways by which a plain tensor takes over the memory of a result.
+TAKES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "data": lambda t: _with_data(nn.Parameter(torch.ones(2, 3)), t),
+    "data of a plain tensor": lambda t: _with_data(torch.ones(2, 3), t),
+    "data of data": lambda t: _with_data(torch.ones(2, 3), t.data),
+    "data of another shape": lambda t: _with_data(torch.ones(7), t[0]),
+    "a parameter": nn.Parameter,
+    "a buffer": nn.Buffer,
+    "_make_subclass": lambda t: torch.Tensor._make_subclass(nn.Parameter, t),
+    "a state that is assigned": lambda t: _assigned(nn.Linear(3, 2, bias=False), t),
+}
+
+
+def _with_data(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    tensor.data = value
+    return tensor
+
+
+def _assigned(layer: nn.Linear, weight: torch.Tensor) -> torch.Tensor:
+    layer.load_state_dict({"weight": weight}, assign=True)
+    return layer.weight
+
+
+@pytest.fixture
+def doors_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a program that has opened few contexts."""
+    monkeypatch.setattr(doors, "OPENINGS", 1 << 30)
+
+
+@pytest.mark.usefixtures("doors_close")
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("way", TAKES)
+def test_a_result_gives_its_memory_after_its_context_too(way: str, warmup: int) -> None:
+    x = torch.arange(6.0).view(2, 3)
+    with kitsune.accelerate(warmup=warmup, device="cpu"):
+        result = x * 2
+    assert TAKES[way](result).tolist() == TAKES[way](x * 2).tolist()
+
+
+@pytest.mark.usefixtures("doors_close")
+def test_a_result_gives_its_memory_once_the_steps_are_left_to_eager() -> None:
+    parameter = nn.Parameter(torch.ones(4, 3))
+    with kitsune.accelerate(device="cpu"):
+        result = torch.arange(6.0) * 2
+        kitsune.set_stance("force_eager")
+        try:
+            parameter.data = result
+            seen = parameter.tolist()
+        finally:
+            kitsune.set_stance("default")
+    assert seen == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]

@@ -77,6 +77,8 @@ FORMULAS: dict[str, str] = {
     "cumprod": "cumprod_backward divides by the input only while no dispatch mode is on",
     "masked_fill": "the gradient of a tensor that it fills in sums the chosen elements alone only while no dispatch mode is on",
     "householder_product": "its gradient takes another formula while any dispatch mode is on",
+    "cross_entropy_loss": "with label smoothing and weights, those of ignored classes are summed as zeros while any mode is on",
+    "matmul": "a batch of one matrix that needs no gradient is multiplied as a matrix while any dispatch mode is on",
 }
 UNROUNDED = "16-bit results"
 WIDE = "inside of a kernel they stay in float32 until they are stored, compared or made integers"

@@ -36,7 +36,7 @@ from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
-from kitsune.lazy.replaced import is_untouched, original_of
+from kitsune.lazy.replaced import DOORS, is_untouched, original_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.used_again import keep
@@ -227,13 +227,13 @@ class CallLane(Learner):
         """Have torch make a call."""
         keep((args, kwargs))
         recorder = self.recorder
-        hook, recorder.hook = recorder.hook, None
-        self.inside += 1
+        hook, inside = recorder.hook, self.inside
+        # Within, since an interrupt may come between any two lines.
         try:
+            recorder.hook, self.inside = None, inside + 1
             return func(*args, **kwargs) if kwargs else func(*args)
         finally:
-            self.inside -= 1
-            recorder.hook = hook
+            recorder.hook, self.inside = hook, inside
 
     def _make(self, func: Any, args: Any, kwargs: Any, key: Any, call: Incoming, modes: Any) -> Any:
         """Make a call for real and learn from it."""
@@ -255,7 +255,7 @@ class CallLane(Learner):
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS
         try:
-            result = self.made(func, args, kwargs)
+            result = self.made(DOORS.get(func, func), args, kwargs)
         finally:
             recorder.making = False
         known = set(map(id, flat))
@@ -286,14 +286,14 @@ class CallLane(Learner):
             region = self.recorder.region
             region.unfold()
             if region.calls:
-                # That is no call of this thread's.
-                here = threading.get_ident() == self.thread
-                self.inside += here
+                inside = self.inside
                 try:
+                    # Another thread's is no call of this one's.
+                    self.inside += threading.get_ident() == self.thread
                     self.recorder.tally.realized += 1
                     realize(self.recorder, region)
                 finally:
-                    self.inside -= here
+                    self.inside = inside
         for tensor in tensors:
             if tensor_is_spent(tensor):
                 attach_spent(self.recorder, tensor)

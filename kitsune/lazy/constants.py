@@ -11,7 +11,7 @@ from kitsune.ir import Kind, OpRow, Slot
 from kitsune.lazy.cell import Ref
 from kitsune.lazy.region import Region
 from kitsune.lazy.tensor import LazyTensor
-from kitsune.lazy.trie import Node
+from kitsune.lazy.trie import Node, leaves
 
 # Operators behind such a value, and the bytes of their results: more are worth no memory.
 MAX_OPS, MAX_BYTES = 64, 1 << 20
@@ -44,7 +44,7 @@ def _is_constant(node: Node, value: Ref, dirty: set[int], storage: int) -> bool:
             storages = {storage for *_, storage in at.results}
             if n_ops > MAX_OPS or nbytes > MAX_BYTES or not _is_pure(at.row) or not dirty.isdisjoint(storages):
                 return False
-            operands = list(_leaves((at.args, at.kwargs)))
+            operands = list(leaves((at.args, at.kwargs)))
             if any(isinstance(a, Slot) for a in operands):
                 return False
             needed -= made.keys()
@@ -57,11 +57,3 @@ def _is_pure(row: OpRow) -> bool:
     fills = row.kind in (Kind.POINTWISE, Kind.REDUCTION, Kind.VIEW) or row.trusted
     # Memory that nobody has written yet holds something else each time.
     return fills and not row.random and not row.writes and row.kind is not Kind.GEMM and "empty" not in str(row.target)
-
-
-def _leaves(tree: Any) -> Any:
-    if isinstance(tree, tuple):
-        for x in tree:
-            yield from _leaves(x)
-    else:
-        yield tree

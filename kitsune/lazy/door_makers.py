@@ -27,19 +27,6 @@ def plain_arguments(original: Any) -> Any:
     return door
 
 
-def plain_items(original: Any) -> Any:
-    """torch.tensor([a, b]) reads the tensors of a list from C++."""
-
-    @functools.wraps(original)
-    def door(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(a, (list, tuple)) for a in args) or isinstance(kwargs.get("data"), (list, tuple)):
-            wrappers = [t for t in tensors_in((args, kwargs)) if type(t) is LazyTensor and t is not args[0]]
-            args, kwargs = replace_tensors((args, kwargs), {id(t): as_plain(t) for t in wrappers})
-        return original(*args, **kwargs)
-
-    return door
-
-
 def kernel_door(original: Any) -> Any:
     """A launch that takes its tensors in a tuple, and not through the dispatcher."""
 
@@ -87,6 +74,8 @@ def make_subclass_door(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(data) is not LazyTensor and not listening():
+            return original(cls, data, *args, **kwargs)
         data = plain(data)
         with torch._C._DisableTorchDispatch():
             return original(cls, data, *args, **kwargs)

@@ -26,16 +26,26 @@ from kitsune.lazy.door_makers import (
     make_subclass_door,
     memory_door,
     parameter_door,
-    plain_items,
     property_door,
     random_door,
     subclass_door,
     swap_door,
     thread_door,
 )
-from kitsune.lazy.function_doors import lengths_door, places_door, recurrent_door
+from kitsune.lazy.function_doors import (
+    eager_door,
+    host_door,
+    lengths_door,
+    numbers_door,
+    on_host,
+    range_door,
+    recurrent_door,
+    takes_singular_values,
+    unheard_door,
+)
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import OPEN
+from kitsune.lazy.replaced import DOORS
 from kitsune.lazy.tensor import METHOD_DOORS
 
 # (owner, name, what makes the door from the original) and (owner, name, was it the owner's own, the original)
@@ -58,6 +68,9 @@ def open_doors(recorder: Recorder) -> None:
         OPEN.append(recorder)
         if not _lasting:
             _lasting.extend(_put(door) for door in _lasting_doors())
+            for owner, name, _, original in map(_put, _function_doors()):
+                # For programs that have taken the function itself from torch before.
+                DOORS[original] = vars(owner)[name]
         if not _originals:
             _n_openings += 1
             _originals.extend(_put(door) for door in _doors())
@@ -101,10 +114,26 @@ def _lasting_doors() -> Iterator[Door]:
     if hasattr(torch._C, "_cuda_jiterator_compile_and_launch_kernel"):
         yield torch._C, "_cuda_jiterator_compile_and_launch_kernel", kernel_door
     yield torch.Tensor, "as_subclass", subclass_door
+    # A plain tensor would get a wrapper's memory, which is none.
+    yield torch.Tensor, "data", data_door
+    yield torch.nn.Parameter, "__new__", parameter_door
+    yield torch.Tensor, "_make_subclass", make_subclass_door
     yield torch.utils, "swap_tensors", swap_door
-    for name in ("tensor", "as_tensor", "asarray"):
-        yield torch, name, plain_items
-    yield torch.Tensor, "new_tensor", plain_items
+
+
+def _function_doors() -> Iterator[Door]:
+    """Doors of functions in C++, which take wrappers of former contexts as well, and stay, too."""
+    for table, make in (
+        (_RECURRENT, recurrent_door),
+        (_NUMBERS, numbers_door),
+        (_ON_HOST, host_door),
+        (_UNCHECKED, eager_door(on_host)),
+        (_OF_VALUES, eager_door()),
+        (_OF_NORMS, eager_door(takes_singular_values)),
+        (_QUANTILES, range_door),
+    ):
+        for owner, names in table:
+            yield from ((owner, name, make) for name in names.split() if hasattr(owner, name))
 
 
 def _doors() -> Iterator[Door]:
@@ -112,24 +141,20 @@ def _doors() -> Iterator[Door]:
         yield torch.Tensor, name, dlpack_door if name == "__dlpack__" else memory_door
     yield torch.Tensor, "__repr__", memory_door
     yield torch.Tensor, "__deepcopy__", deepcopy_door
-    yield torch.Tensor, "data", data_door
     yield torch.Tensor, "__cuda_array_interface__", property_door
     # Where what a program has bound beforehand comes by, too.
     yield torch.jit._trace, "_trace_impl", kernel_door
     yield torch.jit, "trace_module", kernel_door
     yield torch, "ctc_loss", lengths_door
-    yield torch, "tensor_split", places_door
-    yield torch.Tensor, "tensor_split", places_door
+    for module in (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder):
+        yield module, "forward", unheard_door
     yield python_dispatch, "_disable_current_modes", flush_door(Barrier.MODES_OFF)
-    yield torch.nn.Parameter, "__new__", parameter_door
-    yield torch.Tensor, "_make_subclass", make_subclass_door
     for table, make in (
         (_RANDOM, random_door),
         (_SYNCHRONIZE, flush_door(Barrier.SYNCHRONIZE)),
         (((threading.Thread, "start join"), (_thread, "start_new_thread")), thread_door),
         (_DEFAULTS, default_door),
         (_GENERATOR, generator_door),
-        (_RECURRENT, recurrent_door),
     ):
         for owner, names in table:
             yield from ((owner, name, make) for name in names.split() if hasattr(owner, name))
@@ -146,6 +171,22 @@ _GENERATOR: Table = (
     ),
 )
 _RECURRENT: Table = ((torch, "lstm gru rnn_tanh rnn_relu"), (torch._VF, "lstm gru rnn_tanh rnn_relu"))
+_NUMBERS: Table = ((torch, "tensor_split"), (torch.Tensor, "tensor_split"))
+_PACKED = "_pack_padded_sequence _pad_packed_sequence"
+_ON_HOST: Table = (
+    (torch._VF, _PACKED),
+    (torch, f"{_PACKED} sparse_coo_tensor _validate_sparse_coo_tensor_args"),
+)
+_UNCHECKED: Table = ((torch.nn.functional, "one_hot"),)
+_OF_VALUES: Table = (
+    (torch.linalg, "svdvals eigvalsh eigvals cond matrix_rank"),
+    (
+        torch,
+        "choose_qparams_optimized _sobol_engine_draw _sobol_engine_ff_ _sobol_engine_initialize_state_ _sobol_engine_scramble_",
+    ),
+)
+_OF_NORMS: Table = ((torch.linalg, "matrix_norm norm"),)
+_QUANTILES: Table = ((torch, "quantile nanquantile"), (torch.Tensor, "quantile nanquantile"))
 _RANDOM: Table = (
     (torch, _SEEDS),
     (torch.random, _SEEDS),

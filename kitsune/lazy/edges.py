@@ -13,7 +13,7 @@ from kitsune.ir import TensorType
 from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.cell import Cell, Ref, ref, serial_of
 from kitsune.lazy.tensor import LazyTensor
-from kitsune.lazy.trie import GENERAL, NOTHING, ONE, SELF, Node
+from kitsune.lazy.trie import GENERAL, NOTHING, ONE, SELF, Node, leaves
 
 _storage_offset: Any = torch._C.TensorBase.storage_offset
 
@@ -128,6 +128,16 @@ class Before:
         self._refs = [None if cell is None else cell.ref for cell in self._cells]
         self._versions = [0 if t.is_inference() else t._version for t in flat]
         self._graded = [t.requires_grad for t in flat]
+
+    def read_beside(self, path: Sequence[Node]) -> bool:
+        """Was a plain tensor given to the call and to none of its ops? C++ may have read its numbers, which no key tells: the
+        batch sizes of a packed sequence. (A wrapper has none to read.)"""
+        taken = {a for node in path for a in leaves((node.args, node.kwargs)) if isinstance(a, Ref)}
+        for tensor, value in zip(self._flat, self._refs, strict=True):
+            cell = None if type(tensor) is LazyTensor else cell_in(tensor, self._region)
+            if type(tensor) is not LazyTensor and (cell is None or (value or cell.came) not in taken):
+                return True
+        return False
 
     def written(self) -> tuple[tuple[tuple[int, Ref], ...], tuple[int, ...]] | None:
         """The tensors that have been written since, as an Edge has them; None if one of them is of another kind now."""

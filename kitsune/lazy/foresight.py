@@ -45,7 +45,7 @@ def with_foresight(graph: Graph, awaited: tuple[int, ...], foresight: Foresight 
     sources = {} if foresight is None else {n: outputs.get(source) for n, source in foresight.sources.items()}
     if foresight is None or not awaited or any(v is None or v.type.offset for v in sources.values()):
         return Graph(graph.inputs, graph.ops, graph.outputs, awaited)
-    renumbering = _Renumbering(graph, {v.id: sources[v.id] for v in foresight.graph.inputs})
+    renumbering = _Renumbering(graph, [(v, sources[v.id]) for v in foresight.graph.inputs])
     ops = tuple(renumbering.op(op) for op in foresight.graph.ops)
     further = tuple(renumbering.value(v) for v in foresight.graph.outputs)
     read = {renumbering.base + number for number in foresight.read}
@@ -56,20 +56,20 @@ def with_foresight(graph: Graph, awaited: tuple[int, ...], foresight: Foresight 
 class _Renumbering:
     """The ops of a second region, in the numbers of the first."""
 
-    def __init__(self, graph: Graph, inputs: dict[int, Any]) -> None:
+    def __init__(self, graph: Graph, inputs: list[tuple[Value, Any]]) -> None:
         self.base = n_values(graph)
         values = (*graph.inputs, *(v for op in graph.ops for v in op.outputs))
         self._storage = 1 + max((v.storage for v in values), default=-1)
-        self._inputs = inputs
-        self._storages: dict[int, int] = {}
+        # By its number there: a value is one object, whoever reads it.
+        self._values: dict[int, Value] = {v.id: source for v, source in inputs}
+        self._storages = {v.storage: source.storage for v, source in inputs}
 
     def value(self, value: Value) -> Value:
-        source: Value | None = self._inputs.get(value.id)
-        if source is not None:
-            self._storages[value.storage] = source.storage
-            return source
-        storage = self._storages.get(value.storage, self._storage + value.storage)
-        return Value(self.base + value.id, value.type, storage, value.version)
+        known = self._values.get(value.id)
+        if known is None:
+            storage = self._storages.get(value.storage, self._storage + value.storage)
+            known = self._values[value.id] = Value(self.base + value.id, value.type, storage, value.version)
+        return known
 
     def op(self, op: Op) -> Op:
         inputs = tuple(self.value(v) for v in op.inputs)

@@ -1,42 +1,60 @@
-"""Functions of torch's that read a tensor, or ask for its address, from C++ before any dispatcher: what they get instead."""
+"""Functions of torch's whose C++ reads numbers, asks for addresses, or asks whether a mode is on, before any dispatcher: what
+they get instead."""
 
+import contextlib
 import functools
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from kitsune.ir import Barrier
+from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
+from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import listening
+from kitsune.lazy.recording import PLAIN
+from kitsune.lazy.tensor import LazyTensor, as_plain
+
+_INTEGERS = (torch.int64, torch.int32, torch.uint8)
 
 
-def places_door(original: Any) -> Any:
-    """torch.tensor_split reads a tensor of places from C++."""
+def not_compiled(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Doors that compilers do not see: what they trace is the original."""
 
-    @functools.wraps(original)
+    def make_both(original: Any) -> Any:
+        opened = make(original)
+
+        @functools.wraps(original)
+        def door(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs) if torch.compiler.is_compiling() else opened(*args, **kwargs)
+
+        return door
+
+    return make_both
+
+
+@not_compiled
+def numbers_door(original: Any) -> Any:
+    """The integers that it is given say where it cuts: places, and the sizes of a packed batch."""
+
     def door(*args: Any, **kwargs: Any) -> Any:
-        name = "tensor_indices_or_sections"
-        places: Any = args[1] if len(args) > 1 else kwargs.get(name)
-        # Any other tensor makes it raise, in words of its own.
-        fits = isinstance(places, torch.Tensor) and places.dtype is torch.int64 and places.dim() < 2
-        if fits and places.device.type == "cpu" and listening():
-            numbers = places.tolist()
-            args, kwargs = replace_tensors((args, {**kwargs}), {id(places): numbers})
-            if name in kwargs:
-                kwargs["indices" if isinstance(numbers, list) else "sections"] = kwargs.pop(name)
+        args, kwargs = _with_numbers(args, kwargs)
         return original(*args, **kwargs)
 
     return door
 
 
+@not_compiled
 def lengths_door(original: Any) -> Any:
     """On a CPU, the mean of torch.ctc_loss makes a tensor of a list of lengths, and fills its memory from C++.
 
     Elsewhere torch reads a tensor of lengths, but not where a dispatch mode is on: then it asks for it on the device.
     """
 
-    @functools.wraps(original)
     def door(log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any, *args: Any, **kwargs: Any) -> Any:
         given = (input_lengths, target_lengths)
         mean = (args[1] if len(args) > 1 else kwargs.get("reduction", 1)) == 1
@@ -49,24 +67,140 @@ def lengths_door(original: Any) -> Any:
     return door
 
 
+@not_compiled
 def recurrent_door(original: Any) -> Any:
     """C++ has the dispatcher make a tensor over all weights for cuDNN, under autocast one that they are cast into, and asks for
     places in its memory: as in `disable()`. Recorded, they were packed at each call, or written where there was no memory."""
+    opened = numbers_door(original)
 
-    @functools.wraps(original)
     def door(*args: Any, **kwargs: Any) -> Any:
         on_cuda = any(t.device.type == "cuda" for t in tensors_in((args, kwargs)))
-        recorders = _of_this_thread() if on_cuda else []
-        for recorder in recorders:
-            recorder.flush(Barrier.DOOR)
-            recorder.pause()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            for recorder in recorders:
-                recorder.resume()
+        with _unrecorded("cuda") if on_cuda else contextlib.nullcontext():
+            return opened(*args, **kwargs)
 
     return door
+
+
+@not_compiled
+def host_door(original: Any) -> Any:
+    """C++ has the dispatcher make tensors on the host, and fills or reads their memory: as in `disable()`."""
+    opened = numbers_door(original)
+
+    def door(*args: Any, **kwargs: Any) -> Any:
+        with _unrecorded("cpu"):
+            return opened(*args, **kwargs)
+
+    return door
+
+
+def eager_door(suits: Callable[..., bool] = lambda *args, **kwargs: True) -> Callable[[Any], Any]:
+    """While a dispatch mode is on, or for a wrapper, C++ leaves out what asks for numbers, or computes as if a gradient were
+    wanted. A call that `suits` and of which none is wanted is made on plain tensors, with no mode on."""
+
+    def make(original: Any) -> Any:
+        def door(*args: Any, **kwargs: Any) -> Any:
+            tensors = tensors_in((args, kwargs))
+            graded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            if graded or not _may_hide(tensors) or not suits(*args, **kwargs):
+                return original(*args, **kwargs)
+            args, kwargs = _computed(tensors, args, kwargs)
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                return original(*args, **kwargs)
+
+        return door
+
+    return not_compiled(make)
+
+
+@not_compiled
+def range_door(original: Any) -> Any:
+    """On a CPU torch looks at each probability, but not while a dispatch mode is on."""
+
+    def door(input: Any, q: Any, *args: Any, **kwargs: Any) -> Any:
+        fits = isinstance(q, torch.Tensor) and q.dtype is input.dtype and q.dim() < 2
+        if fits and on_host(input) and on_host(q) and _may_hide([input, q]):
+            (plain,), _ = _computed([q], (q,), {})
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.no_grad():
+                # Of one number: either it raises, or nothing comes of it.
+                original(torch.zeros(1, dtype=q.dtype), plain)
+        return original(input, q, *args, **kwargs)
+
+    return door
+
+
+@not_compiled
+def unheard_door(original: Any) -> Any:
+    """In evaluation, torch's transformers leave out their own kernels, and with them the zeros for what is padded, where anybody
+    listens to calls: the call lane is not to."""
+
+    def door(module: Any, *args: Any, **kwargs: Any) -> Any:
+        lanes = _get_current_function_mode_stack()
+        if module.training or not lanes or not all(isinstance(mode, CallLane) for mode in lanes):
+            return original(module, *args, **kwargs)
+        tensors = [*tensors_in((args, kwargs)), *module.parameters()]
+        if not _are_known(tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            return original(module, *args, **kwargs)
+        with contextlib.ExitStack() as unheard:
+            for _ in lanes:
+                unheard.enter_context(_pop_mode_temporarily())
+            return original(module, *args, **kwargs)
+
+    return door
+
+
+def on_host(input: Any, *args: Any, **kwargs: Any) -> bool:
+    """Is the first argument there, where torch looks at its numbers? On a GPU its kernel does."""
+    return bool(input.device.type == "cpu")
+
+
+def takes_singular_values(input: Any, ord: Any = None, dim: Any = None, *args: Any, **kwargs: Any) -> bool:
+    """Is this norm made of singular values?"""
+    is_matrix = input.dim() == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
+    return is_matrix and ord in (2, -2, "nuc")
+
+
+def _with_numbers(args: Any, kwargs: Any) -> Any:
+    """The arguments with the integers on the host computed, and with memory."""
+    integers = [t for t in tensors_in((args, kwargs)) if t.dtype in _INTEGERS and on_host(t)]
+    return _computed(integers, args, kwargs) if integers and not _is_transformed() else (args, kwargs)
+
+
+def _computed(tensors: list[Any], args: Any, kwargs: Any) -> Any:
+    """The arguments with these tensors computed, and with memory."""
+    for recorder in listening():
+        # Nobody is to follow a call around this one.
+        recorder.n_unrecorded += 1
+        for tensor in tensors:
+            recorder.before_door(tensor, Barrier.DOOR)
+    by_id = {id(t): as_plain(t) for t in tensors if type(t) is LazyTensor}
+    return replace_tensors((args, kwargs), by_id) if by_id else (args, kwargs)
+
+
+@contextlib.contextmanager
+def _unrecorded(device: str) -> Iterator[None]:
+    """This thread's recorders for such a device let everything pass."""
+    with contextlib.ExitStack() as paused:
+        for recorder in _of_this_thread():
+            if recorder.device.type == device:
+                recorder.flush(Barrier.DOOR)
+                recorder.pause()
+                paused.callback(recorder.resume)
+        yield
+
+
+def _may_hide(tensors: list[Any]) -> bool:
+    """Are the modes that are on all ours, and is this of no other library or transform?"""
+    ours = all(isinstance(mode, Recorder) for mode in _get_current_dispatch_mode_stack())
+    return ours and _are_known(tensors) and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Are we inside of a transform of torch.func, whose tensors have no memory?"""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _are_known(tensors: Any) -> bool:
+    return all(type(t) in PLAIN or type(t) is LazyTensor for t in tensors if isinstance(t, torch.Tensor))
 
 
 def _of_this_thread() -> list[Any]:

@@ -127,7 +127,7 @@ class Learner:
             return None
         arrivals = arrivals_of(path, list(call.fresh.values()), region)
         written = sight.before.written()
-        if arrivals is None or written is None or not returned.fits:
+        if arrivals is None or written is None or not returned.fits or (path and sight.before.read_beside(path)):
             return None
         rewrites, bumps = written
         plain = {cell.storage for cell in region.plain.values()}

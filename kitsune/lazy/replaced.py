@@ -1,4 +1,4 @@
-"""Functions of torch's in whose place the program has put others."""
+"""Functions of torch's in whose place the program, or Kitsune, has put others."""
 
 import os
 import sys
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+# Torch's functions in C++, and the doors that stand before them.
+DOORS: dict[Any, Any] = {}
 # Where torch's functions in Python find the names in which they ask a mode.
 _OWNERS: tuple[Any, ...] = (torch.Tensor, torch.nn.functional, torch.functional, torch.nn.init, torch.autograd)
 _TORCH = os.path.dirname(torch.__file__) + os.sep

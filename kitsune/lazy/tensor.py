@@ -189,6 +189,22 @@ for _name in METHOD_DOORS:
 setattr(LazyTensor, "__cuda_array_interface__", _door("__cuda_array_interface__", method=False))  # noqa: B010
 
 
+def _number(name: str) -> Any:
+    original = getattr(torch.Tensor, name)
+
+    @functools.wraps(original)
+    def number(self: LazyTensor) -> Any:
+        # C++ makes a tensor of a list of these with the dispatcher's Python switched off.
+        beneath = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python)
+        return original(as_plain(self) if beneath else self)
+
+    return number
+
+
+for _name in ("__bool__", "__int__", "__index__", "__float__", "__complex__"):
+    setattr(LazyTensor, _name, _number(_name))
+
+
 @functools.cache
 def wrapper_maker(type_: TensorType) -> Callable[[], LazyTensor]:
     """A function that makes wrappers of one type.

@@ -119,6 +119,15 @@ def agrees(node: Node, spec: OutputSpec, cells: list[Cell]) -> bool:
     return True
 
 
+def leaves(tree: Any) -> Iterator[Any]:
+    """What is in a node's arguments: numbers of values, slots and constants."""
+    if isinstance(tree, tuple):
+        for x in tree:
+            yield from leaves(x)
+    else:
+        yield tree
+
+
 def written_operands(row: OpRow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
     """The tensors that a call writes, by its row."""
     for position, name in row.writes:

@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import kitsune
+from kitsune.lazy.call_lane import CallLane
 from kitsune.session import _thread as here
 from tests.chaos.counting import Counts, Loop, lazily, many
 
@@ -110,6 +111,43 @@ def test_at_random_lines(counts: Counts) -> None:
         kitsune.reset()
         n = scattered.randrange(1, total)
         one(n, counts, expected, lambda n=n: after_lines(n))
+
+
+@contextlib.contextmanager
+def in_a_call(line: int) -> Iterator[None]:
+    """An interrupt before a certain line of the function by which the call lane has torch make a call."""
+    code, n_calls = CallLane.made.__code__, 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal n_calls
+        if frame.f_code is not code:
+            return None
+        n_calls += event == "call"
+        if n_calls > 40 and frame.f_lineno == line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_before_each_line_of_a_call(counts: Counts) -> None:
+    """Calls and backwards are followed afterwards: nobody thinks that one is still being made."""
+    loop = Loop()
+    train(loop)
+    expected = loop.state()
+    lines = sorted({line for *_, line in CallLane.made.__code__.co_lines() if line})
+    for line in lines[1:]:
+        kitsune.reset()
+        one(line, counts, expected, lambda line=line: in_a_call(line))
+        with lazily():
+            train(Loop())
+        assert kitsune.counters()["backwards_followed"] > 0
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals come to the main thread")

@@ -9,6 +9,7 @@ PASSES_THROUGH: dict[str, str] = {
     name: reason
     for reason, names in {
         "calls no operator": "broadcast_shapes",
+        "needs no gradient, and is made with no mode on": "linalg.matrix_rank linalg.matrix_rank.hermitian",
         "the shape of a result depends on values": "argwhere bincount combinations masked_select "
         "nonzero nonzero_static unique unique_consecutive",
         "an operator checks values on the host": "_segment_reduce.lengths _segment_reduce.offsets allclose histogramdd "
@@ -56,6 +57,7 @@ PARTLY_LEFT: dict[str, str] = {
         "its forward is done in NumPy": "function/NumpyCubeAutogradFunction function/NumpyMulAutogradFunction "
         "function/NumpySortAutogradFunction",
         "a mask's elements are counted": "__getitem__",
+        "where it is cut, a tensor says": "narrow tensor_split",
     }.items()
     for name in names.split()
 }
@@ -72,7 +74,6 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("masked.prod", "float16"): "as prod",
     ("masked.prod", "complex64"): "as prod: 2.1e-6 where 1.3e-6 is allowed",
     ("custom/NumpyNonzeroCustomOp", "bool"): "the database cannot make its sample: it multiplies a bool tensor by integers",
-    ("tensor_split", "pending"): "the database has bound it before a door stood there; tests/parity/test_found.py has the door",
 }
 
 

@@ -33,7 +33,7 @@ from tests.parity import sights
 from tests.parity.expected import expected_reason, may_be_left
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64", "int64", "uint8", "bool")
-PARTS = (*DTYPES, "pending", "in place", "errors", "gradcheck", "gradgradcheck")
+PARTS = (*DTYPES, "no gradient", "pending", "in place", "errors", "gradcheck", "gradgradcheck")
 # What the tests set, and why, is in tests/conftest.py.
 SWITCHES = {"gate": False, "verify": True, "compile_workers": 0, "numerics": "bitwise"}
 COUNTS = ("run", "equal", "different", "crashed")
@@ -56,6 +56,8 @@ def work(name: str, part: str) -> tuple[Check, list[Any]]:
         return sights.four_sights, list(sights.samples(name, getattr(torch, part)))
     if name.partition("/")[0] in ("module", "optimizer"):
         return sights.four_sights, []
+    if part == "no gradient":
+        return sights.four_sights, list(_opinfo.ungraded_samples(name, "cpu"))
     if part in ("pending", "in place"):
         return sights.four_sights, list(_opinfo.pending_samples(name, "cpu", part == "in place"))
     if part == "errors":

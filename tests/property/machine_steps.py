@@ -153,7 +153,7 @@ def loop_of_a_new_leaf(b: Builder, i: int, j: int, k: int) -> str:
 def hook(b: Builder, i: int, j: int, k: int) -> str:
     x, p = b.graded(i), b.leaf(j)
     calls = (
-        f"handle = {x}.register_hook(lambda g: g * 0.5)",
+        f"{x}.is_leaf; handle = {x}.register_hook(lambda g: g * 0.5)",
         f"handle = {p}.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))",
         "handle.remove()",
         f"{x}.retain_grad()",

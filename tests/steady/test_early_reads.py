@@ -258,6 +258,30 @@ def test_a_second_question_is_answered_for_what_it_is_asked_of(mostly: str, some
     assert got == [program(k) for k in range(18)]
 
 
+def test_a_second_question_of_several_operators_is_answered(kernels: bool) -> None:
+    def program(x: torch.Tensor) -> list[bool]:
+        y = x.abs().sum()
+        return [bool(y > 5), bool((y * 2 - 3).abs() > 4)]
+
+    xs = list(torch.randn(14, 4, 4))
+    with kitsune.config.patch(verify=True), kitsune.accelerate(device="cpu"):
+        got = [program(x) for x in xs]
+    assert kitsune.counters()["foreseen"] >= 5
+    assert got == [program(x) for x in xs]
+
+
+def test_a_region_of_nothing_that_comes_in_is_foreseen(kernels: bool) -> None:
+    def program() -> float:
+        nothing = torch.empty(0) * 1
+        with pytest.raises(RuntimeError, match="0 elements"):
+            nothing.item()
+        return nothing.sum().item()
+
+    with kitsune.config.patch(verify=True), kitsune.accelerate(device="cpu"):
+        assert [program() for _ in range(8)] == [0.0] * 8
+    assert kitsune.counters()["foreseen"] >= 2
+
+
 @pytest.mark.parametrize("how", ["reads what is written", "draws numbers"])
 def test_what_comes_before_an_awaited_value_stays_before_it(how: str, kernels: bool) -> None:
     def program(x: torch.Tensor) -> list[float]:
