@@ -35,13 +35,18 @@ class Arrivals:
     def forget(self) -> None:
         """A tensor may have another memory or shape than when it last came in."""
         self.n_dropped += 1
+        for watch, *_ in self.tensors.values():
+            # What has learned of a tensor by its entry keeps that, and torch swaps no tensor that somebody refers to weakly.
+            watch.clear()
         self.tensors.clear()
         self.lists.clear()
         self.groups.clear()
 
     def drop(self, tensor: Any) -> None:
         """This tensor may be another than when it last came in."""
-        if self.tensors.pop(id(tensor), None) is not None:
+        known = self.tensors.pop(id(tensor), None)
+        if known is not None:
+            known[0].clear()
             self.n_dropped += 1
             self.lists.clear()
 

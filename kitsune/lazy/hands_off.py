@@ -70,6 +70,19 @@ PRODUCTS = frozenset(
     _found(torch.nn.functional, "linear") | _found(torch, "matmul") | _found(Tensor, "matmul __matmul__ __rmatmul__")
 )
 
+# How products and backwards see all of a tensor in another shape. Of which part a backward in Python takes a view may change.
+_aten = torch.ops.aten
+WHOLE_VIEWS = frozenset(
+    {
+        _aten.t.default,
+        _aten.transpose.int,
+        _aten.permute.default,
+        _aten.view.default,
+        _aten.expand.default,
+        _aten.unsqueeze.default,
+    }
+)
+
 # They say whether a leaf collects a gradient: nobody else's affair while the region does not know the leaf.
 FLAGS = frozenset({Tensor.requires_grad_, getattr(Tensor, "requires_grad").__set__})  # noqa: B009
 

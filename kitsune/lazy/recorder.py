@@ -13,6 +13,7 @@ from kitsune.lazy.at_once import pass_through
 from kitsune.lazy.cell import Cell, serial_of
 from kitsune.lazy.constants import MOVES, UNKNOWN, constant
 from kitsune.lazy.first_sight import Call, first_sight
+from kitsune.lazy.hands_off import WHOLE_VIEWS
 from kitsune.lazy.host_counts import are_counts
 from kitsune.lazy.new_state import make_state
 from kitsune.lazy.rebuild import fill, tensors_in
@@ -239,7 +240,7 @@ class Recorder(Recording):
         if row.barrier is not None:
             return pass_through(self, row, args, kwargs, row.barrier)
         if row.is_view:
-            passes = self._only_comes_in(first) and not self._is_seen_as_matrix(first)
+            passes = self._only_comes_in(first) and not self._is_seen_as_matrix(row, first)
             return pass_through(self, row, args, kwargs, Barrier.INPUT_VIEW) if passes else RECORD
         return pass_through(self, row, args, kwargs, Barrier.HOST_SCALAR) if self._is_host_counter(args) else RECORD
 
@@ -264,10 +265,10 @@ class Recorder(Recording):
             return outside and cell.real is not None and not tensor.requires_grad and not self.is_pending(tensor)
         return type(tensor) is Tensor and not tensor.requires_grad and not self.is_pending(tensor)
 
-    def _is_seen_as_matrix(self, tensor: Any) -> bool:
+    def _is_seen_as_matrix(self, row: OpRow, tensor: Any) -> bool:
         """Is it viewed by the product that it is an operand of? A view says where it is in its memory, so that batches that begin
         elsewhere each time would make regions of their own."""
-        return self.making and (self.walk is not None or not tensor.storage_offset())
+        return self.making and row.target in WHOLE_VIEWS and (self.walk is not None or not tensor.storage_offset())
 
     def _reshape(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """`x.squeeze_()` on a wrapper: the view is recorded, and the wrapper stands for it from now on."""
