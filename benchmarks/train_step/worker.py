@@ -191,7 +191,9 @@ def visit(task: Task, save: Callable[[dict[str, Any]], None]) -> None:
         for n in range(MOST_UNDECIDED):
             if n >= READ_EVERY and program.is_decided():
                 break
-            step()
+            # Held until the next one is there, as below: a step whose loss nobody holds is another region, and is planned.
+            loss = step()
+        loss.item()
         save(step_times(step, task))
         # With a look at the loss in each step, Python waits for the device in all of them.
         save(host_times(step, task) if task.read != "each" else {})
