@@ -12,6 +12,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 import kitsune
+from tests.parity.sweep import work
 
 STEPS = 5
 Step = Callable[[], Any]
@@ -150,3 +151,10 @@ def test_ctc_loss_on_a_gpu_takes_lengths_from_the_host(reduction: str) -> None:
         with kitsune.accelerate(warmup=1, device="cuda"):
             got = step()
         assert torch.equal(got, expected)
+
+
+def test_gradients_of_a_stale_view_are_looked_at_in_the_end() -> None:
+    """`is_leaf` of a wrapper that is a view of what has been written never returned."""
+    check, samples = work("as_strided_scatter", "gradgradcheck")
+    for sample in samples:
+        assert not check(sample).differences
