@@ -25,6 +25,17 @@ STEPS = 6
 
 
 @contextlib.contextmanager
+def traced(trace: Any) -> Iterator[None]:
+    """Python tells `trace` of each line of this thread."""
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@contextlib.contextmanager
 def after_lines(n: int) -> Iterator[None]:
     """An interrupt once that many lines of Python have been run, wherever that is."""
     left = n
@@ -38,12 +49,8 @@ def after_lines(n: int) -> Iterator[None]:
                 raise KeyboardInterrupt
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with traced(trace):
         yield
-    finally:
-        sys.settrace(before)
 
 
 def lines_of_a_training() -> int:
@@ -128,12 +135,8 @@ def in_a_call(line: int) -> Iterator[None]:
             raise KeyboardInterrupt
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with traced(trace):
         yield
-    finally:
-        sys.settrace(before)
 
 
 def test_before_each_line_of_a_call(counts: Counts) -> None:
