@@ -5,6 +5,7 @@ from kitsune.lazy.cell import serial_of
 from kitsune.lazy.doors import close_doors, open_doors
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.graph_doors import close_graph_doors, open_graph_doors
+from kitsune.lazy.host_counts import HostCounts, count_steps, numbers_of, read_steps
 from kitsune.lazy.realize import attach_spent
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import in_a_step, renew_lock, where_in_step
@@ -19,6 +20,7 @@ from kitsune.lazy.used_again import keep
 __all__ = [
     "REPLACED_BEFORE",
     "CallLane",
+    "HostCounts",
     "LazyTensor",
     "Recorder",
     "ScalarSources",
@@ -26,12 +28,15 @@ __all__ = [
     "attach_spent",
     "close_doors",
     "close_graph_doors",
+    "count_steps",
     "in_a_step",
     "is_strided",
     "keep",
     "memory_changed",
+    "numbers_of",
     "open_doors",
     "open_graph_doors",
+    "read_steps",
     "renew_lock",
     "serial_of",
     "settle_grads",

@@ -44,13 +44,20 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     assert reason is not None
     tensors = tensors_in((args, kwargs))
     flush_for(recorder, row, args, kwargs, tensors, reason)
-    if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER):
+    counts = bool(recorder.counting) and _only_counts(recorder.counting, row, args, tensors)
+    if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER) and not counts:
         recorder.n_unrecorded += 1
     early = recorder.early.answer(row, tensors[0]) if reason is Barrier.ITEM else None
     result, reals = call(recorder, row, args, kwargs, tensors) if early is None else (early, tensors)
-    if recorder.watcher is not None:
+    if recorder.watcher is not None and not counts:
         recorder.watcher.passed(row, args, kwargs, reason)
     return hand_out(recorder, row, result, tensors, reals, reason)
+
+
+def _only_counts(counting: frozenset[int], row: OpRow, args: Any, tensors: list[Any]) -> bool:
+    """Does an op of an update count its steps on the host, or read such a count? Of both the update's numbers tell."""
+    written = list(written_operands(row, args, {})) if row.writes else tensors
+    return bool(written) and all(id(t) in counting for t in written)
 
 
 def flush_for(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: list[Any], reason: Barrier) -> None:

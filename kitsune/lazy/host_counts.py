@@ -6,7 +6,8 @@ numbers, and the update would be made by torch each time.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +15,6 @@ import torch
 MAX_DISTINCT = 8
 # Not the method, which is a door.
 _numbers_in = torch._C.TensorBase.tolist
-# The counts of the parameters, by the name of torch's function: position among its arguments.
-_COUNTS = {"adam": 5, "adamw": 5}
 
 
 def _adam(step: float, beta1: float, beta2: float, lr: float, weight_decay: float, **_: Any) -> list[float]:
@@ -23,45 +22,93 @@ def _adam(step: float, beta1: float, beta2: float, lr: float, weight_decay: floa
     return [lr / first, second**0.5, 1 - lr * weight_decay]
 
 
-_NUMBERS: dict[str, Callable[..., list[float]]] = {"adam": _adam, "adamw": _adam}
+def _adamax(step: float, beta1: float, lr: float, **_: Any) -> list[float]:
+    return [lr / (1 - beta1**step)]
 
 
+def _adagrad(step: float, lr: float, lr_decay: float, **_: Any) -> list[float]:
+    return [lr / (1 + (step - 1) * lr_decay)]
+
+
+def _none(_step: float, **_: Any) -> list[float]:
+    return []
+
+
+class _Family(NamedTuple):
+    """Updates of one kind: where the parameters' counts are among the arguments, and what is worked out from one of them."""
+
+    position: int
+    numbers: Callable[..., list[float]]
+    options: tuple[str, ...] = ()
+
+
+_ADAM = _Family(5, _adam, ("beta1", "beta2", "lr", "weight_decay"))
+_FAMILIES = {
+    "adam": _ADAM,
+    "adamw": _ADAM,
+    "adamax": _Family(4, _adamax, ("beta1", "lr")),
+    "adagrad": _Family(3, _adagrad, ("lr", "lr_decay")),
+    "adadelta": _Family(4, _none),
+    "rmsprop": _Family(5, _none),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class HostCounts:
-    """The part of one update that is done on the host. `pattern` tells which parameters have taken equally many steps."""
+    """The part of one update that is done on the host: what it is called, the counts, and the numbers that it is given.
 
-    def __init__(self, counts: list[torch.Tensor], pattern: tuple[int, ...], numbers: list[float]) -> None:
-        self._counts, self.pattern, self.numbers = counts, pattern, numbers
+    `steps` says how many have been taken, each number once, and `pattern` which of these is that of each count; `numbers` is what
+    follows from all of that.
+    """
+
+    name: str
+    counts: list[torch.Tensor]
+    # A weight decay of zero is mostly an integer.
+    options: dict[str, float]
+    steps: list[float]
+    pattern: tuple[int, ...]
+    numbers: list[float]
 
     def advance(self) -> None:
         """Count the step, as the update would."""
-        with torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-            torch._foreach_add_(self._counts, torch.tensor(1.0, device="cpu"), alpha=1.0)
+        count_steps(self.counts)
 
 
-def may_count(func: Any, kwargs: Any) -> bool:
-    """May the update with these options do work on the host?"""
-    return func.__name__ in _COUNTS and not kwargs.get("fused") and not kwargs.get("capturable")
+def count_steps(counts: list[torch.Tensor]) -> None:
+    """Count a step of each."""
+    with torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        torch._foreach_add_(counts, torch.tensor(1.0, device="cpu"), alpha=1.0)
+
+
+def read_steps(counts: list[torch.Tensor]) -> tuple[list[float], tuple[int, ...]]:
+    """How many steps have been taken, each number once, and of each count which of these it is."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
+        steps = _numbers_in(torch.stack(counts))
+    distinct = list(dict.fromkeys(steps))
+    return distinct, (0,) * len(steps) if len(distinct) == 1 else tuple(map(distinct.index, steps))
+
+
+def numbers_of(name: str, steps: list[float], options: dict[str, float]) -> list[float] | None:
+    """What an update that is called so works out after so many steps; None if that cannot be said."""
+    if len(steps) > MAX_DISTINCT or not all(map(math.isfinite, steps)):
+        return None
+    try:
+        return [number for step in steps for number in _FAMILIES[name].numbers(step + 1, **options)]
+    except (ZeroDivisionError, OverflowError):
+        return None
 
 
 def host_counts(func: Any, args: Any, kwargs: Any) -> HostCounts | None:
     """What the update with these arguments does on the host; None if nothing, or if that is not known."""
-    name = func.__name__
-    position = _COUNTS.get(name, len(args))
-    if len(args) <= position or not may_count(func, kwargs):
+    family = _FAMILIES.get(func.__name__)
+    if family is None or len(args) <= family.position or kwargs.get("fused") or kwargs.get("capturable"):
         return None
-    counts, floats = args[position], {k: v for k, v in kwargs.items() if type(v) is float}
-    if not {"beta1", "beta2", "lr", "weight_decay"} <= floats.keys() or not are_counts(counts):
+    counts, options = args[family.position], {k: v for k, v in kwargs.items() if type(v) in (float, int)}
+    if not options.keys() >= set(family.options) or not are_counts(counts):
         return None
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
-        steps = _numbers_in(torch.stack(counts))
-    distinct = list(dict.fromkeys(steps))
-    if len(distinct) > MAX_DISTINCT or not all(map(math.isfinite, distinct)):
-        return None
-    try:
-        numbers = [number for step in distinct for number in _NUMBERS[name](step + 1, **floats)]
-    except (ZeroDivisionError, OverflowError):
-        return None
-    return HostCounts(counts, tuple(map(distinct.index, steps)), numbers)
+    steps, pattern = read_steps(counts)
+    numbers = numbers_of(func.__name__, steps, options)
+    return None if numbers is None else HostCounts(func.__name__, counts, options, steps, pattern, numbers)
 
 
 def are_counts(tensors: Any) -> bool:

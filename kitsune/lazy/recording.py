@@ -71,6 +71,8 @@ class Recording:
         self.n_unrecorded = 0
         # Hears of all that the program does besides recording, while a static function is learned.
         self.watcher: Any = None
+        # The ids of the counts on the host that belong to the update that is being made.
+        self.counting: frozenset[int] = frozenset()
         # Counts the times that autocast has forgotten its casts of weights.
         self.epoch = 0
         # What `torch.set_default_device` has set, or a `with torch.device(...)` around the context.

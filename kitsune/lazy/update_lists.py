@@ -26,7 +26,8 @@ class GroupLists:
         self._flags, self._returned = _flags(group), returned
         self._ids = ids = list(map(id, kept))
         self._picks: list[Any] = [_pick(made, grads, places) for made in lists]
-        good = all(type(t) in PLAIN for t in kept) and None not in self._picks and type(returned) in (bool, type(None))
+        flags = returned if type(returned) is tuple else (returned,)
+        good = all(type(t) in PLAIN for t in kept) and None not in self._picks and {*map(type, flags)} <= {bool, type(None)}
         if not good or any(type(grad) is not LazyTensor for grad in grads):
             ids.clear()
             return

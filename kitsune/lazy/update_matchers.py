@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kitsune.lazy.edges import Edge, Incoming
-from kitsune.lazy.host_counts import may_count
+from kitsune.lazy.host_counts import HostCounts, host_counts
 from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
 
@@ -21,11 +21,14 @@ _CONSTANTS = {bool, int, str, type(None)}
 
 
 class UpdateMatcher:
-    """Takes the calls of an optimizer's function that lead along an edge, and whose lists `lists` has filled. `call` is one that
-    did, before it was followed."""
+    """Takes the calls of an optimizer's function that lead along an edge, and whose lists were `filled` in the order that is given.
+    `call` is one that did, before it was followed."""
 
-    def __init__(self, lane: Any, edge: Edge, kwargs: Any, call: Incoming, lists: Any) -> None:
-        region, known, flat = lane.recorder.region, lane.recorder.known, call.flat
+    def __init__(
+        self, lane: Any, edge: Edge, kwargs: Any, call: Incoming, filled: Any, order: list[int], counts: HostCounts | None
+    ) -> None:
+        region, known, flat, lists = lane.recorder.region, lane.recorder.known, call.flat, filled[0]
+        self._pattern, self._order = None if counts is None else counts.pattern, order
         self.edge, self._modes, self._lists, self._n_dropped = edge, lane.modes[False], lists, known.n_dropped
         self._names, self._types, self._constants = list(kwargs), list(map(type, kwargs.values())), _constants(kwargs)
         self._options, self._floats = list(kwargs.values()), call.floats
@@ -43,19 +46,27 @@ class UpdateMatcher:
         self._memories = frozenset(self._serials)
 
     @staticmethod
-    def suits(args: Any, kwargs: Any, call: Incoming, func: Any) -> bool:
-        """Can such calls be told by lists? Not if a tensor comes twice, or is an option, or work of the host belongs to it."""
+    def order(args: Any, kwargs: Any, call: Incoming, filled: Any) -> list[int] | None:
+        """Which of the lists that were filled each argument is; None if such calls cannot be told by lists: if a tensor comes
+        twice, or is an option."""
         lists = {*map(type, args)} == {list} and sum(map(len, args)) == len(call.flat) == len({*map(id, call.flat)})
-        return lists and {*map(type, kwargs.values())} <= _CONSTANTS | {float} and not may_count(func, kwargs)
+        if filled is None or not lists or not {*map(type, kwargs.values())} <= _CONSTANTS | {float}:
+            return None
+        # RMSprop's function takes two of them the other way round.
+        places = {tuple(map(id, content)): k for k, content in enumerate(filled[1])}
+        found = [places.get(tuple(map(id, a))) for a in args]
+        return None if None in found else found  # type: ignore[return-value]
 
-    def match(self, lane: Any, args: Any, kwargs: Any, filled: Any) -> tuple[list[Any], Any, Any, Any] | None:
-        """The tensors of a call that leads along the edge, the serials of new ones, these, and its numbers; None of any other.
-        Nothing of the region is changed."""
+    def match(self, lane: Any, args: Any, kwargs: Any, filled: Any) -> tuple[list[Any], Any, Any, Any, Any] | None:
+        """The tensors of a call that leads along the edge, the serials of new ones, these, its numbers, and what is done on the
+        host; None of any other. Nothing of the region is changed."""
         recorder = lane.recorder
         region = recorder.region
         if filled is None or filled[0] is not self._lists or recorder.known.n_dropped != self._n_dropped:
             return None
-        if region.slow or region.real or lane.modes[False] is not self._modes or not _are(args, filled[1]):
+        if region.slow or region.real or lane.modes[False] is not self._modes:
+            return None
+        if not _are(args, [filled[1][k] for k in self._order]):
             return None
         if not region.storages.keys().isdisjoint(self._memories) or not self._same_options(kwargs):
             return None
@@ -72,8 +83,13 @@ class UpdateMatcher:
             return None
         if list(map(_requires_grad, self._here(flat))) != self._here_graded:
             return None
-        numbers = self.edge.sources.numbers(self._floats)
-        return None if numbers is None else (flat, self._serials, self._new(flat), numbers)
+        before, counts = self._floats, host_counts(self.edge.func, args, kwargs)
+        if counts is not None:
+            before = [*before, *counts.numbers]
+        if (None if counts is None else counts.pattern) != self._pattern:
+            return None
+        numbers = self.edge.sources.numbers(before)
+        return None if numbers is None else (flat, self._serials, self._new(flat), numbers, counts)
 
     def _same_options(self, kwargs: Any) -> bool:
         options = list(kwargs.values())

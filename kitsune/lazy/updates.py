@@ -6,7 +6,7 @@ import torch
 
 from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.edges import Edge, Incoming, begin_of
-from kitsune.lazy.host_counts import host_counts
+from kitsune.lazy.host_counts import HostCounts, host_counts
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.update_matchers import UpdateMatcher
 from kitsune.lazy.wholes import Mark
@@ -48,18 +48,20 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
             edge = None
         numbers = None if edge is None else edge.sources.numbers(before)
         if edge is not None and numbers is not None:
-            if counts is not None:
-                counts.advance()
-            elif filled is not None and UpdateMatcher.suits(args, kwargs, call, func):
-                recorder.region.node.matchers[func] = UpdateMatcher(lane, edge, kwargs, call, filled[0])
-            return _follow(recorder, edge, call.flat, tuple(call.fresh), tuple(call.fresh.values()), numbers)
-        mark = None if key is None else Mark(recorder, key, call, before, aside=counts is not None)
+            if (order := UpdateMatcher.order(args, kwargs, call, filled)) is not None:
+                recorder.region.node.matchers[func] = UpdateMatcher(lane, edge, kwargs, call, filled, order, counts)
+            return _follow(recorder, edge, call.flat, tuple(call.fresh), tuple(call.fresh.values()), numbers, counts)
+        mark = None if key is None else Mark(recorder, key, call, before)
     lists = [list(map(id, a)) for a in args if type(a) is list]
+    if mark is not None and counts is not None:
+        recorder.counting = frozenset(map(id, counts.counts))
+        if recorder.watcher is not None:
+            recorder.watcher.counted(counts)
     lane.part_of_update = mark is not None
     try:
         result = func(*args, **kwargs)
     finally:
-        lane.part_of_update = False
+        lane.part_of_update, recorder.counting = False, frozenset()
     # A first step of SGD puts its momentum buffers into the list that it was given.
     same = result is None and lists == [list(map(id, a)) for a in args if type(a) is list]
     with torch._C.DisableTorchFunction():
@@ -74,8 +76,14 @@ def _key(lane: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, Incoming]:
     return None if call.unknown else with_floats(key, call.floats, True), call
 
 
-def _follow(recorder: Any, edge: Edge, flat: list[Any], serials: Any, fresh: Any, numbers: Any) -> None:
+def _follow(
+    recorder: Any, edge: Edge, flat: list[Any], serials: Any, fresh: Any, numbers: Any, counts: HostCounts | None = None
+) -> None:
     region = recorder.region
+    if counts is not None:
+        if recorder.watcher is not None:
+            recorder.watcher.counted(counts)
+        counts.advance()
     # Mostly the region ends here: nobody asks for the 800 tensors of an update again.
     region.deferred = (edge, flat, serials, fresh)
     region.scalars.extend(numbers)

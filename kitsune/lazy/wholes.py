@@ -11,13 +11,10 @@ from kitsune.lazy.trie import NOTHING
 
 
 class Mark:
-    """Where a region was before such a call, which has the tensors of `call` and depends on the numbers `before` it.
+    """Where a region was before such a call, which has the tensors of `call` and depends on the numbers `before` it."""
 
-    `aside` says that what it does beside the region is known.
-    """
-
-    def __init__(self, recorder: Any, key: Any, call: Incoming, before: Sequence[float], aside: bool = False) -> None:
-        region, self._aside = recorder.region, aside
+    def __init__(self, recorder: Any, key: Any, call: Incoming, before: Sequence[float]) -> None:
+        region = recorder.region
         self.recorder, self.region, self.key, self.call = recorder, region, key, call
         self.numbers = tuple(before)
         self.start, self.first, self.n_scalars = region.node, region.node.n_values, len(region.scalars)
@@ -27,7 +24,7 @@ class Mark:
     @property
     def kept(self) -> bool:
         """Is the region still the same, and has every op since been recorded?"""
-        return self.recorder.region is self.region and (self._aside or self.recorder.n_unrecorded == self._n_unrecorded)
+        return self.recorder.region is self.region and self.recorder.n_unrecorded == self._n_unrecorded
 
     def learn(self, lane: Any, func: Any, grads: Sequence[tuple[int, Made]] = ()) -> Edge | None:
         """Note what the call did; returns what is known of it by now."""

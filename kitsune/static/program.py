@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from kitsune.ir import Graph, TensorType, count_writes_to, lent_memory, slots_in
-from kitsune.lazy import LazyTensor, ScalarSources, attach_spent
+from kitsune.lazy import LazyTensor, attach_spent, count_steps
 from kitsune.static.asked import Asked
+from kitsune.static.foretelling import Foretelling
 from kitsune.static.guards import Guards
 from kitsune.static.record import KEPT, Argument, Gradient, Made, Outside, Part, Record, Wrapped, mapped
 from kitsune.static.surroundings import alike
@@ -38,8 +39,7 @@ class Program:
         self.ready = False
         # Calls without Python since the last one with it, and when checks will have had their share of the time.
         self.n_skipped, self.rests_until = 0, 0.0
-        self._sources = ScalarSources(record.numbers, record.scalars)
-        # Hyperparameters, and the moving numbers that follow from them.
+        self._foretelling = Foretelling(record)
         self._foretold: tuple[Any, Numbers | None] = (None, None)
         # The short way to it, once it has been gone.
         self.shortcut: Any = None
@@ -49,22 +49,21 @@ class Program:
         """A call has done the same again."""
         self.sights += 1
         self.n_skipped = 0
-        self._sources.see(record.numbers, record.scalars)
+        self._foretelling.see(record)
         self._foretold, self.shortcut = (None, None), None
-        self.ready = self.sights >= self._needed and self._sources.unexplained is None
+        self.ready = self.sights >= self._needed and self._foretelling.unexplained is None
         self.guards.relax(record, roots)
 
     def foretells(self, record: Record) -> bool:
         """Are the moving numbers of a call those that follow from its hyperparameters?"""
-        numbers = self._sources.numbers(record.numbers)
+        numbers = self._foretelling.of(record)
         return numbers is not None and alike(list(numbers), record.scalars)
 
     def numbers(self) -> "Numbers | None":
         """The moving numbers of the next call; None if what they come from has not been seen to move so far."""
-        hyperparameters = self.guards.numbers
-        if hyperparameters is not self._foretold[0]:
-            found = self._sources.numbers(hyperparameters)
-            self._foretold = hyperparameters, None if found is None else self._by_region(tuple(found))
+        found = self._foretelling.next(self.guards.numbers)
+        if found is not self._foretold[0]:
+            self._foretold = found, None if found is None else self._by_region(tuple(found))
         return self._foretold[1]
 
     def _by_region(self, numbers: tuple[float, ...]) -> "Numbers":
@@ -73,14 +72,14 @@ class Program:
 
     def unexplained(self) -> str | None:
         """Why a number of it cannot be foretold."""
-        position = self._sources.unexplained
+        position = self._foretelling.unexplained
         if position is None:
             return None
         return f"{self._reader(position)} takes a number that changes, and is none of its optimizer's hyperparameters"
 
     def surprise(self, record: Record) -> str | None:
         """The first number of a call that is another one than was foretold."""
-        numbers = self._sources.numbers(record.numbers)
+        numbers = self._foretelling.of(record)
         for position, (a, b) in enumerate(zip(numbers or (), record.scalars, strict=False)):
             if not alike(a, b):
                 return f"{self._reader(position)} takes another number than was foretold: {b} instead of {a}"
@@ -138,6 +137,7 @@ class Program:
             self._steps.append((run.graph, template, moving))
         self._twins = [_twins(run.graph) for run in record.runs]
         counted = {id(counter.tensor.tensor) for counter in record.counters}
+        counted |= {id(tensor) for it in record.counted for tensor in it.tensors}
         bumps = [(o, n) for o, n in record.bumps if not (isinstance(o, Outside) and id(o.tensor) in counted)]
         self.bumped = _tensors([origin for origin, n in bumps for _ in range(n)])
         gradients = [leaf.now for leaf in record.leaves if isinstance(leaf.now, (Made, Part, Argument, Outside))]
@@ -191,6 +191,8 @@ class _Call:
             with torch.no_grad():
                 for counter in program.record.counters:
                     counter.target(counter.tensor.tensor, *counter.args, **dict(counter.kwargs))
+        for it in program.record.counted:
+            count_steps(it.tensors)
 
         if type(program.returned) is Returned:
             return self._wrapped(program.returned, recorder)

@@ -93,6 +93,26 @@ class Counter:
     kwargs: tuple[tuple[str, Any], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Steps that an optimizer's update counts on the host. `steps` are those before it, each number once, and `pattern` which of
+    them is that of each count; `earlier` is how often the same call has counted before. The numbers that the update is given:
+    floats, which may move with the hyperparameters, and others, in their order."""
+
+    name: str
+    counts: tuple[Outside, ...]
+    pattern: tuple[int, ...]
+    earlier: int
+    others: tuple[tuple[str, Any], ...]
+    floats: dict[str, float] = field(compare=False)
+    steps: list[float] = field(compare=False)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The counts."""
+        return [origin.tensor for origin in self.counts]
+
+
 @dataclass(slots=True)
 class Run:
     """A region that ended. `wiring` says where each input came from, None if its ops were not run as one."""
@@ -116,6 +136,7 @@ class Record:
     # Writes to the tensors that came in, as autograd counts them.
     bumps: list[tuple[Argument | Outside, int]] = field(default_factory=list)
     counters: list[Counter] = field(default_factory=list)
+    counted: list[Counted] = field(default_factory=list)
     # Where tensors were found that no module and no optimizer holds: the number of the root, the path, the tensor.
     paths: list[tuple[int, Path, Any]] = field(default_factory=list)
     reason: str | None = None
@@ -162,6 +183,8 @@ def difference(known: Record, now: Record) -> str | None:
             return "it left gradients in another state"
     if known.counters != now.counters or known.bumps != now.bumps:
         return "it wrote other tensors, or another number of times"
+    if known.counted != now.counted:
+        return "an optimizer counted the steps of other parameters"
     return known.surroundings.difference(now.surroundings)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kitsune.ir import Barrier, Graph, OpRow
-from kitsune.lazy import is_strided, serial_of, user_site
+from kitsune.lazy import HostCounts, is_strided, serial_of, user_site
 from kitsune.static.origins import Origins, Results, Unclear, is_constant, leaves_in, place_of, real_of, version_of
-from kitsune.static.record import KEPT, Argument, Counter, Leaf, Made, Outside, Record, Run
+from kitsune.static.record import KEPT, Argument, Counted, Counter, Leaf, Made, Outside, Record, Run
 from kitsune.static.surroundings import Surroundings
 
 # Ends of regions that come with every step, or only with what is not known yet.
@@ -37,6 +37,7 @@ class Watch:
         self._open: tuple[Run, list[tuple[int, Any]]] | None = None
         self._results = Results()
         self._counters: list[tuple[Any, ...]] = []
+        self._counted: list[HostCounts] = []
         self._before = Before(list(map(real_of, arguments)), known)
 
     def __enter__(self) -> "Watch":
@@ -55,6 +56,10 @@ class Watch:
         """An optimizer has stepped."""
         self._optimizers[id(optimizer)] = optimizer
 
+    def counted(self, counts: HostCounts) -> None:
+        """An optimizer's update is about to count steps on the host."""
+        self._counted.append(counts)
+
     def flushes(self, cause: Barrier) -> None:
         """A region was asked to end, or memory was asked for."""
         if cause is Barrier.ITEM:
@@ -65,7 +70,7 @@ class Watch:
 
     def passed(self, row: OpRow, args: Any, kwargs: Any, reason: Barrier) -> None:
         """An op ran beside the regions."""
-        if reason is Barrier.HOST_SCALAR and row.in_place:
+        if reason is Barrier.HOST_SCALAR and row.in_place and type(args[0]) is not list:
             self._counters.append((row.target, args[0], tuple(args[1:]), tuple(kwargs.items())))
         elif reason not in _QUIET and not (reason is Barrier.ITEM and self._is_constant(args[0])):
             self._refuse(f"{row.target} at {user_site() or 'no line of Python'} is not recorded: {reason.value}")
@@ -124,7 +129,8 @@ class Watch:
         came = [t for inputs in self._inputs for _, t in inputs if not isinstance(t, Made)]
         gradients = self._before.gradients()
         origins = Origins(self._arguments, gradients, self._results, record.surroundings, self._roots)
-        origins.look_for([*came, *(tensor for _, tensor, *_ in self._counters)])
+        counts = [count for counts in self._counted for count in counts.counts]
+        origins.look_for([*came, *counts, *(tensor for _, tensor, *_ in self._counters)])
         for run, inputs in zip(self._runs, self._inputs, strict=True):
             run.wiring = tuple((n, t if isinstance(t, Made) else origins.of(t)) for n, t in inputs)
         record.returned = origins.tree(returned)
@@ -133,10 +139,24 @@ class Watch:
             raise Unclear("a hook on a parameter runs in its backward")
         record.leaves = [self._leaf(leaf, origins) for leaf in leaves]
         record.counters = [Counter(f, origins.outside(t), args, kwargs) for f, t, args, kwargs in self._counters]
+        record.counted = self._all_counted(origins)
         record.bumps = self._before.bumps(origins)
         record.paths = origins.paths
         if self._before.numbers and record.surroundings.numbers != self._before.numbers:
             raise Unclear("it changes the hyperparameters of its optimizer; let a scheduler step outside of it")
+
+    def _all_counted(self, origins: Origins) -> list[Counted]:
+        found: list[Counted] = []
+        for it in self._counted:
+            counts = tuple(map(origins.outside, it.counts))
+            before = [one.counts for one in found if not set(one.counts).isdisjoint(counts)]
+            if any(other != counts for other in before):
+                raise Unclear("its optimizers count the steps of the same parameters, but not of all of them")
+            floats = {name: number for name, number in it.options.items() if type(number) is float}
+            others = tuple((name, number) for name, number in it.options.items() if type(number) is not float)
+            steps = [step - len(before) for step in it.steps]
+            found.append(Counted(it.name, counts, it.pattern, len(before), others, floats, steps))
+        return found
 
     def _leaf(self, leaf: Any, origins: Origins) -> Leaf:
         origin, before, now = origins.of(leaf), self._before.gradient(leaf), leaf.grad

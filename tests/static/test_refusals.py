@@ -140,7 +140,7 @@ def test_what_needs_its_python_keeps_it(body: Callable[..., Any]) -> None:
     assert "Training.__init__.<locals>.whole" in said
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("optimizer", [torch.optim.NAdam, torch.optim.RAdam], ids=lambda c: c.__name__)
 def test_corrections_that_python_computes_keep_it(optimizer: Any) -> None:
     compare(straight(14), at_most=14, optimizer=lambda p: optimizer(p, lr=0.01))
     assert kitsune.counters()["static_skipped"] == 0

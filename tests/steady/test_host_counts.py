@@ -1,0 +1,136 @@
+"""Updates of optimizers that count their steps on the host are followed as one call, as those of any other are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kitsune
+from kitsune.lazy.update_matchers import UpdateMatcher
+from tests.static.test_counted_steps import EACH
+
+STEPS = 20
+# In so many steps the optimizer's state, its first numbers and those that move are learned.
+LEARNING = 3
+Meddle = Callable[[torch.optim.Optimizer, int], Any]
+
+
+@pytest.fixture
+def matched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each look at a matcher, whether it took the call."""
+    found: list[bool] = []
+    match = UpdateMatcher.match
+
+    def counting(self: UpdateMatcher, *args: Any) -> Any:
+        taken = match(self, *args)
+        found.append(taken is not None)
+        return taken
+
+    monkeypatch.setattr(UpdateMatcher, "match", counting)
+    kitsune.reset()
+    with kitsune.config.patch(gate=False):
+        yield found
+    kitsune.reset()
+
+
+def nothing(*ignored: Any) -> None:
+    pass
+
+
+def train(optimizer: Any, device: str, meddle: Meddle, extra: Callable[[], Any] = list) -> list[Tensor]:
+    """Everything that an optimizer has left; `extra` makes parameters besides those of the model."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).to(device)
+    factors: list[Tensor] = extra()
+    chosen = optimizer([*model.parameters(), *factors])
+    xs = torch.randn(STEPS, 3, 4).to(device)
+    for i in range(STEPS):
+        meddle(chosen, i)
+        chosen.zero_grad()
+        out = model(xs[i])
+        for factor in factors:
+            out = out * factor
+        out.square().mean().backward()
+        chosen.step()
+    state = [t for of_one in chosen.state.values() for t in of_one.values() if isinstance(t, Tensor)]
+    # How often each was written, too.
+    return [*model.parameters(), *factors, *state, *(torch.tensor(t._version) for t in (*model.parameters(), *factors, *state))]
+
+
+def assert_same(optimizer: Any, meddle: Meddle = nothing, device: str = "cpu", **options: Any) -> None:
+    expected = train(optimizer, device, meddle, **options)
+    with kitsune.accelerate(device=device):
+        got = train(optimizer, device, meddle, **options)
+    assert len(expected) == len(got)
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a, b.detach())
+
+
+@EACH
+def test_an_update_is_one_call_and_is_told_by_its_lists(optimizer: Any, matched: list[bool]) -> None:
+    assert_same(optimizer)
+    assert kitsune.counters()["updates_followed"] >= STEPS - LEARNING
+    assert sum(matched) >= STEPS - LEARNING - 2
+
+
+@EACH
+def test_a_learning_rate_that_moves(optimizer: Any, matched: list[bool]) -> None:
+    def fall(chosen: Any, i: int) -> None:
+        chosen.param_groups[0]["lr"] *= 0.8
+
+    assert_same(optimizer, fall)
+    assert kitsune.counters()["updates_followed"] >= STEPS - LEARNING and sum(matched) >= STEPS - LEARNING - 2
+
+
+@pytest.mark.parametrize("which", [slice(0, 1), slice(1, 3), slice(None)], ids=["one", "two", "all"])
+def test_counts_that_somebody_sets(which: slice, matched: list[bool]) -> None:
+    """The corrections follow from the counts as they are, and which parameters have the same count may change."""
+
+    def set_counts(chosen: Any, i: int) -> None:
+        if i in (8, 15):
+            for state in list(chosen.state.values())[which]:
+                state["step"].fill_(30 + i)
+
+    assert_same(lambda p: torch.optim.Adam(p, lr=0.01), set_counts)
+    assert (sum(matched) >= 5 and not all(matched[5:])) or which == slice(None)
+
+
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "Adagrad"])
+def test_a_learning_rate_that_is_a_tensor(name: str) -> None:
+    """Its number is read on the host, and is none of the counts."""
+    rate = torch.tensor(0.01)
+
+    def fill(chosen: Any, i: int) -> None:
+        rate.fill_(0.01 if i < 10 else 0.2)
+
+    kitsune.reset()
+    with kitsune.config.patch(gate=False):
+        assert_same(lambda p: getattr(torch.optim, name)(p, lr=rate), fill)
+    kitsune.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("name", ["Adam", "RMSprop"])
+def test_a_number_on_the_host_is_a_parameter_beside_those_of_the_gpu(name: str, foreach: bool) -> None:
+    """What is done to it is not recorded, and is none of the counting."""
+
+    def factor() -> list[Tensor]:
+        return [nn.Parameter(torch.tensor(1.5))]
+
+    kitsune.reset()
+    with kitsune.config.patch(gate=False, fuse=False):
+        assert_same(lambda p: getattr(torch.optim, name)(p, lr=0.01, foreach=foreach), device="cuda", extra=factor)
+    kitsune.reset()
+
+
+@pytest.mark.gpu
+@EACH
+def test_an_update_is_one_call_on_a_gpu(optimizer: Any, matched: list[bool]) -> None:
+    with kitsune.config.patch(fuse=False):
+        assert_same(optimizer, device="cuda")
+    assert kitsune.counters()["updates_followed"] >= STEPS - LEARNING and sum(matched) >= STEPS - LEARNING - 2
