@@ -21,8 +21,8 @@ _CONSTANTS = {bool, int, str, type(None)}
 
 
 class UpdateMatcher:
-    """Takes the calls of an optimizer's function that lead along an edge, and whose lists were `filled` in the order that is given.
-    `call` is one that did, before it was followed."""
+    """Takes the calls of an optimizer's function that lead along an edge, and whose arguments are the `filled` lists in a given
+    order. `call` is one that did, before it was followed."""
 
     def __init__(
         self, lane: Any, edge: Edge, kwargs: Any, call: Incoming, filled: Any, order: list[int], counts: HostCounts | None
