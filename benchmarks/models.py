@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Size = Literal["full", "small"]
-Precision = Literal["amp", "fp32"]
+# Bf16 autocast; 32 bits; 32 bits with convolutions in TF32, which is what torch does by default.
+Precision = Literal["amp", "fp32", "tf32"]
 Batch = tuple[Tensor, Tensor]
 
 

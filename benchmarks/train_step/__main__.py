@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--models", type=_choice(MODELS), default="all", help="'all', or some of " + ",".join(MODELS))
     add("--columns", type=_choice(tuple(COLUMNS)), default="all", help="'all', or some of those above")
-    add("--precision", type=_choice(("amp", "fp32")), default="amp", help="amp (bf16, fused AdamW), fp32, or amp,fp32")
+    add("--precision", type=_choice(("amp", "fp32", "tf32")), default="amp", help="some of amp (bf16, fused AdamW), fp32, tf32")
     add("--read", type=_choice(("every 20", "each")), default="every 20", help="'each' looks at the loss before each backward")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--size", choices=("small", "full"), default="full")

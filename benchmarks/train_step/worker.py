@@ -175,6 +175,8 @@ def synchronize(task: Task) -> None:
 
 def visit(task: Task, save: Callable[[dict[str, Any]], None]) -> None:
     """Measure, and save after each part: what a part that fails or hangs comes after is not lost."""
+    # By default torch rounds the operands of convolutions, and those of other products not.
+    torch.backends.cudnn.allow_tf32 = task.precision == "tf32"
     workload = make(task.model, task.device, task.precision, task.size)
     batches = make_batches(task.model, task.device, N_BATCHES, task.size)
     synchronize(task)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.ir import Graph, Kind, Op, Result, TensorType, Value, default_type, type_of, verify
-from kitsune.planning import Planner
+from kitsune.planning import Planner, planner_for
 from kitsune.scheduler import RATES, Costs, dead_code, in_channels_last
 from kitsune.scheduler.channels_last import _over_images, _pointwise
 from kitsune.scheduler.formats import ROWS, elementwise, is_channels_last, why_not_channels_last
@@ -52,15 +52,15 @@ class Block(nn.Module):
         return self.linear(self.last(F.relu(self.third(x + self.second(x)))))
 
 
-def step(model: nn.Module, *shape: int) -> Callable[[], Any]:
+def step(model: nn.Module, *shape: int, mixed: bool = True) -> Callable[[], Any]:
     """A training step of a model; its gradients are what it leaves."""
     torch.manual_seed(0)
     x, parameters = torch.randn(*shape), list(model.parameters())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         model(x)
 
     def program() -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = model(x).float().square().mean()
         return loss.detach(), torch.autograd.grad(loss, parameters)
 
@@ -182,6 +182,22 @@ def test_a_refusal_says_why(make: Callable[[], nn.Module], shape: tuple[int, ...
     (op,) = [op for op in graph.ops if op.target._opname == "convolution"]
     assert why_not_channels_last(op) == reason
     assert in_channels_last(graph, COSTS) is graph
+
+
+def test_convolutions_in_32_bits_are_if_the_library_may_round_them() -> None:
+    graph = dead_code(recorded_again(step(Block(), 4, 3, 8, 8, mixed=False)))
+    assert in_channels_last(graph, COSTS) is graph
+    after = in_channels_last(graph, COSTS, tf32=True)
+    verify(after)
+    able = [op for op in after.ops if op.target._opname in ROWS]
+    assert able and all(is_channels_last(t) for op in able for t in images(op) if t.shape[1] > 1 and t.shape[2] > 1)
+    assert [v.type for v in after.outputs] == [v.type for v in graph.outputs]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_plan_asks_torch_whether_it_may_round(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    assert planner_for("sm_90").tf32_convolutions is allowed
 
 
 def test_the_rule_for_strides_of_pointwise_results_is_that_of_torch() -> None:
