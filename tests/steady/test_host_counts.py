@@ -57,8 +57,9 @@ def train(optimizer: Any, device: str, meddle: Meddle, extra: Callable[[], Any] 
         out.square().mean().backward()
         chosen.step()
     state = [t for of_one in chosen.state.values() for t in of_one.values() if isinstance(t, Tensor)]
-    # How often each was written, too.
-    return [*model.parameters(), *factors, *state, *(torch.tensor(t._version) for t in (*model.parameters(), *factors, *state))]
+    # How often each was written, too. (Of lists that are written on a GPU some versions of torch do not count all.)
+    counted = [*model.parameters(), *factors, *(of_one["step"] for of_one in chosen.state.values())]
+    return [*model.parameters(), *factors, *state, *(torch.tensor(t._version) for t in counted)]
 
 
 def assert_same(optimizer: Any, meddle: Meddle = nothing, device: str = "cpu", **options: Any) -> None:
