@@ -258,14 +258,13 @@ def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
     for runner in list(runners):
         runner.ask_all()
     there = wait(timeout)
-    for runner in list(runners):
-        runner.spread_nothing()
-    if not tuned or not there:
-        return there
     with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         for runner in list(runners):
-            if runner.thread == threading.get_ident():
+            runner.spread_nothing()
+            if tuned and there and runner.thread == threading.get_ident():
                 runner.tune_all(until)
+    if not tuned or not there:
+        return there
     return time.perf_counter() < until and wait(None if timeout is None else max(until - time.perf_counter(), 0.0))
 
 

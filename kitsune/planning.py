@@ -81,8 +81,6 @@ class Planner:
     numerics: str = "bitwise"
     # Only deterministic algorithms are allowed: what eager refuses then is left to eager.
     deterministic: bool = False
-    # May the library round what convolutions in 32 bits read to TF32? Torch lets it unless it is told not to.
-    tf32_convolutions: bool = False
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
@@ -134,7 +132,7 @@ class Planner:
 
     def convolutions_laid_out(self, graph: Graph) -> Graph:
         """The pass that has convolutions, and what is between them, in channels-last."""
-        return in_channels_last(graph, self.costs, self.tf32_convolutions)
+        return in_channels_last(graph, self.costs)
 
     def joined_in_place(self, graph: Graph) -> Graph:
         """The pass that writes the parts of joined tensors where they end up."""
@@ -234,9 +232,7 @@ def planner_for(arch: str, rules: Rules = ANYTHING, numerics: str | None = None,
     # A context may ask for more or fewer than usual; with the knob at 1 there are none beside the first.
     n = config.streams if n_streams is None or config.streams == 1 else n_streams
     strictly = torch.are_deterministic_algorithms_enabled()
-    tf32 = torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"  # type: ignore[attr-defined]
-    planner = Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules, numerics=grade)
-    return replace(planner, deterministic=strictly, tf32_convolutions=tf32)
+    return Planner(Costs(RATES[arch]), *knobs, n_streams=n, rules=rules, numerics=grade, deterministic=strictly)
 
 
 def slot_planner_for(arch: str, n_streams: int | None = None) -> SlotPlanner:

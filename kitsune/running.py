@@ -144,8 +144,10 @@ class Runner:
                 self._ask(graph, ready)
 
     def spread_nothing(self) -> None:
-        """What is there now is run next time, whatever of it has to be made in that run."""
+        """What is there now is run next time: what its thread needs for that is made at once if it is this one."""
         for ready in list(self.ready.values()):
+            if self.thread == threading.get_ident():
+                self.thread_plans.make_all(ready.to_try)
             ready.to_try = []
 
     def tune_all(self, until: float) -> None:

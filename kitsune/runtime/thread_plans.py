@@ -58,6 +58,12 @@ class ThreadPlans:
             now = time.perf_counter()
         self._ended = now
 
+    def make_all(self, ops: list[Op]) -> None:
+        """Make the plans of all of these now."""
+        if not _captured():
+            for op in filter(self._is_new, ops):
+                _run_once(op)
+
     def _is_new(self, op: Op) -> bool:
         key = _key(op)
         is_new = key not in self._known

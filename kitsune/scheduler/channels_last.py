@@ -1,4 +1,4 @@
-"""Convolutions in 16 bits or TF32, and what lies between them, in channels-last: the layout of the library's fast kernels.
+"""Convolutions, and what lies between them, in channels-last: the layout that the library's fast kernels work in.
 
 From contiguous operands the library makes copies in channels-last, and from its results copies back. Here the values between
 convolutions stay as the library has them. What is made by a kernel is written so by that kernel: the batch and the weights where
@@ -34,9 +34,9 @@ OTHERWISE = {"tril", "triu", "copy", "native_dropout_backward"}
 SUMS = {"sum", "mean", "amax", "amin"}
 
 
-def in_channels_last(graph: Graph, costs: Costs, tf32: bool = False) -> Graph:
+def in_channels_last(graph: Graph, costs: Costs) -> Graph:
     """The graph with those convolutions in channels-last for which it pays, by connected parts of the graph."""
-    able = {n for n, op in enumerate(graph.ops) if op.target._opname in ROWS and why_not_channels_last(op, tf32) is None}
+    able = {n for n, op in enumerate(graph.ops) if op.target._opname in ROWS and why_not_channels_last(op) is None}
     if not any(graph.ops[n].target._opname in CONVOLUTIONS for n in able):
         return graph
     parts = _Parts(graph, able)

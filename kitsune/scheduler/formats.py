@@ -43,19 +43,16 @@ ROWS: dict[str, Row] = {
 CONVOLUTIONS = ("convolution", "convolution_backward")
 
 
-def why_not_channels_last(op: Op, tf32: bool = False) -> str | None:
-    """Why an op cannot work in channels-last; None if it can, and then it does so if its operands say so.
-
-    With `tf32` the library may round operands of 32 bits, and then has the same kind of kernels for them as for 16.
-    """
+def why_not_channels_last(op: Op) -> str | None:
+    """Why an op cannot work in channels-last; None if it can, and then it does so if its operands say so."""
     row = ROWS.get(op.target._opname)
     if row is None or op.target._overloadname != "default":
         return f"{op.target} is not known to follow the format of its operands"
     if any(len(op.args[k].type.shape) != 4 for k in row.operands):
         return "it is not on images with channels"
-    dtype = op.args[row.operands[0]].type.dtype
-    if dtype not in HALF and not (tf32 and dtype is torch.float32):
-        return "it is not in 16 bits"
+    # In 32 bits ResNet-50 takes 21.0 ms instead of 30.1 with TF32, and 71.5 instead of 73.4 without (H200).
+    if op.args[row.operands[0]].type.dtype not in (*HALF, torch.float32):
+        return "it is in more than 32 bits"
     if row.weight:
         groups, transposed = (op.args[8], op.args[6]) if op.target._opname == "convolution" else (op.args[9], op.args[7])
         if groups != 1:

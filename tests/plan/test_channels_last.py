@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.ir import Graph, Kind, Op, Result, TensorType, Value, default_type, type_of, verify
-from kitsune.planning import Planner, planner_for
+from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs, dead_code, in_channels_last
 from kitsune.scheduler.channels_last import _over_images, _pointwise
 from kitsune.scheduler.formats import ROWS, elementwise, is_channels_last, why_not_channels_last
@@ -165,7 +165,7 @@ def test_each_connected_part_is_decided_by_itself() -> None:
         (lambda: nn.Conv2d(8, 8, 3, groups=8), (2, 8, 6, 6), "it is grouped, and the library has other kernels for that"),
         (lambda: nn.ConvTranspose2d(8, 8, 3), (2, 8, 6, 6), "it is transposed"),
         (lambda: nn.Conv1d(8, 8, 3), (2, 8, 6), "it is not on images with channels"),
-        (lambda: nn.Conv2d(8, 8, 3).double(), (2, 8, 6, 6), "it is not in 16 bits"),
+        (lambda: nn.Conv2d(8, 8, 3).double(), (2, 8, 6, 6), "it is in more than 32 bits"),
     ],
 )
 def test_a_refusal_says_why(make: Callable[[], nn.Module], shape: tuple[int, ...], reason: str) -> None:
@@ -184,20 +184,12 @@ def test_a_refusal_says_why(make: Callable[[], nn.Module], shape: tuple[int, ...
     assert in_channels_last(graph, COSTS) is graph
 
 
-def test_convolutions_in_32_bits_are_if_the_library_may_round_them() -> None:
-    graph = dead_code(recorded_again(step(Block(), 4, 3, 8, 8, mixed=False)))
-    assert in_channels_last(graph, COSTS) is graph
-    after = in_channels_last(graph, COSTS, tf32=True)
-    verify(after)
+def test_so_are_convolutions_in_32_bits() -> None:
+    before, after = laid_out(step(Block(), 4, 3, 8, 8, mixed=False))
     able = [op for op in after.ops if op.target._opname in ROWS]
-    assert able and all(is_channels_last(t) for op in able for t in images(op) if t.shape[1] > 1 and t.shape[2] > 1)
-    assert [v.type for v in after.outputs] == [v.type for v in graph.outputs]
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_a_plan_asks_torch_whether_it_may_round(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert planner_for("sm_90").tf32_convolutions is allowed
+    assert {v.type.dtype for op in able for v in op.inputs} == {torch.float32, torch.int64}
+    assert all(is_channels_last(t) for op in able for t in images(op) if t.shape[1] > 1 and t.shape[2] > 1)
+    assert [v.type for v in after.outputs] == [v.type for v in before.outputs]
 
 
 def test_the_rule_for_strides_of_pointwise_results_is_that_of_torch() -> None:

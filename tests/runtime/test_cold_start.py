@@ -166,14 +166,34 @@ def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: 
 
 def test_who_waits_for_kernels_has_them_in_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: [*graph.ops])
+    made: list[int] = []
     monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: None)
+    monkeypatch.setattr(ThreadPlans, "make_all", lambda self, ops: made.append(len(ops)))
     with cold() as (workers, _):
         workers.hold = False
         for _ in range(4):
             step()
             assert idle()
-        assert counts("kernels") == [0]
-        assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), chain()) and counts("kernels") == [1]
+        assert counts("kernels") == [0] and not any(made)
+        # Whoever waits makes what his thread needs for them, so that no step does.
+        assert kitsune.wait_for_kernels(SECONDS) and max(made) > 0
+        assert torch.equal(step(), chain()) and counts("kernels") == [1]
+
+
+def test_another_thread_that_waits_makes_nothing_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: [*graph.ops])
+    monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: None)
+    monkeypatch.setattr(ThreadPlans, "make_all", lambda self, ops: made.append(len(ops)))
+    with cold() as (workers, _):
+        workers.hold = False
+        for _ in range(4):
+            step()
+            assert idle()
+        other = threading.Thread(target=kitsune.wait_for_kernels, args=(SECONDS,))
+        other.start()
+        other.join()
+        assert not made and torch.equal(step(), chain()) and counts("kernels") == [1]
 
 
 def test_no_step_waits_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
