@@ -42,11 +42,6 @@ class OutputMemory:
         self._adopted: dict[int, weakref.ref[torch.Tensor]] = {}
         self.key: int = self._storage._cdata
         self.attributes: dict[str, Any] = vars(self._storage)
-        # All of it, to be copied at once.
-        with torch._C._DisableTorchDispatch(), torch.no_grad():  # type: ignore[attr-defined]
-            self._bytes = _on(
-                torch.empty(0, dtype=torch.uint8, device=self._storage.device), self._storage, 0, (self._storage.nbytes(),), (1,)
-            )
         self._lend()
         # How many tensors are on the storage that nobody holds: counted when it is first lent; until then the capture has some.
         self.own_count = -1
@@ -139,7 +134,10 @@ class OutputMemory:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            storage: Any = storage_of(self._bytes.clone())
+            # All of it, copied at once.
+            nothing = torch.empty(0, dtype=torch.uint8, device=self._storage.device)
+            storage: Any = storage_of(_on(nothing, self._storage, 0, (self._storage.nbytes(),), (1,)).clone())
+            del nothing
             for tensor in alive:
                 conj, neg = tensor.is_conj(), tensor.is_neg()
                 # Marked tensors would be computed first.

@@ -6,6 +6,7 @@ host of an H200.
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,12 +19,9 @@ def raw_copy(device: torch.device) -> RawCopy:
     """Copies within the memory of one device."""
     if device.type == "cpu":
         return _move
-    try:
-        # It lets go of the GIL: the driver may wait for room in its queue.
-        copy: Any = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
-    except (OSError, AttributeError):
+    copy = _of_driver()
+    if copy is None:
         return _cannot
-    copy.argtypes, copy.restype = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p], ctypes.c_int
     index, current, stream = device.index or 0, torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined]
 
     def on_device(to: int, source: int, nbytes: int) -> bool:
@@ -31,6 +29,18 @@ def raw_copy(device: torch.device) -> RawCopy:
         return current() == index and copy(to, source, nbytes, stream(index)) == 0
 
     return on_device
+
+
+@cache
+def _of_driver() -> Any:
+    """The driver's function; None where there is none. Looked up once: a graph has hundreds of results."""
+    try:
+        # It lets go of the GIL: the driver may wait for room in its queue.
+        copy = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
+    except (OSError, AttributeError):
+        return None
+    copy.argtypes, copy.restype = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p], ctypes.c_int
+    return copy
 
 
 def _move(to: int, source: int, nbytes: int) -> bool:

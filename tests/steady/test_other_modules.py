@@ -19,7 +19,7 @@ from kitsune.lazy import LazyTensor, graph_doors, trusted_modules
 from tests.steady import test_module_calls
 
 taken = test_module_calls.taken
-WARM_UP, STEPS = 12, 20
+WARM_UP, STEPS = 12, 24
 pytestmark = pytest.mark.usefixtures("taken")
 # What a step gives: a tensor, whose sum is read at once, and what the program could notice besides.
 Step = Callable[[int], tuple[Tensor, Any]]
