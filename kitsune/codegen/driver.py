@@ -59,6 +59,9 @@ def _loaded(binary: Binary, threads: int) -> ctypes.c_void_p:
         raise RuntimeError(f"{binary.name} has blocks of {threads} threads and registers for {most.value}.")
     if binary.shared > _PLAIN_SHARED:
         _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, binary.shared)
+    # Otherwise a driver that loads lazily does so at the first start, in a step. Those before CUDA 12.4 have no such call.
+    with contextlib.suppress(AttributeError):
+        _call("cuFuncLoad", function)
     return function
 
 
@@ -67,7 +70,7 @@ def _within(value: Any, kind: str) -> Any:
 
 
 # What may take long lets go of Python's lock, which a busy program gives back only after 5 ms; the others keep it.
-_LONG = ("cuModuleLoadData", "cuLaunchKernel")
+_LONG = ("cuModuleLoadData", "cuFuncLoad", "cuLaunchKernel")
 
 
 @cache

@@ -12,7 +12,8 @@ from kitsune.runtime.page_reader import PageReader
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
 from kitsune.runtime.replay import Schedule, prepare, replay
 from kitsune.runtime.slots import SlotTable
-from kitsune.runtime.steady import Steady, SteadyState
+from kitsune.runtime.steady import SteadyState
+from kitsune.runtime.steady_region import Steady
 from kitsune.runtime.thread_plans import ThreadPlans
 from kitsune.runtime.timing import device_seconds, in_turn
 from kitsune.runtime.trials import Timer, Trial

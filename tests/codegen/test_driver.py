@@ -120,6 +120,26 @@ def test_much_shared_memory_is_asked_for(fake: Driver, shared: int, told: list[i
     assert fake.named("cuLaunchKernel")[0][7] == shared
 
 
+def test_a_function_is_loaded_with_its_module_and_not_at_its_first_start(fake: Driver) -> None:
+    kernel = LoadedKernel(binary(shared=100_000), 0)
+    names = [name for name, *_ in fake.said]
+    assert names.index("cuFuncSetAttribute") < names.index("cuFuncLoad")
+    assert [args[0].value for args in fake.named("cuFuncLoad")] == [77]
+    kernel.launch(1, [0, 0], 0)
+    assert len(fake.named("cuFuncLoad")) == 1
+
+
+def test_a_driver_that_cannot_do_that_does_it_at_the_first_start(fake: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(name: str) -> Any:
+        if name == "cuFuncLoad":
+            raise AttributeError(name)
+        return getattr(fake, name)
+
+    monkeypatch.setattr(driver, "_function", function)
+    LoadedKernel(binary(), 0).launch(1, [0, 0], 0)
+    assert fake.named("cuLaunchKernel")
+
+
 def test_a_thread_without_a_context_gets_that_of_the_device(fake: Driver) -> None:
     LoadedKernel(binary(), 3)
     assert fake.context == 9 and fake.named("cuDeviceGet")[0][1] == 3

@@ -264,8 +264,51 @@ def test_a_region_whose_numbers_stay_is_replayed_before_its_kernels_are_there() 
         workers.release()
         assert_equal(run(), expected)
         kernels, captured, again = counts("kernels", "captured", "replayed")
-        # One ordinary run by plan, then a capture and its replays; the first graph is gone.
-        assert kernels == 6 and captured == 2 and again - replayed == 5 and repeater.n_alive == 1
+        # A capture and its replays, with no ordinary run by plan before it; the first graph is gone.
+        assert kernels == 6 and captured == 2 and again - replayed == 6 and repeater.n_alive == 1
+
+
+@pytest.mark.parametrize("n_failures", [1, 2])
+def test_a_capture_that_fails_at_once_is_tried_again_after_an_ordinary_run(n_failures: int) -> None:
+    x, w = torch.randn(8, 4), torch.randn(4, 4)
+
+    def run(n: int) -> list[torch.Tensor]:
+        out = []
+        for _ in range(n):
+            with lazily():
+                out.append(((x @ w + 1) * 0.5).abs().sum())
+        return out
+
+    with kitsune.disable():
+        (expected,) = run(1)
+    with cold(graphs=True) as (workers, repeater):
+        run(6)
+        workers.release()
+        for k in range(n_failures):
+            repeater.broken["record"] = RuntimeError("not while a graph is captured")
+            with pytest.warns(KitsuneWarning, match="cannot be replayed") if k else contextlib.nullcontext():
+                assert_equal(run(1), [expected])
+            assert counts("captured") == [1] and bool(kitsune.explain().mended) is bool(k)
+        repeater.broken.clear()
+        assert_equal(run(3), 3 * [expected])
+        assert counts("captured", "kernels") == [1 if n_failures > 1 else 2, n_failures + 3]
+
+
+def test_an_input_that_is_elsewhere_then_is_copied_from_there_on() -> None:
+    w = torch.randn(4, 4)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with lazily():
+            return ((x @ w + 1) * 0.5).abs().sum()
+
+    x, other = torch.ones(8, 4), torch.full((8, 4), 2.0)
+    with kitsune.disable():
+        expected = [run(x), run(other)]
+    with cold(graphs=True) as (workers, _):
+        assert_equal([run(x) for _ in range(6)], 6 * expected[:1])
+        workers.release()
+        assert_equal([run(other), run(x), run(other), run(x)], 2 * [expected[1], expected[0]])
+        assert counts("captured", "graph_missed") == [2, {}]
 
 
 def test_a_kernel_that_does_not_compile_is_reported_once_and_run_by_ops() -> None:
