@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from kitsune.hearing import hearing
-from kitsune.ir import is_own
+from kitsune.ir import is_own, quiet
 
 # Python runs one thread at a time. An operator of the program lets go of Python's lock and waits up to 5 ms to have it back
 # from a thread that computes: a step of 1,000 would take seconds. So this thread computes for a moment and then looks who else
@@ -85,6 +85,7 @@ class PacedThread:
         with suppress(_Closing):
             while not self._closing:
                 self._tokens.get()
+                self._keep_quiet()
                 if self._calls:
                     call = heapq.heappop(self._calls)[-1]
                     # It hears of every function that this thread begins, so that no stage has to offer places to rest.
@@ -107,9 +108,14 @@ class PacedThread:
             if worked >= WORK_S:
                 if not self.n_waiting:
                     self._rest(worked)
+                    self._keep_quiet()
                 start = time.thread_time()
 
         return hook
+
+    def _keep_quiet(self) -> None:
+        """Begin or go on with nothing while steps are timed. Who needs a lock that this thread has waits as long, at the most."""
+        quiet.wait(lambda: self._closing or self.n_waiting > 0)
 
     def _rest(self, worked: float) -> None:
         """Rest after so many seconds of work, if the program has something to do."""
@@ -140,6 +146,7 @@ def _alone() -> bool:
 thread = PacedThread()
 atexit.register(thread.close)
 _changed = threading.Condition()
+# Calls of `later` that have not ended: what they make is being made, or what they wait for.
 _n_open = 0
 # What the open ones wait for.
 _awaited: list[list[Future[Any]]] = []
@@ -170,11 +177,6 @@ def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
     return result
 
 
-def n_open() -> int:
-    """Calls of `later` that have not ended: what they make is being made, or what they wait for."""
-    return _n_open
-
-
 def n_awaited() -> int:
     """Futures that somebody waits for in `later`."""
     return len({id(future) for futures in list(_awaited) for future in futures if not future.done()})
@@ -200,6 +202,7 @@ def wait(timeout: float | None = None) -> bool:
     """Wait until nothing is open; False if that takes longer than `timeout` seconds."""
     with _changed:
         thread.n_waiting += 1
+        quiet.end()
         try:
             return _changed.wait_for(lambda: not _n_open, timeout)
         finally:

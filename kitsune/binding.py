@@ -24,6 +24,8 @@ from kitsune.global_hooks import GlobalHook
 
 # A module that owns none of the parameters is asked again every so often, because modules can be put into it later.
 ASK_AGAIN = 64
+# Recordings of other optimizers after which one that has neither begun nor stepped meanwhile does not look into theirs any more.
+PATIENCE = 16
 
 
 class Verdict:
@@ -62,6 +64,8 @@ class Binding:
         self.roots: list[weakref.ref[nn.Module]] = []
         self.local = threading.local()
         self.n_open = 0
+        # Recordings of others that have begun since this one last began or stepped.
+        self.n_others = 0
         # Hears of the batches that the module is given which began the recording, if anybody wants to.
         self.batch: Callable[[Any], None] | None = None
         self._ids: set[int] = set()
@@ -77,8 +81,14 @@ class Binding:
 
     @property
     def waits(self) -> bool:
-        """Would a forward somewhere begin something? Asked of all threads."""
-        return self.n_open == 0 or self.batch is not None or (self.amp is not None and not self.amp.inside)
+        """Is a forward somewhere to begin something? Asked of all threads.
+
+        An optimizer that is not used any more waits between the recordings of others. Should it be used within them again, that
+        step is not recorded by it, and those after it are. Mixed precision is no matter of time alone: it waits always.
+        """
+        if self.batch is not None or (self.amp is not None and not self.amp.inside):
+            return True
+        return self.n_open == 0 and (self.n_others < PATIENCE or not any(binding.n_open for binding in _bindings))
 
     def open(self) -> None:
         # The session imports far more than a plain optimizer needs.
@@ -106,13 +116,16 @@ class Binding:
         if self.amp is not None:
             self.amp.close()
         recording = self.local.__dict__.pop("recording", None)
+        self._count(0 if recording is None else -1)
         if recording is not None:
-            self._count(-1)
             recording.__exit__(None, None, None)
 
     def _count(self, change: int) -> None:
         with _lock:
             self.n_open += change
+            for binding in _bindings if change > 0 else ():
+                binding.n_others += 1
+            self.n_others = 0
             _place_hook()
 
     def attach(self, module: nn.Module) -> None:

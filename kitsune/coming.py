@@ -10,7 +10,7 @@ from kitsune.backends import Backend
 from kitsune.background import later
 from kitsune.config import config
 from kitsune.ir import Graph, LoadedPlan, Op
-from kitsune.plan_files import last_plans, may_be_kept, plan_path, read_plan, remember_plan
+from kitsune.plan_files import last_plans, make_ready, may_be_kept, plan_path, read_plan, remember_plan
 from kitsune.planning import Planner
 from kitsune.ready import Ready, by_plan
 from kitsune.runtime import PlanExecutor, Prepared
@@ -44,17 +44,18 @@ class Coming:
 
     def read_ahead(self, planner: Callable[[], Planner]) -> None:
         """Have the plans read that this program used when it last ran: the first step has its regions only at its end, and waits
-        for libraries until then."""
+        for libraries until then. So it does for what the first plan of a process needs, which would compete with the steps after
+        the capture."""
         paths = [] if shows().wanted or config.verify else last_plans(self.program)
 
         def make() -> tuple[None, list[Future[Any]]]:
             for path in paths:
                 if (found := self._read(path, planner())) is not None:
                     self.ahead[path] = found
+            make_ready()
             return None, []
 
-        if paths:
-            later(make)
+        later(make)
 
     def look_up(self, graph: Graph, now: Ready, planner: Planner) -> None:
         """A plan that lies on disk is had before the region comes back: nothing is lost if it does not."""

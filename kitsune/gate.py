@@ -19,9 +19,9 @@ SHOWN = 4
 # What a program does is settled when so many steps in a row brought nothing new; a program that never does is measured as it is.
 SETTLED = 4
 NEVER_SETTLES = 64
-# Steps that may go by while kernels are compiled and tiles tried for it: they take what cores and device the steps would have.
-# An MLP's eager step under `transformers.Trainer` took 11 ms then and 2 later, and its replays seemed faster (H200, 16 cores).
-WAITS_FOR_KERNELS = 1024
+# Steps that have to do without their kernels are not those that will run later: as long as they do they are not timed, but for
+# so many steps and then so many seconds. 1,024 steps of a small MLP took 0.3 s, and its kernels a second (CPU host).
+WAITS_FOR_KERNELS, WAITS_SECONDS = 1024, 30.0
 # Eager and Kitsune take turns, so that a change of the machine's speed meets both; the best block of each counts, being the
 # least disturbed. A block begins and ends with a wait for the device: that is once in so many steps, not in each.
 BLOCKS = 3
@@ -58,11 +58,13 @@ LATER = Patience(2, 2)
 
 
 class Progress(NamedTuple):
-    """Counts that only grow: operators recorded, those of them that were new, and plans and graphs made for them."""
+    """Counts that only grow: operators recorded, those of them that were new, plans and graphs made for them, and regions run
+    without the kernels that are on their way."""
 
     n_ops: int
     n_new: int
     n_made: int
+    n_unfused: int
 
 
 class Gate:
@@ -71,7 +73,8 @@ class Gate:
     `progress` is asked after each recorded step, `clock` (seconds, with the device's work done) at the ends of blocks,
     `has_room` before the first eager step of a measurement, and `allocated` (bytes that were ever asked of the device's
     allocator) after eager steps, whose shapes it tells apart. `make_way` is called before eager steps that are measured, and
-    `relieve` when their memory is not needed any more. `tally` counts.
+    `relieve` when their memory is not needed any more. While steps are timed, `quiet` (see `kitsune.ir`) holds what is made in
+    the background. `tally` counts.
     """
 
     def __init__(
@@ -83,11 +86,12 @@ class Gate:
         allocated: Callable[[], int],
         make_way: Callable[[], None],
         relieve: Callable[[], None],
+        quiet: Any,
         tally: Any,
     ) -> None:
         self._has_kernels = has_kernels
         self._progress, self._clock, self._has_room, self._tally = progress, clock, has_room, tally
-        self._allocated, self._make_way, self._relieve = allocated, make_way, relieve
+        self._allocated, self._make_way, self._relieve, self._quiet = allocated, make_way, relieve, quiet
         self.restart()
 
     def restart(self) -> None:
@@ -103,6 +107,10 @@ class Gate:
         self._changes = False
         self._new: deque[bool] = deque(maxlen=AT_FIRST.steps)
         self._unsettled = 0
+        # Did the last step have to do without kernels? Since when, once many did?
+        self._lacks_kernels = False
+        self._lacking_since = 0.0
+        self._quiet.end()
         self._optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._anchor: Callable[[], Any] = lambda: None
         self._others = 0
@@ -151,6 +159,7 @@ class Gate:
         new = abs(now.n_new - before.n_new) > NEW_SHARE * (now.n_ops - before.n_ops)
         self._new.append(new)
         self._unsettled += new or now.n_made != before.n_made
+        self._lacks_kernels = now.n_unfused != before.n_unfused
 
     def _keeps_changing(self) -> str | None:
         last = list(self._new)[-self._patience.steps :]
@@ -216,20 +225,31 @@ class Gate:
             if (why := self._keeps_changing()) is not None:
                 self._patience, self._changes = LATER, True
                 return why
-            waits = n_waits < WAITS_FOR_KERNELS and self._is_prepared_for()
+            waits = self._lacks_kernels and self._waits_for_kernels(n_waits)
             n_waits, n_steps = n_waits + waits, n_steps + (not waits)
             settled = settled + 1 if self._unsettled == before and not waits else 0
         if not self._has_room():
             self._tally.decided(f"{NO_ROOM}: the step is recorded")
             return None
+        # What is made in the background takes what cores and device the steps would have: an MLP's eager step under
+        # `transformers.Trainer` took 11 ms meanwhile and 2 later, and its replays seemed faster (H200, 16 cores). To wait until
+        # all is made, also what these steps do not need, took 1,000 steps.
+        while not self._quiet.ask():
+            yield
         why = yield from self._measured(FASTER if was_left else SLOWER)
+        self._quiet.end()
         if why is None:
             self._relieve()
         return why
 
-    def _is_prepared_for(self) -> bool:
-        """Is anything being made in the background that steps will be run with?"""
-        return bool(self._tally.n_preparing() or self._tally.n_untried)
+    def _waits_for_kernels(self, n_waits: int) -> bool:
+        """After a step that had to do without them, `n_waits` having gone by before: are they to be waited for?"""
+        if not n_waits or n_waits % WAITS_FOR_KERNELS:
+            return True
+        now = self._clock()
+        if n_waits == WAITS_FOR_KERNELS:
+            self._lacking_since = now
+        return now - self._lacking_since < WAITS_SECONDS
 
     def _measured(self, bound: float) -> Generator[None, None, str | None]:
         first = yield from self._block(BLOCK, records=False)
@@ -269,4 +289,5 @@ class Gate:
         start = self._clock()
         for _ in range(n):
             yield
+            self._quiet.ask()
         return (self._clock() - start) / n

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kitsune.backends import nearest_arch
-from kitsune.background import n_awaited, n_open, thread, wait
+from kitsune.background import n_awaited, thread, wait
 from kitsune.checking import checked_run
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
@@ -20,7 +20,7 @@ from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.fusion import ANYTHING, Rules
 from kitsune.garbage import MANY_NODES, look_at_new
 from kitsune.gate import Gate, Progress
-from kitsune.ir import Barrier, Graph, Plan, Site, verify
+from kitsune.ir import Barrier, Graph, Plan, Site, quiet, verify
 from kitsune.lazy import (
     REPLACED_BEFORE,
     CallLane,
@@ -39,7 +39,7 @@ from kitsune.runtime import Answers, asked_bytes, give_back, has_room, would_ris
 from kitsune.standing import Replays, Standing, standing
 
 tally = Tally()
-tally.n_compiling, tally.n_preparing = n_awaited, n_open
+tally.n_compiling = n_awaited
 thread.in_a_step, thread.where = in_a_step, where_in_step
 # What `last_plan` is asked for: the graph, and the cause of its end.
 latest: dict[str, Any] = {}
@@ -105,7 +105,7 @@ class Pipeline:
         self.n_forgotten = 0
         self.device = device
         memory = partial(has_room, device), partial(asked_bytes, device), self.make_way, partial(give_back, device)
-        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, *memory, tally)
+        self.gate = Gate(device.type == "cuda", self.progress, self.seconds, *memory, quiet, tally)
 
     def enter(self) -> None:
         """Take the calls and ops of this thread from here on."""
@@ -198,7 +198,7 @@ class Pipeline:
     def progress(self) -> Progress:
         """What the gate looks at after a recorded step."""
         n_ops = tally.recorded + tally.observed
-        return Progress(n_ops, self.recorder.n_nodes, tally.n_captured + len(tally.plans))
+        return Progress(n_ops, self.recorder.n_nodes, tally.n_captured + len(tally.plans), tally.unfused)
 
     def seconds(self) -> float:
         """The time at which all that was asked of the device so far is done."""

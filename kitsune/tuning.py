@@ -21,11 +21,11 @@ import torch
 from kitsune.backends import Backend
 from kitsune.background import thread, when_done
 from kitsune.codegen import Choices, candidates, why_not_tried
-from kitsune.ir import Launch, Plan, Tile
+from kitsune.ir import Launch, Plan, Tile, quiet
 from kitsune.profiler import Tally
 from kitsune.runtime import Trial
 
-# Replays of a region before its kernels are tried. By then the gate, which times steps, has decided.
+# Replays of a region before its kernels are tried: by then the gate has decided, or is timing steps, and none are tried.
 AFTER = 64
 # The part of a program's time that trials may take, the device's time counting like the host's.
 SHARE = 0.03
@@ -107,7 +107,7 @@ class Tuner:
         True if all are over, and launches are to be changed."""
         if until is not None:
             return self._finish(subject, stream, until)
-        if subject.is_over or self._clock() < self._not_before:
+        if subject.is_over or quiet.is_on or self._clock() < self._not_before:
             return False
         subject.n_replays += 1
         return subject.n_replays >= AFTER and self._advance(subject, stream, OWN_BYTES)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 import kitsune
 from kitsune import KitsuneOptimizer
-from kitsune.binding import ASK_AGAIN, _before_forward
+from kitsune.binding import ASK_AGAIN, PATIENCE, _before_forward
 
 X = torch.ones(3, 4)
 
@@ -309,6 +309,65 @@ def test_module_hook_is_gone_while_recording():
         model(X).sum().backward()
         assert _before_forward not in torch_module._global_forward_pre_hooks.values()
         opt.step()
+
+
+def watched() -> bool:
+    return _before_forward in torch_module._global_forward_pre_hooks.values()
+
+
+def step(model: nn.Module, opt: KitsuneOptimizer) -> bool:
+    """A step; were forwards watched within?"""
+    model(X).sum().backward()
+    found = watched()
+    opt.step()
+    return found
+
+
+def test_an_optimizer_that_is_not_used_any_more_does_not_watch_the_steps_of_others():
+    model, old = nn.Linear(4, 2), nn.Linear(4, 2)
+    opt, unused = sgd(model), sgd(old)
+    assert [step(model, opt) for _ in range(PATIENCE + 2)] == [True] * (PATIENCE - 1) + [False] * 3
+    assert watched(), "between them"
+    old(X).sum().backward()
+    assert recording(unused) and watched(), "for the other one, which is in use"
+    unused.step()
+    assert step(model, opt)
+
+
+def test_an_optimizer_that_is_used_again_within_the_steps_of_another_is_recorded_from_its_second_step_on():
+    model, old = nn.Linear(4, 2), nn.Linear(4, 2)
+    opt, unused = sgd(model), sgd(old)
+    for _ in range(PATIENCE):
+        step(model, opt)
+    for again in (False, True):
+        model(X).sum().backward()
+        old(X).sum().backward()
+        assert recording(unused) is again and recording(opt)
+        unused.step()
+        opt.step()
+
+
+def test_an_optimizer_waits_when_the_others_are_gone():
+    model, old = nn.Linear(4, 2), nn.Linear(4, 2)
+    opt, unused = sgd(model), sgd(old)
+    for _ in range(PATIENCE):
+        step(model, opt)
+    del opt
+    gc.collect()
+    old(X).sum().backward()
+    assert recording(unused)
+    unused.step()
+
+
+def test_mixed_precision_is_watched_for_always():
+    model, old = nn.Linear(4, 2), nn.Linear(4, 2)
+    opt, _ = sgd(model), sgd(old, enable_amp=True)
+    assert all(step(model, opt) for _ in range(PATIENCE + 2))
+    model(X).sum().backward()
+    with torch.no_grad():
+        plain = old(X)
+    assert not torch.equal(old(X), plain), "in bfloat16"
+    opt.step()
 
 
 def test_hooks_come_and_go_without_a_new_handle():

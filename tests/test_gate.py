@@ -16,22 +16,39 @@ class Optimizer:
     """All that a gate wants of one."""
 
 
+class Quiet:
+    """What works beside the steps: it needs so many steps to come to an end."""
+
+    def __init__(self) -> None:
+        self.n_asked = self.takes = 0
+        self.is_on = False
+
+    def ask(self) -> bool:
+        self.is_on, self.n_asked = True, self.n_asked + 1
+        return self.n_asked > self.takes
+
+    def end(self) -> None:
+        self.is_on, self.n_asked = False, 0
+
+
 class Program:
     """Steps with a length each way, in front of a gate."""
 
     def __init__(self, eager: float = 1.0, kitsune: float = 0.5, kernels: bool = True, room: bool = True) -> None:
         self.eager, self.kitsune, self.room = eager, kitsune, room
-        self.now, self.n_ops, self.n_new, self.n_made, self.asked, self.n_steps = 0.0, 0, 0, 0, 0, 0
-        self.tally, self.optimizer = Tally(), Optimizer()
+        self.now, self.n_ops, self.n_new, self.n_made, self.n_unfused, self.asked, self.n_steps = 0.0, 0, 0, 0, 0, 0, 0
+        # Does a step have to do without its kernels?
+        self.lacks: Callable[[], bool] = lambda: False
+        self.tally, self.optimizer, self.quiet = Tally(), Optimizer(), Quiet()
         # The steps so far, each time that eager is to have memory, and that it is given back.
         self.made_way: list[int] = []
         self.relieved: list[int] = []
         memory = lambda: self.made_way.append(self.n_steps), lambda: self.relieved.append(self.n_steps)
         asked = (lambda: self.room), (lambda: self.asked)
-        self.gate = Gate(kernels, self.progress, lambda: self.now, *asked, *memory, self.tally)
+        self.gate = Gate(kernels, self.progress, lambda: self.now, *asked, *memory, self.quiet, self.tally)
 
     def progress(self) -> Progress:
-        return Progress(self.n_ops, self.n_new, self.n_made)
+        return Progress(self.n_ops, self.n_new, self.n_made, self.n_unfused)
 
     def step(self, new: bool = False, optimizer: object = None) -> bool:
         """One step; was it recorded?"""
@@ -40,6 +57,7 @@ class Program:
         if records:
             self.n_ops += 100
             self.n_new += 100 * new
+            self.n_unfused += self.lacks()
         self.n_steps += 1
         self.asked += 10_000 + self.n_steps * new
         self.gate.end_of_step(optimizer or self.optimizer)
@@ -300,31 +318,66 @@ def test_an_interrupt_while_it_reads_the_clock_does_not_break_the_steps_that_fol
     assert program.gate.left is None
 
 
-@pytest.mark.parametrize("what", ["kernels", "tiles"])
-def test_nothing_is_measured_while_the_background_prepares_steps(what: str) -> None:
-    program = Program(eager=1.0, kitsune=1.5)
-    if what == "kernels":
-        program.tally.n_preparing = lambda: 3 * (program.n_steps < 100)
-    else:
-        program.tally.n_untried = 5
-    # What is being made takes time from both.
-    program.eager = 9.0
-    assert all(program.steps(100))
-    program.eager, program.tally.n_untried = 1.0, 0
-    program.until_decided()
+def test_steps_that_lack_their_kernels_are_not_timed() -> None:
+    program = Program(eager=9.0, kitsune=9.0)
+    program.lacks = lambda: program.n_steps < 100
+    assert all(program.steps(100)) and not program.quiet.is_on
+    program.eager, program.kitsune = 1.0, 1.5
+    assert program.until_decided() <= 4 * BLOCKS * BLOCK
     assert decided(program) == [f"It took 1.50 times as long as eager's over {BLOCKS * BLOCK} steps: the step is left to eager"]
 
 
-def test_it_does_not_wait_for_ever_for_the_background() -> None:
-    program = Program(eager=1.0, kitsune=0.5)
-    program.tally.n_preparing = lambda: 1
-    assert all(program.steps(module.WAITS_FOR_KERNELS))
+def test_steps_that_lack_kernels_now_and_then_are_timed() -> None:
+    program = Program()
+    program.lacks = lambda: program.n_steps % 10 == 0
+    assert program.until_decided() <= 50
+
+
+def test_kernels_are_waited_for_some_time_however_short_the_steps_are() -> None:
+    program = Program(eager=0.001, kitsune=0.0005)
+    program.lacks = lambda: True
+    n = 20 * module.WAITS_FOR_KERNELS
+    assert all(program.steps(n)) and not decided(program)
+    program.now += module.WAITS_SECONDS
     program.until_decided()
-    assert program.gate.left is None and program.n_steps < module.WAITS_FOR_KERNELS + 100
+    assert program.gate.left is None and program.n_steps < n + module.WAITS_FOR_KERNELS + 500
+
+
+def test_kernels_are_not_waited_for_for_ever() -> None:
+    program = Program(eager=1.0, kitsune=0.5)
+    program.lacks = lambda: True
+    assert all(program.steps(2 * module.WAITS_FOR_KERNELS))
+    program.until_decided()
+    assert program.gate.left is None and program.n_steps < 2 * module.WAITS_FOR_KERNELS + 100
+
+
+@pytest.mark.parametrize("takes", [0, 7])
+def test_steps_are_timed_once_it_is_quiet_and_as_long_as_it_stays_so(takes: int) -> None:
+    program, asked = Program(), []
+    program.quiet.takes = takes
+    while not decided(program):
+        recorded = program.step()
+        asked.append(program.quiet.n_asked)
+        assert recorded or program.quiet.n_asked > takes
+    first = next(n for n, times in enumerate(asked) if times)
+    # From the first time on it is asked for at the end of each step but the first of a block.
+    assert first < 10 and asked[-1] == 0
+    assert asked[-2] >= takes + 2 * BLOCKS * BLOCK and all(b - a in (0, 1) for a, b in itertools.pairwise(asked[first:-1]))
+
+
+def test_after_a_decision_and_a_reset_it_is_loud_again() -> None:
+    program = Program(kitsune=1.5)
+    program.until_decided()
+    assert not program.quiet.is_on
+    program.gate.restart()
+    while not program.quiet.is_on:
+        program.step()
+    program.gate.restart()
+    assert not program.quiet.is_on
 
 
 def test_a_program_that_keeps_changing_is_left_before_its_kernels_are_there() -> None:
     program = Program()
-    program.tally.n_preparing = lambda: 1
+    program.lacks = lambda: True
     n = program.until_decided(lambda _: True)
     assert n < 40 and program.gate.left is not None

@@ -314,7 +314,7 @@ def test_a_measured_gate_takes_turns_and_looks_again(monkeypatch: pytest.MonkeyP
         (pipeline,) = kitsune.contexts.here.depth
     now = [0.0]
     memory = (lambda: True), (lambda: 0), (lambda: None), (lambda: None)
-    made = gate.Gate(True, pipeline.progress, lambda: now[0], *memory, kitsune.pipeline.tally)
+    made = gate.Gate(True, pipeline.progress, lambda: now[0], *memory, kitsune.ir.quiet, kitsune.pipeline.tally)
     monkeypatch.setattr(pipeline, "gate", made)
     eager, ours = small(), small()
     torch.manual_seed(1)

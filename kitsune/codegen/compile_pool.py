@@ -18,6 +18,7 @@ from typing import Any
 
 from kitsune.codegen import machine_code
 from kitsune.codegen.machine_code import Job, line_of
+from kitsune.ir import quiet
 
 # A kernel takes 50 to 300 ms, the first one of a worker up to a second more.
 TIMEOUT = 120.0
@@ -151,10 +152,13 @@ class CompilePool:
                 self._end(worker)
                 worker = None
                 continue
+            # Steps may be being timed, which have these cores.
+            quiet.wait(lambda: self._closed)
             error: Exception | None = None
             try:
                 worker = worker or self._begin()
-                worker.compile(job, self.timeout)
+                with quiet.busy():
+                    worker.compile(job, self.timeout)
             except CompilationFailed as failure:
                 error = failure
             except Exception as failure:

@@ -27,6 +27,7 @@ from kitsune.ir.plan import Access, Kernel, Launch, Load, Local, Plan, Refusal, 
 from kitsune.ir.plan_serial import LoadedPlan, dump_plan, graph_digest, load_plan
 from kitsune.ir.plan_text import plan_text
 from kitsune.ir.program import Extent, Pending, Pointer, Program, Scalar, Size, SlotAddress, Stride, Tile, Written
+from kitsune.ir.quiet_times import quiet
 from kitsune.ir.reductions import Reduction, argument_names, left_of, named, reduction_of
 from kitsune.ir.serial import dump_graph, load_graph
 from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_type, type_of
@@ -97,6 +98,7 @@ __all__ = [
     "own",
     "plan_text",
     "predecessors",
+    "quiet",
     "reads_slots",
     "reduction_of",
     "roots",

@@ -60,7 +60,6 @@ class Tally:
     def __init__(self) -> None:
         # How many programs are being compiled now; whoever has them compiled says so.
         self.n_compiling: Callable[[], int] = lambda: 0
-        self.n_preparing: Callable[[], int] = lambda: 0
         self.reset()
 
     def reset(self) -> None:

@@ -372,6 +372,14 @@ def test_a_plan_on_disk_is_had_before_the_region_comes_back(tmp_path: Path) -> N
             assert counts("kernels")[0] == (2 if known else 1) and not kitsune.explain().mended
 
 
+def test_what_is_made_once_in_a_process_is_made_while_the_first_step_waits_for_libraries() -> None:
+    once = (plan_files._code, plan_files.versions)
+    for made in once:
+        made.cache_clear()
+    with cold(), lazily():
+        assert idle() and [made.cache_info().currsize for made in once] == [1, 1], "before there is a region"
+
+
 def other() -> torch.Tensor:
     with lazily():
         return (torch.arange(24.0).view(4, 6) * 3 - 1).abs()

@@ -114,6 +114,17 @@ def test_a_module_that_is_imported_later_is_told_of(monkeypatch: pytest.MonkeyPa
     assert len(heard) > 100
 
 
+def test_who_hears_may_rest_while_functions_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    n_told: list[int] = []
+    monkeypatch.setattr(hearing, "_looked_at", set())
+    monkeypatch.setattr(hearing, "tell_of", lambda codes, tool: told.extend(codes))
+    for _ in range(2):
+        hearing._tell_of_new(0, lambda: n_told.append(len(told)))
+    # Before each of them, and none a second time.
+    assert n_told == list(range(len(told))) and len(set(map(id, told))) == len(told) > 500
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python has nothing else than a profiler's hook before 3.12")
 def test_code_that_was_not_told_of_is_as_fast_as_before() -> None:
     heard: list[int] = []

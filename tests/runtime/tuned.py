@@ -122,10 +122,12 @@ def products() -> torch.Tensor:
     return found
 
 
-def steps(n: int, program: Callable[[], torch.Tensor] = products) -> list[torch.Tensor]:
-    """What the program returns, so many times, with everything done in between that is done in the background."""
+def steps(n: int, program: Callable[[], torch.Tensor] = products, during: Callable[[], Any] = lambda: None) -> list[torch.Tensor]:
+    """What the program returns, so many times, with everything done in between that is done in the background. Each time it is
+    run after `during`."""
     found = []
     for _ in range(n):
+        during()
         with lazily():
             found.append(program())
         kitsune.wait_for_kernels(SECONDS)
