@@ -106,6 +106,11 @@ def test_a_change_between_two_steps_is_seen(change: Callable[[Loop], None]) -> N
     compared(change)
 
 
+@pytest.mark.parametrize("change", [frozen, other_memory, swapped, loaded], ids=lambda f: f.__name__)
+def test_so_it_is_where_the_update_is_one_operator(change: Callable[[Loop], None]) -> None:
+    compared(change, fused=True, foreach=None)
+
+
 @pytest.mark.parametrize("options", [{}, {"fused": True, "foreach": None}], ids=["foreach", "fused"])
 def test_what_is_known_holds_from_one_context_to_the_next(options: dict[str, Any]) -> None:
     counters = compared(None, **options)

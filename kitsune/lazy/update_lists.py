@@ -24,6 +24,8 @@ class GroupLists:
         grads = _grads(group)
         self._names, self._options = list(group), _options(group)
         self._flags, self._returned = _flags(group), returned
+        # By what others know these lists, who are not to keep the watch on their tensors.
+        self.name = object()
         self._ids = ids = list(map(id, kept))
         self._picks: list[Any] = [_pick(made, grads, places) for made in lists]
         flags = returned if type(returned) is tuple else (returned,)

@@ -27,7 +27,7 @@ class UpdateMatcher:
     def __init__(
         self, lane: Any, edge: Edge, kwargs: Any, call: Incoming, filled: Any, order: list[int], counts: HostCounts | None
     ) -> None:
-        region, known, flat, lists = lane.recorder.region, lane.recorder.known, call.flat, filled[0]
+        region, known, flat, lists = lane.recorder.region, lane.recorder.known, call.flat, filled[0].name
         self._pattern, self._order = None if counts is None else counts.pattern, order
         self.edge, self._modes, self._lists, self._n_dropped = edge, lane.modes[False], lists, known.n_dropped
         self._names, self._types, self._constants = list(kwargs), list(map(type, kwargs.values())), _constants(kwargs)
@@ -62,7 +62,7 @@ class UpdateMatcher:
         host; None of any other. Nothing of the region is changed."""
         recorder = lane.recorder
         region = recorder.region
-        if filled is None or filled[0] is not self._lists or recorder.known.n_dropped != self._n_dropped:
+        if filled is None or filled[0].name is not self._lists or recorder.known.n_dropped != self._n_dropped:
             return None
         if region.slow or region.real or lane.modes[False] is not self._modes:
             return None
