@@ -259,9 +259,10 @@ class Recording:
             for cell in cells:
                 cell.real = values[cell.ref.id]
             region.produced.clear()
-            region.inputs.clear()
             region.see(cells)
-            if region is not self.region:
+            if region is self.region:
+                region.let_go()
+            else:
                 region.release()
         return live
 
