@@ -38,6 +38,7 @@ from kitsune.lazy.function_doors import (
     lengths_door,
     numbers_door,
     on_host,
+    operator_door,
     range_door,
     recurrent_door,
     takes_singular_values,
@@ -71,6 +72,7 @@ def open_doors(recorder: Recorder) -> None:
             for owner, name, _, original in map(_put, _function_doors()):
                 # For programs that have taken the function itself from torch before.
                 DOORS[original] = vars(owner)[name]
+            DOORS.update(_operator_doors())
         if not _originals:
             _n_openings += 1
             _originals.extend(_put(door) for door in _doors())
@@ -123,17 +125,18 @@ def _lasting_doors() -> Iterator[Door]:
 
 def _function_doors() -> Iterator[Door]:
     """Doors of functions in C++, which take wrappers of former contexts as well, and stay, too."""
-    for table, make in (
-        (_RECURRENT, recurrent_door),
-        (_NUMBERS, numbers_door),
-        (_ON_HOST, host_door),
-        (_UNCHECKED, eager_door(on_host)),
-        (_OF_VALUES, eager_door()),
-        (_OF_NORMS, eager_door(takes_singular_values)),
-        (_QUANTILES, range_door),
-    ):
+    for table, make in _FUNCTIONS:
         for owner, names in table:
             yield from ((owner, name, make) for name in names.split() if hasattr(owner, name))
+
+
+def _operator_doors() -> Iterator[tuple[Any, Any]]:
+    """The operators behind these functions, which a program may call by their names, and the door of each."""
+    for owner, name, make in (*_function_doors(), (torch, "ctc_loss", lengths_door)):
+        packet = getattr(torch.ops.aten, f"linalg_{name}" if owner is torch.linalg else name, None)
+        for operator in () if packet is None else (packet, *packet.op_overloads()):
+            # Lengths that come as a list are passed on as a tensor, and the other way round: the packet finds who takes them.
+            yield operator, operator_door(make, packet if make is lengths_door else operator)
 
 
 def _doors() -> Iterator[Door]:
@@ -175,18 +178,31 @@ _NUMBERS: Table = ((torch, "tensor_split"), (torch.Tensor, "tensor_split"))
 _PACKED = "_pack_padded_sequence _pad_packed_sequence"
 _ON_HOST: Table = (
     (torch._VF, _PACKED),
-    (torch, f"{_PACKED} sparse_coo_tensor _validate_sparse_coo_tensor_args"),
+    (torch, f"{_PACKED} sparse_coo_tensor _validate_sparse_coo_tensor_args _shape_as_tensor"),
 )
 _UNCHECKED: Table = ((torch.nn.functional, "one_hot"),)
 _OF_VALUES: Table = (
     (torch.linalg, "svdvals eigvalsh eigvals cond matrix_rank"),
     (
         torch,
-        "choose_qparams_optimized _sobol_engine_draw _sobol_engine_ff_ _sobol_engine_initialize_state_ _sobol_engine_scramble_",
+        "choose_qparams_optimized _saturate_weight_to_fp16 "
+        "_sobol_engine_draw _sobol_engine_ff_ _sobol_engine_initialize_state_ _sobol_engine_scramble_ "
+        "fbgemm_linear_fp16_weight fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight "
+        "fbgemm_linear_int8_weight_fp32_activation fbgemm_linear_quantize_weight fbgemm_pack_gemm_matrix_fp16 "
+        "fbgemm_pack_quantized_matrix",
     ),
 )
 _OF_NORMS: Table = ((torch.linalg, "matrix_norm norm"),)
 _QUANTILES: Table = ((torch, "quantile nanquantile"), (torch.Tensor, "quantile nanquantile"))
+_FUNCTIONS: tuple[tuple[Table, Callable[[Any], Any]], ...] = (
+    (_RECURRENT, recurrent_door),
+    (_NUMBERS, numbers_door),
+    (_ON_HOST, host_door),
+    (_UNCHECKED, eager_door(on_host)),
+    (_OF_VALUES, eager_door()),
+    (_OF_NORMS, eager_door(takes_singular_values)),
+    (_QUANTILES, range_door),
+)
 _RANDOM: Table = (
     (torch, _SEEDS),
     (torch.random, _SEEDS),
