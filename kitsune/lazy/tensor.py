@@ -136,8 +136,8 @@ def _replace_data(recorder: Any, tensor: LazyTensor, value: torch.Tensor) -> Non
         _try_data(tensor, real)
         if real.device != tensor.device:
             raise RuntimeError(
-                f".data of a tensor on {tensor.device}, recorded by Kitsune, cannot become one on {real.device}: make a new tensor "
-                "instead, or put the assignment under kitsune.disable()."
+                f".data of a tensor on {tensor.device}, recorded by Kitsune, cannot become one on {real.device}: make a new "
+                "tensor instead, or put the assignment under kitsune.disable()."
             )
         recorder.stand_for(tensor, real)
 
