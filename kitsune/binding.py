@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.optim import Optimizer
 
 from kitsune.amp import HalfForward
@@ -63,7 +63,8 @@ class Binding:
         self.engine, self.amp, self.note = engine, amp, note
         self.roots: list[weakref.ref[nn.Module]] = []
         self.local = threading.local()
-        self.n_open = 0
+        # The threads that have a recording open.
+        self.open_in: set[int] = set()
         # Recordings of others that have begun since this one last began or stepped.
         self.n_others = 0
         # Hears of the batches that the module is given which began the recording, if anybody wants to.
@@ -88,7 +89,7 @@ class Binding:
         """
         if self.batch is not None or (self.amp is not None and not self.amp.inside):
             return True
-        return self.n_open == 0 and (self.n_others < PATIENCE or not any(binding.n_open for binding in _bindings))
+        return not self.open_in and (self.n_others < PATIENCE or not any(binding.open_in for binding in _bindings))
 
     def open(self) -> None:
         # The session imports far more than a plain optimizer needs.
@@ -98,9 +99,14 @@ class Binding:
             self._context = Accelerate(self.warmup, self.device, options=self.engine)
         recording: AbstractContextManager[Any] = nullcontext() if self._is_open_by_hand() else self._context
         note(self.note)
-        recording.__enter__()
         self.local.recording = recording
-        self._count(1)
+        try:
+            recording.__enter__()
+        except BaseException:
+            # Also an interrupt: it has undone what it had done.
+            del self.local.recording
+            raise
+        self._count()
 
     def _is_open_by_hand(self) -> bool:
         """Has the program opened a context here itself? Then that one takes the step, with its own options."""
@@ -116,14 +122,15 @@ class Binding:
         if self.amp is not None:
             self.amp.close()
         recording = self.local.__dict__.pop("recording", None)
-        self._count(0 if recording is None else -1)
+        self._count()
         if recording is not None:
             recording.__exit__(None, None, None)
 
-    def _count(self, change: int) -> None:
+    def _count(self) -> None:
+        """This thread's recording has been opened or closed."""
         with _lock:
-            self.n_open += change
-            for binding in _bindings if change > 0 else ():
+            (self.open_in.add if self.recording else self.open_in.discard)(threading.get_ident())
+            for binding in _bindings if self.recording else ():
                 binding.n_others += 1
             self.n_others = 0
             _place_hook()
@@ -236,7 +243,7 @@ def _before_forward(module: nn.Module, args: Any) -> None:
             binding.batch(args)
 
 
-_hook = GlobalHook(register_module_forward_pre_hook, _before_forward)
+_hook = GlobalHook(_global_forward_pre_hooks, _before_forward)
 
 
 def _begin_amp(amp: HalfForward, module: nn.Module, verdict: Verdict) -> None:

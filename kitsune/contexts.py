@@ -3,10 +3,10 @@
 import os
 import threading
 import weakref
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._foreach_utils import _foreach_supported_types
 
 from kitsune.config import config
@@ -21,19 +21,24 @@ from kitsune.pipeline import Pipeline
 _foreach_supported_types.append(LazyTensor)
 
 
+T = TypeVar("T")
+
+
 class Here(threading.local):
     """The pipelines of one thread: kept between contexts, for what they know of regions; `depth` counts open contexts."""
 
     def __init__(self) -> None:
         self.pipelines: dict[Any, Pipeline] = {}
         self.depth: dict[Pipeline, int] = {}
-        self.view_replay = False
+        # What the program has, while it has been given another.
+        self.view_replay: bool | None = None
 
 
 here = Here()
 everyone: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
 _lock = threading.Lock()
-_n_open = 0
+# Those with an open context, in all threads.
+_open: set[Pipeline] = set()
 threshold = Threshold()
 # What the stance asks of every pipeline: to take nothing, and what becomes of ops that are not known ("record" them, leave
 # them to "eager", "fail").
@@ -41,13 +46,26 @@ _forced_eager = False
 _on_new = "record"
 
 
-def open_context(pipeline: Pipeline) -> None:
-    """A context is entered in this thread."""
-    global _n_open
-    depth = here.depth.get(pipeline, 0)
-    here.depth[pipeline] = depth + 1
-    if depth:
-        return
+def entered(context: T, pipeline: Pipeline | None, stack: list[Pipeline | None]) -> T:
+    """The context, which is open in this thread now and has its pipeline on its stack; or neither, where an interrupt has come:
+    that may be at any line, and Python calls no `__exit__` of what was not entered."""
+    n, depth = len(stack), 0 if pipeline is None else here.depth.get(pipeline, 0)
+    try:
+        if pipeline is not None:
+            here.depth[pipeline] = depth + 1
+            if not depth:
+                _open_first(pipeline)
+        stack.append(pipeline)
+        return context
+    except BaseException:
+        del stack[n:]
+        if pipeline is not None:
+            here.depth[pipeline] = depth + 1
+            close_context(pipeline)
+        raise
+
+
+def _open_first(pipeline: Pipeline) -> None:
     for other in here.depth:
         # From here on the inner pipeline sees the ops: nothing that it reads may still be pending in an outer one.
         if other is not pipeline:
@@ -56,10 +74,9 @@ def open_context(pipeline: Pipeline) -> None:
             # Nor does its lane see what becomes of gradients from here on.
             keep([leaf.grad for leaf in other.recorder.living_leaves()])
     with _lock:
-        _n_open += 1
-        if _n_open == 1:
-            _step_hook.put_on()
-        first = _n_open == 1
+        first = not _open
+        _open.add(pipeline)
+        _step_hook.put_on()
     if first:
         # Not under the lock: a collection may run anybody's finalizers.
         threshold.begin()
@@ -68,7 +85,7 @@ def open_context(pipeline: Pipeline) -> None:
 
 
 def close_context(pipeline: Pipeline) -> None:
-    """A context is left in this thread; what it recorded has been run."""
+    """A context is left in this thread; what it recorded has been run. It may be open in part."""
     here.depth[pipeline] -= 1
     if here.depth[pipeline]:
         return
@@ -81,7 +98,6 @@ def close_context(pipeline: Pipeline) -> None:
 
 def _closed(pipeline: Pipeline) -> None:
     """The thread is as plain PyTorch has it, or as an outer context has it."""
-    global _n_open
     del here.depth[pipeline]
     if here.depth:
         outer = next(reversed(here.depth))
@@ -90,22 +106,24 @@ def _closed(pipeline: Pipeline) -> None:
     elif _gated() and not pipeline.insists:
         pipeline.gate.end_of_context()
     with _lock:
-        _n_open -= 1
-        if not _n_open:
+        _open.discard(pipeline)
+        if not _open:
             _step_hook.take_off()
             threshold.end()
 
 
 def _turn_on(pipeline: Pipeline) -> None:
     """Take the ops of this thread from here on."""
+    first = not any(other.on for other in here.depth)
+    # Before anything else: whatever has come to be done by an interrupt, `_turn_off` undoes.
+    pipeline.on = True
     pipeline.recorder.on_new = _on_new
     pipeline.recorder.restart()
     open_doors(pipeline.recorder)
-    if not any(other.on for other in here.depth):
+    if first:
         # A view of a view is replayed from its base's ops: as_strided on a wrapper without memory would be refused.
         here.view_replay = torch._C._is_view_replay_enabled()
         torch._C._set_view_replay_enabled(True)
-    pipeline.on = True
     if pipeline.left_behind:
         pipeline.left_behind = False
         pipeline.recorder.resume()
@@ -119,7 +137,7 @@ def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
         try:
             try:
                 pipeline.on = False
-                if not pipeline.leave(for_good):
+                if not pipeline.leave(for_good) and not pipeline.left_behind:
                     pipeline.left_behind = True
                     pipeline.recorder.pause()
             finally:
@@ -131,8 +149,9 @@ def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
 
 
 def _restore_views() -> None:
-    if not any(other.on for other in here.depth):
+    if here.view_replay is not None and not any(other.on for other in here.depth):
         torch._C._set_view_replay_enabled(here.view_replay)
+        here.view_replay = None
 
 
 def _wanted(pipeline: Pipeline) -> bool:
@@ -161,7 +180,7 @@ def _end_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         _look_at_gate(pipelines[0], optimizer)
 
 
-_step_hook = GlobalHook(register_optimizer_step_post_hook, _end_step)
+_step_hook = GlobalHook(_global_optimizer_post_hooks, _end_step)
 
 
 def _look_at_gate(pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:
@@ -224,9 +243,10 @@ def _before_fork() -> None:
 
 
 def _in_forked_child() -> None:
-    global _lock, _n_open
+    global _lock
     # Another thread, which is not there, may have held it; and the contexts of other threads are not open here.
-    _lock, _n_open = threading.Lock(), len(here.depth)
+    _lock = threading.Lock()
+    _open.intersection_update(here.depth)
     # A DataLoader's worker inherits the mode of its parent's thread, but not the parent's consumer of the regions.
     renew_lock()
     for pipeline in list(everyone):

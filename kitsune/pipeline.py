@@ -122,7 +122,10 @@ class Pipeline:
         if config.follow and REPLACED_BEFORE:
             replaced = " and ".join(REPLACED_BEFORE[:4])
             tally.notes[f"Calls are not followed: {replaced} had been replaced before Kitsune was imported."] = None
-        self.follows = config.follow and not REPLACED_BEFORE and self.lane.enter()
+        # Before it does: what has come to be done by an interrupt, `stop_following` undoes.
+        self.follows = config.follow and not REPLACED_BEFORE
+        if self.follows and not self.lane.enter():
+            self.follows = False
         if self.follows:
             self.recorder.known.come_back()
             self.recorder.hook = self.lane.stray

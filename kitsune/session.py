@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 import torch
 
 from kitsune.config import checked, config
-from kitsune.contexts import close_context, everyone, here as _thread, open_context
+from kitsune.contexts import close_context, entered, everyone, here as _thread
 from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
@@ -46,11 +46,7 @@ class Accelerate:
                 "static=True skips the Python of a function, and a `with` block has none that could be skipped: write "
                 "@kitsune.accelerate(static=True) above the training step's `def`, or leave static=True out."
             )
-        pipeline = self.pipeline()
-        if pipeline is not None:
-            open_context(pipeline)
-        self._stack().append(pipeline)
-        return self
+        return entered(self, self.pipeline(), self._stack())
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         pipeline = self._stack().pop()
@@ -109,8 +105,9 @@ class Accelerate:
         key = (device, warmup, config.max_pending_ops, config.max_pending_bytes, self._options)
         found = _thread.pipelines.get(key)
         if found is None:
-            found = _thread.pipelines[key] = Pipeline(device, warmup, self._options)
+            found = Pipeline(device, warmup, self._options)
             everyone.add(found)
+            _thread.pipelines[key] = found
         self._entered.latest = _thread.pipelines, stamp, found
         return found
 

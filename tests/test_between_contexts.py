@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kitsune
-from kitsune.lazy import doors
+from kitsune.lazy import door_set
 from kitsune.session import trace_regions
 
 STEPS = 12
@@ -202,7 +202,7 @@ def _assigned(layer: nn.Linear, weight: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def doors_close(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a program that has opened few contexts."""
-    monkeypatch.setattr(doors, "OPENINGS", 1 << 30)
+    monkeypatch.setattr(door_set, "OPENINGS", 1 << 30)
 
 
 @pytest.mark.usefixtures("doors_close")

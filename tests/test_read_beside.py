@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import kitsune
 
+aten = torch.ops.aten
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 STEPS = 5
 bound_split = torch.tensor_split
@@ -95,7 +97,40 @@ def as_triples(matrix: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(torch.tensor([[0, 1], [2, 0]]) * 1, matrix[0, :2], (3, 3), check_invariants=True).to_dense()
 
 
+PLACES = (2, 1)
+
+
+def padded(matrix: Tensor, pad: Any) -> list[Tensor]:
+    return [*pad(matrix[0, :3] * 2, torch.tensor(PLACES) * 1, True, 0.0, 3)]
+
+
+def saturated(matrix: Tensor) -> Tensor:
+    weight = matrix * 1e6
+    return torch.stack([aten._saturate_weight_to_fp16(weight), weight])
+
+
+def packed_in_halves(matrix: Tensor) -> Tensor:
+    packed = torch.fbgemm_pack_gemm_matrix_fp16(matrix * 2)  # type: ignore[attr-defined]
+    found: Tensor = aten.fbgemm_linear_fp16_weight_fp32_activation.default(matrix * 3, packed, matrix[:, 0] * 1)
+    return found
+
+
 READS: dict[str, Callable[[Tensor], Any]] = {
+    "fbgemm": packed_in_halves,
+    "aten.tensor_split": lambda m: aten.tensor_split(m, torch.tensor([1, 3]) * 1, 1),
+    "aten.tensor_split, an overload": lambda m: aten.tensor_split.tensor_indices_or_sections(m, torch.tensor([1, 3]) * 1, 1),
+    "aten.tensor_split, named": lambda m: aten.tensor_split.tensor_indices_or_sections(
+        self=m, tensor_indices_or_sections=torch.tensor(2) * 1
+    ),
+    "aten.tensor_split with a history": lambda m: aten.tensor_split.tensor_indices_or_sections(
+        m.detach().requires_grad_(), torch.tensor([1, 3]) * 1, 1
+    )[1].square(),
+    "aten._pad_packed_sequence": lambda m: padded(m, aten._pad_packed_sequence.default),
+    "aten.choose_qparams_optimized": lambda m: aten.choose_qparams_optimized.default(m[0], 4, 2, 0.16, 8),
+    "aten._shape_as_tensor": lambda m: aten._shape_as_tensor.default(m[1:]) * 3,
+    "_shape_as_tensor": lambda m: torch._shape_as_tensor(m[1:]) * 3,  # type: ignore[attr-defined]
+    "aten._saturate_weight_to_fp16": saturated,
+    "aten.ctc_loss": lambda m: aten.ctc_loss.IntList(m.view(3, 1, 4).log_softmax(2), torch.tensor([[1, 2]]) * 1, [3], [2]),
     "tensor_split, bound before": lambda m: bound_split(m, torch.tensor([1, 3]) * 1, 1),
     "sparse_coo_tensor": as_triples,
     "sparse_coo_tensor without a size": lambda m: torch.sparse_coo_tensor(torch.tensor([[0, 1]]) + 1, m[0, :2]).to_dense(),
@@ -113,7 +148,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:fbgemm")
 @pytest.mark.parametrize("warmup", [0, 1])
 @pytest.mark.parametrize("name", READS)
 def test_what_is_read_may_be_pending(name: str, warmup: int) -> None:
@@ -121,17 +156,28 @@ def test_what_is_read_may_be_pending(name: str, warmup: int) -> None:
     same(lambda matrix: READS[name](matrix * 2), matrices, warmup)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:fbgemm")
 @pytest.mark.parametrize("name", READS)
 def test_it_may_be_of_a_context_that_is_closed(name: str) -> None:
     matrix = torch.arange(12.0).cos().view(3, 4)
     with lazily():
         lazy = matrix * 2
-    if name != "tensor_split, bound before":  # which only a call lane can tell
+    if "bound before" not in name and not name.startswith("aten."):  # which only a call lane can tell
         torch.testing.assert_close(READS[name](lazy), READS[name](matrix * 2), rtol=0, atol=0)
     with lazily():
         again = READS[name](lazy)
     torch.testing.assert_close(again, READS[name](matrix * 2), rtol=0, atol=0)
+
+
+def test_places_of_a_closed_context_are_read_by_an_operators_name() -> None:
+    x = torch.arange(5.0)
+    with lazily():
+        places = torch.tensor([1, 3]) * 1
+    expected = torch.tensor_split(x, torch.tensor([1, 3]))
+    for around in (contextlib.nullcontext, kitsune.disable):
+        with lazily(), around():
+            found = aten.tensor_split.tensor_indices_or_sections(x, places)
+        torch.testing.assert_close(found, [*expected], rtol=0, atol=0)
 
 
 def test_sizes_of_a_closed_context_are_those_of_a_packed_sequence() -> None:
@@ -148,6 +194,9 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "a class beyond the last": lambda x: F.one_hot(x.long() + 3, 4),
     "a class below the first": lambda x: F.one_hot(x.long() - 3, 4),
     "by a function bound before": lambda x: bound_one_hot(x.long() + 3, 4),
+    "by the operator's name": lambda x: aten.one_hot(x.long() + 3, 4),
+    "by an overload's name": lambda x: aten.one_hot.default(x.long() + 3, 4),
+    "a probability, by its name": lambda x: aten.quantile.default(x, x[2:] / x[2:] + 0.1),
     "a class that nobody has counted": lambda x: F.one_hot(x.long() - 3),
     "a probability above one": lambda x: torch.quantile(x, x[2:] / x[2:] + 0.1, interpolation="nearest"),
     "a probability below zero": lambda x: x.nanquantile(x[1] - 1.1, interpolation="higher"),

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 from torch.library import custom_op
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kitsune
 from kitsune.lazy.trie import Node
@@ -92,6 +93,37 @@ def test_an_operator_of_another_library_draws_in_its_turn_and_sees_what_was_writ
     state.zero_()
     with lazily():
         assert program() == expected
+
+
+class Seeing(TorchDispatchMode):
+    """Sees every op, which nobody else may take then."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("when", ["before the backward", "after it"])
+def test_a_graph_that_is_asked_for_in_inference_mode_is_made_as_outside_of_it(when: str) -> None:
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()), torch.randn(2, 3)
+
+    def ask() -> Any:
+        with torch.inference_mode(), Seeing():
+            return (net[0].weight.clone() * 2).tolist()
+
+    def step(asks: bool) -> Any:
+        net.zero_grad()
+        loss = net(x).square().mean()
+        seen = ask() if asks and when == "before the backward" else None
+        loss.backward()
+        seen = ask() if asks and when == "after it" else seen
+        with pytest.raises(RuntimeError, match="a second time"):
+            loss.backward()
+        return seen, loss.item(), [p.grad.tolist() for p in net.parameters() if p.grad is not None]
+
+    expected = [step(k > 2) for k in range(5)]
+    with kitsune.config.patch(gate=False), kitsune.accelerate(device="cpu"):
+        assert [step(k > 2) for k in range(5)] == expected
 
 
 def test_what_is_pending_is_no_inference_tensor_when_inference_mode_runs_it() -> None:

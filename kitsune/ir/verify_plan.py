@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from kitsune.ir.clocks import Clocks, clocks_of
-from kitsune.ir.edges import bits, predecessors
+from kitsune.ir.edges import bits, predecessors, roots
 from kitsune.ir.graph import Kind, Value
 from kitsune.ir.plan import Access, Kernel, Launch, Plan
 
@@ -108,10 +108,11 @@ def _check_conflicts(plan: Plan, clocks: Clocks, storage: int, touches: list[Tou
 
 def _check_kernels(plan: Plan) -> None:
     """Kernels that are started together share nothing that one of them writes, and each stays within its tensors."""
+    root_of = roots(plan.graph)
     for k, launch in enumerate(plan.launches):
         written: dict[int, int] = {}
         for number, kernel in enumerate(launch.kernels):
-            _check_walks(kernel, f"launch {k} ({launch.name})")
+            _check_walks(kernel, root_of, f"launch {k} ({launch.name})")
             for store in kernel.stores:
                 if written.setdefault(store.access.value.storage, number) != number:
                     raise ValueError(f"launch {k} ({launch.name}) has two kernels that write {store.access.value}")
@@ -123,7 +124,7 @@ def _check_kernels(plan: Plan) -> None:
                     )
 
 
-def _check_walks(kernel: Kernel, where: str) -> None:
+def _check_walks(kernel: Kernel, root_of: dict[int, Value], where: str) -> None:
     """A kernel reaches from the first to the last element of each tensor; what it stores it loads at the same element, if at all.
 
     Its elements are computed in no order, each with all of its loads before its stores.
@@ -135,8 +136,10 @@ def _check_walks(kernel: Kernel, where: str) -> None:
     for store in kernel.stores:
         mine = store.access
         for other, _ in _accesses(kernel):
-            same = other.strides == mine.strides and other.value.type.offset == mine.value.type.offset
-            if other.value.storage == mine.value.storage and not same:
+            if other.value.storage != mine.value.storage:
+                continue
+            comparable = root_of.get(other.value.id, other.value) is root_of.get(mine.value.id, mine.value)
+            if not comparable or other.strides != mine.strides or other.value.type.offset != mine.value.type.offset:
                 raise ValueError(f"{where} stores {mine.value} while other elements of it are in use")
 
 

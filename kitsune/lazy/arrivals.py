@@ -64,19 +64,20 @@ class Arrivals:
             return
         for (number, (watch, _, _)), look in zip(known, looks, strict=True):
             if look is None or watch[1:] != [look]:
-                self.tensors.pop(number, None)
+                # Last of all, since an interrupt may come at any line.
                 self.n_dropped += 1
                 self.lists.clear()
+                self.tensors.pop(number, None)
 
 
 def _looks(tensors: Iterable[Any]) -> list[Any]:
     """How each tensor looks: address, shape, strides, whether it needs a gradient, and its storage."""
     there = list(tensors)
-    with torch._C.DisableTorchFunction():
-        try:
+    try:
+        with torch._C.DisableTorchFunction():
             storages: list[Any] = list(map(storage_of, there))
             parts = [map(part, there) for part in (_data_ptr, _shape, _stride, _requires_grad)]
             return list(zip(*parts, map(_serial, storages), map(_may_be_resized, storages), strict=True))
-        except (AttributeError, TypeError):
-            # One has gone, or its storage is another: nothing is known of any.
-            return [None] * len(there)
+    except (AttributeError, TypeError):
+        # One has gone, or its storage is another: nothing is known of any.
+        return [None] * len(there)

@@ -161,7 +161,8 @@ def _fresh(region: Any, tensor: Any, call: Incoming) -> Any:
     storage = region.storages.get(serial)
     type_ = tensor.cell.type if lazy else type_of(tensor)
     # A view with a history begins where its base does. (One without is made each time: minibatches may begin anywhere.)
-    part = (type_.at_start() if storage is None and not graded else type_, storage, graded)
+    where = None if storage is None else region.where(real, storage)
+    part = (type_ if graded else type_.at_start(), where, graded)
     if not lazy and storage is None:
         # One object for equal parts: matchers compare by identity.
         recorder, number = region.recorder, id(tensor)

@@ -147,7 +147,7 @@ def data_door(original: Any) -> Any:
             recorder.known.forget()
         original.__set__(tensor, plain(value))
 
-    return property(lambda tensor: original.__get__(tensor), set_data)
+    return property(lambda tensor: original.__get__(tensor), set_data, lambda tensor: original.__delete__(tensor))
 
 
 def parameter_door(original: Any) -> Any:

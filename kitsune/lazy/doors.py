@@ -5,8 +5,6 @@ wrappers carry their own overrides (`tensor.py`), which stay for life.
 """
 
 import _thread
-import ctypes
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,12 +30,14 @@ from kitsune.lazy.door_makers import (
     swap_door,
     thread_door,
 )
+from kitsune.lazy.door_set import Door, DoorSet
 from kitsune.lazy.function_doors import (
     eager_door,
     host_door,
     lengths_door,
     numbers_door,
     on_host,
+    operator_door,
     range_door,
     recurrent_door,
     takes_singular_values,
@@ -48,62 +48,25 @@ from kitsune.lazy.recorders import OPEN
 from kitsune.lazy.replaced import DOORS
 from kitsune.lazy.tensor import METHOD_DOORS
 
-# (owner, name, what makes the door from the original) and (owner, name, was it the owner's own, the original)
-Door = tuple[Any, str, Callable[[Any], Any]]
-Original = tuple[Any, str, bool, Any]
-
-_originals: list[Original] = []
-_lasting: list[Original] = []
 _lock = threading.Lock()
-# A program that opens contexts this often, such as one around each step, keeps the doors: to patch all of them takes 2 ms. With
-# no context open they pass everything on.
-OPENINGS = 4
-_n_openings = 0
 
 
 def open_doors(recorder: Recorder) -> None:
     """Watch the doors for a recorder."""
-    global _n_openings
     with _lock:
         OPEN.append(recorder)
-        if not _lasting:
-            _lasting.extend(_put(door) for door in _lasting_doors())
-            for owner, name, _, original in map(_put, _function_doors()):
-                # For programs that have taken the function itself from torch before.
-                DOORS[original] = vars(owner)[name]
-        if not _originals:
-            _n_openings += 1
-            _originals.extend(_put(door) for door in _doors())
+        _LASTING.put_on()
+        _WATCHED.put_on()
 
 
 def close_doors(recorder: Recorder, for_good: bool = False) -> None:
-    """Stop watching for a recorder; `for_good` where its program goes on as plain PyTorch."""
+    """Stop watching for a recorder, or for one that has not come to be watched for; `for_good` where its program goes on as plain
+    PyTorch."""
     with _lock:
-        OPEN.remove(recorder)
-        if not OPEN and (for_good or _n_openings < OPENINGS):
-            while _originals:
-                owner, name, own, original = _originals.pop()
-                if own:
-                    _set(owner, name, original)
-                else:
-                    delattr(owner, name)
-
-
-def _set(owner: Any, name: str, value: Any) -> None:
-    try:
-        setattr(owner, name, value)
-    except TypeError:
-        # torch.Generator is a static type: Python does not assign to it, but finds methods in this dictionary.
-        gc.get_referents(vars(owner))[0][name] = value
-        ctypes.pythonapi.PyType_Modified(ctypes.py_object(owner))
-
-
-def _put(door: Door) -> Original:
-    owner, name, make = door
-    own = name in vars(owner)
-    original = vars(owner)[name] if own else getattr(owner, name)
-    _set(owner, name, make(original))
-    return owner, name, own, original
+        if recorder in OPEN:
+            OPEN.remove(recorder)
+        if not OPEN:
+            _WATCHED.may_go(for_good)
 
 
 def _lasting_doors() -> Iterator[Door]:
@@ -119,21 +82,34 @@ def _lasting_doors() -> Iterator[Door]:
     yield torch.nn.Parameter, "__new__", parameter_door
     yield torch.Tensor, "_make_subclass", make_subclass_door
     yield torch.utils, "swap_tensors", swap_door
+    # Functions in C++ take wrappers of former contexts as well.
+    yield from ((owner, name, _noted(make)) for owner, name, make in _function_doors())
+    DOORS.update(_operator_doors())
+
+
+def _noted(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """For programs that have taken the function itself from torch before."""
+
+    def make_noted(original: Any) -> Any:
+        DOORS[original] = door = make(original)
+        return door
+
+    return make_noted
 
 
 def _function_doors() -> Iterator[Door]:
-    """Doors of functions in C++, which take wrappers of former contexts as well, and stay, too."""
-    for table, make in (
-        (_RECURRENT, recurrent_door),
-        (_NUMBERS, numbers_door),
-        (_ON_HOST, host_door),
-        (_UNCHECKED, eager_door(on_host)),
-        (_OF_VALUES, eager_door()),
-        (_OF_NORMS, eager_door(takes_singular_values)),
-        (_QUANTILES, range_door),
-    ):
+    for table, make in _FUNCTIONS:
         for owner, names in table:
             yield from ((owner, name, make) for name in names.split() if hasattr(owner, name))
+
+
+def _operator_doors() -> Iterator[tuple[Any, Any]]:
+    """The operators behind these functions, which a program may call by their names, and the door of each."""
+    for owner, name, make in (*_function_doors(), (torch, "ctc_loss", lengths_door)):
+        packet = getattr(torch.ops.aten, f"linalg_{name}" if owner is torch.linalg else name, None)
+        for operator in () if packet is None else (packet, *packet.op_overloads()):
+            # Lengths that come as a list are passed on as a tensor, and the other way round: the packet finds who takes them.
+            yield operator, operator_door(make, packet if make is lengths_door else operator)
 
 
 def _doors() -> Iterator[Door]:
@@ -175,18 +151,31 @@ _NUMBERS: Table = ((torch, "tensor_split"), (torch.Tensor, "tensor_split"))
 _PACKED = "_pack_padded_sequence _pad_packed_sequence"
 _ON_HOST: Table = (
     (torch._VF, _PACKED),
-    (torch, f"{_PACKED} sparse_coo_tensor _validate_sparse_coo_tensor_args"),
+    (torch, f"{_PACKED} sparse_coo_tensor _validate_sparse_coo_tensor_args _shape_as_tensor"),
 )
 _UNCHECKED: Table = ((torch.nn.functional, "one_hot"),)
 _OF_VALUES: Table = (
     (torch.linalg, "svdvals eigvalsh eigvals cond matrix_rank"),
     (
         torch,
-        "choose_qparams_optimized _sobol_engine_draw _sobol_engine_ff_ _sobol_engine_initialize_state_ _sobol_engine_scramble_",
+        "choose_qparams_optimized _saturate_weight_to_fp16 "
+        "_sobol_engine_draw _sobol_engine_ff_ _sobol_engine_initialize_state_ _sobol_engine_scramble_ "
+        "fbgemm_linear_fp16_weight fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight "
+        "fbgemm_linear_int8_weight_fp32_activation fbgemm_linear_quantize_weight fbgemm_pack_gemm_matrix_fp16 "
+        "fbgemm_pack_quantized_matrix",
     ),
 )
 _OF_NORMS: Table = ((torch.linalg, "matrix_norm norm"),)
 _QUANTILES: Table = ((torch, "quantile nanquantile"), (torch.Tensor, "quantile nanquantile"))
+_FUNCTIONS: tuple[tuple[Table, Callable[[Any], Any]], ...] = (
+    (_RECURRENT, recurrent_door),
+    (_NUMBERS, numbers_door),
+    (_ON_HOST, host_door),
+    (_UNCHECKED, eager_door(on_host)),
+    (_OF_VALUES, eager_door()),
+    (_OF_NORMS, eager_door(takes_singular_values)),
+    (_QUANTILES, range_door),
+)
 _RANDOM: Table = (
     (torch, _SEEDS),
     (torch.random, _SEEDS),
@@ -213,3 +202,5 @@ _SYNCHRONIZE: Table = (
     (torch.cuda.StreamContext, "__enter__ __exit__"),
     (torch.accelerator, "synchronize set_stream"),
 )
+
+_LASTING, _WATCHED = DoorSet(_lasting_doors), DoorSet(_doors)

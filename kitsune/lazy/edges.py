@@ -222,6 +222,12 @@ def begin_of(tensor: Any) -> int:
         return int(_storage_offset(real))
 
 
+def bytes_before(tensor: torch.Tensor) -> int:
+    """How much of its memory is before a tensor."""
+    with torch._C.DisableTorchFunction():
+        return int(_storage_offset(tensor)) * tensor.itemsize
+
+
 def born(path: Sequence[Node], value: Ref) -> int:
     """The number of the value that a tensor was when one of the nodes made it."""
     before = {after.id: number for node in path for _, number, after, _ in node.written}

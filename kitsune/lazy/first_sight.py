@@ -97,7 +97,7 @@ def observe(recorder: Any, call: Call, node: Node | None) -> Any:
         node = extend(recorder, call, spec)
     node.sights += 1
     node.known = node.sights >= recorder.warmup
-    region.inputs.clear()
+    region.let_go()
     return recorder.emit(node, call.tensors, _new_in(result, reals))
 
 

@@ -148,6 +148,17 @@ def unheard_door(original: Any) -> Any:
     return door
 
 
+def operator_door(make: Callable[[Any], Any], operator: Any) -> Any:
+    """The door of an operator that is called by its name: its first argument may come as `self`."""
+    opened = make(operator)
+
+    def door(*args: Any, **kwargs: Any) -> Any:
+        first = () if args or "self" not in kwargs else (kwargs.pop("self"),)
+        return opened(*first, *args, **kwargs)
+
+    return door
+
+
 def on_host(input: Any, *args: Any, **kwargs: Any) -> bool:
     """Is the first argument there, where torch looks at its numbers? On a GPU its kernel does."""
     return bool(input.device.type == "cpu")

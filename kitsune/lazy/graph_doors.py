@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
-from kitsune.lazy.doors import OPENINGS
+from kitsune.lazy.door_set import Door, DoorSet
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.module_calls import at_first
 from kitsune.lazy.open_lanes import lanes
@@ -23,39 +23,28 @@ from kitsune.lazy.used_again import drop_gradients
 
 _n_modes, _mode_at = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
 _modes_are_on = torch._C._is_torch_function_mode_enabled
-_INHERITED = object()
 _here = threading.local()
-_originals: list[tuple[Any, str, Any]] = []
+_open: set[CallLane] = set()
 _lock = threading.Lock()
-_n_open = _n_openings = 0
 
 
 def open_graph_doors(lane: CallLane) -> None:
     """Watch for a lane of this thread."""
-    global _n_open, _n_openings
     lanes().append(lane)
     lane.read_modes()
     with _lock:
-        _n_open += 1
-        if not _originals:
-            _n_openings += 1
-            for owner, name, make in _doors():
-                _originals.append((owner, name, vars(owner).get(name, _INHERITED)))
-                setattr(owner, name, make(getattr(owner, name)))
+        _open.add(lane)
+        _DOORS.put_on()
 
 
 def close_graph_doors(lane: CallLane, for_good: bool = False) -> None:
     """Stop watching; see `close_doors`."""
-    global _n_open
-    lanes().remove(lane)
+    if lane in lanes():
+        lanes().remove(lane)
     with _lock:
-        _n_open -= 1
-        while not _n_open and (for_good or _n_openings < OPENINGS) and _originals:
-            owner, name, original = _originals.pop()
-            if original is _INHERITED:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, original)
+        _open.discard(lane)
+        if not _open:
+            _DOORS.may_go(for_good)
 
 
 def _lost_track(original: Any) -> Any:
@@ -216,7 +205,6 @@ FUNCTORCH = (
     (torch._functorch.eager_transforms, "_jvp_increment_nesting"),
     (torch._functorch.eager_transforms, "_func_increment_nesting"),
 )
-Door = tuple[Any, str, Callable[[Any], Any]]
 
 
 def _doors() -> Iterator[Door]:
@@ -238,3 +226,6 @@ def _doors() -> Iterator[Door]:
         yield functions, "handle_torch_function", _python_calls
     for scripted in ("ScriptFunction", "ScriptMethod"):
         yield getattr(torch._C, scripted), "__call__", _lost_track
+
+
+_DOORS = DoorSet(_doors)

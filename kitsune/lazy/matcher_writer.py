@@ -113,9 +113,9 @@ class Writer:
         owes = "is not None" if graded else "is None"
         self.unless(f"{cell}.ref is {self.bind(value)} and {cell}.region is region and {cell}.owed {owes}")
 
-    def _of_before(self, a: str, cell: str, type_: TensorType, storage: Any, graded: bool) -> None:
+    def _of_before(self, a: str, cell: str, type_: TensorType, where: Any, graded: bool) -> None:
         """The result of another region: a gradient that is clipped after a loss was read."""
-        if storage is not None or graded:
+        if where is not None or graded:
             raise Unsuited
         serial = self.name(f"serial_of_result(region, {a}, {self.bind(type_)})")
         self.unless(f"{serial} is not None")

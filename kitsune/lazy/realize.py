@@ -101,7 +101,9 @@ def realize(recorder: Any, region: Any) -> None:
     walk = Walk(region)
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk
     try:
-        with torch._C.DisableTorchFunction(), recorder.above_autograd(), _modes(recorder) as adopt:
+        # Who asks for the graph may be in inference mode, in which none is made: the calls were made outside of it.
+        outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        with torch._C.DisableTorchFunction(), outside, recorder.above_autograd(), _modes(recorder) as adopt:
             for n, call in enumerate(calls):
                 recount.before_call(n)
                 adopt(call)

@@ -7,6 +7,7 @@ import torch
 
 from kitsune.ir import Operand, Result, TensorType
 from kitsune.lazy.cell import Cell, Ref
+from kitsune.lazy.edges import begin_of
 
 
 def tensors_in(tree: Any) -> list[Any]:
@@ -48,10 +49,15 @@ def fill(structure: Any, results: Sequence[Any], operands: Sequence[Any]) -> Any
 
 
 def without_numbers(key: Any, cells: list[Cell]) -> Any:
-    """A call's key with the operands' types, and which of them share memory, in place of their numbers in the region."""
+    """A call's key with the operands' types, and which of them share memory and how they lie there, in place of their numbers in
+    the region."""
     storages = [cell.storage for cell in cells]
-    pattern = tuple(storages.index(s) for s in storages)
+    pattern = tuple((storages.index(s), storages.count(s) > 1 and _begin(c)) for s, c in zip(storages, cells, strict=True))
     return (_anonymous(key), tuple(cell.type for cell in cells), pattern)
+
+
+def _begin(cell: Cell) -> int:
+    return begin_of(cell.real) if cell.external else cell.type.offset
 
 
 def _anonymous(key: Any) -> Any:

@@ -22,6 +22,7 @@ from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 
 PLAIN = (torch.Tensor, Parameter)
+_data: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]
 # A region has one graph for each set of its values that was alive at its end.
 MAX_GRAPHS = 1024
 
@@ -201,10 +202,10 @@ class Recording:
         return leaves
 
     def stand_for(self, wrapper: LazyTensor, real: torch.Tensor) -> None:
-        """Let a wrapper stand for another tensor of its dtype, whose geometry it takes on."""
+        """Let a wrapper stand for another tensor of its device, whose dtype and geometry it takes on."""
         fresh = self.settled(real)
-        with torch._C._DisableTorchDispatch(), self.below_autograd():
-            torch.ops.aten.set_.source_Tensor(wrapper, fresh)
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            _data.__set__(wrapper, fresh)
         wrapper.cell = fresh.cell
 
     def flush(self, cause: Barrier, end: bool = True) -> None:
@@ -261,9 +262,10 @@ class Recording:
             for cell in cells:
                 cell.real = values[cell.ref.id]
             region.produced.clear()
-            region.inputs.clear()
             region.see(cells)
-            if region is not self.region:
+            if region is self.region:
+                region.let_go()
+            else:
                 region.release()
         return live
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from sys import getrefcount
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from kitsune.ir import Barrier, TensorType, type_of
 from kitsune.lazy.advance import arrive, rewrite
 from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
-from kitsune.lazy.edges import begin_of
+from kitsune.lazy.edges import begin_of, bytes_before
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 
@@ -26,6 +27,7 @@ class Region:
         "device",
         "dirty",
         "error",
+        "firsts",
         "inputs",
         "n_looks",
         "node",
@@ -51,6 +53,8 @@ class Region:
         self.storages: dict[int, int] = {}
         # (value, tensor) of the wrappers that came in.
         self.inputs: list[tuple[int, torch.Tensor]] = []
+        # By storage: the first input there, and how many bytes before it; of storages that others share or were let go of.
+        self.firsts: dict[int, tuple[int, int]] = {}
         # Every new value; that of a wrapper which is gone is told by its reference count (`living`).
         self.produced: list[Cell] = []
         # Those of ops that were made at once, which are not kept alive: a step's activations would be.
@@ -151,6 +155,7 @@ class Region:
             first, known = self.admitted[0][0], self.node.n_storages
             self.inputs = [(number, tensor) for number, tensor in self.inputs if number < first]
             self.storages = {serial: storage for serial, storage in self.storages.items() if storage < known}
+            self.firsts = {storage: first for storage, first in self.firsts.items() if storage < known}
             self.admitted.clear()
         del self.scalars[self.node.n_scalars :]
         self.odd, self.slow = None, self.observed_from is not None
@@ -173,6 +178,12 @@ class Region:
             for k, number in edge.places:
                 tensor = fresh[k]
                 values[number] = tensor if type(tensor) is not LazyTensor else tensor.cell.real
+
+    def let_go(self) -> None:
+        """What was recorded so far has been run, so that the wrappers that came in need not be kept."""
+        for _, tensor in self.inputs:
+            self._first_in(self.storages[serial_of(tensor)])
+        self.inputs.clear()
 
     def extend_past(self, edge: Any) -> None:
         """A call has made a graph; None if it is not known which."""
@@ -201,16 +212,32 @@ class Region:
     def _number(self, tensor: torch.Tensor, type_: TensorType, undo: Callable[[], Any]) -> tuple[Any, Ref, int]:
         serial = serial_of(tensor)
         storage = self.storages.get(serial)
-        # Which inputs share memory is part of the key. Where in its memory an input begins is not, unless another input
-        # shares it: minibatch number i is X[i * n : (i + 1) * n].
-        if storage is None:
-            type_ = type_.at_start()
-        key: Any = type_ if storage is None else (type_, storage)
+        # Which inputs share memory is part of the key, and how they lie to each other there. Where in its memory an input begins
+        # is not: minibatch number i is X[i * n : (i + 1) * n].
+        type_ = type_.at_start()
+        key: Any = type_ if storage is None else (type_, self.where(tensor, storage))
         if storage is None:
             storage = self.storages[serial] = self.n_storages()
         number = ref(self.node.n_values + len(self.admitted))
         self.admitted.append((number.id, type_, storage, undo))
         return key, number, storage
+
+    def where(self, tensor: torch.Tensor, storage: int) -> tuple[int, int | None, int]:
+        """Where an input lies in memory that the region knows already: which memory, the first input there, and how many bytes
+        after that one. In memory that the region itself has made, there is no input, and they count from its start."""
+        number, before = self._first_in(storage) or (None, 0)
+        return storage, number, bytes_before(tensor) - before
+
+    def _first_in(self, storage: int) -> tuple[int, int] | None:
+        """The number of the first input in a storage, and how many bytes of that are before it."""
+        if storage not in self.firsts:
+            there = [(c.came.id, c.real) for c in self.plain.values() if c.storage == storage]  # type: ignore[union-attr]
+            there += [(number, tensor) for number, tensor in self.inputs if self.storages.get(serial_of(tensor)) == storage]
+            if not there:
+                return None
+            number, tensor = min(there, key=itemgetter(0))
+            self.firsts[storage] = number, bytes_before(tensor)  # type: ignore[arg-type]
+        return self.firsts[storage]
 
     def n_storages(self) -> int:
         """How many storages are numbered, those of the op at hand included."""

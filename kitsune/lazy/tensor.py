@@ -114,7 +114,7 @@ class LazyTensor(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
+        return _data.__get__(self)  # type: ignore[no-any-return]
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -123,6 +123,9 @@ class LazyTensor(torch.Tensor):
 
 def _replace_data(recorder: Any, tensor: LazyTensor, value: torch.Tensor) -> None:
     """From now on the wrapper stands for the value's memory."""
+    if not isinstance(value, torch.Tensor):
+        # It raises.
+        _data.__set__(tensor, value)
     with recorder.lock:
         recorder.flush(Barrier.DOOR)
         if type(value) is LazyTensor:
@@ -130,18 +133,34 @@ def _replace_data(recorder: Any, tensor: LazyTensor, value: torch.Tensor) -> Non
         else:
             with torch._C._DisableTorchDispatch(), torch.no_grad():
                 real = value.detach()
-        if real.dtype is not tensor.dtype or real.device != tensor.device:
+        _try_data(tensor, real)
+        if real.device != tensor.device:
             raise RuntimeError(
-                f".data of a {tensor.dtype} tensor on {tensor.device}, recorded by Kitsune, cannot become {real.dtype} on "
-                f"{real.device}: make a new tensor instead, or put the assignment under kitsune.disable()."
+                f".data of a tensor on {tensor.device}, recorded by Kitsune, cannot become one on {real.device}: make a new "
+                "tensor instead, or put the assignment under kitsune.disable()."
             )
         recorder.stand_for(tensor, real)
 
 
+def _try_data(tensor: LazyTensor, real: torch.Tensor) -> None:
+    """Raise what torch raises where such a tensor may not be the data of the other, whatever records it."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.inference_mode(False):
+        like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        can = like.dtype.is_floating_point or like.dtype.is_complex
+        _data.__set__(like.requires_grad_(can and tensor.requires_grad), real)
+
+
+_data: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]
 _requires_grad: Any = torch._C.TensorBase.requires_grad
 _is_leaf: Any = torch._C.TensorBase.is_leaf
 _grad: Any = torch._C.TensorBase.grad
 _grad_fn: Any = torch._C.TensorBase.grad_fn
+
+
+for _name in ("data", "requires_grad", "is_leaf", "grad_fn"):
+    # What torch does not allow it refuses in its own words.
+    _own, _torchs = vars(LazyTensor)[_name], getattr(torch._C.TensorBase, _name)
+    setattr(LazyTensor, _name, property(_own.fget, _own.fset or _torchs.__set__, _torchs.__delete__))
 
 
 def _history(tensor: "LazyTensor") -> str:

@@ -8,6 +8,7 @@ import torch
 
 from kitsune.ir import Graph, Kind, Op, Value
 from kitsune.scheduler.cost import Costs
+from kitsune.scheduler.rewriting import BY_PLACE
 
 HALF = {torch.float16, torch.bfloat16}
 # Elements of 16 bits in what is read at once.
@@ -89,8 +90,11 @@ class Products:
         return product
 
     def _root(self, value: Value) -> Value:
-        """What a value is a view of."""
+        """What a value is a view of, which it may be all of."""
         while (op := self._maker.get(value.id)) is not None and op.kind is Kind.VIEW and op.inputs[0].storage == value.storage:
+            if op.target in BY_PLACE:
+                # An input begins where nobody knows, so that offset 0 need not be its own.
+                break
             value = op.inputs[0]
         return value
 

@@ -30,6 +30,8 @@ from kitsune.scheduler.formats import channels_last, contiguous, is_dense
 aten = torch.ops.aten
 # Calls that compute the same, whatever the strides of their operands are.
 FOLLOWING = {Kind.POINTWISE, Kind.REDUCTION, Kind.GEMM}
+# Views that say where in the memory their elements are, and show others where the memory is laid out in another way.
+BY_PLACE = {aten.as_strided.default, aten._reshape_alias.default}
 
 
 class Rewriting:
@@ -181,6 +183,8 @@ class Rewriting:
                 return None
             pairs = zip(op.results, types, strict=True)
             return replace(now, results=tuple(v if v.type is t else replace(v, type=t) for v, t in pairs))
+        if op.target in BY_PLACE:
+            return None
         base, is_view = now.inputs[0], op.results[0].storage == op.inputs[0].storage
         types = view_types(now, is_view)
         if types is None or (not is_view and any(t is not v.type for v, t in zip(op.results, types, strict=True))):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import json
+import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from types import FrameType
 from typing import Any
@@ -19,7 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import kitsune
 from kitsune.lazy.call_lane import CallLane
 from kitsune.session import _thread as here
-from tests.chaos.counting import Counts, Loop, lazily, many
+from tests.chaos.counting import FULL, Counts, Loop, lazily, many
 
 STEPS = 6
 
@@ -137,6 +141,23 @@ def in_a_call(line: int) -> Iterator[None]:
 
     with traced(trace):
         yield
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("which", ["first", "last"] if FULL else ["first"])
+def test_before_each_line_of_the_first_entering(counts: Counts, which: str) -> None:
+    """Nothing is left, no door is half put on, and the next entering finds all of them to be put on once."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.chaos.first_entering", which]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    expected = told["expected"]
+    assert (expected["same"], expected["followed"], told["lines"] > 400) == (True, True, True)
+    assert all(expected["doors"])
+    for line in range(told["lines"] - len(told["wrong"])):
+        counts.compare(str(line), None, None)
+    for line, got in told["wrong"].items():
+        counts.compare(line, None, str(got))
 
 
 def test_before_each_line_of_a_call(counts: Counts) -> None:

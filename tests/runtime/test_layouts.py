@@ -149,6 +149,49 @@ def test_an_image_that_is_written_through_a_view_of_the_recorded_layout_keeps_it
     assert other.ops and not any(op.target._opname == "clone" for op in other.ops)
 
 
+def seen_by_place() -> Any:
+    """What lies in certain places of a memory, an activation's and a part of it."""
+    image = F.conv2d(IMAGE.to(torch.bfloat16), KERNEL.to(torch.bfloat16))
+    return image.as_strided((2, 64), (128, 1)).cumsum(1), image[1:].as_strided((8,), (16,), 3).float()
+
+
+def test_elements_at_certain_places_are_those_of_the_recorded_layout() -> None:
+    other = assert_as_eager(seen_by_place, images)
+    assert is_channels_last(next(op for op in other.ops if op.target._opname == "convolution").results[0].type)
+
+
+def test_a_matrix_elsewhere_in_an_operands_memory_is_not_the_operand() -> None:
+    memory = torch.linspace(-1, 1, 40 * 33).sin().to(torch.bfloat16)
+    weight, whole = (memory[n : n + 33 * 16].view(33, 16).clone().requires_grad_() for n in (0, 7))
+    weight.data, states = memory[8 : 8 + 33 * 16].view(33, 16), torch.ones(24, 16).to(torch.bfloat16)
+
+    def program() -> Any:
+        matrix = weight.as_strided((16, 33), (1, 16), 0).detach()
+        return states @ matrix, states @ whole.detach().t()
+
+    assert_same_bits(program, 1)
+
+
+def test_what_is_elsewhere_in_an_operands_memory_is_read_there() -> None:
+    memory = torch.linspace(-1, 1, 40 * 33).sin().to(torch.bfloat16)
+    weight = torch.nn.Parameter(memory[8 : 8 + 33 * 16].view(33, 16))
+
+    def program() -> Any:
+        with torch.no_grad():
+            return torch.ones(24, 33).to(torch.bfloat16) @ weight, weight.as_strided((20,), (1,), 0).float()
+
+    assert_same_bits(program, 2)
+
+
+def assert_same_bits(program: Program, n_larger: int) -> None:
+    """Although matrices of its products, so many of them, are made larger."""
+    graph, values, scalars = record(program, warmup=1)
+    other = padding(dead_code(graph))
+    assert sum(op.allocates for op in other.ops) == n_larger
+    eager, found = (replayed(of, values, scalars) for of in (graph, other))
+    assert all(torch.equal(found[v.id], eager[v.id]) for v in graph.outputs)
+
+
 def test_a_copy_is_not_read_once_it_is_out_of_date() -> None:
     other = assert_as_eager(written_between, images)
     assert sum(op.target._opname == "clone" for op in other.ops) >= 5

@@ -300,10 +300,6 @@ def test_a_function_in_cpp_comes_and_goes(thrice: Any, device: str) -> None:
     assert (followed[FIRST - 1], followed[FIRST], followed[-1]) == (1, 0, 1)
 
 
-# ---- what is as in eager, and is not followed ----
-
-
-@pytest.mark.xfail(strict=True, reason="where a second view begins in the memory of a batch is part of the region's key")
 def test_two_windows_that_move_along_one_tensor_are_one_region() -> None:
     torch.manual_seed(0)
     text = torch.randint(0, 5, (400,))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import kitsune
-from kitsune.lazy import graph_doors
+from kitsune.lazy import door_set
 from kitsune.pipeline import tally
 
 STEPS, LATE = 14, 9
@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[Any, str, bool]] = {
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Doors that contexts before this have left are away: what is replaced before a context is below its doors."""
-    monkeypatch.setattr(graph_doors, "OPENINGS", sys.maxsize)
+    monkeypatch.setattr(door_set, "OPENINGS", sys.maxsize)
     with kitsune.accelerate(device="cpu"):
         pass
     kitsune.reset()
