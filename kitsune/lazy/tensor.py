@@ -130,7 +130,7 @@ def _replace_data(recorder: Any, tensor: LazyTensor, value: torch.Tensor) -> Non
         else:
             with torch._C._DisableTorchDispatch(), torch.no_grad():
                 real = value.detach()
-        if real.dtype is not tensor.dtype or real.device != tensor.device:
+        if real.device != tensor.device:
             raise RuntimeError(
                 f".data of a {tensor.dtype} tensor on {tensor.device}, recorded by Kitsune, cannot become {real.dtype} on "
                 f"{real.device}: make a new tensor instead, or put the assignment under kitsune.disable()."
