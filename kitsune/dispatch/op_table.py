@@ -33,7 +33,7 @@ TRUSTED = set(
     "empty_strided new_empty_strided select_scatter slice_scatter tril_indices triu_indices".split()
 )
 # Results that share memory with an operand although the schema does not say so.
-UNDECLARED_VIEW = {"_unsafe_view", "lift_fresh"}
+UNDECLARED_VIEW = {"_unsafe_view", "lift_fresh", "unsafe_split", "unsafe_split_with_sizes"}
 # Operands that are written although the schema does not say so.
 # The last three are composite, and come by as they are in inference mode only.
 UNDECLARED_WRITES = dict.fromkeys(
