@@ -33,7 +33,7 @@ TRUSTED = set(
     "empty_strided new_empty_strided select_scatter slice_scatter tril_indices triu_indices".split()
 )
 # Results that share memory with an operand although the schema does not say so.
-UNDECLARED_VIEW = {"_unsafe_view", "lift_fresh"}
+UNDECLARED_VIEW = {"_unsafe_view", "lift_fresh", "unsafe_split", "unsafe_split_with_sizes"}
 # Operands that are written although the schema does not say so.
 # The last three are composite, and come by as they are in inference mode only.
 UNDECLARED_WRITES = dict.fromkeys(
@@ -123,8 +123,14 @@ def _functional(target: OpOverload, name: str) -> OpOverload | None:
     if Tag.inplace_view not in target.tags or name in METADATA:
         return None
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    functional: OpOverload | None = getattr(packet, target._overloadname, None)
-    return functional if functional is not None and _kind(functional, name.removesuffix("_")) is Kind.VIEW else None
+    # By its arguments: that of `transpose_.default` is `transpose.int`.
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    same = [one for one in overloads if _arguments(one) == _arguments(target)]
+    return same[0] if same and _kind(same[0], name.removesuffix("_")) is Kind.VIEW else None
+
+
+def _arguments(target: OpOverload) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
 
 
 def _barrier(target: OpOverload, name: str) -> Barrier | None:

@@ -13,11 +13,17 @@ from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import written_operands
 
 
+def moves_metadata(recorder: Any, row: OpRow) -> bool:
+    """May the operator give an operand another geometry, or other memory? Recording may be paused, which hides it in the row."""
+    return recorder.describe(row.target).barrier in (Barrier.METADATA, Barrier.OUT_VARIANT)
+
+
 def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
     """Make a call on real tensors, its writes counted; returns the result and the operands."""
     func = row.target
     reals = [_real(t) for t in tensors]
-    if row.is_view:
+    if row.is_view or moves_metadata(recorder, row):
+        # A graph hands the same tensors out at every replay, with the geometry that they were left with.
         for tensor, real in zip(tensors, reals, strict=True):
             if type(tensor) is LazyTensor:
                 own(real)
@@ -77,7 +83,7 @@ def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], r
     if reason not in (Barrier.PROFILER, Barrier.INPUT_VIEW):
         recorder.tally.passed_through[(reason, str(row.target))] += 1
     back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
-    if row.barrier in (Barrier.METADATA, Barrier.OUT_VARIANT):
+    if moves_metadata(recorder, row):
         recorder.known.forget()
         for wrapper in back.values():
             # The op may have given the tensor another geometry.

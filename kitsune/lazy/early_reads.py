@@ -90,7 +90,8 @@ class EarlyReads:
         if not self.on or type(tensor) is not LazyTensor:
             return
         cell = tensor.cell
-        if cell.external or cell.type.conj or cell.type.neg:
+        # `equal` and `_is_all_true` look at tensors of any size, which are no number.
+        if cell.external or cell.type.conj or cell.type.neg or cell.type.shape.numel() != 1:
             return
         if cell.region is region:
             # It is what the region ends for.

@@ -22,7 +22,6 @@ from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 
 PLAIN = (torch.Tensor, Parameter)
-_data: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]
 # A region has one graph for each set of its values that was alive at its end.
 MAX_GRAPHS = 1024
 
@@ -202,10 +201,13 @@ class Recording:
         return leaves
 
     def stand_for(self, wrapper: LazyTensor, real: torch.Tensor) -> None:
-        """Let a wrapper stand for another tensor of its device, whose dtype and geometry it takes on."""
+        """Let a wrapper stand for another tensor on its device, whose geometry and dtype it takes on."""
         fresh = self.settled(real)
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            _data.__set__(wrapper, fresh)
+        with torch._C._DisableTorchDispatch(), self.below_autograd():
+            if fresh.dtype is wrapper.dtype:
+                torch.ops.aten.set_.source_Tensor(wrapper, fresh)
+            else:
+                torch._C.TensorBase.data.__set__(wrapper, fresh)  # type: ignore[attr-defined]
         wrapper.cell = fresh.cell
 
     def flush(self, cause: Barrier, end: bool = True) -> None:

@@ -25,8 +25,8 @@ def settle_grads(parameters: Iterable[torch.Tensor]) -> None:
     wrappers, owners = [], []
     for parameter in parameters:
         grad = parameter.grad
-        # A gradient with a history of its own (create_graph) keeps it; one of another shape is left from before `.data = `.
-        if type(grad) is LazyTensor and _can_settle(grad) and grad.shape == parameter.shape:
+        # A gradient with a history of its own (create_graph) keeps it; one of another kind is left from before `.data = `.
+        if type(grad) is LazyTensor and _can_settle(grad) and (grad.shape, grad.dtype) == (parameter.shape, parameter.dtype):
             wrappers.append(grad)
             owners.append(parameter)
     for parameter, plain in zip(owners, _settled(wrappers), strict=True):

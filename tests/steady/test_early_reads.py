@@ -317,6 +317,21 @@ def test_answers_of_a_replay_are_none_of_the_next_one_s(kernels: bool) -> None:
         assert [other.item(), rest.sum().item()] and answers.to(real) is None
 
 
+@pytest.mark.parametrize("question", [torch._is_all_true, lambda seen: torch.equal(seen, seen.clone())])
+def test_a_question_to_many_numbers_is_none_that_can_be_sent(question: Callable[[torch.Tensor], Any], kernels: bool) -> None:
+    """`torch.distributions` asks the first of each value that it is given; the region that ends with it is captured."""
+
+    def step(training: Training, k: int) -> None:
+        seen = next(training.model.parameters()).detach() > -9
+        training.backward()
+        training.update()
+        training.numbers.append(bool(question(seen)))
+
+    counts = same(step)
+    assert not kitsune.counters()["graph_refused"] and not any(answered for answered, *_ in counts)
+    assert all(replayed for *_, replayed in counts[-4:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
 def test_numbers_of_any_type(dtype: torch.dtype, kernels: bool) -> None:
     def program(x: torch.Tensor) -> Any:
