@@ -203,11 +203,8 @@ class Recording:
     def stand_for(self, wrapper: LazyTensor, real: torch.Tensor) -> None:
         """Let a wrapper stand for another tensor on its device, whose geometry and dtype it takes on."""
         fresh = self.settled(real)
-        with torch._C._DisableTorchDispatch(), self.below_autograd():
-            if fresh.dtype is wrapper.dtype:
-                torch.ops.aten.set_.source_Tensor(wrapper, fresh)
-            else:
-                torch._C.TensorBase.data.__set__(wrapper, fresh)  # type: ignore[attr-defined]
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            torch._C.TensorBase.data.__set__(wrapper, fresh)  # type: ignore[attr-defined]
         wrapper.cell = fresh.cell
 
     def flush(self, cause: Barrier, end: bool = True) -> None:
