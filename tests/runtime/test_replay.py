@@ -38,6 +38,49 @@ def test_values_die_after_their_last_use() -> None:
     assert values[-1].tolist() == [4.0, 4.0]
 
 
+def detached(outputs: tuple[int, ...], writes: int | None = None) -> tuple[Graph, list[torch.Tensor | None], list[bool]]:
+    """y = x + 1 (value 1), two detaches of y (2 and 3), one of these two (4) and one of x (5); `writes` is written then (6)."""
+    values = [Value(i, F2, 0 if i in (0, 5) else 1) for i in range(7)]
+    x, y, a, b, c, d, after = values
+    ops = [Op(aten.add.Tensor, Kind.POINTWISE, (x, 1), (), (x,), Result(0), (y,))]
+    ops += [Op(aten.detach.default, Kind.VIEW, (of,), (), (of,), Result(0), (to,)) for of, to in ((y, a), (y, b), (b, c), (x, d))]
+    if writes is not None:
+        before = values[writes]
+        ops.append(Op(aten.neg_.default, Kind.POINTWISE, (before,), (), (before,), None, (), ((before, after),)))
+    graph = Graph((x,), tuple(ops), tuple(values[k] for k in outputs))
+    schedule, found = prepare(graph), [torch.zeros(2), *[None] * 6]
+    replay(schedule, found, [])
+    return graph, found, [i.is_same for i in schedule.instructions if i.op.target is aten.detach.default]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "writes", "same"),
+    [
+        ((1,), None, [True, True, True, True]),
+        ((2,), None, [True, True, True, True]),
+        # y, a and b are known outside, each as a tensor of its own.
+        ((1, 2, 3), None, [False, False, True, True]),
+        ((1, 4), None, [True, False, True, True]),
+        # What came in is not handed out again.
+        ((1, 5), None, [True, True, True, False]),
+        # The version after a write is the tensor that was written.
+        ((1, 6), 2, [False, True, True, True]),
+        ((6,), 4, [True, True, True, True]),
+    ],
+)
+def test_a_detached_tensor_is_the_same_where_nobody_can_tell(
+    outputs: tuple[int, ...], writes: int | None, same: list[bool]
+) -> None:
+    graph, values, found = detached(outputs, writes)
+    assert found == same
+    there = [values[k] for k in outputs]
+    assert len({id(t) for t in (values[0], *there)}) == 1 + len(outputs)
+    shared = -1.0 if writes is not None else 1.0
+    assert all(
+        torch.equal(t, torch.full((2,), shared if v.storage == 1 else 0.0)) for t, v in zip(there, graph.outputs, strict=True)
+    )
+
+
 def test_dead_ops_are_left_out_but_writes_to_inputs_are_not() -> None:
     x = torch.zeros(2)
     with kitsune.accelerate(warmup=0, device="cpu"):
