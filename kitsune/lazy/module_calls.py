@@ -18,8 +18,8 @@ from kitsune.lazy.matcher_writer import Unsuited
 from kitsune.lazy.module_writer import ModuleWriter, ways
 from kitsune.lazy.trusted_modules import may_learn
 
-# Sights of a module at a place from which on it is looked at closely, once for each: its calls may have no matchers yet. The third
-# is mostly in a step that is captured, which has room for them: in the fourth they took 4 ms of an MLP's, where eager takes 1.5.
+# Sights of a module at a place from which on it is looked at closely, once for each: its calls may have no matchers yet. The
+# third is mostly in a step that is captured, which has room for them: in the fourth they took 4 ms of an MLP's, eager takes 1.5.
 _LOOKS = (3, 5, 9)
 # A module that has changed is looked at again, each time after twice as many sights, up to this many times as many: where a
 # program gives all parameters other memory in each step, what is learned of them is good for nothing.
