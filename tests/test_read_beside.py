@@ -304,3 +304,28 @@ def test_a_compiler_sees_the_original() -> None:
     x = torch.randn(4, 4)
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), step(x), rtol=0, atol=0)
+
+
+PRODUCTS: tuple[Callable[..., Any], ...] = (torch.matmul, torch.linalg.matmul, aten.matmul, aten.matmul.out)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (4,), (0,), (9,)])
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_batches_are_multiplied_into_memory_that_is_given(
+    product: Callable[..., Any], shape: tuple[int, ...], warmup: int
+) -> None:
+    def step(x: Tensor) -> list[Any]:
+        found: list[Any] = []
+        for out in (given.clone(), given * 2):
+            before, version = out * 3, out._version
+            is_out = product(x * 1, x[0].t() + 1, out=out) is out
+            found += [before, out.clone(), is_out, out._version - version]
+            with pytest.raises(RuntimeError, match="cannot be multiplied"):
+                product(x * 1, x[0] + 1, out=out)
+            found += [out.shape, out._version - version]
+        return found
+
+    given = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    same(step, [torch.arange(12.0).cos().view(2, 2, 3) * k for k in (1, 2, 1, 3, 1)], warmup)

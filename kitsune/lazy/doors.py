@@ -38,6 +38,7 @@ from kitsune.lazy.function_doors import (
     numbers_door,
     on_host,
     operator_door,
+    product_door,
     range_door,
     recurrent_door,
     takes_singular_values,
@@ -85,6 +86,9 @@ def _lasting_doors() -> Iterator[Door]:
     # Functions in C++ take wrappers of former contexts as well.
     yield from ((owner, name, _noted(make)) for owner, name, make in _function_doors())
     DOORS.update(_operator_doors())
+    # Not in their place, where each product would go through them.
+    matmul = torch.ops.aten.matmul
+    DOORS.update((product, product_door(product)) for product in (torch.matmul, torch.linalg.matmul, matmul, matmul.out))
 
 
 def _noted(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
