@@ -32,11 +32,11 @@ from kitsune.lazy.door_makers import (
 )
 from kitsune.lazy.door_set import Door, DoorSet
 from kitsune.lazy.function_doors import (
+    classes_door,
     eager_door,
     host_door,
     lengths_door,
     numbers_door,
-    on_host,
     operator_door,
     product_door,
     range_door,
@@ -157,7 +157,7 @@ _ON_HOST: Table = (
     (torch._VF, _PACKED),
     (torch, f"{_PACKED} sparse_coo_tensor _validate_sparse_coo_tensor_args _shape_as_tensor"),
 )
-_UNCHECKED: Table = ((torch.nn.functional, "one_hot"),)
+_CLASSES: Table = ((torch.nn.functional, "one_hot"),)
 _OF_VALUES: Table = (
     (torch.linalg, "svdvals eigvalsh eigvals cond matrix_rank"),
     (
@@ -175,7 +175,7 @@ _FUNCTIONS: tuple[tuple[Table, Callable[[Any], Any]], ...] = (
     (_RECURRENT, recurrent_door),
     (_NUMBERS, numbers_door),
     (_ON_HOST, host_door),
-    (_UNCHECKED, eager_door(on_host)),
+    (_CLASSES, classes_door),
     (_OF_VALUES, eager_door()),
     (_OF_NORMS, eager_door(takes_singular_values)),
     (_QUANTILES, range_door),

@@ -115,6 +115,21 @@ def eager_door(suits: Callable[..., bool] = lambda *args, **kwargs: True) -> Cal
 
 
 @not_compiled
+def classes_door(original: Any) -> Any:
+    """On a CPU torch looks at each class, and elsewhere its scatter does. Of a wrapper it compares them with all classes instead,
+    and one that is none of them gets a row of zeros."""
+    opened = eager_door(on_host)(original)
+
+    def door(input: Any, num_classes: int = -1) -> Any:
+        if type(input) is not LazyTensor or on_host(input) or input.dtype is not torch.int64 or num_classes < 1:
+            return opened(input, num_classes)
+        row = torch.zeros((*input.shape, num_classes), dtype=torch.int64, device=input.device)
+        return row.scatter_(-1, input.unsqueeze(-1), 1) if input.numel() else row
+
+    return door
+
+
+@not_compiled
 def product_door(original: Any) -> Any:
     """Of batches of matrices, C++ views `out` as a matrix, and copies from the view unless it shares out's storage, for which it
     compares addresses: wrappers have none. Such a call is made on plain tensors, with no mode on."""
