@@ -313,7 +313,7 @@ PRODUCTS: tuple[Callable[..., Any], ...] = (torch.matmul, torch.linalg.matmul, a
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.parametrize("warmup", [0, 1])
 @pytest.mark.parametrize("shape", [(2, 2, 2), (4,), (0,), (9,)])
-@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+@pytest.mark.parametrize("product", PRODUCTS, ids=["torch", "linalg", "aten", "an overload"])
 def test_batches_are_multiplied_into_memory_that_is_given(
     product: Callable[..., Any], shape: tuple[int, ...], warmup: int
 ) -> None:
