@@ -15,6 +15,7 @@ from torch.nn.functional import one_hot as bound_one_hot
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import kitsune
+from kitsune.lazy import function_doors
 
 aten = torch.ops.aten
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
@@ -304,3 +305,50 @@ def test_a_compiler_sees_the_original() -> None:
     x = torch.randn(4, 4)
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), step(x), rtol=0, atol=0)
+
+
+PRODUCTS: tuple[Callable[..., Any], ...] = (torch.matmul, torch.linalg.matmul, aten.matmul, aten.matmul.out)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (4,), (0,), (9,)])
+@pytest.mark.parametrize("product", PRODUCTS, ids=["torch", "linalg", "aten", "an overload"])
+def test_batches_are_multiplied_into_memory_that_is_given(
+    product: Callable[..., Any], shape: tuple[int, ...], warmup: int
+) -> None:
+    def step(x: Tensor) -> list[Any]:
+        found: list[Any] = []
+        for out in (given.clone(), given * 2):
+            before, version = out * 3, out._version
+            is_out = product(x * 1, x[0].t() + 1, out=out) is out
+            found += [before, out.clone(), is_out, out._version - version]
+            with pytest.raises(RuntimeError, match="cannot be multiplied"):
+                product(x * 1, x[0] + 1, out=out)
+            found += [out.shape, out._version - version]
+        return found
+
+    given = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    same(step, [torch.arange(12.0).cos().view(2, 2, 3) * k for k in (1, 2, 1, 3, 1)], warmup)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_where_a_kernel_looks_at_classes_it_looks_at_those_of_a_wrapper(warmup: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU, whose kernel stops the program where that of a CPU raises.
+    monkeypatch.setattr(function_doors, "on_host", lambda input: False)
+    same(lambda x: F.one_hot(x * 2, 7), [torch.tensor(classes) for classes in ([0, 1], [3, 1], [[2], [0]], [3, 0])], warmup)
+    same(lambda x: F.one_hot(x * 2, num_classes=7).sum(), [torch.zeros(n, 2, dtype=torch.int64) for n in (0, 1, 0)], warmup)
+    with lazily(warmup):
+        found = F.one_hot(torch.tensor([1, 4]) * 2, 7)
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            found.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.int64, 0), (torch.int64, -2), (torch.int32, 3), (torch.float32, 3)])
+def test_where_a_kernel_looks_at_classes_others_are_refused(dtype: Any, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(function_doors, "on_host", lambda input: False)
+    with pytest.raises(RuntimeError) as expected:
+        F.one_hot(torch.ones(2, dtype=dtype), classes)
+    with lazily(), pytest.raises(RuntimeError) as refused:
+        F.one_hot(torch.ones(2, dtype=dtype) * 1, classes)
+    assert str(refused.value) == str(expected.value)

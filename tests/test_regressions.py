@@ -126,6 +126,37 @@ def test_a_graph_that_is_asked_for_in_inference_mode_is_made_as_outside_of_it(wh
         assert [step(k > 2) for k in range(5)] == expected
 
 
+@pytest.mark.parametrize("grads", ["new", "added up"])
+def test_a_leaf_that_a_used_up_graph_has_not_led_to_may_get_another_shape(grads: str) -> None:
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()), torch.randn(2, 3)
+
+    def program(other: torch.Tensor) -> Any:
+        found = []
+        for _ in range(4):
+            kitsune.flush()
+            if grads == "new":
+                net.zero_grad()
+            # Of the same region, and of no part of the loss's graph.
+            seen = other * 2
+            loss = net(x).square().mean()
+            loss.backward()
+        with Seeing():
+            found.append(loss.item() + seen.sum().item())
+        del seen
+        other.data = torch.ones(2)
+        (other * 3).sum().backward()
+        with pytest.raises(RuntimeError, match="a second time"):
+            torch.autograd.grad(loss, net[0].weight)
+        return [*found, other.grad.tolist(), [p.grad.tolist() for p in net.parameters() if p.grad is not None]]
+
+    expected, other = program(torch.ones(3, 3, requires_grad=True)), torch.ones(3, 3, requires_grad=True)
+    net.zero_grad()
+    with kitsune.config.patch(gate=False), kitsune.accelerate(device="cpu"):
+        assert program(other) == expected
+    assert kitsune.counters()["backwards_followed"] > 0
+
+
 def test_what_is_pending_is_no_inference_tensor_when_inference_mode_runs_it() -> None:
     weight = torch.ones(3, requires_grad=True)
     with lazily():

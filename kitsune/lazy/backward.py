@@ -113,7 +113,8 @@ def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], n
         leaf.grad = place(region, made, made.make())
         recorder.note_leaf(leaf)
     region.extend_past(edge)
-    spend(recorder, region, edge.spent)
+    flat = [t for k in edge.spent for t in Followed(*region.calls[k]).flat if type(t) is not LazyTensor and t.requires_grad]
+    spend(recorder, region, edge.spent, list({id(t): t for t in flat if is_leaf(t)}.values()))
     recorder.tally.backwards += 1
     recorder.after_follow()
 

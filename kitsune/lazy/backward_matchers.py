@@ -92,7 +92,7 @@ class BackwardMatcher:
                 append(cell)
                 found[place].grad = wrapper
             region.past.append(edge)
-            spend(recorder, region, edge.spent)
+            spend(recorder, region, edge.spent, [found[place] for place, _ in self._grads])
             recorder.tally.backwards += 1
             recorder.after_follow()
         return None
@@ -134,8 +134,8 @@ def _new(made: Made) -> Any:
     return wrapper
 
 
-def spend(recorder: Any, region: Any, spent: frozenset[int]) -> None:
-    """The graph of these calls is used up; what the program still holds of them is remembered."""
+def spend(recorder: Any, region: Any, spent: frozenset[int], leaves: list[Any]) -> None:
+    """The graph of these calls, which leads to these leaves, is used up; what the program still holds of them is remembered."""
     calls, gone = region.calls, []
     wrappers = list(chain.from_iterable([calls[k][MADE] for k in spent]))
     region.calls = [call for k, call in enumerate(calls) if k not in spent]
@@ -145,7 +145,7 @@ def spend(recorder: Any, region: Any, spent: frozenset[int]) -> None:
     for tensor in (wrappers := give_back(wrappers)):
         tensor.cell.home = None
         if tensor.cell.owed is not None:
-            tensor.cell.spent = True
+            tensor.cell.spent = leaves
             gone.append(weakref.ref(tensor))
     tensor = None
     del wrappers

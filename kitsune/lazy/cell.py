@@ -73,8 +73,8 @@ class Cell:
         # Came into the region from outside, as value `came`; not a result of one of its ops.
         self.external = came is not None
         self.came = came
-        # Set while autograd does not know that the tensor has a history; and is that one used up?
+        # Set while autograd does not know that the tensor has a history; and, once that is used up, the leaves that it led to.
         self.owed: Any = None
-        self.spent = False
+        self.spent: Any = False
         # What its wrapper was made for, if it may be made to stand for the same once more; see `used_again.py`.
         self.home: Any = None

@@ -32,12 +32,13 @@ from kitsune.lazy.door_makers import (
 )
 from kitsune.lazy.door_set import Door, DoorSet
 from kitsune.lazy.function_doors import (
+    classes_door,
     eager_door,
     host_door,
     lengths_door,
     numbers_door,
-    on_host,
     operator_door,
+    product_door,
     range_door,
     recurrent_door,
     takes_singular_values,
@@ -85,6 +86,9 @@ def _lasting_doors() -> Iterator[Door]:
     # Functions in C++ take wrappers of former contexts as well.
     yield from ((owner, name, _noted(make)) for owner, name, make in _function_doors())
     DOORS.update(_operator_doors())
+    # Not in their place, where each product would go through them.
+    matmul = torch.ops.aten.matmul
+    DOORS.update((product, product_door(product)) for product in (torch.matmul, torch.linalg.matmul, matmul, matmul.out))
 
 
 def _noted(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -153,7 +157,7 @@ _ON_HOST: Table = (
     (torch._VF, _PACKED),
     (torch, f"{_PACKED} sparse_coo_tensor _validate_sparse_coo_tensor_args _shape_as_tensor"),
 )
-_UNCHECKED: Table = ((torch.nn.functional, "one_hot"),)
+_CLASSES: Table = ((torch.nn.functional, "one_hot"),)
 _OF_VALUES: Table = (
     (torch.linalg, "svdvals eigvalsh eigvals cond matrix_rank"),
     (
@@ -171,7 +175,7 @@ _FUNCTIONS: tuple[tuple[Table, Callable[[Any], Any]], ...] = (
     (_RECURRENT, recurrent_door),
     (_NUMBERS, numbers_door),
     (_ON_HOST, host_door),
-    (_UNCHECKED, eager_door(on_host)),
+    (_CLASSES, classes_door),
     (_OF_VALUES, eager_door()),
     (_OF_NORMS, eager_door(takes_singular_values)),
     (_QUANTILES, range_door),

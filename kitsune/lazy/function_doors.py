@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
+from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import listening
@@ -110,6 +112,49 @@ def eager_door(suits: Callable[..., bool] = lambda *args, **kwargs: True) -> Cal
         return door
 
     return not_compiled(make)
+
+
+@not_compiled
+def classes_door(original: Any) -> Any:
+    """On a CPU torch looks at each class, and elsewhere its scatter does. Of a wrapper it compares them with all classes instead,
+    and one that is none of them gets a row of zeros."""
+    opened = eager_door(on_host)(original)
+
+    def door(input: Any, num_classes: int = -1) -> Any:
+        if type(input) is not LazyTensor or on_host(input) or input.dtype is not torch.int64 or num_classes < 1:
+            return opened(input, num_classes)
+        row = torch.zeros((*input.shape, num_classes), dtype=torch.int64, device=input.device)
+        return row.scatter_(-1, input.unsqueeze(-1), 1) if input.numel() else row
+
+    return door
+
+
+@not_compiled
+def product_door(original: Any) -> Any:
+    """Of batches of matrices, C++ views `out` as a matrix, and copies from the view unless it shares out's storage, for which it
+    compares addresses: wrappers have none. Such a call is made on plain tensors, with no mode on."""
+
+    def door(*args: Any, out: Any = None, **kwargs: Any) -> Any:
+        tensors = tensors_in((args, kwargs, out))
+        graded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if out is None or graded or not _may_hide(tensors):
+            return original(*args, **kwargs) if out is None else original(*args, out=out, **kwargs)
+        args, (kwargs, plain) = _computed(tensors, args, (kwargs, out))
+        memory_changed()
+        try:
+            with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+                original(*args, out=plain, **kwargs)
+                if plain is not out:
+                    increment_version([out])
+        finally:
+            # It may have another size now, also where it was refused after all.
+            for recorder in listening():
+                recorder.known.forget()
+            if plain is not out:
+                out.cell.region.recorder.stand_for(out, plain)
+        return out
+
+    return door
 
 
 @not_compiled

@@ -162,7 +162,7 @@ class Same(torch.autograd.Function):
 
 def tensor_is_spent(tensor: Any) -> bool:
     """Is this a wrapper whose graph is used up?"""
-    return type(tensor) is LazyTensor and tensor.cell.spent
+    return type(tensor) is LazyTensor and bool(tensor.cell.spent)
 
 
 class Gone(torch.autograd.Function):
@@ -183,11 +183,12 @@ _anchor = torch.zeros((), requires_grad=True)
 
 def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
     """Let autograd know that the wrapper had a graph, which is gone."""
-    tensor.cell.owed, tensor.cell.spent = None, False
+    leaves, tensor.cell.owed, tensor.cell.spent = tensor.cell.spent, None, False
     hook, recorder.hook = recorder.hook, None
     try:
         with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad(), versions_kept([tensor]):
-            Gone.apply(_anchor, tensor, *recorder.living_leaves())
+            # Of what a static function returns, its leaves are those that came in.
+            Gone.apply(_anchor, tensor, *(leaves or recorder.living_leaves()))
     finally:
         recorder.hook = hook
 

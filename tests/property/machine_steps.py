@@ -52,7 +52,8 @@ def out_form(b: Builder, i: int, j: int, k: int) -> str:
         f"torch.add({x}, {y}, out={z})",
         f"{t} = torch.empty(0); torch.mul({x}, {y}, out={t})",
         f"{t} = torch.mul({x}.detach(), 2, out={z}.detach())",
-        f"torch.matmul({x}, {y}, out={z})",
+        # Eager makes room for the result before it sees that there is none, and what is in that nobody knows.
+        f"try: torch.matmul({x}, {y}, out={z})\nexcept RuntimeError: {z}.detach().zero_(); raise",
         f"torch.cat([{x}.detach(), {y}.detach()], out={z}.detach())",
         f"torch.neg({x}.detach(), out={x}.detach().t())",
     )
