@@ -62,6 +62,22 @@ def restored(run: Run) -> Made:
 
 
 @program
+def swapped_parameters(run: Run) -> Made:
+    """Which torch refuses where somebody refers to them weakly."""
+    net, data = mlp(), batches()
+    optimizer = run.optimizer(SGD, net.parameters(), 0.1, momentum=0.9)
+
+    def step(k: int) -> Any:
+        if k in (5, 9):
+            torch.utils.swap_tensors(net[0].weight, nn.Parameter(net[0].weight.detach() * 0.5))
+        loss = usual(net, optimizer, *data[k])
+        optimizer.zero_grad()
+        return loss
+
+    return step, [net, optimizer]
+
+
+@program
 def other_layers(run: Run) -> Made:
     net, data = mlp(), batches()
     optimizer = run.optimizer(Adam, net.parameters(), 0.05)
