@@ -111,7 +111,7 @@ def _operator_doors() -> Iterator[tuple[Any, Any]]:
     """The operators behind these functions, which a program may call by their names, and the door of each."""
     for owner, name, make in (*_function_doors(), (torch, "ctc_loss", lengths_door)):
         packet = getattr(torch.ops.aten, f"linalg_{name}" if owner is torch.linalg else name, None)
-        for operator in () if packet is None else (packet, *packet.op_overloads()):
+        for operator in () if packet is None else (packet, *(getattr(packet, it) for it in packet.overloads())):
             # Lengths that come as a list are passed on as a tensor, and the other way round: the packet finds who takes them.
             yield operator, operator_door(make, packet if make is lengths_door else operator)
 
