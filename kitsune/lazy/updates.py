@@ -40,7 +40,7 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     with torch._C.DisableTorchFunction(), recorder.lock:
         recorder.region.unfold()
         key, call = _key(lane, func, args, kwargs)
-        counts = host_counts(func, args, kwargs)
+        counts = _counts(recorder, func, args, kwargs)
         before = call.floats if counts is None else call.floats + counts.numbers
         key = None if key is None else (key, None if counts is None else counts.pattern)
         edge = None if key is None or recorder.region.slow else recorder.region.node.calls.get(key)
@@ -68,6 +68,12 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
         learned = mark.learn(lane, func) if same and mark is not None and mark.kept else None
     lane.failures[name] = 0 if learned is not None else n_failures + 1
     return result
+
+
+def _counts(recorder: Any, func: Any, args: Any, kwargs: Any) -> HostCounts | None:
+    found = host_counts(func, args, kwargs)
+    # What the region reads as it is now, such as a copy that is pending, is counted in its turn.
+    return None if found is not None and any(map(recorder.takes_part, found.counts)) else found
 
 
 def _key(lane: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, Incoming]:

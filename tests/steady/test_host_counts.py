@@ -114,6 +114,27 @@ def test_a_learning_rate_that_is_a_tensor(name: str) -> None:
     kitsune.reset()
 
 
+@EACH
+def test_counts_that_somebody_has_copied_and_not_looked_at_yet(optimizer: Any, matched: list[bool]) -> None:
+    """The copy is made before the next step is counted."""
+
+    def copies() -> list[Tensor]:
+        found: list[Tensor] = []
+
+        def copy(chosen: Any, i: int) -> None:
+            # After some steps that are known without it.
+            if i > 8:
+                found.extend(state["step"].clone() for state in list(chosen.state.values())[:2])
+
+        train(optimizer, "cpu", copy)
+        return found
+
+    expected = copies()
+    with kitsune.accelerate():
+        got = copies()
+    assert [float(t) for t in got] == [float(t) for t in expected] == [i for i in range(9, STEPS) for _ in range(2)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("name", ["Adam", "RMSprop"])
