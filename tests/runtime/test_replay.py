@@ -81,6 +81,18 @@ def test_a_detached_tensor_is_the_same_where_nobody_can_tell(
     )
 
 
+def test_an_op_that_tells_a_tensor_from_the_same_detached_takes_both() -> None:
+    """Of a tensor with gaps it refuses the very one that it writes."""
+    index, rows = torch.arange(4), torch.arange(24.0).view(4, 6)
+    odd = rows[:, ::2]
+    with pytest.raises(RuntimeError, match="refer to a single memory location"):
+        odd.index_add_(0, index, odd)
+    with kitsune.accelerate(warmup=0, device="cpu"):
+        twice = (rows + 0)[:, ::2]
+        twice.index_add_(0, index, twice.detach().detach())
+    assert torch.equal(twice, odd * 2)
+
+
 def test_dead_ops_are_left_out_but_writes_to_inputs_are_not() -> None:
     x = torch.zeros(2)
     with kitsune.accelerate(warmup=0, device="cpu"):
