@@ -93,6 +93,14 @@ def test_an_op_that_tells_a_tensor_from_the_same_detached_takes_both() -> None:
     assert torch.equal(twice, odd * 2)
 
 
+def test_that_holds_for_what_is_detached_twice() -> None:
+    x, y, a, b, z = (Value(i, F2, storage) for i, storage in enumerate((0, 1, 1, 1, 2)))
+    ops = [Op(aten.add.Tensor, Kind.POINTWISE, (x, 1), (), (x,), Result(0), (y,))]
+    ops += [Op(aten.detach.default, Kind.VIEW, (of,), (), (of,), Result(0), (to,)) for of, to in ((y, a), (a, b))]
+    ops.append(Op(aten.mul.Tensor, Kind.POINTWISE, (y, b), (), (y, b), Result(0), (z,)))
+    assert [i.is_same for i in prepare(Graph((x,), tuple(ops), (z,))).instructions] == [False, False, True, False]
+
+
 def test_dead_ops_are_left_out_but_writes_to_inputs_are_not() -> None:
     x = torch.zeros(2)
     with kitsune.accelerate(warmup=0, device="cpu"):
