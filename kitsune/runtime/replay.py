@@ -69,7 +69,7 @@ class _Tensors:
         if self._known[a] + self._known[b] > 1 or not self._taken[a].isdisjoint(self._taken[b]):
             return False
         self._known[a] += self._known[b]
-        self._taken[a] |= self._taken.pop(b)
+        self._taken[a] |= self._taken[b]
         self._above[b] = a
         return True
 
