@@ -87,10 +87,11 @@ def test_an_op_that_tells_a_tensor_from_the_same_detached_takes_both() -> None:
     odd = rows[:, ::2]
     with pytest.raises(RuntimeError, match="refer to a single memory location"):
         odd.index_add_(0, index, odd)
-    with kitsune.accelerate(warmup=0, device="cpu"):
-        twice = (rows + 0)[:, ::2]
-        twice.index_add_(0, index, twice.detach().detach())
-    assert torch.equal(twice, odd * 2)
+    for _ in range(3):  # at first, the op is made at once
+        with kitsune.accelerate(warmup=0, device="cpu"):
+            twice = (rows + 0)[:, ::2]
+            twice.index_add_(0, index, twice.detach())
+        assert torch.equal(twice, odd * 2)
 
 
 def test_that_holds_for_what_is_detached_twice() -> None:
