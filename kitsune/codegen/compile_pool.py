@@ -156,8 +156,8 @@ class CompilePool:
             quiet.wait(lambda: self._closed)
             error: Exception | None = None
             try:
-                worker = worker or self._begin()
                 with quiet.busy():
+                    worker = worker or self._begin()
                     worker.compile(job, self.timeout)
             except CompilationFailed as failure:
                 error = failure

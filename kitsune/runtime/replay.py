@@ -3,7 +3,7 @@
 Drops each value after its last use, as eager's reference counts would.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -48,21 +48,28 @@ def prepare(graph: Graph) -> Schedule:
 
 class _Tensors:
     """Which values are one tensor: the versions of one that is written, and those that are joined. Nobody outside gets the same
-    tensor twice, nor one that came in."""
+    tensor twice, nor one that came in; and no op does, since some look: index_add_ refuses the tensor that it writes as the one
+    to be added, where it takes it detached."""
 
     def __init__(self, graph: Graph) -> None:
         self._above: dict[int, int] = {}
         for op in graph.ops:
             self._above.update((after.id, before.id) for before, after in op.rewritten)
+        # By tensor, the ops that take it.
+        self._taken: defaultdict[int, set[int]] = defaultdict(set)
+        for number, op in enumerate(graph.ops):
+            for value in op.inputs:
+                self._taken[self._of(value.id)].add(number)
         # By tensor, how many of its values are known outside.
         self._known = Counter(self._of(value.id) for value in {*graph.outputs, *graph.inputs})
 
     def joined(self, a: int, b: int) -> bool:
         """May two values be one tensor? Then they are from now on."""
         a, b = self._of(a), self._of(b)
-        if self._known[a] + self._known[b] > 1:
+        if self._known[a] + self._known[b] > 1 or not self._taken[a].isdisjoint(self._taken[b]):
             return False
         self._known[a] += self._known[b]
+        self._taken[a] |= self._taken[b]
         self._above[b] = a
         return True
 

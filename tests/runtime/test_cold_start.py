@@ -294,6 +294,23 @@ def test_a_capture_that_fails_at_once_is_tried_again_after_an_ordinary_run(n_fai
         assert counts("captured", "kernels") == [1 if n_failures > 1 else 2, n_failures + 3]
 
 
+def test_an_input_that_was_copied_before_is_copied_still_and_keeps_nothing_back() -> None:
+    w, batches = torch.randn(4, 4), [torch.full((8, 4), float(k)) for k in range(12)]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with lazily():
+            return ((x @ w + 1) * 0.5).abs()
+
+    with kitsune.disable():
+        expected = [run(x) for x in batches]
+    with cold(graphs=True) as (workers, _):
+        assert_equal([run(x) for x in batches[:8]], expected[:8])
+        captured, replayed = counts("captured", "replayed")
+        workers.release()
+        assert_equal([run(x) for x in batches[8:]], expected[8:])
+        assert counts("captured", "replayed", "graph_missed") == [captured + 1, replayed + 4, {}] and captured == 1
+
+
 def test_an_input_that_is_elsewhere_then_is_copied_from_there_on() -> None:
     w = torch.randn(4, 4)
 

@@ -197,6 +197,25 @@ def test_a_copy_is_not_read_once_it_is_out_of_date() -> None:
     assert sum(op.target._opname == "clone" for op in other.ops) >= 5
 
 
+def weights_written_between() -> Any:
+    """As an optimizer writes them, between the steps that one region has: they are parameters in float32, copied for each."""
+    found = [F.conv2d(IMAGE, WEIGHT)]
+    for _ in range(2):
+        WEIGHT.mul_(0.5)
+        WEIGHT[:, 1:3].add_(1)
+        found.append(F.conv2d(IMAGE, WEIGHT))
+    return found
+
+
+WEIGHT = KERNEL.clone()
+
+
+def test_a_copy_of_a_weight_is_not_read_once_it_is_out_of_date() -> None:
+    other = assert_as_eager(weights_written_between, images)
+    weights = [op.args[1] for op in other.ops if op.target._opname == "convolution"]
+    assert len({v.id for v in weights}) == 3 and all(is_channels_last(v.type) for v in weights)
+
+
 def joining(graph: Graph) -> Graph:
     return joined_in_place(graph, ONLY_BYTES, lambda op: None)
 

@@ -81,6 +81,27 @@ def test_a_detached_tensor_is_the_same_where_nobody_can_tell(
     )
 
 
+def test_an_op_that_tells_a_tensor_from_the_same_detached_takes_both() -> None:
+    """Of a tensor with gaps it refuses the very one that it writes."""
+    index, rows = torch.arange(4), torch.arange(24.0).view(4, 6)
+    odd = rows[:, ::2]
+    with pytest.raises(RuntimeError, match="refer to a single memory location"):
+        odd.index_add_(0, index, odd)
+    for _ in range(3):  # at first, the op is made at once
+        with kitsune.accelerate(warmup=0, device="cpu"):
+            twice = (rows + 0)[:, ::2]
+            twice.index_add_(0, index, twice.detach())
+        assert torch.equal(twice, odd * 2)
+
+
+def test_that_holds_for_what_is_detached_twice() -> None:
+    x, y, a, b, z = (Value(i, F2, storage) for i, storage in enumerate((0, 1, 1, 1, 2)))
+    ops = [Op(aten.add.Tensor, Kind.POINTWISE, (x, 1), (), (x,), Result(0), (y,))]
+    ops += [Op(aten.detach.default, Kind.VIEW, (of,), (), (of,), Result(0), (to,)) for of, to in ((y, a), (a, b))]
+    ops.append(Op(aten.mul.Tensor, Kind.POINTWISE, (y, b), (), (y, b), Result(0), (z,)))
+    assert [i.is_same for i in prepare(Graph((x,), tuple(ops), (z,))).instructions] == [False, False, True, False]
+
+
 def test_dead_ops_are_left_out_but_writes_to_inputs_are_not() -> None:
     x = torch.zeros(2)
     with kitsune.accelerate(warmup=0, device="cpu"):
