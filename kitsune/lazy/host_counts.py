@@ -4,7 +4,6 @@ The numbers are worked out as torch works them out, to the bit. If they were oth
 numbers, and the update would be made by torch each time.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,8 +12,11 @@ import torch
 
 # Parameters that join later, as layers that are unfrozen one by one, have taken fewer steps.
 MAX_DISTINCT = 8
+# Whole numbers below it can be counted on in single precision: at it one more is none, and 1.1 is another number there.
+MOST_STEPS = 2**24
 # Not the method, which is a door.
 _numbers_in = torch._C.TensorBase.tolist
+_PRECISIONS = (torch.float32, torch.float64)
 # Made once: 8 us of a step of an MLP (H200's host).
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
@@ -92,7 +94,7 @@ def read_steps(counts: list[torch.Tensor]) -> tuple[list[float], tuple[int, ...]
 
 def numbers_of(name: str, steps: list[float], options: dict[str, float]) -> list[float] | None:
     """What an update that is called so works out after so many steps; None if that cannot be said."""
-    if len(steps) > MAX_DISTINCT or not all(map(math.isfinite, steps)):
+    if len(steps) > MAX_DISTINCT or not all(0 <= step < MOST_STEPS and step.is_integer() for step in steps):
         return None
     try:
         return [number for step in steps for number in _FAMILIES[name].numbers(step + 1, **options)]
@@ -114,5 +116,7 @@ def host_counts(func: Any, args: Any, kwargs: Any) -> HostCounts | None:
 
 
 def are_counts(tensors: Any) -> bool:
-    """Is this a list of numbers on the CPU?"""
-    return bool(tensors) and all(type(t) is torch.Tensor and not t.dim() and t.device.type == "cpu" for t in tensors)
+    """Is this a list of numbers on the CPU, in the precisions that torch counts in? Others are not counted up alike."""
+    return bool(tensors) and all(
+        type(t) is torch.Tensor and not t.dim() and t.device.type == "cpu" and t.dtype in _PRECISIONS for t in tensors
+    )
