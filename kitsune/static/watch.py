@@ -220,6 +220,7 @@ class Before:
         for tensor, version in self._versions.values():
             if n := version_of(tensor) - version:
                 origin = origins.of(tensor)
-                assert isinstance(origin, (Argument, Outside))
+                if not isinstance(origin, (Argument, Outside)):
+                    raise Unclear("it writes a tensor in memory that it has also made")
                 found.append((origin, n))
         return found

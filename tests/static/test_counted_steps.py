@@ -230,6 +230,21 @@ def test_counts_that_are_one(meddle: Any, at: int) -> None:
     compare(meddling(meddle, at=at, n=30), at_most=30, optimizer=by_group)
 
 
+def test_counts_in_one_buffer_that_come_to_be_one() -> None:
+    def meddle(t: Training, i: int) -> None:
+        if i == 6:
+            one_buffer(t)
+        if i == 17:
+            first, *_, last = t.optimizer.state.values()
+            first["step"] = last["step"].data
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        groups = [{"params": [p], "lr": 0.01 * (k + 1)} for k, p in enumerate(parameters)]
+        return torch.optim.Adamax(groups, lr=1.0)
+
+    compare(drive_with(40, meddle), at_most=40, optimizer=optimizer)
+
+
 def swap_states(optimizer: Any) -> None:
     """The same pieces in the same order: only whose state it is has changed."""
     one, other = next((p, q) for p in optimizer.state for q in optimizer.state if p is not q and p.shape == q.shape)

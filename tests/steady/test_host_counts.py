@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kitsune
+from kitsune.lazy.host_counts import numbers_of
 from kitsune.lazy.update_matchers import UpdateMatcher
 from tests.static.test_counted_steps import EACH, rename_states, swap_states
 
@@ -107,11 +108,20 @@ def test_counts_that_somebody_sets(which: slice, matched: list[bool]) -> None:
 @pytest.mark.parametrize("name", ["Adam", "RMSprop", "Adagrad"])
 def test_counts_that_are_no_numbers_of_steps(name: str, number: Any, matched: list[bool]) -> None:
     """A float counts up to 2^24 in ones; halves, fractions and integers are counted otherwise, and so torch counts them."""
+
     def set_counts(chosen: Any, i: int) -> None:
         for state in chosen.state.values() if i == 10 else ():
             state["step"] = number.clone() if isinstance(number, Tensor) else torch.tensor(float(number))
 
     assert_same(lambda p: getattr(torch.optim, name)(p, lr=0.01, **{"lr_decay": 0.1} if name == "Adagrad" else {}), set_counts)
+
+
+def test_a_count_that_a_step_does_not_move() -> None:
+    """From 2^24 on one more is none in single precision; what follows from the last number before it is as torch has it."""
+    options = {"lr": 0.1, "lr_decay": 0.1}
+    count = torch.tensor(2.0**24 - 1) + 1
+    assert numbers_of("adagrad", [2.0**24 - 1], options) == [0.1 / (1 + (count.item() - 1) * 0.1)]
+    assert (count + 1).item() == count.item() and numbers_of("adagrad", [count.item()], options) is None
 
 
 def test_counts_in_double_precision(matched: list[bool]) -> None:
