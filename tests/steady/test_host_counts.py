@@ -116,6 +116,11 @@ def test_counts_that_are_no_numbers_of_steps(name: str, number: Any, matched: li
     assert_same(lambda p: getattr(torch.optim, name)(p, lr=0.01, **{"lr_decay": 0.1} if name == "Adagrad" else {}), set_counts)
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adagrad"])
+def test_a_fused_update_counts_by_itself(name: str, matched: list[bool]) -> None:
+    assert_same(lambda p: getattr(torch.optim, name)(p, lr=0.01, fused=True))
+
+
 def test_a_count_that_a_step_does_not_move() -> None:
     """From 2^24 on one more is none in single precision; what follows from the last number before it is as torch has it."""
     options = {"lr": 0.1, "lr_decay": 0.1}
