@@ -23,7 +23,7 @@ class GroupLists:
         places = {id(t): k for k, t in enumerate(kept)}
         grads = _grads(group)
         self._names, self._options = list(group), _options(group)
-        self._flags, self._returned = _flags(group), returned
+        self._flags, self._returned, self._places = _flags(group), returned, _places(optimizer)
         # By what others know these lists, who are not to keep the watch on their tensors.
         self.name = object()
         self._ids = ids = list(map(id, kept))
@@ -42,7 +42,7 @@ class GroupLists:
         if not self._ids or len(lists) != len(self._picks) or any(lists):
             return None
         kept = [*group["params"], *_state(optimizer)]
-        if list(map(id, kept)) != self._ids or not self._same_options(group):
+        if list(map(id, kept)) != self._ids or _places(optimizer) != self._places or not self._same_options(group):
             return None
         grads = _grads(group)
         # A plain gradient may be a sparse one.
@@ -70,7 +70,13 @@ class GroupLists:
 
 
 def _state(optimizer: Any) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+    """Whose state there is, and all of it."""
+    return [*optimizer.state, *chain.from_iterable(map(dict.values, optimizer.state.values()))]
+
+
+def _places(optimizer: Any) -> list[tuple[str, ...]]:
+    """What each parameter's pieces of state are called, in their order."""
+    return list(map(tuple, optimizer.state.values()))
 
 
 def _grads(group: Any) -> list[Any]:

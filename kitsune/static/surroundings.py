@@ -100,7 +100,8 @@ class Surroundings:
         self._optimizers = [(reference, optimizer.state, optimizer.param_groups) for reference, optimizer in optimizers]
         self._empty = [d for d in self._dicts if not d]
         views = [dict.values(d) for d in (*(d for d in self._dicts if d), *states, *groups)]
-        self._containers = [*views, *(of_one for *_, of_one in self._optimizers), *lists]
+        # And whose state it is, and what its pieces are called.
+        self._containers = [*views, *states, *(of_one for *_, of_one in self._optimizers), *lists]
         self._seen = [*chain.from_iterable(self._containers), _END]
         self.options = _options_of(groups)
 
@@ -168,8 +169,14 @@ class Surroundings:
                 continue
             held += chain.from_iterable([group["params"] for group in optimizer.param_groups])
             states = optimizer.state.values()
-            held += chain.from_iterable(map(dict.values, states)) if {*map(type, states)} <= {dict} else states
+            held += optimizer.state
+            # A piece's name is part of where it is.
+            held += chain.from_iterable(map(_entries, states)) if {*map(type, states)} <= {dict} else states
         return held
+
+
+def _entries(state: dict[str, Any]) -> Iterable[Any]:
+    return (*state, *state.values())
 
 
 _training = operator.itemgetter("training")

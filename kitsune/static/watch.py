@@ -131,6 +131,7 @@ class Watch:
         origins = Origins(self._arguments, gradients, self._results, record.surroundings, self._roots)
         counts = [count for counts in self._counted for count in counts.counts]
         origins.look_for([*came, *counts, *(tensor for _, tensor, *_ in self._counters)])
+        self._check_order(came, counts)
         for run, inputs in zip(self._runs, self._inputs, strict=True):
             run.wiring = tuple((n, t if isinstance(t, Made) else origins.of(t)) for n, t in inputs)
         record.returned = origins.tree(returned)
@@ -145,13 +146,25 @@ class Watch:
         if self._before.numbers and record.surroundings.numbers != self._before.numbers:
             raise Unclear("it changes the hyperparameters of its optimizer; let a scheduler step outside of it")
 
+    def _check_order(self, came: list[Any], counts: list[Any]) -> None:
+        """Without Python the counts are read before all else and go on after it, which is to make no difference."""
+        counters = {serial_of(tensor) for _, tensor, *_ in self._counters}
+        steps = set(map(serial_of, counts))
+        if not counters.isdisjoint(steps):
+            raise Unclear("it changes the steps that its optimizer has counted")
+        if not (counters | steps).isdisjoint(map(serial_of, came)):
+            raise Unclear("a number that is counted on the host is read or written by what is recorded")
+
     def _all_counted(self, origins: Origins) -> list[Counted]:
         found: list[Counted] = []
+        seen: list[set[Any]] = []
         for it in self._counted:
-            counts = tuple(map(origins.outside, it.counts))
-            before = [one.counts for one in found if not set(one.counts).isdisjoint(counts)]
-            if any(other != counts for other in before):
-                raise Unclear("its optimizers count the steps of the same parameters, but not of all of them")
+            # By memory: two tensors may be one number.
+            places, counts = {place_of(t)[:2] for t in it.counts}, tuple(map(origins.outside, it.counts))
+            before = [one.counts for one, others in zip(found, seen, strict=True) if not others.isdisjoint(places)]
+            if len(places) < len(counts) or any(other != counts for other in before):
+                raise Unclear("some of its parameters share a count of steps")
+            seen.append(places)
             floats = {name: number for name, number in it.options.items() if type(number) is float}
             others = tuple((name, number) for name, number in it.options.items() if type(number) is not float)
             steps = [step - len(before) for step in it.steps]
@@ -207,6 +220,7 @@ class Before:
         for tensor, version in self._versions.values():
             if n := version_of(tensor) - version:
                 origin = origins.of(tensor)
-                assert isinstance(origin, (Argument, Outside))
+                if not isinstance(origin, (Argument, Outside)):
+                    raise Unclear("it writes a tensor in memory that it has also made")
                 found.append((origin, n))
         return found

@@ -161,6 +161,109 @@ def test_counts_that_the_step_itself_changes() -> None:
     compare(straight(20), at_most=20, body=counted_by_hand, optimizer=adam)
 
 
+def counted_before(t: Training) -> None:
+    for count in counts_of(t):
+        count.add_(1)
+
+
+def halved_before(t: Training) -> None:
+    for count in counts_of(t)[:2]:
+        count.mul_(0.5)
+
+
+def set_from_a_result(t: Training) -> None:
+    for count in counts_of(t)[:1]:
+        count.copy_(next(t.model.parameters()).detach().sum() * 0 + 3)
+
+
+@pytest.mark.parametrize("change", [counted_before, halved_before, set_from_a_result], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("after", [False, True], ids=["before the update", "after it"])
+@pytest.mark.parametrize("optimizer", ["Adam", "Adadelta"])
+def test_the_step_changes_the_counts_itself(change: Any, after: bool, optimizer: str) -> None:
+    """A call without Python reads them before all else, and counts after it."""
+
+    def body(t: Training, x: Tensor, y: Tensor) -> Tensor:
+        t.optimizer.zero_grad()
+        loss = F.cross_entropy(t.model(x), y)
+        loss.backward()
+        if not after:
+            change(t)
+        t.optimizer.step()
+        if after:
+            change(t)
+        return loss.detach()
+
+    compare(straight(20), at_most=20, body=body, optimizer=OPTIMIZERS[optimizer])
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the update", "after it"])
+def test_the_step_reads_the_counts_itself(after: bool) -> None:
+    def body(t: Training, x: Tensor, y: Tensor) -> Any:
+        copies = [] if after else [count + 0 for count in counts_of(t)]
+        loss = Training.plain(t, x, y)
+        return loss, [count + 0 for count in counts_of(t)] if after else copies
+
+    _, counters = compare(straight(20), at_most=20, at_least=20, body=body, optimizer=adam)
+    assert any("counted on the host" in reason for reason in counters["static_refused"]) == after
+
+
+def one_for_two(t: Training) -> None:
+    first, second, *_ = t.optimizer.state.values()
+    first["step"] = second["step"]
+
+
+def one_memory_for_two_groups(t: Training) -> None:
+    first, *_, last = t.optimizer.state.values()
+    first["step"] = last["step"].view(())
+
+
+def one_buffer(t: Training) -> None:
+    """Each count is an element of it, which none of the others shows."""
+    numbers = torch.tensor([float(count) for count in counts_of(t)])
+    for state, number in zip(t.optimizer.state.values(), numbers, strict=True):
+        state["step"] = number
+
+
+@pytest.mark.parametrize("meddle", [one_for_two, one_memory_for_two_groups, one_buffer], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("at", [1, 12])
+def test_counts_that_are_one(meddle: Any, at: int) -> None:
+    compare(meddling(meddle, at=at, n=30), at_most=30, optimizer=by_group)
+
+
+def test_counts_in_one_buffer_that_come_to_be_one() -> None:
+    def meddle(t: Training, i: int) -> None:
+        if i == 6:
+            one_buffer(t)
+        if i == 17:
+            first, *_, last = t.optimizer.state.values()
+            first["step"] = last["step"].data
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        groups = [{"params": [p], "lr": 0.01 * (k + 1)} for k, p in enumerate(parameters)]
+        return torch.optim.Adamax(groups, lr=1.0)
+
+    compare(drive_with(40, meddle), at_most=40, optimizer=optimizer)
+
+
+def swap_states(optimizer: Any) -> None:
+    """The same pieces in the same order: only whose state it is has changed."""
+    one, other = next((p, q) for p in optimizer.state for q in optimizer.state if p is not q and p.shape == q.shape)
+    partner = {one: other, other: one}
+    optimizer.state.update({partner.get(p, p): optimizer.state.pop(p) for p in list(optimizer.state)})
+
+
+def rename_states(optimizer: Any) -> None:
+    """The same again: only what the pieces are called has changed."""
+    for state in optimizer.state.values():
+        first, second = state.pop("exp_avg"), state.pop("exp_avg_sq")
+        state["exp_avg_sq"], state["exp_avg"] = first.abs_(), second
+
+
+@pytest.mark.parametrize("change", [swap_states, rename_states])
+def test_state_that_is_another_parameters(change: Any) -> None:
+    compare(meddling(lambda t: change(t.optimizer), at=12, n=30), at_most=WARM + AGAIN, at_least=WARM + 1, optimizer=adam)
+
+
 def test_an_audit_finds_a_count_that_moved_otherwise() -> None:
     """A check in Python says that it did something else than was foretold, and not that all is well."""
     kitsune.reset()

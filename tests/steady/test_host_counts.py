@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import kitsune
+from kitsune.lazy.host_counts import numbers_of
 from kitsune.lazy.update_matchers import UpdateMatcher
-from tests.static.test_counted_steps import EACH
+from tests.static.test_counted_steps import EACH, rename_states, swap_states
 
 STEPS = 20
 # In so many steps the optimizer's state, its first numbers and those that move are learned.
@@ -98,6 +100,53 @@ def test_counts_that_somebody_sets(which: slice, matched: list[bool]) -> None:
 
     assert_same(lambda p: torch.optim.Adam(p, lr=0.01), set_counts)
     assert (sum(matched) >= 5 and not all(matched[5:])) or which == slice(None)
+
+
+@pytest.mark.parametrize(
+    "number", [0.1, 2**24 - 1, 2**24, math.inf, torch.tensor(7), torch.tensor(2047.0, dtype=torch.float16)], ids=repr
+)
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "Adagrad"])
+def test_counts_that_are_no_numbers_of_steps(name: str, number: Any, matched: list[bool]) -> None:
+    """A float counts up to 2^24 in ones; halves, fractions and integers are counted otherwise, and so torch counts them."""
+
+    def set_counts(chosen: Any, i: int) -> None:
+        for state in chosen.state.values() if i == 10 else ():
+            state["step"] = number.clone() if isinstance(number, Tensor) else torch.tensor(float(number))
+
+    assert_same(lambda p: getattr(torch.optim, name)(p, lr=0.01, **{"lr_decay": 0.1} if name == "Adagrad" else {}), set_counts)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adagrad"])
+def test_a_fused_update_counts_by_itself(name: str, matched: list[bool]) -> None:
+    assert_same(lambda p: getattr(torch.optim, name)(p, lr=0.01, fused=True))
+
+
+def test_a_count_that_a_step_does_not_move() -> None:
+    """From 2^24 on one more is none in single precision; what follows from the last number before it is as torch has it."""
+    options = {"lr": 0.1, "lr_decay": 0.1}
+    count = torch.tensor(2.0**24 - 1) + 1
+    assert numbers_of("adagrad", [2.0**24 - 1], options) == [0.1 / (1 + (count.item() - 1) * 0.1)]
+    assert (count + 1).item() == count.item() and numbers_of("adagrad", [count.item()], options) is None
+
+
+def test_counts_in_double_precision(matched: list[bool]) -> None:
+    def set_counts(chosen: Any, i: int) -> None:
+        for state in chosen.state.values() if i == 1 else ():
+            state["step"] = state["step"].double()
+
+    assert_same(lambda p: torch.optim.Adam(p, lr=0.01), set_counts)
+    assert sum(matched) >= STEPS - LEARNING - 4
+
+
+@pytest.mark.parametrize("change", [swap_states, rename_states])
+def test_state_that_is_another_parameters(change: Any, matched: list[bool]) -> None:
+    """Of the pieces themselves and of their order nothing has changed."""
+
+    def factor() -> list[Tensor]:
+        return [nn.Parameter(torch.tensor([1.5, 0.5]))]
+
+    assert_same(lambda p: torch.optim.Adam(p, lr=0.01), lambda chosen, i: i == 12 and change(chosen), extra=factor)
+    assert any(matched)
 
 
 @pytest.mark.parametrize("name", ["Adam", "RMSprop", "Adagrad"])
