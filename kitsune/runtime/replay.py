@@ -74,8 +74,12 @@ class _Tensors:
         return True
 
     def _of(self, value: int) -> int:
+        """The first value of its tensor. All on the way there are led to it from then on, or ways would grow with the graph."""
+        way = []
         while value in self._above:
+            way.append(value)
             value = self._above[value]
+        self._above.update(dict.fromkeys(way, value))
         return value
 
 

@@ -11,6 +11,7 @@ import torch
 import kitsune
 from kitsune.ir import Graph, Kind, Op, Result, Value, default_type
 from kitsune.runtime import prepare, replay
+from kitsune.runtime.replay import _Tensors
 
 aten = torch.ops.aten
 F2 = default_type(torch.float32, (2,))
@@ -100,6 +101,15 @@ def test_that_holds_for_what_is_detached_twice() -> None:
     ops += [Op(aten.detach.default, Kind.VIEW, (of,), (), (of,), Result(0), (to,)) for of, to in ((y, a), (a, b))]
     ops.append(Op(aten.mul.Tensor, Kind.POINTWISE, (y, b), (), (y, b), Result(0), (z,)))
     assert [i.is_same for i in prepare(Graph((x,), tuple(ops), (z,))).instructions] == [False, False, True, False]
+
+
+def test_what_is_written_again_and_again_is_known_by_its_first_value() -> None:
+    """Not by the one before, which would make 20,000 writes a matter of seconds."""
+    values = [Value(i, F2, min(i, 1)) for i in range(100)]
+    ops = [Op(aten.add.Tensor, Kind.POINTWISE, (values[0], 1), (), (values[0],), Result(0), (values[1],))]
+    for before, after in itertools.pairwise(values[1:]):
+        ops.append(Op(aten.neg_.default, Kind.POINTWISE, (before,), (), (before,), None, (), ((before, after),)))
+    assert {*_Tensors(Graph((values[0],), tuple(ops), (values[-1],)))._above.values()} == {1}
 
 
 def test_dead_ops_are_left_out_but_writes_to_inputs_are_not() -> None:

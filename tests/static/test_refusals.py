@@ -140,10 +140,12 @@ def test_what_needs_its_python_keeps_it(body: Callable[..., Any]) -> None:
     assert "Training.__init__.<locals>.whole" in said
 
 
+@pytest.mark.parametrize("foreach", [True, False], ids=["foreach", "one by one"])
 @pytest.mark.parametrize("optimizer", [torch.optim.NAdam, torch.optim.RAdam], ids=lambda c: c.__name__)
-def test_corrections_that_python_computes_keep_it(optimizer: Any) -> None:
-    compare(straight(14), at_most=14, optimizer=lambda p: optimizer(p, lr=0.01))
-    assert kitsune.counters()["static_skipped"] == 0
+def test_corrections_that_python_computes_keep_it(optimizer: Any, foreach: bool) -> None:
+    compare(straight(14), at_most=14, optimizer=lambda p: optimizer(p, lr=0.01, foreach=foreach))
+    counters = kitsune.counters()
+    assert counters["static_skipped"] == 0 and "This is a bug" not in str(counters["static_refused"])
 
 
 def test_a_number_that_moved_once_has_to_be_seen_more_often() -> None:
