@@ -24,6 +24,9 @@ WARM = 5
 N_HELD_OUT = 8
 # Of random batches, which say nothing new, so many take turns.
 N_RANDOM = 16
+# The same bits each time, where every operator of a model has a kernel for that; where not, from as many as have. An attention's
+# backward sums in any order unless nothing else is allowed (torch 2.11, flash).
+DETERMINISM = ("strictly", "as far as possible")
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a training left: its losses, that of the held-out batches, a digest of its parameters, and its counters."""
+    """What a training left: its losses, that of what is judged in the end, a digest of its parameters, and its counters."""
 
     losses: list[float]
     evaluated: float
@@ -96,12 +99,12 @@ def train(
     return [float(loss) for loss in losses]
 
 
-def evaluate(it: Training) -> float:
-    """The mean loss of what was held out, by eager in float32; NaN where nothing was."""
+def evaluate(it: Training, losses: list[float]) -> float:
+    """The mean loss of what was held out, by eager in float32; where nothing was, of the last turn of the random batches."""
     it.model.eval()
     with torch.no_grad():
-        found = [float(it.loss(it.model, batch)) for batch in it.held_out]
-    return sum(found) / len(found) if found else float("nan")
+        found = [float(it.loss(it.model, batch)) for batch in it.held_out] or losses[-N_RANDOM:]
+    return sum(found) / len(found)
 
 
 def digest(model: nn.Module) -> str:
@@ -120,19 +123,41 @@ def nudge(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def repeatable(wanted: bool) -> Iterator[None]:
-    """With kernels of eager's that give the same bits each time."""
+def repeatable(wanted: str | None) -> Iterator[None]:
+    """With kernels of eager's that give the same bits each time: one of DETERMINISM, or None for whatever is fastest."""
     with warnings.catch_warnings():
         # That this or that has no deterministic kernel: whether it matters is seen by the column "bitwise".
         warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        torch.use_deterministic_algorithms(wanted is not None, warn_only=wanted != DETERMINISM[0])
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(False)
 
 
-def curve(name: str, column: str, device: torch.device, precision: str, steps: int, seed: int = 0, size: Size = "full") -> Curve:
+def determinism(name: str, device: torch.device, precision: str, size: Size = "full") -> str:
+    """Which of DETERMINISM a model can be trained with."""
+    it, (strictly, otherwise) = training(name, device, precision, 1, 0, size), DETERMINISM
+    try:
+        with repeatable(strictly):
+            train(it, it.loss, contextlib.nullcontext())
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        return otherwise
+    return strictly
+
+
+def curve(
+    name: str,
+    column: str,
+    device: torch.device,
+    precision: str,
+    steps: int,
+    seed: int = 0,
+    size: Size = "full",
+    how: str = DETERMINISM[1],
+) -> Curve:
     """One column of a model, here: a grade of numerics, "compile", "again" (without determinism), "nudged" or "eager"."""
     kitsune.reset()
     it = training(name, device, precision, steps, seed, size)
@@ -141,9 +166,9 @@ def curve(name: str, column: str, device: torch.device, precision: str, steps: i
     loss_of = torch.compile(it.loss) if column == "compile" else it.loss
     context = kitsune.accelerate(device=device, numerics=column) if column in GRADES else contextlib.nullcontext()
     torch.manual_seed(seed)
-    with repeatable(column not in ("again", "compile")), kitsune.config.patch(gate=False):
+    with repeatable(None if column in ("again", "compile") else how), kitsune.config.patch(gate=False):
         losses = train(it, loss_of, context)
         counters = kitsune.counters()
         if column in GRADES and device.type == "cuda" and not counters["kernels"]:
             raise RuntimeError(f"{name}, {column}: no kernel of Kitsune's was run, so that there is nothing to compare.")
-        return Curve(losses, evaluate(it), digest(it.model), counters["kernels"], counters["followed"])
+        return Curve(losses, evaluate(it, losses), digest(it.model), counters["kernels"], counters["followed"])

@@ -224,9 +224,9 @@ def used(model: nn.Module, batch: Batch) -> Tensor:
 
 
 SMALL = {
-    "mlp": Small(mlp, images, classes, 64, 1e-3),
+    "small-mlp": Small(mlp, images, classes, 64, 1e-3),
     "resnet": Small(resnet, images, classes, 32, 1e-3),
-    "vit": Small(ViT, images, classes, 32, 1e-3),
+    "small-vit": Small(ViT, images, classes, 32, 1e-3),
     "gpt": Small(lambda: CharGPT(n_characters()), characters, next_characters, 16, 1e-3),
     "llama": Small(Llama, characters, next_characters, 16, 1e-3),
     "lstm": Small(LSTM, characters, next_characters, 16, 2e-3),
