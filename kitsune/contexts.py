@@ -72,7 +72,7 @@ def _open_first(pipeline: Pipeline) -> None:
             other.recorder.flush(Barrier.NESTED)
             other.stop_following()
             # Nor does its lane see what becomes of gradients from here on.
-            keep([leaf.grad for leaf in other.recorder.living_leaves()])
+            keep([leaf.grad for leaf in other.recorder.leaves.living()])
     with _lock:
         first = not _open
         _open.add(pipeline)

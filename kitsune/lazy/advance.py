@@ -21,7 +21,7 @@ def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]]) -> None:
         else:
             plain[id(tensor)] = Cell(region, number, type_, storage, tensor, number)
             if graded:
-                region.recorder.note_leaf(tensor)
+                region.recorder.leaves.note(tensor)
 
 
 def rewrite(region: Any, edge: Edge, flat: list[Any]) -> None:

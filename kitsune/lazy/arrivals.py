@@ -81,3 +81,18 @@ def _looks(tensors: Iterable[Any]) -> list[Any]:
     except (AttributeError, TypeError):
         # One has gone, or its storage is another: nothing is known of any.
         return [None] * len(there)
+
+
+class Leaves(dict[int, "weakref.ref[torch.Tensor]"]):
+    """Leaves that came in, or got a gradient, by id."""
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """One did."""
+        number = id(tensor)
+        if number not in self:
+            # Another tensor may get the id of one that is gone.
+            self[number] = weakref.ref(tensor, lambda _: self.pop(number, None))
+
+    def living(self) -> list[torch.Tensor]:
+        """Those that are still alive."""
+        return [leaf for known in list(self.values()) if (leaf := known()) is not None]

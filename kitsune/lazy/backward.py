@@ -8,6 +8,7 @@ import torch
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward_matchers import BackwardMatcher, spend
 from kitsune.lazy.call_keys import key_of
+from kitsune.lazy.cuts import regret
 from kitsune.lazy.edges import Edge, Incoming, Made, Returned, begin_of
 from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
@@ -25,6 +26,7 @@ def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradient
     with recorder.lock:
         region = recorder.region
         region.unfold()
+        regret(losses, region)
         leaves = dict(_leaves(region))
         key = _key(lane, region, losses, gradients, leaves, call) if plain else None
         if key is not None and not region.real and region.observed_from is None and not region.slow:
@@ -111,7 +113,7 @@ def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], n
     for number, made in edge.grads:
         leaf = leaves[number]
         leaf.grad = place(region, made, made.make())
-        recorder.note_leaf(leaf)
+        recorder.leaves.note(leaf)
     region.extend_past(edge)
     flat = [t for k in edge.spent for t in Followed(*region.calls[k]).flat if type(t) is not LazyTensor and t.requires_grad]
     spend(recorder, region, edge.spent, list({id(t): t for t in flat if is_leaf(t)}.values()))

@@ -137,7 +137,7 @@ def _new(made: Made) -> Any:
 def spend(recorder: Any, region: Any, spent: frozenset[int], leaves: list[Any]) -> None:
     """The graph of these calls, which leads to these leaves, is used up; what the program still holds of them is remembered."""
     calls, gone = region.calls, []
-    wrappers = list(chain.from_iterable([calls[k][MADE] for k in spent]))
+    wrappers = [t for t in chain.from_iterable([calls[k][MADE] for k in spent]) if type(t) is LazyTensor]
     region.calls = [call for k, call in enumerate(calls) if k not in spent]
     left = [k for k in range(len(calls)) if k not in spent]
     region.counted = [(bisect_left(left, n), tensors) for n, tensors in region.counted] if left else []

@@ -7,6 +7,7 @@ import torch
 
 from kitsune.lazy.call_keys import with_floats
 from kitsune.lazy.cell import serial_of
+from kitsune.lazy.cuts import Absent
 from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between, viewed_operands
 from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.node_hooks import NodeHooks
@@ -80,7 +81,8 @@ class Learner:
         region.unfold()
         calls = [Followed(*debt) for debt in region.calls]
         # A backward may need what a call was given and what it returned.
-        read = {cell.storage for call in calls for t in (*call.flat, *call.made) if (cell := cell_in(t, region)) is not None}
+        known = [t for call in calls for t in (*call.flat, *call.made)]
+        read = {cell.storage for t in known if (cell := t.cell if type(t) is Absent else cell_in(t, region)) is not None}
         return any(_storage_in(t, region) in read for t in written)
 
     def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:

@@ -100,7 +100,7 @@ def _arrive(w: Writer, edge: Edge, then: list[str]) -> None:
         like = f"None, {value}, {w.bind(type_)}, {memory}, None, {value}"
         w.lines.append(f"{cell} = {spare} if {spare}.region is None else Cell({like})")
         if graded:
-            w.lines.append(f"if {new.number} not in recorder.leaves: recorder.note_leaf({a})")
+            w.lines.append(f"if {new.number} not in recorder.leaves: recorder.leaves.note({a})")
         then.append(f"{cell}.region = region; {cell}.real = {a}; {cell}.ref = {value}; plain[{new.number}] = {cell}")
 
 

@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 from kitsune.ir import versions_kept
 from kitsune.ir.graph import Result
 from kitsune.lazy.cell import Cell
+from kitsune.lazy.cuts import recall_results
 from kitsune.lazy.edges import Edge, path_between
 from kitsune.lazy.hands_off import PRODUCTS
 from kitsune.lazy.rebuild import fill, tensors_in
@@ -74,27 +75,36 @@ class Walk:
                 f"instead of {expected}. This is a bug in Kitsune: please report it. KITSUNE_FOLLOW=0 runs the program without "
                 "following."
             )
+        done = self.region.cut is not None and node.depth <= self.region.cut.depth
         for operand, _, after, _ in node.written:
             cell = self.region.cell(tensors[operand])
             # What the call has made for itself is new; others stand for what they are by now.
             cell.ref = max(cell.ref, after, key=_number)
+            if done and cell.real is None:
+                cell.real = self.region.kept.get(cell.ref.id)
         if uncounted:
             # What autograd does not count, who records it does.
             increment_version([tensors[operand] for operand, *_ in node.written])
-        return fill(node.structure, [self._result(row, *result) for result in node.results], tensors)
+        return fill(node.structure, [self._result(row, done, *result) for result in node.results], tensors)
 
-    def _result(self, row: Any, ref: Any, type_: Any, storage: int) -> LazyTensor:
+    def _result(self, row: Any, done: bool, ref: Any, type_: Any, storage: int) -> LazyTensor:
         held = self.held.get(ref.id)
         if held is not None:
             # Autograd makes a copy of a view that somebody holds, and that one would get the history.
             return wrap(held.cell) if row.is_view else held
         cell = Cell(self.region, ref, type_, storage)
-        self.region.produced.append(cell)
+        if done:
+            # It has run. What autograd does not save was not kept, and nobody will ask for it.
+            cell.real = self.region.kept.get(ref.id)
+            self.region.see([cell])
+        else:
+            self.region.produced.append(cell)
         return wrap(cell)
 
 
 def realize(recorder: Any, region: Any) -> None:
     """Give every followed call of the region its place in the autograd graph."""
+    recall_results(region)
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
     recount = Recount(region)
     owed = {id(t) for call in calls for t in call.made if is_owed(t)}
@@ -188,7 +198,7 @@ def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
     try:
         with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad(), versions_kept([tensor]):
             # Of what a static function returns, its leaves are those that came in.
-            Gone.apply(_anchor, tensor, *(leaves or recorder.living_leaves()))
+            Gone.apply(_anchor, tensor, *(leaves or recorder.leaves.living()))
     finally:
         recorder.hook = hook
 

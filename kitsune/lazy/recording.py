@@ -1,7 +1,6 @@
 """What is recorded and pending, and how it ends: the barriers, the flush, and who may ask for a value."""
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,20 +9,19 @@ from torch.nn import Parameter
 
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
 from kitsune.lazy import recorders
-from kitsune.lazy.arrivals import Arrivals
-from kitsune.lazy.cell import Cell, ref, serial_of
+from kitsune.lazy.arrivals import Arrivals, Leaves
+from kitsune.lazy.cell import Cell, living, numbers_of, ref, serial_of
+from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, judge, keep, made_since, put_kept
 from kitsune.lazy.early_reads import EarlyReads, memory_changed
-from kitsune.lazy.graphs import graph_of
+from kitsune.lazy.graphs import Graphs
 from kitsune.lazy.recorders import EVERY, OPEN
-from kitsune.lazy.region import Region, is_strided, living, numbers_of
+from kitsune.lazy.region import Region, is_strided
 from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 
 PLAIN = (torch.Tensor, Parameter)
-# A region has one graph for each set of its values that was alive at its end.
-MAX_GRAPHS = 1024
 
 
 class Recording:
@@ -84,7 +82,7 @@ class Recording:
         # The lists that were filled for an update which is still to come: by whom, and with what.
         self.filled: Any = None
         # Leaves seen that may get a `.grad`, by id.
-        self.leaves: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.leaves = Leaves()
         self.early = EarlyReads(tally)
         # A tensor came in whose graph was built outside, from leaves that were not seen.
         self.outer_graph = False
@@ -99,7 +97,7 @@ class Recording:
         """Drop every region seen so far; to be called between regions."""
         self.roots: dict[Any, Node] = {}
         self.specs: dict[Any, OutputSpec] = {}
-        self.graphs: dict[Any, Graph] = {}
+        self.graphs = Graphs()
         # Ops that once returned something else than their key promised: never recorded again.
         self.unstable: set[Any] = set()
         self.n_nodes = 0
@@ -133,9 +131,10 @@ class Recording:
         if type(tensor) is LazyTensor:
             cell = tensor.cell
             if cell.region is region:
-                return not cell.external or cell.storage in region.dirty
+                return region.waits(cell)
             tensor = cell.real
-        return bool(region.dirty) and _has_memory(tensor) and region.storages.get(serial_of(tensor)) in region.dirty
+        written = bool(region.dirty) and region.node is not region.cut and _has_memory(tensor)
+        return written and region.storages.get(serial_of(tensor)) in region.dirty
 
     def takes_part(self, tensor: Any) -> bool:
         """Does the region read or write the tensor's memory?"""
@@ -170,7 +169,7 @@ class Recording:
             self.region.unfold()
             if self.watcher is not None:
                 self.watcher.flushes(cause)
-            if cell.region is self.region and (not cell.external or cell.storage in self.region.dirty):
+            if cell.region is self.region and self.region.waits(cell):
                 self.flush(cause)
             elif cell.real is not None:
                 # Any open region may be about to write this memory, through another tensor.
@@ -182,20 +181,9 @@ class Recording:
                 ) from cell.region.error
             return cell.real
 
-    def note_leaf(self, tensor: torch.Tensor) -> None:
-        """A leaf came in, or got a gradient."""
-        number, leaves = id(tensor), self.leaves
-        if number not in leaves:
-            # Another tensor may get the id of one that is gone.
-            leaves[number] = weakref.ref(tensor, lambda _: leaves.pop(number, None))
-
-    def living_leaves(self) -> list[torch.Tensor]:
-        """The leaves that came in since they were last taken, and are still alive."""
-        return [leaf for known in list(self.leaves.values()) if (leaf := known()) is not None]
-
     def take_leaves(self) -> list[torch.Tensor]:
-        """Take them."""
-        leaves = self.living_leaves()
+        """Take the leaves that came in since this was last done, and are still alive."""
+        leaves = self.leaves.living()
         self.leaves.clear()
         self.outer_graph = False
         return leaves
@@ -218,39 +206,52 @@ class Recording:
             self.filled = None
             if not node.depth:
                 return
-            if region.calls and self.lane is not None:
-                self.lane.own_up()
             site = user_site()
             self.tally.flushed[(cause, site)] += 1
+            if end and goes_on(self, region, cause):
+                return go_on(self, region, cause, site)
+            if region.calls and self.lane is not None:
+                self.lane.own_up()
             self.early.ends(region)
             if end:
-                self.region = self._new_region()
-            live: tuple[int, ...] = ()
-            if region.observed_from is None:
-                self.tally.recorded += node.depth
-                live = self._run(region)
-            elif end:
-                self.tally.observed += node.depth - region.observed_from
-                live = numbers_of(cell for seen in region.seen if (cell := seen()) is not None)
-                region.release()
-            if end:
-                self._close(node, live, cause, site, region.observed_from is not None)
-            if end and self.n_nodes > 5 * self.max_ops:
-                # A program that never repeats (1,000 batch sizes) would keep a path for each of its regions.
-                self.forget()
+                self._end(region, cause, site)
+            elif region.observed_from is None:
+                self.tally.recorded += node.depth - depth_of(region.cut)
+                self.run_so_far(region)
 
-    def _run(self, region: Region) -> tuple[int, ...]:
-        """Compute what is pending; returns the numbers of the values that can still be read."""
+    def _end(self, region: Region, cause: Barrier, site: Site | None) -> None:
+        judge(region)
+        self.region = self._new_region()
+        if observed := region.observed_from is not None:
+            self.tally.observed += region.node.depth - region.observed_from
+            live = numbers_of(computed_since(region))
+            region.release()
+        else:
+            self.tally.recorded += region.node.depth - depth_of(region.cut)
+            live = self.run_so_far(region)
+        self.closed(region.node, live, cause, site, observed, region.cut)
+        if self.n_nodes > 5 * self.max_ops:
+            # A program that never repeats (1,000 batch sizes) would keep a path for each of its regions.
+            self.forget()
+
+    def run_so_far(self, region: Region, saved: frozenset[int] | None = None) -> tuple[int, ...]:
+        """Compute what is pending; returns the numbers of the values that can still be read. With `saved`, which are kept beside
+        those, the region goes on behind a cut."""
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
         cells: list[Cell] = []
         try:
             cells = living(region.produced)
             live = numbers_of(cells)
+            if saved:
+                live = tuple(sorted({*live, *made_since(region, saved)}))
             region.put_inputs(values)
             self.running = True
-            if self.watcher is not None or not self.early.foreseen(region, live, values):
-                self._run_now(region, self._graph(region.node, live), values)
+            graph, whole = self.graphs.get(region.node, live, region.cut), saved is None and region.cut is None
+            put_kept(region, graph, values)
+            foreseen = whole and self.watcher is None and self.early.foreseen(region, live, values)
+            if region.node is not region.cut and not foreseen:
+                self._run_now(region, graph, values)
         except BaseException as error:
             region.error = error
             if region is self.region:
@@ -262,7 +263,9 @@ class Recording:
                 cell.real = values[cell.ref.id]
             region.produced.clear()
             region.see(cells)
-            if region is self.region:
+            if saved is not None and region is self.region:
+                keep(region, live, cells, values)
+            elif region is self.region:
                 region.let_go()
             else:
                 region.release()
@@ -277,17 +280,14 @@ class Recording:
             self.run(graph, values, region.scalars)
             self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)
 
-    def _graph(self, node: Node, live: tuple[int, ...]) -> Graph:
-        graph = self.graphs.get((node, live))
-        if graph is None:
-            if len(self.graphs) > MAX_GRAPHS:
-                self.graphs.clear()
-            graph = self.graphs[(node, live)] = graph_of(node, live)
-        return graph
-
-    def _close(self, node: Node, live: tuple[int, ...], cause: Barrier, site: Site | None, observed: bool) -> None:
-        node.tally = self.tally.close(node.tally, node.depth, cause, site)
-        graph = self._graph(node, live)
+    def closed(
+        self, node: Node, live: tuple[int, ...], cause: Barrier, site: Site | None, observed: bool, since: Node | None
+    ) -> None:
+        """A region has been run so far, from the node after which it began."""
+        if node is since:
+            return
+        node.tallies[since] = self.tally.close(node.tallies.get(since), node.depth - depth_of(since), cause, site)
+        graph = self.graphs.get(node, live, since)
         if self.watcher is not None:
             self.watcher.closed(graph)
         elif observed:

@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable, Iterable
 from operator import itemgetter
-from sys import getrefcount
 from typing import Any
 
 import torch
@@ -23,12 +22,15 @@ class Region:
         "admitted",
         "calls",
         "counted",
+        "cut",
+        "cuts",
         "deferred",
         "device",
         "dirty",
         "error",
         "firsts",
         "inputs",
+        "kept",
         "n_looks",
         "node",
         "observed_from",
@@ -80,6 +82,10 @@ class Region:
         # An update that was followed, of which the region's tensors do not know yet: its edge, its tensors, and those of them
         # that are new with the serials of their storages.
         self.deferred: Any = None
+        # How far it has been run already, going on, and the values of that part which may still be wanted; see `cuts.py`.
+        self.cut: Node | None = None
+        self.cuts: list[tuple[Node, int]] = []
+        self.kept: dict[int, torch.Tensor] = {}
         # How many of torch's modules were looked at closely; see `module_calls.py`.
         self.n_looks = 0
         # What went wrong when the region was run: its values were never computed.
@@ -95,6 +101,14 @@ class Region:
         if cell.type.offset != begin:
             cell.type = type_of(cell.real)  # type: ignore[arg-type]
         return begin
+
+    def waits(self, cell: Cell) -> bool:
+        """Is what a cell of this region stands for pending?"""
+        cut = self.cut
+        if cut is None:
+            return not cell.external or cell.storage in self.dirty
+        there = cell.external or (cell.real is not None and cell.ref.id < cut.n_values)
+        return self.node is not cut and (not there or cell.storage in self.dirty)
 
     def see(self, cells: Iterable[Cell]) -> None:
         """These have their values; who still holds them at the end is to be known."""
@@ -142,7 +156,7 @@ class Region:
         self.plain[id(tensor)] = Cell(self, number, type_, storage, tensor, number)
         if tensor.requires_grad:
             if is_leaf(tensor):
-                self.recorder.note_leaf(tensor)
+                self.recorder.leaves.note(tensor)
             else:
                 self.recorder.outer_graph = True
         return key
@@ -172,6 +186,8 @@ class Region:
         for cell in self.plain.values():
             values[cell.came.id] = cell.real  # type: ignore[union-attr]
         for number, tensor in self.inputs:
+            values[number] = tensor
+        for number, tensor in self.kept.items():
             values[number] = tensor
         if self.deferred is not None:
             edge, _, _, fresh = self.deferred
@@ -203,6 +219,7 @@ class Region:
         self.admitted.clear()
         self.calls.clear()
         self.counted.clear()
+        self.kept.clear()
         self.deferred = None
 
     def is_target(self, device: torch.device) -> bool:
@@ -254,25 +271,6 @@ class Region:
         if not self.is_target(tensor.device) and (tensor.dim() or tensor.device.type != "cpu"):
             return Barrier.OTHER_DEVICE
         return None if may_defer(tensor) else Barrier.FOREIGN_MEMORY
-
-
-def living(cells: list[Cell]) -> list[Cell]:
-    """The cells that something besides the list holds: a wrapper. (A weak reference to each would cost 0.3 us per op.) Those
-    whose wrapper waits for another region are nobody's."""
-    # What a cell's count is when only the list holds it depends on the interpreter: ask one that is surely alone.
-    cells.append(Cell(None, ref(0), _NO_TYPE, -1))
-    counts = [getrefcount(cell) for cell in cells]
-    cells.pop()
-    alone = counts.pop()
-    return [cell for cell, count in zip(cells, counts, strict=True) if count > alone and cell.region is not None]
-
-
-def numbers_of(cells: Iterable[Cell]) -> tuple[int, ...]:
-    """What the cells stand for now, in order."""
-    return tuple(sorted({cell.ref.id for cell in cells}))
-
-
-_NO_TYPE: Any = None
 
 
 def is_leaf(tensor: torch.Tensor) -> bool:

@@ -49,10 +49,15 @@ class Node:
     # The first operand is written and returned: its value afterwards, and its storage.
     rewrites: Ref | None = None
     storage: int = 0
-    # how often this op was observed at this place, whether that is enough, and what is counted of regions that end here
+    # how often this op was observed at this place, and whether that is enough
     sights: int = 0
     known: bool = False
-    tally: Any = None
+    # What is counted of regions that end here, by the node after which they begin; see `cuts.py`.
+    tallies: dict[Any, Any] = field(default_factory=dict)
+    # By the calls whose graph is owed: the values that autograd has saved of them, as far as here. And is a backward to be
+    # expected, where a number is read here? See `cuts.py`.
+    saved: dict[Any, frozenset[int]] = field(default_factory=dict)
+    expects: int = 1
     # The values that came in and the op, once a graph was made of a path through here.
     entered: tuple[Value, ...] = ()
     op: Op | None = None

@@ -49,6 +49,12 @@ def give_back(wrappers: list[Any]) -> list[Any]:
     return rest
 
 
+def are_held(wrappers: list[Any]) -> list[bool]:
+    """Does anybody besides this list hold each?"""
+    holds = zip(wrappers, *_holds(wrappers), strict=True)
+    return [n != _IN_PYTHON or n_in_c != _IN_C or n_weak > 0 or bool(t.__dict__) for t, n, n_in_c, n_weak in holds]
+
+
 def drop_gradients(parameters: list[Any]) -> None:
     """What `zero_grad` does."""
     wrappers = []

@@ -350,7 +350,8 @@ def test_many_modules_are_learned_a_few_in_each_step(taken: list[str], monkeypat
             taken.clear()
             net(x.neg()).sum().item()
             n_taken.append(len(taken))
-    assert n_taken == [0, 0, 0, 4, 8, 10, 10]
+    # The first two are one region: a backward might have come.
+    assert n_taken == [0, 0, 0, 0, 4, 8, 10]
 
 
 def test_a_module_that_changes_in_each_step_is_looked_at_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,202 @@
+"""A program looks at a number while a backward is still owed: what is pending is run, and the region goes on behind that cut.
+
+Loops ask whether their loss is finite before they go backward. If the region ended there, all calls would have to be made again
+for their graph. So it goes on, and what autograd would have saved is kept: which values that are is known from a run of the same
+calls in which autograd had them.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from kitsune.ir import Barrier
+from kitsune.lazy.cell import Cell, numbers_of, serial_of
+from kitsune.lazy.region import is_leaf
+from kitsune.lazy.tensor import LazyTensor
+from kitsune.lazy.trie import Node
+from kitsune.lazy.used_again import are_held, give_back
+
+# Cuts of one region, and calls with a graph between two of them: questions about a loss, and the sum of a few losses. A model
+# that is evaluated with gradients on has more, and its steps are to be regions of their own.
+MAX_CUTS, MAX_CALLS = 4, 2
+# Backwards that came, less those that did not, are counted up to here.
+SURE = 4
+_BACKWARD = torch.Tensor.backward
+
+
+class Absent:
+    """Stands in an owed call for what the call has made, which the program does not hold any more."""
+
+    __slots__ = ("cell", "made")
+    is_leaf = False
+
+    def __init__(self, cell: Cell, made: Any) -> None:
+        self.cell, self.made = cell, made
+
+    @property
+    def requires_grad(self) -> bool:
+        """Has it a place in the autograd graph?"""
+        return self.made.graded is not None
+
+
+def goes_on(recorder: Any, region: Any, cause: Barrier) -> bool:
+    """Does a region go on behind the read of a number? It does where a backward of its calls may come."""
+    if cause is not Barrier.ITEM or recorder.lane is None or recorder.watcher is not None or recorder.walk is not None:
+        return False
+    past, cuts = region.past, region.cuts
+    if not past or past[-1].func is _BACKWARD or (region.slow and region.observed_from is None) or not region.node.expects:
+        return False
+    return not cuts or _came(region) or (len(cuts) < MAX_CUTS and len(past) - cuts[-1][1] <= MAX_CALLS)
+
+
+def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
+    """Run what is pending; the region goes on."""
+    region.unfold()
+    node, since, observed = region.node, region.cut, region.observed_from is not None
+    key = (tuple(region.past), tuple(_graded(region)))
+    if region.cuts and _came(region):
+        judge(region)
+        region.cuts.clear()
+    saved: frozenset[int] | None = frozenset()
+    if observed:
+        live = numbers_of(computed_since(region))
+    else:
+        if region.calls and (saved := node.saved.get(key)) is None:
+            recorder.lane.own_up()
+        recorder.tally.recorded += node.depth - depth_of(since)
+        leave_results(region)
+        live = recorder.run_so_far(region, saved or frozenset())
+    here = frozenset(cell.ref.id for seen in region.seen if (cell := seen()) is not None)
+    if region.real:
+        node.saved[key] = here
+    wanted = here.union(saved or ())
+    region.kept = {number: tensor for number, tensor in region.kept.items() if number in wanted}
+    region.cut = node
+    region.cuts.append((node, len(region.past)))
+    recorder.closed(node, live, cause, site, observed, since)
+
+
+def _came(region: Any) -> bool:
+    """Has a backward come behind the first cut?"""
+    return any(edge.func is _BACKWARD for edge in region.past[region.cuts[0][1] :])
+
+
+def judge(region: Any) -> None:
+    """The region ends: was it right that it went on?"""
+    if region.cuts and region.past is not None:
+        for node, _ in region.cuts:
+            node.expects = min(node.expects + 1, SURE) if _came(region) else max(node.expects - 1, 0)
+
+
+def regret(losses: list[Any], region: Any) -> None:
+    """A backward comes: should a region before this one have gone on?"""
+    for loss in losses:
+        before = loss.cell.region if type(loss) is LazyTensor else None
+        if before is not None and before is not region:
+            before.node.expects = min(before.node.expects + 1, SURE)
+
+
+def computed_since(region: Any) -> Iterator[Cell]:
+    """The cells that have their values, and got them behind the cut."""
+    first = 0 if region.cut is None else region.cut.n_values
+    for seen in region.seen:
+        cell = seen()
+        if cell is not None and cell.ref.id >= first:
+            yield cell
+
+
+def made_since(region: Any, numbers: Iterable[int]) -> Iterator[int]:
+    """Those of the values that come from behind the cut."""
+    first = 0 if region.cut is None else region.cut.n_values
+    return (number for number in numbers if number >= first)
+
+
+def depth_of(cut: Node | None) -> int:
+    """How many ops are before a cut."""
+    return 0 if cut is None else cut.depth
+
+
+def _graded(region: Any) -> Iterator[int]:
+    for cell in region.plain.values():
+        if cell.real.requires_grad and is_leaf(cell.real):
+            yield cell.came.id
+
+
+def leave_results(region: Any) -> None:
+    """Let go of what the owed calls have made and the program does not hold: it need not be computed for their sake."""
+    wrappers = [t for t, _ in _made(region) if type(t) is LazyTensor]
+    made = {id(t): _absent(region, t.cell, m) for t, m in _made(region) if type(t) is LazyTensor}
+    region.calls = [_swapped_call(call, made) for call in region.calls]
+    rest = give_back(wrappers)
+    del wrappers
+    held = are_held(rest)
+    back = {id(made[id(t)]): t for t, is_held in zip(rest, held, strict=True) if is_held}
+    del rest
+    if back:
+        region.calls = [_swapped_call(call, back) for call in region.calls]
+
+
+def _absent(region: Any, cell: Cell, made: Any) -> Absent:
+    return Absent(Cell(region, cell.ref, cell.type, cell.storage), made)
+
+
+def recall_results(region: Any) -> None:
+    """Undo it: the calls are to be made again for their graph, with wrappers of what they had made."""
+    absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
+    wrappers: dict[int, Any] = {}
+    for number, token in absent.items():
+        wrapper, cell = token.made.make(), token.cell
+        wrapper.cell, cell.owed, cell.real = cell, token.made, region.kept.get(cell.ref.id)
+        wrappers[number] = wrapper
+        region.see([cell])
+    if wrappers:
+        region.calls = [_swapped_call(call, wrappers) for call in region.calls]
+
+
+def _made(region: Any) -> Iterator[tuple[Any, Any]]:
+    for edge, _, _, _, made, _ in region.calls:
+        yield from zip(made, edge.made, strict=True)
+
+
+def _swapped_call(call: Any, by_id: dict[int, Any]) -> Any:
+    edge, args, kwargs, flat, made, epoch = call
+    flat, made = [by_id.get(id(t), t) for t in flat], [by_id.get(id(t), t) for t in made]
+    return edge, _swapped(args, by_id), _swapped(kwargs, by_id), flat, made, epoch
+
+
+def _swapped(tree: Any, by_id: dict[int, Any]) -> Any:
+    cls = type(tree)
+    if cls is tuple or cls is list:
+        return cls([_swapped(x, by_id) for x in tree])
+    if cls is dict:
+        return {name: _swapped(x, by_id) for name, x in tree.items()}
+    if isinstance(tree, tuple):  # a named tuple, or one of torch.return_types
+        return cls([_swapped(x, by_id) for x in tree])
+    return by_id.get(id(tree), tree)
+
+
+def put_kept(region: Any, graph: Any, values: list[Any]) -> None:
+    """Put in what a graph that begins behind a cut has from before it. What was written is the tensor that it was before that."""
+    if region.cut is None:
+        return
+    before: dict[int, int] = {}
+    for value in graph.inputs:
+        number = value.id
+        if values[number] is None and not before:
+            before = {after.id: old for node in region.cut.path() for _, old, after, _ in node.written}
+        while values[number] is None:
+            if number not in before:
+                raise RuntimeError(
+                    f"{value} was computed before a number was read, and not kept. This is a bug in Kitsune: please report it."
+                )
+            number = before[number]
+        values[value.id] = values[number]
+
+
+def keep(region: Any, live: tuple[int, ...], cells: list[Cell], values: list[Any]) -> None:
+    """Keep what was computed up to the cut that is made now."""
+    region.kept.update((number, values[number]) for number in live)
+    for cell in cells:
+        # Who reaches their memory by a plain tensor is to be known.
+        region.storages.setdefault(serial_of(values[cell.ref.id]), cell.storage)
