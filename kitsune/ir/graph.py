@@ -204,6 +204,10 @@ class OpRow:
     functional: OpOverload | None = None
     # The result's shape depends on values if an operand is a mask.
     counts_masks: bool = False
+    # It may give an operand another geometry, or other memory.
+    moves_metadata: bool = False
+    # An operator of another library, inside of which Python may run.
+    is_foreign: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

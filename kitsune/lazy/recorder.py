@@ -157,16 +157,15 @@ class Recorder(Recording):
             region.dirty.add(storage)
         if reals is None and node.row is not None and node.row.bumps:
             increment_version([tensors[operand] for operand, *_ in node.written])
-        made: list[Any] = []
-        for number, type_, storage in node.results:
-            cell = Cell(region, number, type_, storage)
-            if reals is None:
-                region.produced.append(cell)
-            else:
-                cell.real = reals[len(made)]
-                region.see([cell])
-                region.storages.setdefault(serial_of(cell.real), storage)
-            made.append(wrap(cell))
+        cells = [Cell(region, number, type_, storage) for number, type_, storage in node.results]
+        if reals is None:
+            region.produced += cells
+        else:
+            for cell, real in zip(cells, reals, strict=True):
+                cell.real = real
+                region.storages.setdefault(serial_of(real), cell.storage)
+            region.see(cells)
+        made = [wrap(cell) for cell in cells]
         if node.form == ONE:
             returned = made[0]
         elif node.form == SELF:

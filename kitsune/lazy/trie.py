@@ -3,7 +3,7 @@
 A known op costs one dictionary lookup, and the last node of a region is the region's key.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,14 +82,15 @@ class Node:
 def grow(region: Any, row: OpRow, args: Any, kwargs: Any, cells: list[Cell], flat: list[Any], spec: OutputSpec) -> Node:
     """A new node below the region's, for a call on `flat` (whose cells are `cells`) that returns what `spec` says."""
     parent = region.node
-    names: dict[int, Any] = {id(t): cell.ref for t, cell in zip(flat, cells, strict=True)}
-    slots = iter(range(parent.n_scalars, len(region.scalars)))
+    refs = [cell.ref for cell in cells]
+    names = dict(zip(map(id, flat), refs, strict=True))
+    slots = iter(range(parent.n_scalars, len(region.scalars))) if row.scalars_move else None
     node = Node(
         parent=parent,
         row=row,
-        args=tuple(_with_slots(a, names, slots, row.scalars_move) for a in args),
-        kwargs=tuple((name, _with_slots(a, names, slots, row.scalars_move)) for name, a in kwargs.items()),
-        admitted=tuple((number, type_, storage) for number, type_, storage, _ in region.admitted),
+        args=_named(args, names, slots),
+        kwargs=tuple(zip(kwargs, _named(kwargs.values(), names, slots), strict=True)) if kwargs else (),
+        admitted=tuple([(number, type_, storage) for number, type_, storage, _ in region.admitted]),
         structure=spec.structure,
         form=_form(spec),
         grad_enabled=torch.is_grad_enabled() if row.sees_grad_mode else None,
@@ -99,13 +100,16 @@ def grow(region: Any, row: OpRow, args: Any, kwargs: Any, cells: list[Cell], fla
         n_scalars=len(region.scalars),
         random=parent.random or row.random,
     )
-    node.written = tuple(_writes(node, written_operands(row, args, kwargs), flat, cells))
-    node.results = tuple(_results(node, spec, cells))
+    if row.writes:
+        node.written = _writes(node, written_operands(row, args, kwargs), flat, cells)
+    node.results = _results(node, spec, cells)
     if node.form == ONE and not node.written:
         node.make, node.result = wrapper_maker(node.results[0][1]), node.results[0]
     elif node.form == SELF and len(node.written) == 1 and node.written[0][0] == spec.structure.index == 0 and not row.bumps:
         _, _, node.rewrites, node.storage = node.written[0]
-    node.nbytes = parent.nbytes + sum(t.nbytes for _, t, _ in node.results) + sum(t.nbytes for _, t, _ in node.admitted)
+    node.nbytes = parent.nbytes
+    for _, type_, _ in (*node.results, *node.admitted):
+        node.nbytes += type_.nbytes
     return node
 
 
@@ -138,42 +142,53 @@ def written_operands(row: OpRow, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             yield from argument
 
 
-def _writes(node: Node, operands: Iterator[torch.Tensor], flat: list[Any], cells: list[Cell]) -> Any:
+def _writes(node: Node, operands: Iterator[torch.Tensor], flat: list[Any], cells: list[Cell]) -> tuple[Any, ...]:
     before = {id(t): cell.ref.id for t, cell in zip(flat, cells, strict=True) if cell.ref is not None}
-    places = {id(t): k for k, t in reversed(list(enumerate(flat)))}
+    places: dict[int, int] = {}
+    for k, tensor in enumerate(flat):
+        places.setdefault(id(tensor), k)
+    written = []
     for tensor in operands:
         k = places[id(tensor)]
         after = ref(node.n_values)
         node.n_values += 1
-        yield k, before[id(tensor)], after, cells[k].storage
+        written.append((k, before[id(tensor)], after, cells[k].storage))
         before[id(tensor)] = after.id
+    return tuple(written)
 
 
-def _results(node: Node, spec: OutputSpec, cells: list[Cell]) -> Any:
-    storages: list[int] = []
+def _results(node: Node, spec: OutputSpec, cells: list[Cell]) -> tuple[Any, ...]:
+    results: list[tuple[Ref, TensorType, int]] = []
     for type_, alias in spec.results:
         if alias is None:
-            storages.append(node.n_storages)
+            storage = node.n_storages
             node.n_storages += 1
         else:
-            storages.append(cells[alias].storage if alias >= 0 else storages[-alias - 1])
-        yield ref(node.n_values), type_, storages[-1]
+            storage = cells[alias].storage if alias >= 0 else results[-alias - 1][-1]
+        results.append((ref(node.n_values), type_, storage))
         node.n_values += 1
+    return tuple(results)
 
 
 def _form(spec: OutputSpec) -> int:
-    if isinstance(spec.structure, Result):
+    cls = type(spec.structure)
+    if cls is Result:
         return ONE
-    if isinstance(spec.structure, Operand):
+    if cls is Operand:
         return SELF
     return NOTHING if spec.structure is None else GENERAL
 
 
-def _with_slots(argument: Any, names: dict[int, Any], slots: Iterator[int], scalars_move: bool) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return names[id(argument)]
-    if type(argument) is float and scalars_move:
-        return Slot(next(slots))
-    if isinstance(argument, (list, tuple)):
-        return tuple(_with_slots(a, names, slots, scalars_move) for a in argument)
-    return argument
+def _named(arguments: Iterable[Any], names: dict[int, Any], slots: Iterator[int] | None) -> tuple[Any, ...]:
+    """Arguments with numbers of values in place of tensors, and with slots in that of floats where these move."""
+    named: list[Any] = []
+    for a in arguments:
+        if type(a) is float:
+            named.append(a if slots is None else Slot(next(slots)))
+        elif isinstance(a, torch.Tensor):
+            named.append(names[id(a)])
+        elif isinstance(a, (list, tuple)):
+            named.append(_named(a, names, slots))
+        else:
+            named.append(a)
+    return tuple(named)
