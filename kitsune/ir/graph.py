@@ -3,7 +3,7 @@
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch._ops import OpOverload
 
@@ -210,8 +210,7 @@ class OpRow:
     is_foreign: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OutputSpec:
+class OutputSpec(NamedTuple):
     """What a call returns: `results` are (type, alias) of each new tensor; `structure` is the return value with numbers for them.
 
     An alias k >= 0 is the operand whose storage the result shares, k < 0 the result number -k-1, None new memory. In

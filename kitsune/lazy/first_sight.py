@@ -8,11 +8,12 @@ import torch
 from kitsune.ir import Barrier, Kind, Operand, OpRow, OutputSpec, TensorType, describe_result, type_of
 from kitsune.lazy.at_once import call as call_at_once, flush_for, hand_out, pass_through
 from kitsune.lazy.cell import Cell
+from kitsune.lazy.growing import grow
 from kitsune.lazy.rebuild import fill, replace_tensors, tensors_in, without_numbers
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.region import is_strided
 from kitsune.lazy.sites import user_site
-from kitsune.lazy.trie import Node, agrees, grow
+from kitsune.lazy.trie import Node, agrees
 
 MASKS = (torch.bool, torch.uint8)
 COMMON = (torch.float32, torch.float64)
@@ -206,8 +207,7 @@ def _fits(types: list[TensorType]) -> bool:
 def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
     region = recorder.region
     cells = [region.cell(t) for t in call.tensors]
-    node = grow(region, call.row, call.args, call.kwargs, cells, call.tensors, spec)
-    node.site = user_site()
+    node = grow(region, call.row, call.args, call.kwargs, cells, call.tensors, spec, user_site())
     node.full = node.depth >= recorder.max_ops or node.nbytes > recorder.max_bytes
     region.node.children[call.key] = node
     recorder.n_nodes += 1
@@ -217,4 +217,4 @@ def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
 def _is_recordable(result: Any) -> bool:
     # Mostly it is one tensor, which is all that takes part in most ops.
     tensors = (result,) if type(result) is torch.Tensor else tensors_in(result)
-    return not any([type(t) not in PLAIN or not is_strided(t) for t in tensors])
+    return all(type(t) in PLAIN and is_strided(t) for t in tensors)
