@@ -13,13 +13,16 @@ def describe_result(
     result: Any, operands: Sequence[torch.Tensor], type_of: Callable[[torch.Tensor], TensorType]
 ) -> tuple[OutputSpec, list[torch.Tensor]]:
     """The OutputSpec of a call that was made on `operands` and gave `result`, and the tensors in it that are new."""
-    new: list[torch.Tensor] = []
-    places: dict[int, int] = {}
+    # Mostly it is one tensor.
     for k, operand in enumerate(operands):
-        places.setdefault(id(operand), k)
+        if operand is result:
+            return OutputSpec((), Operand(k)), []
+    places: dict[int, int] = {}
+    if not isinstance(result, torch.Tensor):
+        for k, operand in enumerate(operands):
+            places.setdefault(id(operand), k)
+    new: list[torch.Tensor] = []
     structure = _structure(result, places, new)
-    if not new:
-        return OutputSpec((), structure), new
     owners: dict[int, int] = {}
     for k, operand in enumerate(operands):
         owners.setdefault(storage_of(operand)._cdata, k)
@@ -31,14 +34,14 @@ def describe_result(
     return OutputSpec(tuple(results), structure), new
 
 
-def _structure(leaf: Any, places: dict[int, int], new: list[torch.Tensor]) -> Any:
+def _structure(result: Any, places: dict[int, int], new: list[torch.Tensor]) -> Any:
     """The return value with numbers for tensors; those that are no operands, whose `places` are known by id, join `new`."""
-    if isinstance(leaf, torch.Tensor):
-        if (k := places.get(id(leaf))) is not None:
+    if isinstance(result, torch.Tensor):
+        if (k := places.get(id(result))) is not None:
             return Operand(k)
-        new.append(leaf)
+        new.append(result)
         return Result(len(new) - 1)
-    if isinstance(leaf, (list, tuple)):
-        parts = [_structure(x, places, new) for x in leaf]
-        return parts if isinstance(leaf, list) else tuple(parts)
-    return leaf
+    if isinstance(result, (list, tuple)):
+        parts = [_structure(x, places, new) for x in result]
+        return parts if isinstance(result, list) else tuple(parts)
+    return result

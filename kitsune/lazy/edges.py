@@ -134,9 +134,10 @@ class Before:
         batch sizes of a packed sequence. (A wrapper has none to read.)"""
         taken = {value.id for node in path if node.op is not None for value in node.op.inputs}
         for tensor, known in zip(self._flat, self._refs, strict=True):
-            cell = None if type(tensor) is LazyTensor else cell_in(tensor, self._region)
-            value = known or (None if cell is None else cell.came)
-            if type(tensor) is not LazyTensor and (value is None or value.id not in taken):
+            if type(tensor) is LazyTensor:
+                continue
+            value = known or ((cell := cell_in(tensor, self._region)) and cell.came)
+            if value is None or value.id not in taken:
                 return True
         return False
 

@@ -215,6 +215,6 @@ def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
 
 
 def _is_recordable(result: Any) -> bool:
-    # Mostly it is one tensor, which is all that takes part in most ops.
-    tensors = (result,) if type(result) is torch.Tensor else tensors_in(result)
-    return all(type(t) in PLAIN and is_strided(t) for t in tensors)
+    if type(result) is torch.Tensor:
+        return is_strided(result)
+    return all(type(t) in PLAIN and is_strided(t) for t in tensors_in(result))

@@ -16,36 +16,38 @@ ATOMS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device,
 def tensors_in(tree: Any) -> list[Any]:
     """The tensors of a tree, in order."""
     found: list[Any] = []
-    _collect((tree,), found)
+    _collect(tree if type(tree) is tuple else (tree,), found)
     return found
 
 
 def _collect(trees: Iterable[Any], found: list[Any]) -> None:
     for x in trees:
-        if type(x) in ATOMS:
+        cls = type(x)
+        if cls in ATOMS:
             continue
-        if isinstance(x, torch.Tensor):
-            found.append(x)
-        elif isinstance(x, (list, tuple)):
+        if cls is list or cls is tuple:
             _collect(x, found)
+        elif isinstance(x, torch.Tensor):
+            found.append(x)
         elif isinstance(x, dict):
             _collect(x.values(), found)
+        elif isinstance(x, (list, tuple)):
+            _collect(x, found)
 
 
 def replace_tensors(tree: Any, by_id: dict[int, Any]) -> Any:
     """The tree with each tensor that `by_id` knows replaced."""
     cls = type(tree)
-    if cls in ATOMS:
-        return tree
-    if isinstance(tree, torch.Tensor):
-        return by_id.get(id(tree), tree)
-    if isinstance(tree, dict):
-        return {name: replace_tensors(x, by_id) for name, x in tree.items()}
     if cls is list or isinstance(tree, tuple):
-        parts = [x if type(x) in ATOMS else replace_tensors(x, by_id) for x in tree]
+        parts = [
+            known if (known := by_id.get(id(x))) is not None else x if type(x) in ATOMS else replace_tensors(x, by_id)
+            for x in tree
+        ]
         # Also a named tuple, or one of torch.return_types.
         return parts if cls is list else cls(parts)
-    return tree
+    if isinstance(tree, dict):
+        return {name: replace_tensors(x, by_id) for name, x in tree.items()}
+    return by_id.get(id(tree), tree)
 
 
 def fill(structure: Any, results: Sequence[Any], operands: Sequence[Any]) -> Any:

@@ -1,6 +1,7 @@
 """The recorder: matches each op against the regions known."""
 
 import dataclasses
+import weakref
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class Recorder(Recording):
             whole = tuple(key)
             node = region.node.children.get(whole)
             if node is None or region.slow or not node.known:
-                return first_sight(self, Call(row, args, kwargs or {}, whole, tensors_in((args, kwargs))), node)
+                tensors = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
+                return first_sight(self, Call(row, args, kwargs or {}, whole, tensors), node)
             if region.admitted:
                 region.admitted.clear()
             make = node.make
@@ -157,15 +159,16 @@ class Recorder(Recording):
             region.dirty.add(storage)
         if reals is None and node.row is not None and node.row.bumps:
             increment_version([tensors[operand] for operand, *_ in node.written])
-        cells = [Cell(region, number, type_, storage) for number, type_, storage in node.results]
-        if reals is None:
-            region.produced += cells
-        else:
-            for cell, real in zip(cells, reals, strict=True):
-                cell.real = real
-                region.storages.setdefault(serial_of(real), cell.storage)
-            region.see(cells)
-        made = [wrap(cell) for cell in cells]
+        made: list[Any] = []
+        for number, type_, storage in node.results:
+            cell = Cell(region, number, type_, storage)
+            if reals is None:
+                region.produced.append(cell)
+            else:
+                cell.real = real = reals[len(made)]
+                region.seen.append(weakref.ref(cell))
+                region.storages.setdefault(serial_of(real), storage)
+            made.append(wrap(cell))
         if node.form == ONE:
             returned = made[0]
         elif node.form == SELF:
