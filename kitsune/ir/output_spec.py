@@ -8,6 +8,8 @@ import torch
 from kitsune.ir.graph import Operand, OutputSpec, Result
 from kitsune.ir.tensor_type import TensorType, storage_of
 
+FIRST = Result(0)
+
 
 def describe_result(
     result: Any, operands: Sequence[torch.Tensor], type_of: Callable[[torch.Tensor], TensorType]
@@ -40,7 +42,7 @@ def _structure(result: Any, places: dict[int, int], new: list[torch.Tensor]) -> 
         if (k := places.get(id(result))) is not None:
             return Operand(k)
         new.append(result)
-        return Result(len(new) - 1)
+        return FIRST if len(new) == 1 else Result(len(new) - 1)
     if isinstance(result, (list, tuple)):
         parts = [_structure(x, places, new) for x in result]
         return parts if isinstance(result, list) else tuple(parts)

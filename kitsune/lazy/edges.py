@@ -136,7 +136,8 @@ class Before:
         for tensor, known in zip(self._flat, self._refs, strict=True):
             if type(tensor) is LazyTensor:
                 continue
-            value = known or ((cell := cell_in(tensor, self._region)) and cell.came)
+            cell = cell_in(tensor, self._region)
+            value = None if cell is None else known or cell.came
             if value is None or value.id not in taken:
                 return True
         return False

@@ -14,6 +14,7 @@ _READS = frozenset(
 # Their library's handle is of no use any more once a capture has met it: "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED".
 _BREAKS = frozenset({"_linalg_eigh", "linalg_pinv"})
 _BY_MASK = frozenset("index index_put index_put_ _index_put_impl_ _unsafe_index_put _unsafe_index".split())
+_LOOKED_AT = _READS | _BREAKS | _BY_MASK
 
 
 def why_not_captured(graph: Graph, device: torch.device) -> str | None:
@@ -26,7 +27,7 @@ def why_not_captured(graph: Graph, device: torch.device) -> str | None:
     # A step has some 100 types and 3,000 values.
     elsewhere = {type_ for type_ in {v.type for op in graph.ops for v in op.outputs} if type_.device.type != device.type}
     for op in graph.ops:
-        if (reason := _why_not_op(op, elsewhere)) is not None:
+        if (elsewhere or op.target._opname in _LOOKED_AT) and (reason := _why_not_op(op, elsewhere)) is not None:
             return f"{op.target} at {op.site} {reason}."
     return None
 
