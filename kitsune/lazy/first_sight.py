@@ -18,6 +18,8 @@ from kitsune.lazy.trie import Node, agrees
 MASKS = (torch.bool, torch.uint8)
 COMMON = (torch.float32, torch.float64)
 _device = attrgetter("device")
+# From `Recorder.record` to `extend`.
+OWN_FRAMES = 4
 
 
 class Call(NamedTuple):
@@ -207,7 +209,7 @@ def _fits(types: list[TensorType]) -> bool:
 def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
     region = recorder.region
     cells = [region.cell(t) for t in call.tensors]
-    node = grow(region, call.row, call.args, call.kwargs, cells, call.tensors, spec, user_site())
+    node = grow(region, call.row, call.args, call.kwargs, cells, call.tensors, spec, user_site(OWN_FRAMES))
     node.full = node.depth >= recorder.max_ops or node.nbytes > recorder.max_bytes
     region.node.children[call.key] = node
     recorder.n_nodes += 1

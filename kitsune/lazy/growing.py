@@ -8,6 +8,7 @@ import torch
 from kitsune.ir import Effects, Kind, Op, OpRow, OutputSpec, Site, Slot, TensorType, Value
 from kitsune.ir.graph import PURE, Operand, Result
 from kitsune.lazy.cell import Cell, Ref, ref
+from kitsune.lazy.rebuild import ATOMS
 from kitsune.lazy.tensor import wrapper_maker
 from kitsune.lazy.trie import GENERAL, NOTHING, ONE, SELF, Node, written_operands
 
@@ -46,7 +47,9 @@ def grow(
     """A new node below the region's, for a call on `flat` (whose cells are `cells`) that returns what `spec` says."""
     parent, values = region.node, region.values
     values.reach(parent)
-    entered = tuple([values.new(number, type_, storage) for number, type_, storage, _ in region.admitted])
+    entered: tuple[Value, ...] = ()
+    if region.admitted:
+        entered = tuple([values.new(number, type_, storage) for number, type_, storage, _ in region.admitted])
     node = Node(
         parent=parent,
         row=row,
@@ -60,11 +63,12 @@ def grow(
         nbytes=parent.nbytes,
         random=parent.random or row.random,
     )
-    operands = {id(t): values.by_number[cell.ref.id] for t, cell in zip(flat, cells, strict=True)}
     slots = iter(range(parent.n_scalars, node.n_scalars)) if row.scalars_move else None
-    inputs: list[Value] = []
-    op_args = _with_values(args, operands, slots, inputs)
-    op_kwargs = tuple(zip(kwargs, _with_values(kwargs.values(), operands, slots, inputs), strict=True)) if kwargs else ()
+    # Walked over in the order of `flat`.
+    inputs = [values.by_number[cell.ref.id] for cell in cells]
+    operands = iter(inputs)
+    op_args = _with_values(args, operands, slots)
+    op_kwargs = tuple(zip(kwargs, _with_values(kwargs.values(), operands, slots), strict=True)) if kwargs else ()
     if row.writes:
         node.written = _writes(node, written_operands(row, args, kwargs), flat, cells)
     node.results = _results(node, spec, cells)
@@ -142,17 +146,19 @@ def _form(spec: OutputSpec) -> int:
     return NOTHING if spec.structure is None else GENERAL
 
 
-def _with_values(arguments: Iterable[Any], operands: dict[int, Value], slots: Iterator[int] | None, inputs: list[Value]) -> Any:
-    """Arguments with Values, which join `inputs` in their order, in place of tensors, and Slots in that of floats that move."""
+def _with_values(arguments: Iterable[Any], operands: Iterator[Value], slots: Iterator[int] | None) -> tuple[Any, ...]:
+    """Arguments with the operands, in their order, in place of tensors, and Slots in that of floats that move."""
     found: list[Any] = []
     for a in arguments:
-        if type(a) is float:
-            found.append(a if slots is None else Slot(next(slots)))
+        cls = type(a)
+        if cls is float and slots is not None:
+            found.append(Slot(next(slots)))
+        elif cls in ATOMS:
+            found.append(a)
         elif isinstance(a, torch.Tensor):
-            inputs.append(value := operands[id(a)])
-            found.append(value)
+            found.append(next(operands))
         elif isinstance(a, (list, tuple)):
-            found.append(_with_values(a, operands, slots, inputs))
+            found.append(_with_values(a, operands, slots))
         else:
             found.append(a)
     return tuple(found)

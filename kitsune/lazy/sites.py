@@ -42,9 +42,12 @@ def makes_calls(function: F) -> F:
     return function
 
 
-def user_site() -> Site | None:
-    """The innermost frame outside torch, Kitsune and the standard library's plumbing; None in a thread of the autograd engine."""
-    frame, in_call, found = sys._getframe(1), False, None
+def user_site(n_own: int = 1) -> Site | None:
+    """The innermost frame outside torch, Kitsune and the standard library's plumbing; None in a thread of the autograd engine.
+
+    So many frames behind this one are known to be Kitsune's: to pass one by makes an object of it.
+    """
+    frame, in_call, found = sys._getframe(n_own), False, None
     while frame is not None:
         code = frame.f_code
         if code is _makes and not in_call:
