@@ -250,9 +250,8 @@ class CallLane(Learner):
         if graded or wrong or (writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)):
             self.own_up(flat)
         region.real = region.real or graded
-        start, first, n_scalars = region.node, region.node.n_values, len(region.scalars)
+        start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
         learns = key is not None and not graph and not wrong and not self.part_of_update
-        n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS

@@ -134,11 +134,9 @@ class Before:
         batch sizes of a packed sequence. (A wrapper has none to read.)"""
         taken = {value.id for node in path if node.op is not None for value in node.op.inputs}
         for tensor, known in zip(self._flat, self._refs, strict=True):
-            if type(tensor) is LazyTensor:
-                continue
-            cell = cell_in(tensor, self._region)
+            cell = None if type(tensor) is LazyTensor else cell_in(tensor, self._region)
             value = None if cell is None else known or cell.came
-            if value is None or value.id not in taken:
+            if type(tensor) is not LazyTensor and (value is None or value.id not in taken):
                 return True
         return False
 
@@ -188,8 +186,7 @@ def arrivals_of(path: Sequence[Node], fresh: Sequence[Any], region: Any) -> tupl
         for value in node.entered:
             if value.id not in came:
                 return None
-            graded = fresh[came[value.id]].requires_grad
-            found.append((came[value.id], ref(value.id), value.type, value.storage, graded))
+            found.append((came[value.id], ref(value.id), value.type, value.storage, fresh[came[value.id]].requires_grad))
     return tuple(found)
 
 
