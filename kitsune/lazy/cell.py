@@ -13,7 +13,7 @@ _serials = itertools.count()
 def serial_of(tensor: torch.Tensor) -> int:
     """A number that the tensor's storage keeps for life. Addresses are reused within a step: wrong for 25 of 182 outputs."""
     storage: Any = storage_of(tensor)
-    # An exception would cost 1 us for each result of a first step.
+    # Every result of a first step is new: no exception for that.
     serial: int | None = getattr(storage, "_kitsune_serial", None)
     if serial is None:
         storage._kitsune_serial = serial = next(_serials)

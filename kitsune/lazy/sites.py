@@ -24,8 +24,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Call(threading.local):
-    """What is known of the line that has made the call which torch is making in this thread: the ops of one have it in common,
-    and to look for it takes 4 us for each (a CPU host)."""
+    """What is known of the line that has made the call which torch is making in this thread. The ops of one have it in common,
+    and to look for it for each took 5 % of the instructions of BERT's first step (CPU host)."""
 
     site: Any = UNKNOWN
 

@@ -24,7 +24,7 @@ def why_not_captured(graph: Graph, device: torch.device) -> str | None:
         if value.type.device.type != device.type:
             what = "reads a tensor on" if value in graph.inputs else "leaves a tensor on"
             return f"The region {what} the {value.type.device.type.upper()}, which a CUDA graph does not see change."
-    # A step has some 100 types and 3,000 values.
+    # A step of BERT with 6 layers has 60 types and 2,500 values.
     elsewhere = {type_ for type_ in {v.type for op in graph.ops for v in op.outputs} if type_.device.type != device.type}
     for op in graph.ops:
         if (elsewhere or op.target._opname in _LOOKED_AT) and (reason := _why_not_op(op, elsewhere)) is not None:
