@@ -23,8 +23,8 @@ class Kind(enum.Enum):
     EXTERN = enum.auto()
 
 
-# Values and Ops are never changed, and yet not frozen: an Op takes 0.1 us to make so, and 0.9 if it is frozen (CPU host). The first
-# step of a BERT of 6 layers makes 4,000 of both.
+# Values and Ops are never changed, and yet not frozen: an Op takes 0.1 us to make so, and 0.9 if it is frozen (CPU host). The
+# first step of a BERT of 6 layers makes 4,000 of both.
 @dataclass(slots=True, unsafe_hash=True)
 class Value:
     """A tensor at one moment. A write makes a new Value on the same storage, one version later."""
