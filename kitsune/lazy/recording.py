@@ -21,7 +21,7 @@ from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 
-PLAIN = (torch.Tensor, Parameter)
+PLAIN = frozenset({torch.Tensor, Parameter})
 # A region has one graph for each set of its values that was alive at its end.
 MAX_GRAPHS = 1024
 

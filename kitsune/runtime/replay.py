@@ -3,7 +3,7 @@
 Drops each value after its last use, as eager's reference counts would.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -39,10 +39,10 @@ def prepare(graph: Graph) -> Schedule:
     seen = {v.id for v in graph.outputs} | {v.id for v in graph.inputs}
     one = _Tensors(graph)
     for op in reversed(graph.ops):
-        drops = [number for value in (*op.inputs, *op.outputs) if (number := value.id) not in seen]
+        drops = tuple([number for value in (*op.inputs, *op.outputs) if (number := value.id) not in seen])
         seen.update(drops)
         is_same = op.target in _SAME and one.joined(op.inputs[0].id, op.results[0].id)
-        instructions.append(Instruction(op, tuple(drops), is_same))
+        instructions.append(Instruction(op, drops, is_same))
     return Schedule(tuple(reversed(instructions)))
 
 
@@ -52,14 +52,19 @@ class _Tensors:
     to be added, where it takes it detached."""
 
     def __init__(self, graph: Graph) -> None:
-        self._above: dict[int, int] = {}
+        self._above = {after.id: before.id for op in graph.ops for before, after in op.rewritten}
+        # By tensor, the ops that take it; of those that may be joined.
+        self._taken: dict[int, set[int]] = {}
         for op in graph.ops:
-            self._above.update((after.id, before.id) for before, after in op.rewritten)
-        # By tensor, the ops that take it.
-        self._taken: defaultdict[int, set[int]] = defaultdict(set)
+            if op.target in _SAME:
+                self._taken[self._of(op.inputs[0].id)] = set()
+                self._taken[self._of(op.results[0].id)] = set()
+        above, taken = self._above, self._taken
         for number, op in enumerate(graph.ops):
             for value in op.inputs:
-                self._taken[self._of(value.id)].add(number)
+                tensor = self._of(value.id) if value.id in above else value.id
+                if tensor in taken:
+                    taken[tensor].add(number)
         # By tensor, how many of its values are known outside.
         self._known = Counter(self._of(value.id) for value in {*graph.outputs, *graph.inputs})
 
@@ -79,7 +84,8 @@ class _Tensors:
         while value in self._above:
             way.append(value)
             value = self._above[value]
-        self._above.update(dict.fromkeys(way, value))
+        if way:
+            self._above.update(dict.fromkeys(way, value))
         return value
 
 
