@@ -82,16 +82,14 @@ def plan_work(
     """
     started: list[StartableInGraph] = []
 
-    def in_graph(instruction: Instruction) -> Instruction:
-        if not isinstance(instruction, Start):
-            return instruction
+    def in_graph(instruction: Start) -> Instruction:
         usable = instruction.prepared if instruction.program not in instruction.broken else None
         startable = None if usable is None else prepare(instruction.launch, usable, table)
         if startable is not None:
             started.append(startable)
         return StartInGraph(instruction.launch, instruction.places, startable, at=instruction.at)
 
-    instructions = tuple(in_graph(i) for i in prepared.instructions)
+    instructions = tuple([in_graph(i) if isinstance(i, Start) else i for i in prepared.instructions])
     head, rest = _divided(prepared, instructions, moved) if moved else (instructions, ())
     there = _when_there(awaited, map(_left_by, head))
     if there is None or sum(map(reaches_device, head[there:])) < WORTH_SENDING:
