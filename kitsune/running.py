@@ -213,8 +213,8 @@ class Runner:
                 made = coming.planned(graph, now, planner)
             else:
                 prepared = coming.executor.prepare(planner.plan(now.graph))
-                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, now.facts, in_graph=prepared)
-                made.compiling = coming.warm(prepared)
+                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, now.facts)
+                made.in_graph, made.compiling = prepared, coming.warm(prepared)
             now.to_try = coming.to_try(made.graph)
             return made, made.compiling
 

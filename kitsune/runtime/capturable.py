@@ -19,7 +19,7 @@ _WATCHED = _READS | _BREAKS | _BY_MASK
 
 
 class GraphFacts:
-    """What a capture on a device has to know of a graph, whatever its inputs are: found out before, when the region is made ready.
+    """What a capture on a device has to know of a graph, whatever its inputs are: found out when the region is made ready.
 
     `places` are given where they are known already. `inputs` are the numbers of those that it reads, writes or returns;
     `n_values` is one more than the largest number of a value; `refusal` is a sentence saying why it cannot be captured, if so.

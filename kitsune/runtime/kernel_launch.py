@@ -249,9 +249,7 @@ class PreparedLaunch:
             path = None
         return KernelUnavailable(f"The kernel {self.name} could not be {what}: {type(error).__name__}: {error}.", path)
 
-    def _start_batch(
-        self, address: Callable[[Access], int], scalars: Sequence[float], slots_at: int, stream: int
-    ) -> None:
+    def _start_batch(self, address: Callable[[Access], int], scalars: Sequence[float], slots_at: int, stream: int) -> None:
         rows, all_aligned = [], True
         for bound in self._bound:
             values, aligned = bound.fill(address, scalars, slots_at)

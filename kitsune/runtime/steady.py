@@ -71,9 +71,7 @@ class SteadyState:
         # The least recently replayed first.
         self._kept: OrderedDict[Steady, Captured] = OrderedDict()
 
-    def region(
-        self, facts: GraphFacts, make_work: MakeWork, provisional: bool = False, before: Steady | None = None
-    ) -> Steady:
+    def region(self, facts: GraphFacts, make_work: MakeWork, provisional: bool = False, before: Steady | None = None) -> Steady:
         """What is to be passed to `run` with each run of a region. `before` was passed until now, when it was run in another way:
         its graph is dropped, and what is known of its inputs stays known."""
         region = Steady(facts, make_work, provisional)
@@ -270,9 +268,10 @@ class SteadyState:
             return
         self.told.refused(reason)
         if mended:
+            n_ops = len(region.facts.graph.ops)
             self.report(
-                f"A region of {len(region.facts.graph.ops)} operators cannot be replayed as a CUDA graph, so it is launched operator "
-                f"by operator. {reason}"
+                f"A region of {n_ops} operators cannot be replayed as a CUDA graph, so it is launched operator by operator. "
+                f"{reason}"
             )
 
 
