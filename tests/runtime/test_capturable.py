@@ -103,6 +103,10 @@ def test_what_cannot_be_captured(graph: Graph, said: str | None) -> None:
     assert refusal is None if said is None else said in (refusal or "")
 
 
+def test_an_input_that_is_only_returned_is_used() -> None:
+    assert GraphFacts(Graph((A, C, MASK), (op(aten.exp.default, (A,), B),), (B, C)), CUDA).inputs == (0, 2)
+
+
 def test_what_may_move() -> None:
     part = torch.zeros(4, 3)[1:3]
     read = op(aten.exp.default, (A,), B)
