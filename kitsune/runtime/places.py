@@ -1,13 +1,12 @@
 """Where each value of a graph lies: which memory, and how many bytes into it."""
 
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from kitsune.ir import Graph, Kind, Op, TensorType, Value
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """`nbytes` after the first element of value number `root` or, if `from_start`, after the start of that value's memory."""
 
     root: int
