@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -210,6 +211,7 @@ def current_stream(device: torch.device) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
 
 
+@cache
 def stream_of(device: torch.device) -> Callable[[], int]:
     """The same, for those who ask at every replay."""
     if device.type != "cuda":
