@@ -82,7 +82,7 @@ def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device, cho
         return PreparedLaunch(launch, program_of(launch, in_memory), compiler, device, slots_in_memory=in_memory)
 
     def in_graph(launch: Launch, usable: PreparedLaunch, table: SlotTable) -> PreparedLaunch:
-        if not _differs_in_graph(launch):
+        if not usable.differs_in_graph:
             return usable
         made = usable.captured_with(table.address)
         made.load(like=usable)
@@ -111,10 +111,6 @@ def _after(future: "Future[Any]", call: Callable[[], None]) -> "Future[None]":
 
     future.add_done_callback(lambda _: thread.submit(work))
     return called
-
-
-def _differs_in_graph(launch: Launch) -> bool:
-    return len(launch.kernels) > 1 or any(map(reads_slots, launch.ops))
 
 
 def workers() -> CompilePool | None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kitsune.backends import Backend
 from kitsune.background import later
 from kitsune.config import config
@@ -35,6 +37,7 @@ class Coming:
 
     executor: PlanExecutor
     backend: Backend
+    device: torch.device
     program: str
     # Which operators of a region that is to come are to be run once before.
     to_try: Callable[[Graph], list[Op]]
@@ -93,7 +96,7 @@ class Coming:
         if self.backend.expect is not None and (path is None or not path.exists()):
             self.backend.expect()
         # ResNet-50's plan takes 0.28 s to write (CPU host), in which kernels can be compiled already.
-        ready = by_plan(show_plan(graph, planner, soon=_in_background), self.executor)
+        ready = by_plan(show_plan(graph, planner, soon=_in_background), self.executor, self.device)
         ready.compiling = self.warm(ready.work)
         if path is not None:
             remember_plan(self.program, path)
@@ -103,7 +106,7 @@ class Coming:
         plan = read_plan(path)
         if plan is None:
             return None
-        ready = by_plan(plan.plan.with_tiles(planner.tiles), self.executor)
+        ready = by_plan(plan.plan.with_tiles(planner.tiles), self.executor, self.device)
         ready.compiling = self.warm(ready.work)
         return Found(plan, ready)
 
@@ -111,7 +114,8 @@ class Coming:
         """Ask for the programs that a prepared plan will need."""
         assert isinstance(prepared, Prepared) and self.backend.warm is not None
         starts = [i for i in prepared.instructions if isinstance(i, Start) and i.prepared is not None]
-        return [future for start in starts for future in self.backend.warm(start.launch, start.prepared)]
+        # Each once: launches share programs.
+        return [*dict.fromkeys(future for start in starts for future in self.backend.warm(start.launch, start.prepared))]
 
 
 def _in_background(call: Callable[[], None]) -> None:

@@ -6,11 +6,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from kitsune.background import later
 from kitsune.config import KitsuneWarning
 from kitsune.ir import Graph, Op, Plan
 from kitsune.profiler import PlanTally, Tally, plan_tally
-from kitsune.runtime import PlanExecutor, Prepared, Schedule, Steady, current_stream, prepare, views_of_inputs
+from kitsune.runtime import GraphFacts, PlanExecutor, Prepared, Schedule, Steady, current_stream, prepare, views_of_inputs
 from kitsune.scheduler import awaited_first, dead_code, run_passes
 from kitsune.tuning import Subject, Tuner
 
@@ -31,6 +33,8 @@ class Ready:
     views: tuple[int, ...] = ()
     # Outputs whose numbers the program waits for.
     awaited: tuple[int, ...] = ()
+    # What a capture has to know of the graph; found out once somebody asks, where there is no plan.
+    facts: GraphFacts | None = None
     steady: Steady | None = None
     # Of a region that is run op by op: kernels for what takes moving numbers, which its CUDA graph needs.
     in_graph: Prepared | None = None
@@ -68,12 +72,14 @@ def unfused(graph: Graph, check: bool) -> Ready:
     return Ready(prepare(alive), None, len(alive.ops), n_dead, alive, views_of_inputs(alive), awaited=graph.awaited)
 
 
-def by_plan(plan: Plan, executor: PlanExecutor | None) -> Ready:
+def by_plan(plan: Plan, executor: PlanExecutor | None, device: torch.device) -> Ready:
     """A region that is run by a plan."""
     assert executor is not None, "plans are made where something runs them"
-    n_ops = sum(len(launch.ops) for launch in plan.launches)
-    views = views_of_inputs(plan.graph)
-    return Ready(executor.prepare(plan), plan_tally(plan), n_ops, plan.n_dead, plan.graph, views, awaited=plan.awaited)
+    n_ops, graph = sum(len(launch.ops) for launch in plan.launches), plan.graph
+    work = executor.prepare(plan)
+    # Here, and not when it is captured: the step that captures would take as much longer.
+    facts = GraphFacts(graph, device, work.places)
+    return Ready(work, plan_tally(plan), n_ops, plan.n_dead, graph, views_of_inputs(graph), plan.awaited, facts)
 
 
 def try_tiles(ready: Ready, tuner: Tuner, executor: PlanExecutor, warm: Warm, until: float | None) -> None:

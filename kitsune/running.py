@@ -25,6 +25,7 @@ from kitsune.runtime import (
     Answers,
     Arenas,
     Captured,
+    GraphFacts,
     PlanExecutor,
     Schedule,
     SlotTable,
@@ -53,7 +54,7 @@ class Runner:
     """Runs the regions of one thread on one device: by plan where there is a backend, op by op elsewhere."""
 
     def __init__(self, device: torch.device, tally: Tally, options: EngineOptions = DEFAULT) -> None:
-        self.tally, self.options, self.thread = tally, options, threading.get_ident()
+        self.device, self.tally, self.options, self.thread = device, tally, options, threading.get_ident()
         self.ready: dict[Any, Ready] = {}
         # What went wrong and was mended in the run that is going on; said when it has ended.
         self.sentences: list[str] = []
@@ -79,7 +80,7 @@ class Runner:
             if backend.choices is not None:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
             if backend.warm is not None:
-                self.coming = Coming(self.executor, backend, program_name(device), self.thread_plans.needed)
+                self.coming = Coming(self.executor, backend, device, program_name(device), self.thread_plans.needed)
                 if self._in_background() and options.fuses:
                     self.coming.read_ahead(self.planner)
         elif device.type == "cuda":
@@ -174,7 +175,7 @@ class Runner:
         if self.options.fuses:
             try:
                 if self.executor is not None:
-                    return self._worthwhile(graph, by_plan(show_plan(graph, self.planner()), self.executor))
+                    return self._worthwhile(graph, by_plan(show_plan(graph, self.planner()), self.executor, self.device))
                 if shows().wanted:
                     show_plan(graph, self.planner(SHOWN_ARCH))
             except Exception as error:
@@ -197,7 +198,7 @@ class Runner:
         assert self.executor is not None
         if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
             return made
-        return by_plan(show_plan(graph, planner), self.executor)
+        return by_plan(show_plan(graph, planner), self.executor, self.device)
 
     def _ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
@@ -212,8 +213,8 @@ class Runner:
                 made = coming.planned(graph, now, planner)
             else:
                 prepared = coming.executor.prepare(planner.plan(now.graph))
-                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, in_graph=prepared)
-                made.compiling = coming.warm(prepared)
+                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, now.facts)
+                made.in_graph, made.compiling = prepared, coming.warm(prepared)
             now.to_try = coming.to_try(made.graph)
             return made, made.compiling
 
@@ -259,17 +260,19 @@ class Runner:
         return captured
 
     def _steady_of(self, ready: Ready, all_of_them: SteadyState, before: Steady | None = None) -> Steady:
-        return all_of_them.region(ready.graph, lambda *of: self._work(ready, *of), ready.waits, before)
+        ready.facts = ready.facts or GraphFacts(ready.graph, self.device)
+        return all_of_them.region(ready.facts, lambda *of: self._work(ready, *of), ready.waits, before)
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
         """What is captured of a region. Only kernels can read moving numbers from memory."""
-        backend, prepared = self.backend, ready.work
+        backend, prepared, facts = self.backend, ready.work, ready.facts
         if isinstance(prepared, Schedule):
             executor = None if self._in_background() else self.executor
             if ready.in_graph is None and executor is not None and any(map(reads_slots, ready.graph.ops)):
                 ready.in_graph = executor.prepare(slot_planner_for(self.arch, self.options.n_streams).plan(ready.graph))
             if ready.in_graph is None:
-                return schedule_work(prepared, table, ready.graph, moved, ready.awaited)
+                assert facts is not None
+                return schedule_work(prepared, table, facts, moved, ready.awaited)
             prepared = ready.in_graph
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)

@@ -24,7 +24,7 @@ def infer(func: Any, args: Any, kwargs: Any, operands: list[tuple[TensorType, in
             result = func(*call_args, **call_kwargs)
     except Exception:
         return None
-    return describe_result(result, tensors, lambda t: type_of(t, device))
+    return describe_result(result, tensors, lambda t: type_of(t, device))[0]
 
 
 def _meta_tensors(operands: list[tuple[TensorType, int]]) -> list[torch.Tensor]:

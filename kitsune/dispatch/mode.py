@@ -92,10 +92,17 @@ for _name in ("AutocastCPU", "AutocastCUDA"):
 _BITS = DispatchKeySet(DispatchKey.Conjugate) | DispatchKeySet(DispatchKey.Negative) | DispatchKeySet(DispatchKey.ZeroTensor)
 
 
+# By what is excluded around it: to make a set of keys takes 0.2 us (CPU host).
+_beneath: dict[int, DispatchKeySet] = {}
+
+
 def below_autograd() -> Any:
     """A context in which aten calls on plain tensors go straight to their kernels, as they do in eager."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    guard = torch._C._ForceDispatchKeyGuard(include, (exclude | _ABOVE) - _BITS)
+    beneath = _beneath.get(exclude.raw_repr())
+    if beneath is None:
+        beneath = _beneath[exclude.raw_repr()] = (exclude | _ABOVE) - _BITS
+    guard = torch._C._ForceDispatchKeyGuard(include, beneath)
     return _outside_inference(guard) if torch.is_inference_mode_enabled() else guard
 
 

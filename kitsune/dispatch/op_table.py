@@ -66,7 +66,7 @@ METADATA = set(
 def describe(target: OpOverload) -> OpRow:
     """The row of an overload."""
     if not isinstance(target, OpOverload):  # a higher-order operator, which runs Python
-        return OpRow(target, Kind.EXTERN, barrier=Barrier.FOREIGN_NAMESPACE, detour=True)
+        return OpRow(target, Kind.EXTERN, barrier=Barrier.FOREIGN_NAMESPACE, detour=True, is_foreign=True)
     name = _base_name(target)
     kind = _kind(target, name)
     writes = _writes(target, name)
@@ -89,6 +89,8 @@ def describe(target: OpOverload) -> OpRow:
         bumps=name.startswith("_foreach_") and in_place and not _has_version_kernel(target),
         functional=_functional(target, name),
         counts_masks=name in COUNTS_MASKS,
+        moves_metadata=barrier in (Barrier.METADATA, Barrier.OUT_VARIANT),
+        is_foreign=target.namespace != "aten",
     )
 
 

@@ -1,6 +1,6 @@
 """What a call returned, with its tensors replaced by what is known of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,23 +8,42 @@ import torch
 from kitsune.ir.graph import Operand, OutputSpec, Result
 from kitsune.ir.tensor_type import TensorType, storage_of
 
+FIRST = Result(0)
 
-def describe_result(result: Any, operands: list[torch.Tensor], type_of: Callable[[torch.Tensor], TensorType]) -> OutputSpec:
-    """The OutputSpec of a call that was made on `operands` and gave `result`."""
-    owners = {storage_of(t)._cdata: k for k, t in reversed(list(enumerate(operands)))}
-    places = {id(t): k for k, t in reversed(list(enumerate(operands)))}
+
+def describe_result(
+    result: Any, operands: Sequence[torch.Tensor], type_of: Callable[[torch.Tensor], TensorType]
+) -> tuple[OutputSpec, list[torch.Tensor]]:
+    """The OutputSpec of a call that was made on `operands` and gave `result`, and the tensors in it that are new."""
+    # Mostly it is one tensor.
+    for k, operand in enumerate(operands):
+        if operand is result:
+            return OutputSpec((), Operand(k)), []
+    places: dict[int, int] = {}
+    if not isinstance(result, torch.Tensor):
+        for k, operand in enumerate(operands):
+            places.setdefault(id(operand), k)
+    new: list[torch.Tensor] = []
+    structure = _structure(result, places, new)
+    owners: dict[int, int] = {}
+    for k, operand in enumerate(operands):
+        owners.setdefault(storage_of(operand)._cdata, k)
     results: list[tuple[TensorType, int | None]] = []
-
-    def visit(leaf: Any) -> Any:
-        if isinstance(leaf, (list, tuple)):
-            return [visit(x) for x in leaf] if isinstance(leaf, list) else tuple(visit(x) for x in leaf)
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if id(leaf) in places:
-            return Operand(places[id(leaf)])
-        storage = storage_of(leaf)._cdata
-        results.append((type_of(leaf), owners.get(storage)))
+    for tensor in new:
+        storage = storage_of(tensor)._cdata
+        results.append((type_of(tensor), owners.get(storage)))
         owners.setdefault(storage, -len(results))
-        return Result(len(results) - 1)
+    return OutputSpec(tuple(results), structure), new
 
-    return OutputSpec(structure=visit(result), results=tuple(results))
+
+def _structure(result: Any, places: dict[int, int], new: list[torch.Tensor]) -> Any:
+    """The return value with numbers for tensors; those that are no operands, whose `places` are known by id, join `new`."""
+    if isinstance(result, torch.Tensor):
+        if (k := places.get(id(result))) is not None:
+            return Operand(k)
+        new.append(result)
+        return FIRST if len(new) == 1 else Result(len(new) - 1)
+    if isinstance(result, (list, tuple)):
+        parts = [_structure(x, places, new) for x in result]
+        return parts if isinstance(result, list) else tuple(parts)
+    return result

@@ -74,7 +74,7 @@ def tensor_type(
 
 def type_of(tensor: torch.Tensor, device: torch.device | None = None) -> TensorType:
     """The type of a strided tensor; `device` stands in for the tensor's own (a meta tensor that plays another device)."""
-    return tensor_type(
+    key = (
         tensor.dtype,
         tensor.shape,
         tensor.stride(),
@@ -83,6 +83,7 @@ def type_of(tensor: torch.Tensor, device: torch.device | None = None) -> TensorT
         tensor.is_conj(),
         tensor.is_neg(),
     )
+    return _interned.get(key) or tensor_type(*key)
 
 
 def default_type(dtype: torch.dtype, shape: tuple[int, ...], device: str = "cpu") -> TensorType:

@@ -13,23 +13,18 @@ from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import written_operands
 
 
-def moves_metadata(recorder: Any, row: OpRow) -> bool:
-    """May the operator give an operand another geometry, or other memory? Recording may be paused, which hides it in the row."""
-    return recorder.describe(row.target).barrier in (Barrier.METADATA, Barrier.OUT_VARIANT)
-
-
 def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
     """Make a call on real tensors, its writes counted; returns the result and the operands."""
     func = row.target
-    reals = [_real(t) for t in tensors]
-    if row.is_view or moves_metadata(recorder, row):
+    reals = [_real(t) if type(t) is LazyTensor else t for t in tensors]
+    if row.is_view or row.moves_metadata:
         # A graph hands the same tensors out at every replay, with the geometry that they were left with.
         for tensor, real in zip(tensors, reals, strict=True):
             if type(tensor) is LazyTensor:
                 own(real)
-    by_id = {id(t): real for t, real in zip(tensors, reals, strict=True)}
-    real_args, real_kwargs = replace_tensors((args, kwargs), by_id)
-    foreign = func.namespace != "aten" or any(type(real) not in PLAIN for real in reals)
+    by_id = dict(zip(map(id, tensors), reals, strict=True))
+    real_args, real_kwargs = replace_tensors(args, by_id), replace_tensors(kwargs, by_id) if kwargs else kwargs
+    foreign = row.is_foreign or not PLAIN.issuperset(map(type, reals))
     if row.writes or foreign:
         memory_changed()
     if foreign:
@@ -83,7 +78,7 @@ def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], r
     if reason not in (Barrier.PROFILER, Barrier.INPUT_VIEW):
         recorder.tally.passed_through[(reason, str(row.target))] += 1
     back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
-    if moves_metadata(recorder, row):
+    if row.moves_metadata:
         recorder.known.forget()
         for wrapper in back.values():
             # The op may have given the tensor another geometry.
@@ -92,8 +87,6 @@ def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], r
     return replace_tensors(result, back) if back else result
 
 
-def _real(tensor: Any) -> Any:
-    if type(tensor) is not LazyTensor:
-        return tensor
+def _real(tensor: LazyTensor) -> Any:
     cell = tensor.cell
     return cell.real if cell.real is not None else cell.region.recorder.materialize(cell, Barrier.OUTSIDE)

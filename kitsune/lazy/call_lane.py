@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier
+from kitsune.lazy import sites
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
@@ -223,17 +224,18 @@ class CallLane(Learner):
             return flat[edge.structure.index]
         return None if edge.form == NOTHING else fill(edge.structure, wrappers, flat)
 
+    @sites.makes_calls
     def made(self, func: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Have torch make a call."""
         keep((args, kwargs))
         recorder = self.recorder
-        hook, inside = recorder.hook, self.inside
+        hook, inside, site = recorder.hook, self.inside, sites.call.site
         # Within, since an interrupt may come between any two lines.
         try:
-            recorder.hook, self.inside = None, inside + 1
+            recorder.hook, self.inside, sites.call.site = None, inside + 1, sites.UNKNOWN
             return func(*args, **kwargs) if kwargs else func(*args)
         finally:
-            recorder.hook, self.inside = hook, inside
+            recorder.hook, self.inside, sites.call.site = hook, inside, site
 
     def _make(self, func: Any, args: Any, kwargs: Any, key: Any, call: Incoming, modes: Any) -> Any:
         """Make a call for real and learn from it."""
@@ -248,9 +250,8 @@ class CallLane(Learner):
         if graded or wrong or (writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)):
             self.own_up(flat)
         region.real = region.real or graded
-        start, first, n_scalars = region.node, region.node.n_values, len(region.scalars)
+        start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
         learns = key is not None and not graph and not wrong and not self.part_of_update
-        n_unrecorded = recorder.n_unrecorded
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS

@@ -15,11 +15,11 @@ _serials = itertools.count()
 def serial_of(tensor: torch.Tensor) -> int:
     """A number that the tensor's storage keeps for life. Addresses are reused within a step: wrong for 25 of 182 outputs."""
     storage: Any = storage_of(tensor)
-    try:
-        return int(storage._kitsune_serial)
-    except AttributeError:
+    # Every result of a first step is new: no exception for that.
+    serial: int | None = getattr(storage, "_kitsune_serial", None)
+    if serial is None:
         storage._kitsune_serial = serial = next(_serials)
-        return serial
+    return serial
 
 
 def may_defer(tensor: torch.Tensor) -> bool:

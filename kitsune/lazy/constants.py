@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Kind, OpRow, Slot
+from kitsune.ir import Kind, OpRow, reads_slots
 from kitsune.lazy.cell import Ref
 from kitsune.lazy.region import Region
 from kitsune.lazy.tensor import LazyTensor
-from kitsune.lazy.trie import Node, leaves
+from kitsune.lazy.trie import Node
 
 # Operators behind such a value, and the bytes of their results: more are worth no memory.
 MAX_OPS, MAX_BYTES = 64, 1 << 20
@@ -44,11 +44,10 @@ def _is_constant(node: Node, value: Ref, dirty: set[int], storage: int) -> bool:
             storages = {storage for *_, storage in at.results}
             if n_ops > MAX_OPS or nbytes > MAX_BYTES or not _is_pure(at.row) or not dirty.isdisjoint(storages):
                 return False
-            operands = list(leaves((at.args, at.kwargs)))
-            if any(isinstance(a, Slot) for a in operands):
+            if at.op is None or reads_slots(at.op):
                 return False
             needed -= made.keys()
-            needed |= {a.id for a in operands if isinstance(a, Ref)}
+            needed |= {value.id for value in at.op.inputs}
         at = at.parent
     return not needed and storage not in dirty
 

@@ -62,14 +62,14 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     if observed:
         live = numbers_of(computed_since(region))
     else:
-        if region.calls and (saved := node.saved.get(key)) is None:
+        if region.calls and (saved := (node.saved or {}).get(key)) is None:
             recorder.lane.own_up()
         recorder.tally.recorded += node.depth - depth_of(since)
         leave_results(region)
         live = recorder.run_so_far(region, saved or frozenset())
     here = frozenset(cell.ref.id for seen in region.seen if (cell := seen()) is not None)
     if region.real:
-        node.saved[key] = here
+        node.saved = {**(node.saved or {}), key: here}
     wanted = here.union(saved or ())
     region.kept = {number: tensor for number, tensor in region.kept.items() if number in wanted}
     region.cut = node

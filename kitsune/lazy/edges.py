@@ -13,7 +13,7 @@ from kitsune.ir import TensorType
 from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.cell import Cell, Ref, ref, serial_of
 from kitsune.lazy.tensor import LazyTensor
-from kitsune.lazy.trie import GENERAL, NOTHING, ONE, SELF, Node, leaves
+from kitsune.lazy.trie import GENERAL, NOTHING, ONE, SELF, Node
 
 _storage_offset: Any = torch._C.TensorBase.storage_offset
 
@@ -132,10 +132,11 @@ class Before:
     def read_beside(self, path: Sequence[Node]) -> bool:
         """Was a plain tensor given to the call and to none of its ops? C++ may have read its numbers, which no key tells: the
         batch sizes of a packed sequence. (A wrapper has none to read.)"""
-        taken = {a for node in path for a in leaves((node.args, node.kwargs)) if isinstance(a, Ref)}
-        for tensor, value in zip(self._flat, self._refs, strict=True):
+        taken = {value.id for node in path if node.op is not None for value in node.op.inputs}
+        for tensor, known in zip(self._flat, self._refs, strict=True):
             cell = None if type(tensor) is LazyTensor else cell_in(tensor, self._region)
-            if type(tensor) is not LazyTensor and (cell is None or (value or cell.came) not in taken):
+            value = None if cell is None else known or cell.came
+            if type(tensor) is not LazyTensor and (value is None or value.id not in taken):
                 return True
         return False
 
@@ -182,11 +183,10 @@ def arrivals_of(path: Sequence[Node], fresh: Sequence[Any], region: Any) -> tupl
             came[cell.came.id] = k
     found = []
     for node in path:
-        for number, type_, storage in node.admitted:
-            if number not in came:
+        for value in node.entered:
+            if value.id not in came:
                 return None
-            graded = fresh[came[number]].requires_grad
-            found.append((came[number], ref(number), type_, storage, graded))
+            found.append((came[value.id], ref(value.id), value.type, value.storage, fresh[came[value.id]].requires_grad))
     return tuple(found)
 
 

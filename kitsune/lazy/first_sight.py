@@ -1,5 +1,6 @@
 """Ops that are not known at their place in the region: observed, inferred, or left to eager."""
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -7,14 +8,18 @@ import torch
 from kitsune.ir import Barrier, Kind, Operand, OpRow, OutputSpec, TensorType, describe_result, type_of
 from kitsune.lazy.at_once import call as call_at_once, flush_for, hand_out, pass_through
 from kitsune.lazy.cell import Cell
+from kitsune.lazy.growing import grow
 from kitsune.lazy.rebuild import fill, replace_tensors, tensors_in, without_numbers
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.region import is_strided
 from kitsune.lazy.sites import user_site
-from kitsune.lazy.trie import Node, agrees, grow
+from kitsune.lazy.trie import Node, agrees
 
 MASKS = (torch.bool, torch.uint8)
 COMMON = (torch.float32, torch.float64)
+_device = attrgetter("device")
+# From `Recorder.record` to `extend`.
+OWN_FRAMES = 4
 
 
 class Call(NamedTuple):
@@ -45,12 +50,12 @@ def first_sight(recorder: Any, call: Call, node: Node | None) -> Any:
 def why_not(recorder: Any, call: Call) -> Barrier | None:
     """Why a call cannot be part of a region."""
     region, named = recorder.region, call.kwargs.get("device")
-    on_target = any(region.is_target(t.device) for t in call.tensors)
+    on_target = any(map(region.is_target, map(_device, call.tensors)))
     if region.odd is Barrier.OTHER_DEVICE and on_target:
         return Barrier.HOST_COPY
     if region.odd is not None:
         return region.odd
-    if call.row.target in recorder.unstable:
+    if recorder.unstable and call.row.target in recorder.unstable:
         return Barrier.UNTRUSTED
     if call.row.counts_masks and any(t.dtype in MASKS for t in call.tensors[1:]):
         return Barrier.DATA_DEPENDENT
@@ -86,10 +91,10 @@ def observe(recorder: Any, call: Call, node: Node | None) -> Any:
     if not _is_recordable(result):
         region.rollback()
         return hand_out(recorder, call.row, result, call.tensors, reals, Barrier.FOREIGN_LAYOUT)
-    spec = describe_result(result, reals, type_of)
+    spec, new = describe_result(result, reals, type_of)
     if recorder.region is not region:
         # What ran inside has flushed (a finalizer, Python of another library): the op is done, and part of no region.
-        return _settle(recorder, call, spec, result, reals)
+        return _settle(recorder, call, spec, new)
     if node is not None and not agrees(node, spec, [region.cell(t) for t in call.tensors]):
         recorder.unstable.add(call.row.target)
         node = None
@@ -98,7 +103,7 @@ def observe(recorder: Any, call: Call, node: Node | None) -> Any:
     node.sights += 1
     node.known = node.sights >= recorder.warmup
     region.let_go()
-    return recorder.emit(node, call.tensors, _new_in(result, reals))
+    return recorder.emit(node, call.tensors, new)
 
 
 def only_writes(recorder: Any, call: Call) -> bool:
@@ -148,13 +153,13 @@ def record_new(recorder: Any, call: Call) -> Any:
     recorder.tally.observed += 1
     if not _is_recordable(result):
         return hand_out(recorder, call.row, result, call.tensors, reals, Barrier.FOREIGN_LAYOUT)
-    spec = recorder.specs[spec_key] = describe_result(result, reals, type_of)
-    return _settle(recorder, call, spec, result, reals)
+    spec, new = describe_result(result, reals, type_of)
+    recorder.specs[spec_key] = spec
+    return _settle(recorder, call, spec, new)
 
 
-def _settle(recorder: Any, call: Call, spec: OutputSpec, result: Any, reals: list[Any]) -> Any:
-    wrappers = [recorder.settled(real) for real in _new_in(result, reals)]
-    return fill(spec.structure, wrappers, call.tensors)
+def _settle(recorder: Any, call: Call, spec: OutputSpec, new: list[torch.Tensor]) -> Any:
+    return fill(spec.structure, [recorder.settled(real) for real in new], call.tensors)
 
 
 def _is_trusted(call: Call, cells: list[Cell]) -> bool:
@@ -204,8 +209,7 @@ def _fits(types: list[TensorType]) -> bool:
 def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
     region = recorder.region
     cells = [region.cell(t) for t in call.tensors]
-    node = grow(region, call.row, call.args, call.kwargs, cells, call.tensors, spec)
-    node.site = user_site()
+    node = grow(region, call.row, call.args, call.kwargs, cells, call.tensors, spec, user_site(OWN_FRAMES))
     node.full = node.depth >= recorder.max_ops or node.nbytes > recorder.max_bytes
     region.node.children[call.key] = node
     recorder.n_nodes += 1
@@ -213,9 +217,6 @@ def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
 
 
 def _is_recordable(result: Any) -> bool:
+    if type(result) is torch.Tensor:
+        return is_strided(result)
     return all(type(t) in PLAIN and is_strided(t) for t in tensors_in(result))
-
-
-def _new_in(result: Any, operands: list[Any]) -> list[torch.Tensor]:
-    known = {id(t) for t in operands}
-    return [t for t in tensors_in(result) if id(t) not in known]

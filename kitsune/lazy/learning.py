@@ -1,6 +1,6 @@
 """What is learned from calls that are made for real: by the next time they may be followed."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -132,10 +132,13 @@ class Learner:
         if arrivals is None or written is None or not returned.fits or (path and sight.before.read_beside(path)):
             return None
         rewrites, bumps = written
-        plain = {cell.storage for cell in region.plain.values()}
-        if not returned.graded and any(_has_history(t) and _storage_in(t, region) in plain for t in (flat[k] for k in bumps)):
-            # A view of a parameter: it shares its count of writes with that once autograd knows of it, and not before.
-            return None
+        if bumps and not returned.graded:
+            plain = {cell.storage for cell in region.plain.values()}
+            if any(_has_history(t) and _storage_in(t, region) in plain for t in (flat[k] for k in bumps)):
+                # A view of a parameter: it shares its count of writes with that once autograd knows of it, and not before.
+                return None
+        for made in returned.made:
+            made.born = born(path, made.ref)
         scalars = tuple(region.scalars[sight.n_scalars :])
         dirty = frozenset(storage for node in path for *_, storage in node.written)
         storages = {cell.storage for t in flat if (cell := cell_in(t, region)) is not None}
@@ -155,7 +158,7 @@ class Learner:
             moves=len(path) == 1 and bool(scalars) and list(scalars) == call.floats and _in_order(kwargs),
             structure=returned.structure,
             form=returned.form,
-            made=tuple(replace(made, born=born(path, made.ref)) for made in returned.made),
+            made=tuple(returned.made),
             # Who writes to a tensor with a history, maybe through a view of it, gets a place in that history.
             graded=returned.graded or (torch.is_grad_enabled() and bool(dirty) and any(t.requires_grad for t in flat)),
             floats=list(call.floats),

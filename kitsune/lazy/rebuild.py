@@ -1,6 +1,6 @@
 """Walks over arguments and results: nested lists, tuples and dicts of tensors and constants."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,32 +9,45 @@ from kitsune.ir import Operand, Result, TensorType
 from kitsune.lazy.cell import Cell, Ref
 from kitsune.lazy.edges import begin_of
 
+# What has no tensor in it, told by its type: to ask whether a number is a tensor takes longer than whether it is a number.
+ATOMS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+
 
 def tensors_in(tree: Any) -> list[Any]:
     """The tensors of a tree, in order."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple)):
-        return []
     found: list[Any] = []
-    for x in tree:
-        found += tensors_in(x)
+    _collect(tree if type(tree) is tuple else (tree,), found)
     return found
+
+
+def _collect(trees: Iterable[Any], found: list[Any]) -> None:
+    for x in trees:
+        cls = type(x)
+        if cls in ATOMS:
+            continue
+        if cls is list or cls is tuple:
+            _collect(x, found)
+        elif isinstance(x, torch.Tensor):
+            found.append(x)
+        elif isinstance(x, dict):
+            _collect(x.values(), found)
+        elif isinstance(x, (list, tuple)):
+            _collect(x, found)
 
 
 def replace_tensors(tree: Any, by_id: dict[int, Any]) -> Any:
     """The tree with each tensor that `by_id` knows replaced."""
-    if isinstance(tree, torch.Tensor):
-        return by_id.get(id(tree), tree)
+    cls = type(tree)
+    if cls is list or isinstance(tree, tuple):
+        parts = [
+            known if (known := by_id.get(id(x))) is not None else x if type(x) in ATOMS else replace_tensors(x, by_id)
+            for x in tree
+        ]
+        # Also a named tuple, or one of torch.return_types.
+        return parts if cls is list else cls(parts)
     if isinstance(tree, dict):
         return {name: replace_tensors(x, by_id) for name, x in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(replace_tensors(x, by_id) for x in tree)
-    if isinstance(tree, tuple):  # a named tuple, or one of torch.return_types
-        return type(tree)([replace_tensors(x, by_id) for x in tree])
-    return tree
+    return by_id.get(id(tree), tree)
 
 
 def fill(structure: Any, results: Sequence[Any], operands: Sequence[Any]) -> Any:

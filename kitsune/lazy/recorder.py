@@ -1,6 +1,7 @@
 """The recorder: matches each op against the regions known."""
 
 import dataclasses
+import weakref
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class Recorder(Recording):
             whole = tuple(key)
             node = region.node.children.get(whole)
             if node is None or region.slow or not node.known:
-                return first_sight(self, Call(row, args, kwargs or {}, whole, tensors_in((args, kwargs))), node)
+                tensors = tensors_in((args, kwargs)) if kwargs else tensors_in(args)
+                return first_sight(self, Call(row, args, kwargs or {}, whole, tensors), node)
             if region.admitted:
                 region.admitted.clear()
             make = node.make
@@ -163,9 +165,9 @@ class Recorder(Recording):
             if reals is None:
                 region.produced.append(cell)
             else:
-                cell.real = reals[len(made)]
-                region.see([cell])
-                region.storages.setdefault(serial_of(cell.real), storage)
+                cell.real = real = reals[len(made)]
+                region.seen.append(weakref.ref(cell))
+                region.storages.setdefault(serial_of(real), storage)
             made.append(wrap(cell))
         if node.form == ONE:
             returned = made[0]

@@ -21,7 +21,7 @@ from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 
-PLAIN = (torch.Tensor, Parameter)
+PLAIN = frozenset({torch.Tensor, Parameter})
 
 
 class Recording:
@@ -235,8 +235,7 @@ class Recording:
             self.forget()
 
     def run_so_far(self, region: Region, saved: frozenset[int] | None = None) -> tuple[int, ...]:
-        """Compute what is pending; returns the numbers of the values that can still be read. With `saved`, which are kept beside
-        those, the region goes on behind a cut."""
+        """Compute what is pending; returns the numbers of what can still be read. With `saved`, kept too, the region goes on."""
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
         cells: list[Cell] = []
@@ -286,6 +285,7 @@ class Recording:
         """A region has been run so far, from the node after which it began."""
         if node is since:
             return
+        node.tallies = node.tallies or {}
         node.tallies[since] = self.tally.close(node.tallies.get(since), node.depth - depth_of(since), cause, site)
         graph = self.graphs.get(node, live, since)
         if self.watcher is not None:

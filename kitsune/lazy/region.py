@@ -11,6 +11,7 @@ from kitsune.ir import Barrier, TensorType, type_of
 from kitsune.lazy.advance import arrive, rewrite
 from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
 from kitsune.lazy.edges import begin_of, bytes_before
+from kitsune.lazy.growing import Values
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 
@@ -44,12 +45,15 @@ class Region:
         "seen",
         "slow",
         "storages",
+        "values",
     )
 
     def __init__(self, root: Node, recorder: Any) -> None:
         self.node = root
         self.recorder = recorder
         self.device: torch.device = recorder.device
+        # Of the ops that were new.
+        self.values = Values(root)
         # id(tensor) -> cell. The cell holds the tensor, so the id stays its own while the region is open.
         self.plain: dict[int, Cell] = {}
         self.storages: dict[int, int] = {}
@@ -259,6 +263,8 @@ class Region:
     def n_storages(self) -> int:
         """How many storages are numbered, those of the op at hand included."""
         n: int = self.node.n_storages
+        if not self.admitted:
+            return n
         # They are numbered in order, so that the last new one tells: to look at all of them for each of 600 costs 15 ms.
         return next((storage + 1 for _, _, storage, _ in reversed(self.admitted) if storage >= n), n)
 

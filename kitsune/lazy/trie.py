@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Op, OpRow, OutputSpec, Site, Slot, TensorType, Value
-from kitsune.ir.graph import Operand, Result
-from kitsune.lazy.cell import Cell, Ref, ref
-from kitsune.lazy.tensor import wrapper_maker
+from kitsune.ir import Op, OpRow, OutputSpec, TensorType, Value
+from kitsune.lazy.cell import Cell, Ref
 
 # Forms of a return value, by how often training steps have them: the first two need no rebuilding.
 ONE, SELF, NOTHING, GENERAL = range(4)
@@ -24,18 +22,15 @@ class Node:
 
     parent: "Node | None" = None
     row: OpRow | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: tuple[tuple[str, Any], ...] = ()
-    # (value, type, storage) of the tensors that came in with this op
-    admitted: tuple[tuple[int, TensorType, int], ...] = ()
+    # The values that came in with this op, and the op. They depend on the path alone, so that all graphs share them.
+    entered: tuple[Value, ...] = ()
+    op: Op | None = None
     # (value, type, storage) of each new tensor
     results: tuple[tuple[Ref, TensorType, int], ...] = ()
     # (operand, value before, value after, storage) of each operand written
     written: tuple[tuple[int, int, Ref, int], ...] = ()
     structure: Any = None
     form: int = NOTHING
-    grad_enabled: bool | None = None
-    site: Site | None = None
     depth: int = 0
     n_values: int = 0
     n_storages: int = 0
@@ -53,14 +48,11 @@ class Node:
     sights: int = 0
     known: bool = False
     # What is counted of regions that end here, by the node after which they begin; see `cuts.py`.
-    tallies: dict[Any, Any] = field(default_factory=dict)
+    tallies: Any = None
     # By the calls whose graph is owed: the values that autograd has saved of them, as far as here. And is a backward to be
     # expected, where a number is read here? See `cuts.py`.
-    saved: dict[Any, frozenset[int]] = field(default_factory=dict)
+    saved: Any = None
     expects: int = 1
-    # The values that came in and the op, once a graph was made of a path through here.
-    entered: tuple[Value, ...] = ()
-    op: Op | None = None
     children: dict[Any, "Node"] = field(default_factory=dict)
     # Whole calls of torch's API that begin here, by key; see `edges.py`.
     calls: dict[Any, Any] = field(default_factory=dict)
@@ -73,45 +65,15 @@ class Node:
     # Torch's modules that are called here, whose calls have matchers by their ids; see `module_calls.py`.
     modules: dict[int, Any] = field(default_factory=dict)
 
-    def path(self) -> list["Node"]:
-        """The nodes from the region's first op to this one."""
+    def path(self, after: "Node | None" = None) -> list["Node"]:
+        """The nodes behind `after`, by default from the region's first op, to this one."""
         nodes: list[Node] = []
         node = self
-        while node.parent is not None:
+        while node is not after and node.parent is not None:
             nodes.append(node)
             node = node.parent
         nodes.reverse()
         return nodes
-
-
-def grow(region: Any, row: OpRow, args: Any, kwargs: Any, cells: list[Cell], flat: list[Any], spec: OutputSpec) -> Node:
-    """A new node below the region's, for a call on `flat` (whose cells are `cells`) that returns what `spec` says."""
-    parent = region.node
-    names: dict[int, Any] = {id(t): cell.ref for t, cell in zip(flat, cells, strict=True)}
-    slots = iter(range(parent.n_scalars, len(region.scalars)))
-    node = Node(
-        parent=parent,
-        row=row,
-        args=tuple(_with_slots(a, names, slots, row.scalars_move) for a in args),
-        kwargs=tuple((name, _with_slots(a, names, slots, row.scalars_move)) for name, a in kwargs.items()),
-        admitted=tuple((number, type_, storage) for number, type_, storage, _ in region.admitted),
-        structure=spec.structure,
-        form=_form(spec),
-        grad_enabled=torch.is_grad_enabled() if row.sees_grad_mode else None,
-        depth=parent.depth + 1,
-        n_values=parent.n_values + len(region.admitted),
-        n_storages=region.n_storages(),
-        n_scalars=len(region.scalars),
-        random=parent.random or row.random,
-    )
-    node.written = tuple(_writes(node, written_operands(row, args, kwargs), flat, cells))
-    node.results = tuple(_results(node, spec, cells))
-    if node.form == ONE and not node.written:
-        node.make, node.result = wrapper_maker(node.results[0][1]), node.results[0]
-    elif node.form == SELF and len(node.written) == 1 and node.written[0][0] == spec.structure.index == 0 and not row.bumps:
-        _, _, node.rewrites, node.storage = node.written[0]
-    node.nbytes = parent.nbytes + sum(t.nbytes for _, t, _ in node.results) + sum(t.nbytes for _, t, _ in node.admitted)
-    return node
 
 
 def agrees(node: Node, spec: OutputSpec, cells: list[Cell]) -> bool:
@@ -124,15 +86,6 @@ def agrees(node: Node, spec: OutputSpec, cells: list[Cell]) -> bool:
     return True
 
 
-def leaves(tree: Any) -> Iterator[Any]:
-    """What is in a node's arguments: numbers of values, slots and constants."""
-    if isinstance(tree, tuple):
-        for x in tree:
-            yield from leaves(x)
-    else:
-        yield tree
-
-
 def written_operands(row: OpRow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
     """The tensors that a call writes, by its row."""
     for position, name in row.writes:
@@ -141,44 +94,3 @@ def written_operands(row: OpRow, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             yield argument
         elif argument is not None:
             yield from argument
-
-
-def _writes(node: Node, operands: Iterator[torch.Tensor], flat: list[Any], cells: list[Cell]) -> Any:
-    before = {id(t): cell.ref.id for t, cell in zip(flat, cells, strict=True) if cell.ref is not None}
-    places = {id(t): k for k, t in reversed(list(enumerate(flat)))}
-    for tensor in operands:
-        k = places[id(tensor)]
-        after = ref(node.n_values)
-        node.n_values += 1
-        yield k, before[id(tensor)], after, cells[k].storage
-        before[id(tensor)] = after.id
-
-
-def _results(node: Node, spec: OutputSpec, cells: list[Cell]) -> Any:
-    storages: list[int] = []
-    for type_, alias in spec.results:
-        if alias is None:
-            storages.append(node.n_storages)
-            node.n_storages += 1
-        else:
-            storages.append(cells[alias].storage if alias >= 0 else storages[-alias - 1])
-        yield ref(node.n_values), type_, storages[-1]
-        node.n_values += 1
-
-
-def _form(spec: OutputSpec) -> int:
-    if isinstance(spec.structure, Result):
-        return ONE
-    if isinstance(spec.structure, Operand):
-        return SELF
-    return NOTHING if spec.structure is None else GENERAL
-
-
-def _with_slots(argument: Any, names: dict[int, Any], slots: Iterator[int], scalars_move: bool) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return names[id(argument)]
-    if type(argument) is float and scalars_move:
-        return Slot(next(slots))
-    if isinstance(argument, (list, tuple)):
-        return tuple(_with_slots(a, names, slots, scalars_move) for a in argument)
-    return argument

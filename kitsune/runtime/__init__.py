@@ -1,6 +1,7 @@
 """Run: executors of closed regions and of their plans, and their replay as CUDA graphs."""
 
 from kitsune.runtime.answers import Answers
+from kitsune.runtime.capturable import GraphFacts
 from kitsune.runtime.captured import Captured, NotCaptured, Work
 from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
 from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
@@ -23,6 +24,7 @@ __all__ = [
     "Arenas",
     "Captured",
     "CudaGraphs",
+    "GraphFacts",
     "GraphRecorder",
     "NotCaptured",
     "PageReader",

@@ -75,12 +75,16 @@ class Branches:
         self, instruction: Instruction, frame: Frame, streams: list[torch.cuda.Stream], done: dict[int, torch.cuda.Event]
     ) -> None:
         number = instruction.at
-        launch = self._launches[number]
-        stream = streams[launch.stream]
-        # What came before a Send has no event any more: there the streams have met.
-        for n in (n for n in self._waits[number] if n in done):
-            stream.wait_event(done[n])
-        with _on(stream, frame) if launch.stream else contextlib.nullcontext():
+        side = self._launches[number].stream
+        stream = streams[side]
+        for n in self._waits[number]:
+            # What came before a Send has no event any more: there the streams have met.
+            if n in done:
+                stream.wait_event(done[n])
+        if side:
+            with _on(stream, streams[0], frame):
+                instruction.run(frame)
+        else:
             instruction.run(frame)
         if number in self._awaited:
             done[number] = stream.record_event()
@@ -110,13 +114,20 @@ def reaches_device(instruction: Instruction) -> bool:
 
 
 @contextlib.contextmanager
-def _on(stream: torch.cuda.Stream, frame: Frame) -> Iterator[None]:
+def _on(stream: torch.cuda.Stream, main: torch.cuda.Stream, frame: Frame) -> Iterator[None]:
+    """With a side stream as the current one. (torch's own context asks for the stream before each time, and goes by a door.)"""
     before, frame.stream = frame.stream, stream.cuda_stream
+    _enter(stream)
     try:
-        with torch.cuda.stream(stream):
-            yield
+        yield
     finally:
+        _enter(main)
         frame.stream = before
+
+
+def _enter(stream: torch.cuda.Stream) -> None:
+    where = {"stream_id": stream.stream_id, "device_index": stream.device_index, "device_type": stream.device_type}
+    torch._C._cuda_setStream(**where)
 
 
 def _sides(device: torch.device, n: int) -> list[torch.cuda.Stream]:

@@ -3,6 +3,7 @@
 import torch
 
 from kitsune.ir import Graph, Op, slots_in, storage_of
+from kitsune.runtime.places import Places
 
 # Their results on the CPU are the seed and offset of a dropout, which go from the forward call to the backward call only.
 _SEEDED = ("_scaled_dot_product_", "_flash_attention_", "_efficient_attention_", "_cudnn_attention_")
@@ -14,22 +15,47 @@ _READS = frozenset(
 # Their library's handle is of no use any more once a capture has met it: "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED".
 _BREAKS = frozenset({"_linalg_eigh", "linalg_pinv"})
 _BY_MASK = frozenset("index index_put index_put_ _index_put_impl_ _unsafe_index_put _unsafe_index".split())
+_WATCHED = _READS | _BREAKS | _BY_MASK
 
 
-def why_not_captured(graph: Graph, device: torch.device) -> str | None:
-    """A sentence saying why a region of a device cannot be captured, whatever its inputs are; None if it may be tried."""
-    used = set(used_inputs(graph))
-    for value in (*(v for v in graph.inputs if v.id in used), *graph.outputs):
-        if value.type.device.type != device.type:
-            what = "reads a tensor on" if value in graph.inputs else "leaves a tensor on"
-            return f"The region {what} the {value.type.device.type.upper()}, which a CUDA graph does not see change."
-    for op in graph.ops:
-        if (reason := _why_not_op(op, device)) is not None:
-            return f"{op.target} at {op.site} {reason}."
-    return None
+class GraphFacts:
+    """What a capture on a device has to know of a graph, whatever its inputs are: found out when the region is made ready.
+
+    `places` are given where they are known already. `inputs` are the numbers of those that it reads, writes or returns;
+    `n_values` is one more than the largest number of a value; `refusal` is a sentence saying why it cannot be captured, if so.
+    `writers` has, by storage, the first op that writes it, and `shared` the storages of inputs in which results lie.
+    """
+
+    def __init__(self, graph: Graph, device: torch.device, places: Places | None = None) -> None:
+        self.graph = graph
+        self.places = places or Places(graph)
+        self.n_values = 1 + max(self.places.root, default=-1)
+        self.writers: dict[int, Op] = {}
+        used = {v.id for v in graph.outputs}
+        for op in graph.ops:
+            used.update([v.id for v in op.inputs])
+            for storage in op.effects.writes:
+                self.writers.setdefault(storage, op)
+        self.inputs = tuple(v.id for v in graph.inputs if v.id in used)
+        made = {root.storage for number, root in self.places.root.items() if number not in self.places.inputs}
+        self.shared = made.intersection([v.storage for v in graph.inputs])
+        self.refusal = self._why_not_captured(device.type)
+
+    def _why_not_captured(self, kind: str) -> str | None:
+        graph, used = self.graph, {*self.inputs}
+        for value in (*(v for v in graph.inputs if v.id in used), *graph.outputs):
+            if value.type.device.type != kind:
+                what = "reads a tensor on" if value in graph.inputs else "leaves a tensor on"
+                return f"The region {what} the {value.type.device.type.upper()}, which a CUDA graph does not see change."
+        # Most graphs have one device; types are few.
+        is_mixed = any(type_.device.type != kind for type_ in {root.type for root in self.places.root.values()})
+        for op in graph.ops:
+            if (is_mixed or op.target._opname in _WATCHED) and (reason := _why_not_op(op, kind)) is not None:
+                return f"{op.target} at {op.site} {reason}."
+        return None
 
 
-def _why_not_op(op: Op, device: torch.device) -> str | None:
+def _why_not_op(op: Op, kind: str) -> str | None:
     name = op.target._opname
     if name in _READS:
         return "looks at values on the host"
@@ -37,21 +63,21 @@ def _why_not_op(op: Op, device: torch.device) -> str | None:
         return "calls a library that does not survive a capture"
     if name in _BY_MASK and any(v.type.dtype in (torch.bool, torch.uint8) for v in op.inputs[1:]):
         return "counts a mask on the host"
-    if any(v.type.device.type != device.type for v in op.outputs) and not name.startswith(_SEEDED):
+    if any(v.type.device.type != kind for v in op.outputs) and not name.startswith(_SEEDED):
         return "computes on another device, once for all replays"
     return None
 
 
-def why_not_moving(graph: Graph, number: int, tensor: torch.Tensor) -> str | None:
+def why_not_moving(facts: GraphFacts, number: int, tensor: torch.Tensor) -> str | None:
     """A sentence saying why an input that is at another address each time cannot be copied to one place first."""
-    value = next(v for v in graph.inputs if v.id == number)
-    if writer := writer_of(graph, value.storage):
+    value = facts.places.root[number]
+    if writer := facts.writers.get(value.storage):
         return f"An input of the region is at another address each time, and {writer.target} at {writer.site} writes it."
     if value.type.conj or value.type.neg:
         return "An input of the region is at another address each time, and conjugated or negated only in name."
     if not _is_dense(distinct(tensor)):
         return "An input of the region is at another address each time, and its elements share memory."
-    if any(v.storage == value.storage for op in graph.ops for v in op.outputs) and _is_part(tensor):
+    if value.storage in facts.shared and _is_part(tensor):
         return "An input of the region is at another address each time, and the region takes views of the memory around it."
     return None
 
@@ -60,11 +86,6 @@ def _is_part(tensor: torch.Tensor) -> bool:
     """Is there more in a tensor's storage than the tensor? Views that count from the start of the memory could reach it."""
     begins = torch._C.TensorBase.storage_offset(tensor)
     return bool(begins) or storage_of(tensor).nbytes() != distinct(tensor).numel() * tensor.itemsize
-
-
-def writer_of(graph: Graph, storage: int) -> Op | None:
-    """The first op that writes a storage."""
-    return next((op for op in graph.ops if storage in op.effects.writes), None)
 
 
 def reader_of(graph: Graph, slot: int) -> Op | None:
@@ -89,9 +110,3 @@ def _is_dense(tensor: torch.Tensor) -> bool:
                 return False
             reach += (size - 1) * stride
     return True
-
-
-def used_inputs(graph: Graph) -> tuple[int, ...]:
-    """The numbers of the inputs that the graph reads, writes or returns."""
-    used = {v.id for op in graph.ops for v in op.inputs} | {v.id for v in graph.outputs}
-    return tuple(v.id for v in graph.inputs if v.id in used)

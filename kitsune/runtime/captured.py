@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Graph, Value, n_values, storage_of
+from kitsune.ir import Value, storage_of
 from kitsune.runtime.answers import Answers
 from kitsune.runtime.calls import call
-from kitsune.runtime.capturable import reader_of, used_inputs
+from kitsune.runtime.capturable import GraphFacts, reader_of
 from kitsune.runtime.cuda_graph import GraphRecorder, Recorded, Sending
 from kitsune.runtime.lent_outputs import Lent, small_results
 from kitsune.runtime.page_reader import PageReader
 from kitsune.runtime.passing import Passing
-from kitsune.runtime.places import Places
 from kitsune.runtime.slots import SlotTable, WatchedNumbers
 from kitsune.runtime.tail import Tail
 
@@ -82,7 +81,7 @@ class Captured:
 
     def __init__(
         self,
-        graph: Graph,
+        facts: GraphFacts,
         work: Work,
         table: SlotTable,
         recorder: GraphRecorder,
@@ -92,12 +91,11 @@ class Captured:
         moved: Callable[[int], None],
         reader: PageReader | None = None,
     ) -> None:
-        self.graph, self.moving = graph, moving
+        self.graph, self.moving = facts.graph, moving
         self._work, self._recorder = work, recorder
-        self._places = Places(graph)
+        self._places, used = facts.places, facts.inputs
         # The graph of a plan may have more than those that were recorded.
-        self._n_values = max(len(values), n_values(graph))
-        used = used_inputs(graph)
+        self._n_values = max(len(values), facts.n_values)
         self._fixed = tuple(n for n in used if n not in moving)
         # Guards cost 0.05 us for each input where nothing is done in Python for each.
         self._take: Callable[[list[Any]], Any] = operator.itemgetter(*self._fixed) if len(self._fixed) > 1 else self._take_few
@@ -109,7 +107,7 @@ class Captured:
         self.has_tail = work.tail is not None
         # The numbers that were found to be those that are baked in.
         self._fitting: Sequence[float] | None = None
-        self._aliases = tuple(v for v in graph.outputs if self._from_outside(v))
+        self._aliases = tuple(v for v in self.graph.outputs if self._from_outside(v))
         needs = work.tail.needs if work.tail is not None else ()
         # Is a replay nothing but copies of bytes and the graph's start? Then no operator of torch sees the modes that are on.
         self.is_bare = not self.has_tail and not self._aliases and self._passing.is_bare

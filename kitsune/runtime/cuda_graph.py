@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.runtime.idle import WORTH_GIVING_BACK, give_back
+from kitsune.runtime.idle import WORTH_GIVING_BACK, give_back, reserved_bytes
 from kitsune.runtime.letter import Letter
 
 # Hears of tensors of one element whose numbers the host waits for.
@@ -158,7 +158,7 @@ class CudaGraphs:
             # The steps so far have left memory that the graph's pool cannot take.
             give_back(self.device)
             # Not a MemPool, which ends the process if it dies before its graph.
-            pool, before = torch.cuda.graph_pool_handle(), torch.cuda.memory_reserved(self.index)
+            pool, before = torch.cuda.graph_pool_handle(), reserved_bytes(self.device)
             # A workspace from outside could be in use on another stream when the graph runs, and one from inside must not be
             # found by others.
             torch._C._cuda_clearCublasWorkspaces()
@@ -178,7 +178,7 @@ class CudaGraphs:
             except BaseException:
                 _reset(graphs)
                 raise
-            held = max(torch.cuda.memory_reserved(self.index) - before, 0)
+            held = max(reserved_bytes(self.device) - before, 0)
         return CudaGraph(graphs, letter, outputs, held, self)
 
     def gave_up(self, nbytes: int) -> None:

@@ -1,7 +1,7 @@
 """What is captured of a region: its prepared plan, or its ops one by one."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -9,13 +9,13 @@ import torch
 
 from kitsune.ir import Graph, Kind, Launch, Op, Value
 from kitsune.runtime.branches import reaches_device
+from kitsune.runtime.capturable import GraphFacts
 from kitsune.runtime.captured import Work
 from kitsune.runtime.cuda_graph import Sending
 from kitsune.runtime.frame import Frame, Pool, Startable
 from kitsune.runtime.instructions import Alias, Call, CallInto, Drop, Instruction, Publish, Send, Start, StartInGraph
-from kitsune.runtime.places import Places
 from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
-from kitsune.runtime.replay import Schedule, most_in_use, replay
+from kitsune.runtime.replay import Schedule, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.tail import Tail, may_stay_outside, needs_of, reads
 
@@ -82,18 +82,16 @@ def plan_work(
     """
     started: list[StartableInGraph] = []
 
-    def in_graph(instruction: Instruction) -> Instruction:
-        if not isinstance(instruction, Start):
-            return instruction
+    def in_graph(instruction: Start) -> Instruction:
         usable = instruction.prepared if instruction.program not in instruction.broken else None
         startable = None if usable is None else prepare(instruction.launch, usable, table)
         if startable is not None:
             started.append(startable)
         return StartInGraph(instruction.launch, instruction.places, startable, at=instruction.at)
 
-    instructions = tuple(in_graph(i) for i in prepared.instructions)
+    instructions = tuple([in_graph(i) if isinstance(i, Start) else i for i in prepared.instructions])
     head, rest = _divided(prepared, instructions, moved) if moved else (instructions, ())
-    there = _when_there(awaited, [_left_by(i) for i in head])
+    there = _when_there(awaited, map(_left_by, head))
     if there is None or sum(map(reaches_device, head[there:])) < WORTH_SENDING:
         there, awaited = None, ()
     sending: list[Sending] = []
@@ -149,10 +147,15 @@ def _left_by(instruction: Instruction) -> set[int]:
     return {instruction.number} if isinstance(instruction, Publish) else _made_by(instruction)
 
 
-def _when_there(awaited: tuple[int, ...], made: Sequence[set[int]]) -> int | None:
-    """How many steps it takes until all of these values are there; None if they never are, or there are none."""
-    places = [next((k + 1 for k, values in enumerate(made) if number in values), None) for number in awaited]
-    return max(places, default=None) if None not in places else None  # type: ignore[type-var]
+def _when_there(awaited: tuple[int, ...], made: Iterable[set[int]]) -> int | None:
+    """How many steps it takes until all of these values are there, given what each makes; None if they never are, or there are
+    none."""
+    missing = {*awaited}
+    for k, values in enumerate(made if missing else ()):
+        missing -= values
+        if not missing:
+            return k + 1
+    return None
 
 
 def _needs(instructions: Sequence[Instruction], graph: Graph) -> tuple[Value, ...]:
@@ -195,22 +198,23 @@ def _divided(
 def schedule_work(
     schedule: Schedule,
     table: SlotTable,
-    graph: Graph,
+    facts: GraphFacts,
     moved: frozenset[int] = frozenset(),
     awaited: tuple[int, ...] = (),
 ) -> Work:
     """A region's ops one by one; from the first that takes one of the numbers in `moved`, they are the tail if they can be."""
-    instructions, nbytes = schedule.instructions, most_in_use(graph)
-    cut = next((k for k, i in enumerate(instructions) if moved and reads(i.op, moved)), len(instructions))
+    instructions = schedule.instructions
+    cut = next((k for k, i in enumerate(instructions) if reads(i.op, moved)), len(instructions)) if moved else len(instructions)
     rest, tail = [i.op for i in instructions[cut:]], None
-    if rest and may_stay_outside(graph, rest, Places(graph).root):
-        left = Schedule(instructions[cut:])
-        schedule = Schedule(instructions[:cut])
+    if rest and may_stay_outside(facts.graph, rest, facts.places.root):
+        left = replace(schedule, instructions=instructions[cut:])
+        schedule = replace(schedule, instructions=instructions[:cut])
         tail = Tail(needs_of(rest), lambda values, scalars: replay(left, values, scalars))
-    there = _when_there(awaited, [{v.id for v in i.op.outputs} for i in schedule.instructions])
-    if there is None or sum(not i.op.starts_nothing for i in schedule.instructions[there:]) < WORTH_SENDING:
+    instructions, nbytes = schedule.instructions, schedule.nbytes
+    there = _when_there(awaited, ({v.id for v in i.op.outputs} for i in instructions))
+    if there is None or sum(not i.op.starts_nothing for i in instructions[there:]) < WORTH_SENDING:
         return Work(lambda values, scalars, send: replay(schedule, values, scalars), keep=[table], tail=tail, nbytes=nbytes)
-    head, then = Schedule(schedule.instructions[:there]), Schedule(schedule.instructions[there:])
+    head, then = replace(schedule, instructions=instructions[:there]), replace(schedule, instructions=instructions[there:])
 
     def run(values: list[Any], scalars: list[float], send: Sending) -> None:
         replay(head, values, scalars)

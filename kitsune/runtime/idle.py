@@ -38,6 +38,12 @@ def idle_bytes(device: torch.device) -> int:
     return int(reserved - allocated)
 
 
+def reserved_bytes(device: torch.device) -> int:
+    """Bytes that the allocator holds. (torch's own function for that first puts all that it knows into one list, in order.)"""
+    statistics = torch.cuda.memory_stats_as_nested_dict(device)
+    return int(statistics["reserved_bytes"]["all"]["current"]) if statistics else 0
+
+
 def has_room(device: torch.device) -> bool:
     """Would an eager step fit into the device's memory beside what is kept for recorded ones?"""
     if device.type != "cuda":

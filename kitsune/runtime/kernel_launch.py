@@ -89,17 +89,11 @@ class _Bound:
             self.values[position] = number = _number(parameter, kernel, accesses)
             self.aligned = self.aligned and (number % 16 == 0 or not getattr(parameter, "counts", True))
 
-    def reading(self, slots_at: int) -> "_Bound":
-        """The same with the table of moving numbers at that address."""
-        other = copy.copy(self)
-        other.values = self.values.copy()
-        for position, index in self.addresses:
-            other.values[position] = slots_at + 8 * index
-        return other
-
-    def fill(self, address: Callable[[Access], int], scalars: Sequence[float]) -> tuple[list[Any], bool]:
-        """The arguments of a start, and whether the aligned variant may run."""
+    def fill(self, address: Callable[[Access], int], scalars: Sequence[float], slots_at: int) -> tuple[list[Any], bool]:
+        """The arguments of a start with the table of moving numbers at that address, and whether the aligned variant may run."""
         values = self.values.copy()
+        for position, index in self.addresses:
+            values[position] = slots_at + 8 * index
         bits = 0
         for position, access, counts in self.pointers:
             values[position] = where = address(access)
@@ -162,9 +156,12 @@ class PreparedLaunch:
         self._variants: dict[bool, Compiled] = {}
         self._tables = Tables(self._device)
         self._n_numbers = 1 + max((index for bound in self._bound for _, index in bound.addresses), default=-1)
-        self._reads_table = self._n_numbers > 0
+        # Does it read from memory what a capture has elsewhere?
+        self.differs_in_graph = program.batched or self._n_numbers > 0
         # Of ordinary starts, by stream: a table on another stream might not be written yet.
-        self._numbers: dict[int, tuple[SlotTable, list[_Bound]]] = {}
+        self._numbers: dict[int, SlotTable] = {}
+        # Of captured ones: the address of the only table.
+        self._slots_at: int | None = None
 
     @property
     def likely(self) -> tuple[bool, bool] | None:
@@ -184,8 +181,7 @@ class PreparedLaunch:
         """For one capture: moving numbers are read from the table at that address, and what a batch reads from memory is
         written by `fill_tables` once the capture is over."""
         other = copy.copy(self)
-        other._bound = [bound.reading(slots_at) for bound in self._bound]
-        other._variants, other._tables, other._reads_table = {}, LaterTables(self._device, self._tables), False
+        other._variants, other._tables, other._slots_at = {}, LaterTables(self._device, self._tables), slots_at
         return other
 
     def load(self, like: "PreparedLaunch") -> None:
@@ -213,26 +209,26 @@ class PreparedLaunch:
         if not self._bound:
             return
         try:
-            bounds = self._read_from_table(scalars, stream) if self._reads_table else self._bound
+            if (slots_at := self._slots_at) is None:
+                slots_at = self._table_with(scalars, stream) if self._n_numbers else 0
             if self.program.batched:
-                self._start_batch(bounds, address, scalars, stream)
+                self._start_batch(address, scalars, slots_at, stream)
             else:
-                args, aligned = bounds[0].fill(address, scalars)
+                args, aligned = self._bound[0].fill(address, scalars, slots_at)
                 compiled = self._variant(aligned)
-                compiled.launch(-(-bounds[0].n // compiled.block), args, stream)
+                compiled.launch(-(-self._bound[0].n // compiled.block), args, stream)
         except (torch.OutOfMemoryError, KernelUnavailable, Pending):
             raise
         except Exception as error:
             raise self._unavailable("started", error) from error
 
-    def _read_from_table(self, scalars: Sequence[float], stream: int) -> list[_Bound]:
-        """The parameters for a table with these numbers, on the current stream."""
-        found = self._numbers.get(stream)
-        if found is None:
-            table = SlotTable(self._n_numbers, self._device)
-            found = self._numbers[stream] = (table, [bound.reading(table.address) for bound in self._bound])
-        found[0].set(scalars)
-        return found[1]
+    def _table_with(self, scalars: Sequence[float], stream: int) -> int:
+        """The address of a table with these numbers, on the current stream."""
+        table = self._numbers.get(stream)
+        if table is None:
+            table = self._numbers[stream] = SlotTable(self._n_numbers, self._device)
+        table.set(scalars)
+        return table.address
 
     def _variant(self, aligned: bool) -> Compiled:
         found = self._variants.get(aligned)
@@ -253,10 +249,10 @@ class PreparedLaunch:
             path = None
         return KernelUnavailable(f"The kernel {self.name} could not be {what}: {type(error).__name__}: {error}.", path)
 
-    def _start_batch(self, bounds: list[_Bound], address: Callable[[Access], int], scalars: Sequence[float], stream: int) -> None:
+    def _start_batch(self, address: Callable[[Access], int], scalars: Sequence[float], slots_at: int, stream: int) -> None:
         rows, all_aligned = [], True
-        for bound in bounds:
-            values, aligned = bound.fill(address, scalars)
+        for bound in self._bound:
+            values, aligned = bound.fill(address, scalars, slots_at)
             for position in bound.doubles:
                 values[position] = _bits(values[position])
             rows.append(values)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from kitsune.runtime.replay import prepare as schedule_of, replay
 class Prepared:
     """A plan, ready to run. `furnish` are the values in the arena that library calls need as tensors.
 
-    From instruction `first_commit` on a run cannot start again: inputs were written or random numbers drawn.
+    From instruction `first_commit` on a run cannot start again: inputs were written or random numbers drawn. `branches` are the
+    streams that its launches have in a CUDA graph, if they are several.
     """
 
     plan: Plan
@@ -30,6 +32,7 @@ class Prepared:
     furnish: tuple[Value, ...]
     first_commit: int
     device: torch.device
+    branches: Branches | None
 
 
 class PlanExecutor:
@@ -55,6 +58,7 @@ class PlanExecutor:
         places = Places(plan.graph)
         assembly = Assembly(plan, places, lambda launch: self._start(launch, places))
         instructions = tuple(assembly.instructions)
+        device, several = _device_of(plan), any(launch.stream for launch in plan.launches)
         commits = [k for k, instruction in enumerate(instructions) if instruction.commits]
         return Prepared(
             plan=plan,
@@ -63,7 +67,8 @@ class PlanExecutor:
             places=places,
             furnish=tuple(assembly.furnish.values()),
             first_commit=commits[0] if commits else len(instructions),
-            device=_device_of(plan),
+            device=device,
+            branches=Branches(plan.launches, device) if several and device.type == "cuda" else None,
         )
 
     def run(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> None:
@@ -89,10 +94,10 @@ class PlanExecutor:
             assert block is not None
             frame.move_in(block)
             frame.furnish(prepared, lambda frame: _furnish(prepared, frame))
-        if prepared.device.type == "cuda" and any(launch.stream for launch in prepared.plan.launches):
-            Branches(prepared.plan.launches, prepared.device).run(prepared.instructions, frame)
-        else:
+        if prepared.branches is None:
             _execute(prepared.instructions, frame, 0)
+        else:
+            prepared.branches.run(prepared.instructions, frame)
         return frame
 
     def _run_planned(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> bool:
@@ -206,6 +211,7 @@ def current_stream(device: torch.device) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
 
 
+@cache
 def stream_of(device: torch.device) -> Callable[[], int]:
     """The same, for those who ask at every replay."""
     if device.type != "cuda":

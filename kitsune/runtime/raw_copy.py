@@ -15,6 +15,8 @@ import torch
 RawCopy = Callable[[int, int, int], bool]
 
 
+# Worked out once: a graph has hundreds of results.
+@cache
 def raw_copy(device: torch.device) -> RawCopy:
     """Copies within the memory of one device."""
     if device.type == "cpu":
@@ -31,9 +33,8 @@ def raw_copy(device: torch.device) -> RawCopy:
     return on_device
 
 
-@cache
 def _of_driver() -> Any:
-    """The driver's function; None where there is none. Looked up once: a graph has hundreds of results."""
+    """The driver's function; None where there is none."""
     try:
         # It lets go of the GIL: the driver may wait for room in its queue.
         copy = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2

@@ -3,14 +3,15 @@
 Drops each value after its last use, as eager's reference counts would.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
-from kitsune.ir import Graph, Op
+from kitsune.ir import Graph, Op, TensorType
 from kitsune.runtime.calls import call
 
 # Below autograd these return what they are given. A training step of ResNet-50 has 262 of them among 794 ops.
@@ -28,9 +29,10 @@ class Instruction(NamedTuple):
 
 @dataclass(slots=True)
 class Schedule:
-    """A graph, ready to run."""
+    """A graph, ready to run. `nbytes` of memory are in use at most, of what the ops make."""
 
     instructions: tuple[Instruction, ...]
+    nbytes: int
 
 
 def prepare(graph: Graph) -> Schedule:
@@ -39,11 +41,11 @@ def prepare(graph: Graph) -> Schedule:
     seen = {v.id for v in graph.outputs} | {v.id for v in graph.inputs}
     one = _Tensors(graph)
     for op in reversed(graph.ops):
-        drops = [number for value in (*op.inputs, *op.outputs) if (number := value.id) not in seen]
+        drops = tuple([number for value in (*op.inputs, *op.outputs) if (number := value.id) not in seen])
         seen.update(drops)
         is_same = op.target in _SAME and one.joined(op.inputs[0].id, op.results[0].id)
-        instructions.append(Instruction(op, tuple(drops), is_same))
-    return Schedule(tuple(reversed(instructions)))
+        instructions.append(Instruction(op, drops, is_same))
+    return Schedule(tuple(reversed(instructions)), most_in_use(graph))
 
 
 class _Tensors:
@@ -52,14 +54,19 @@ class _Tensors:
     to be added, where it takes it detached."""
 
     def __init__(self, graph: Graph) -> None:
-        self._above: dict[int, int] = {}
+        self._above = {after.id: before.id for op in graph.ops for before, after in op.rewritten}
+        # By tensor, the ops that take it; of those that may be joined.
+        self._taken: dict[int, set[int]] = {}
         for op in graph.ops:
-            self._above.update((after.id, before.id) for before, after in op.rewritten)
-        # By tensor, the ops that take it.
-        self._taken: defaultdict[int, set[int]] = defaultdict(set)
+            if op.target in _SAME:
+                self._taken[self._of(op.inputs[0].id)] = set()
+                self._taken[self._of(op.results[0].id)] = set()
+        above, taken = self._above, self._taken
         for number, op in enumerate(graph.ops):
             for value in op.inputs:
-                self._taken[self._of(value.id)].add(number)
+                tensor = self._of(value.id) if value.id in above else value.id
+                if tensor in taken:
+                    taken[tensor].add(number)
         # By tensor, how many of its values are known outside.
         self._known = Counter(self._of(value.id) for value in {*graph.outputs, *graph.inputs})
 
@@ -79,7 +86,8 @@ class _Tensors:
         while value in self._above:
             way.append(value)
             value = self._above[value]
-        self._above.update(dict.fromkeys(way, value))
+        if way:
+            self._above.update(dict.fromkeys(way, value))
         return value
 
 
@@ -87,17 +95,25 @@ def most_in_use(graph: Graph) -> int:
     """Bytes that are in use at most, of what the ops make, if each value dies after its last use."""
     kept, given = {v.storage for v in graph.outputs}, {v.storage for v in graph.inputs}
     change = [0] * (len(graph.ops) + 1)
-    nbytes: dict[int, int] = {}
+    made: dict[int, TensorType] = {}
     last: dict[int, int] = {}
     for k, op in enumerate(graph.ops):
+        for value in op.inputs:
+            last[value.storage] = k + 1
         for value in op.outputs:
-            if value.storage not in nbytes and value.storage not in given:
-                nbytes[value.storage] = value.type.extent_bytes if value.type.device.type != "cpu" else 0
-                change[k] += nbytes[value.storage]
-        last.update((value.storage, k + 1) for value in (*op.inputs, *op.outputs))
-    for storage in nbytes.keys() - kept:
-        change[last[storage]] -= nbytes[storage]
+            if value.storage not in made and value.storage not in given:
+                made[value.storage] = value.type
+                change[k] += _extents(value.type)
+            last[value.storage] = k + 1
+    for storage in made.keys() - kept:
+        change[last[storage]] -= _extents(made[storage])
     return max(accumulate(change))
+
+
+# Types are few, and this is asked twice of every value that an op makes.
+@lru_cache(4096)
+def _extents(type_: TensorType) -> int:
+    return type_.extent_bytes if type_.device.type != "cpu" else 0
 
 
 def replay(schedule: Schedule, values: list[Any], scalars: list[float]) -> None:

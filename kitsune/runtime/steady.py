@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Graph, Kind, Pending, lent_memory
-from kitsune.runtime.capturable import why_not_captured, why_not_moving
+from kitsune.ir import Kind, Pending, lent_memory
+from kitsune.runtime.capturable import GraphFacts, why_not_moving
 from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, TailFailed
 from kitsune.runtime.cuda_graph import GraphRecorder
 from kitsune.runtime.page_reader import PageReader
@@ -71,17 +71,17 @@ class SteadyState:
         # The least recently replayed first.
         self._kept: OrderedDict[Steady, Captured] = OrderedDict()
 
-    def region(self, graph: Graph, make_work: MakeWork, provisional: bool = False, before: Steady | None = None) -> Steady:
+    def region(self, facts: GraphFacts, make_work: MakeWork, provisional: bool = False, before: Steady | None = None) -> Steady:
         """What is to be passed to `run` with each run of a region. `before` was passed until now, when it was run in another way:
         its graph is dropped, and what is known of its inputs stays known."""
-        region = Steady(graph, make_work, provisional)
+        region = Steady(facts, make_work, provisional)
         if before is not None:
             self._take_over(region, before)
-        if all(op.kind is Kind.VIEW for op in graph.ops):
+        if all(op.kind is Kind.VIEW for op in facts.graph.ops):
             # Nothing is lost, and nobody needs to hear of it.
             region.refusal = "The region starts nothing on the device."
-        elif reason := why_not_captured(graph, self.device):
-            self._refuse(region, reason)
+        elif facts.refusal is not None:
+            self._refuse(region, facts.refusal)
         return region
 
     def _take_over(self, region: Steady, before: Steady) -> None:
@@ -154,7 +154,7 @@ class SteadyState:
     def _inputs_moved(self, region: Steady, values: list[Any], numbers: list[int]) -> Outcome:
         foreign = [n for n in numbers if lent_memory(values[n]) is None]
         region.changes.update(foreign)
-        movable = all(region.changes[n] > 1 and why_not_moving(region.graph, n, values[n]) is None for n in numbers)
+        movable = all(region.changes[n] > 1 and why_not_moving(region.facts, n, values[n]) is None for n in numbers)
         if movable:
             region.moving.update(numbers)
         return Outcome.CAPTURE if movable else Outcome.OBSERVE
@@ -189,7 +189,7 @@ class SteadyState:
         apart = [n for n, a, b in zip(region.inputs, before, region.addresses, strict=True) if a != b and n not in region.moving]
         if not apart:
             return True
-        reasons = [why_not_moving(region.graph, n, values[n]) for n in apart]
+        reasons = [why_not_moving(region.facts, n, values[n]) for n in apart]
         reason = next((r for r in reasons if r is not None), None)
         # What another region's graph returns will be at one address, as soon as both are captured.
         if reason is not None or any(lent_memory(values[n]) is not None for n in apart):
@@ -234,7 +234,7 @@ class SteadyState:
             self._drop(region)
             self._refuse(region, f"Its graph needs {captured.nbytes / 2**20:.0f} MiB, more than `graph_memory` allows.")
             return False
-        self.told.captured(len(region.graph.ops), captured.nbytes)
+        self.told.captured(len(region.facts.graph.ops), captured.nbytes)
         return True
 
     def _record_twice(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> Captured:
@@ -254,7 +254,7 @@ class SteadyState:
         if region.provisional and region.moved and work.tail is None:
             raise NotCaptured("Numbers that move would be baked in, and kernels that can read them are on their way.")
         moving = frozenset(region.moving)
-        return Captured(region.graph, work, table, self.recorder, values, scalars, moving, self.told.moved, self.reader())
+        return Captured(region.facts, work, table, self.recorder, values, scalars, moving, self.told.moved, self.reader())
 
     def _drop(self, region: Steady) -> None:
         captured = self._kept.pop(region, None)
@@ -268,9 +268,10 @@ class SteadyState:
             return
         self.told.refused(reason)
         if mended:
+            n_ops = len(region.facts.graph.ops)
             self.report(
-                f"A region of {len(region.graph.ops)} operators cannot be replayed as a CUDA graph, so it is launched operator "
-                f"by operator. {reason}"
+                f"A region of {n_ops} operators cannot be replayed as a CUDA graph, so it is launched operator by operator. "
+                f"{reason}"
             )
 
 

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kitsune.ir import Graph
-from kitsune.runtime.capturable import used_inputs
+from kitsune.runtime.capturable import GraphFacts
 from kitsune.runtime.captured import Captured, Work
 from kitsune.runtime.slots import SlotTable
 
@@ -14,14 +13,13 @@ MakeWork = Callable[[SlotTable, frozenset[int]], Work]
 
 @dataclass(slots=True, eq=False)
 class Steady:
-    """What is known of the runs of one region. `graph` is what runs, without dead code; `make_work(table, moved)` what is
-    captured, given the numbers that have been seen to move."""
+    """What is known of the runs of one region. `facts` are of what runs, without dead code; `make_work(table, moved)` makes what
+    is captured, given the numbers that have been seen to move."""
 
-    graph: Graph
+    facts: GraphFacts
     make_work: MakeWork
     # Is another way to run the region being prepared? What is found out about this one is then told to nobody.
     provisional: bool = False
-    inputs: tuple[int, ...] = ()
     captured: Captured | None = None
     # Why it is not captured any more.
     refusal: str | None = None
@@ -41,5 +39,7 @@ class Steady:
     changes: Counter[int] = field(default_factory=Counter)
     moving: set[int] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self.inputs = used_inputs(self.graph)
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The numbers of the inputs that are used."""
+        return self.facts.inputs

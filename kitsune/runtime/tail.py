@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kitsune.ir import Graph, Op, Value, slots_in
+from kitsune.ir import Graph, Op, Value, reads_slots, slots_in
 
 # What is launched one by one must be little beside what the graph launches at once: an optimizer's update is some twenty ops.
 FEW = 32
@@ -26,7 +26,8 @@ class Tail:
 
 def reads(op: Op, moved: frozenset[int]) -> bool:
     """Does an op take one of these moving numbers?"""
-    return any(slot.index in moved for slot in slots_in((op.args, op.kwargs)))
+    # Most take none.
+    return reads_slots(op) and any(slot.index in moved for slot in slots_in((op.args, op.kwargs)))
 
 
 def may_stay_outside(graph: Graph, tail: Sequence[Op], root_of: Mapping[int, Value]) -> bool:

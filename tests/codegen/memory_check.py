@@ -136,20 +136,22 @@ class Check:
         self.may_read(at, at + tensor.nbytes)
         return at
 
-    def numbers(self, reading: Callable[..., Any], bound: Any, slots_at: int) -> Any:
-        """In place of what binds parameters to a table of moving numbers."""
-        self.may_read(slots_at, slots_at + 8 * (1 + max((index for _, index in bound.addresses), default=-1)))
-        return reading(bound, slots_at)
+    def arguments(self, fill: Callable[..., Any], bound: Any, address: Any, scalars: Any, slots_at: int) -> Any:
+        """In place of what makes the arguments of a start, a table of moving numbers among them."""
+        if bound.addresses:
+            self.may_read(slots_at, slots_at + 8 * (1 + max(index for _, index in bound.addresses)))
+        return fill(bound, address, scalars, slots_at)
 
     def may_read(self, start: int, end: int) -> None:
-        self.tables.append((start, end))
+        if (start, end) not in self.tables:
+            self.tables.append((start, end))
         if self.now is not None:
             self.now.readable.append((start, end))
 
 
 def watch() -> Check:
     """Look at all launches of this process from now on."""
-    check, start, reading = Check(), PreparedLaunch.start, kernel_launch._Bound.reading
+    check, start, fill = Check(), PreparedLaunch.start, kernel_launch._Bound.fill
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
@@ -165,7 +167,7 @@ def watch() -> Check:
 
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     PreparedLaunch.start = lambda self, *args: check.watched(start, self, *args)  # type: ignore[method-assign]
-    kernel_launch._Bound.reading = lambda self, at: check.numbers(reading, self, at)  # type: ignore[method-assign]
+    kernel_launch._Bound.fill = lambda self, *args: check.arguments(fill, self, *args)  # type: ignore[method-assign]
     kernel_launch.data_ptr = check.table  # type: ignore[assignment]
     return check
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import kitsune
-from kitsune.ir import Graph
+from kitsune.ir import Graph, Operand, OutputSpec, Result, describe_result, type_of
+from kitsune.lazy import Recorder
 from tests.plan.recorded import record
 
 
@@ -104,6 +105,70 @@ def test_an_op_knows_its_line() -> None:
     site = graph.ops[0].site
     assert site is not None
     assert site.file == __file__
+
+
+def test_ops_of_one_call_have_its_line_and_what_a_hook_does_in_the_middle_of_it_has_the_hooks() -> None:
+    x, classes = torch.ones(2, 3, requires_grad=True), torch.tensor([0, 2])
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.neg() if tensor.is_floating_point() else tensor
+
+    def program() -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(pack, torch.neg):
+            return torch.nn.functional.cross_entropy(x, classes)
+
+    def line(function: Any) -> int:
+        return int(function.__code__.co_firstlineno)
+
+    places = {"_log_softmax": line(program) + 2, "nll_loss_forward": line(program) + 2, "neg": line(pack) + 1}
+    ops = record(program, warmup=1).ops
+    names = [op.target._opname for op in ops]
+    assert names.index("_log_softmax") < names.index("neg") < names.index("nll_loss_forward")
+    for op in ops:
+        assert op.site is not None and op.site.line == places[op.target._opname], op
+
+
+def test_calls_at_two_lines_are_told_apart_though_each_line_is_looked_for_once() -> None:
+    x = torch.ones(2, 3)
+
+    def program() -> Any:
+        y = x.softmax(1)
+        return torch.nn.functional.cross_entropy(y, torch.ones(2, dtype=torch.long))
+
+    lines = {op.target._opname: op.site.line for op in record(program, warmup=1).ops if op.site is not None}
+    first = program.__code__.co_firstlineno
+    assert lines["_softmax"] == first + 1
+    assert lines["_log_softmax"] == lines["nll_loss_forward"] == first + 2
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_an_op_that_came_to_nothing_has_written_nothing(warmup: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, emit = torch.zeros(2), Recorder.emit
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.setattr(Recorder, "emit", emit)
+        raise KeyboardInterrupt
+
+    def program() -> Any:
+        y = x + 1
+        monkeypatch.setattr(Recorder, "emit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            y.add_(1)
+        return y.mul_(2)
+
+    graph = record(program, warmup=warmup)
+    assert [str(op.target) for op in graph.ops] == ["aten.add.Tensor", "aten.mul_.Tensor"]
+    assert [v.version for op in graph.ops for v in op.outputs] == [0, 1]
+
+
+def test_a_result_is_an_operand_or_new_and_knows_whose_memory_it_shares() -> None:
+    x, y = torch.zeros(4), torch.zeros(4)
+    view, base = y[1:], torch.zeros(4)
+    spec, new = describe_result((x, [view, base], base[1:], None), [y, x, x], type_of)
+    assert spec.structure == (Operand(1), [Result(0), Result(1)], Result(2), None)
+    assert [alias for _, alias in spec.results] == [0, None, -2]
+    assert new[0] is view and new[1] is base and len(new) == 3
+    assert describe_result(x, [y, x, x], type_of) == (OutputSpec((), Operand(1)), [])
 
 
 def test_observed_and_recorded_graphs_are_equal() -> None:

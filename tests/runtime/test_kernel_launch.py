@@ -103,7 +103,7 @@ def test_streams_have_tables_of_their_own() -> None:
     launch, _ = launches(1)
     launch.start(anywhere, [1.0, 1.0], 0)
     launch.start(anywhere, [2.0, 2.0], 7)
-    assert [t.memory.tolist() for t, _ in launch._numbers.values()] == [[1.0, 1.0], [2.0, 2.0]]
+    assert [t.memory.tolist() for t in launch._numbers.values()] == [[1.0, 1.0], [2.0, 2.0]]
 
 
 def test_a_capture_reads_the_table_that_it_was_given() -> None:

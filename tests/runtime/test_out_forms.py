@@ -92,7 +92,7 @@ def op_of(target: Any, *args: Any) -> tuple[Op, list[Any]]:
 
     op_args = tuple(bound(a) for a in args)
     row: OpRow = describe(target)
-    spec = describe_result(target(*args), tensors, type_of)
+    spec, _ = describe_result(target(*args), tensors, type_of)
     n = len(values)
     results = tuple(Value(n + k, type_, n + k) for k, (type_, _) in enumerate(spec.results))
     rewritten = ((values[0], Value(n, values[0].type, 0, 1)),) if isinstance(spec.structure, Operand) else ()

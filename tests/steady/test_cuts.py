@@ -85,7 +85,7 @@ def two_questions(t: Loop, k: int) -> None:
 @loop(1)
 def then_scaled(t: Loop, k: int) -> None:
     loss = t.loss(k)
-    t.found.append(loss.tolist())
+    t.found.append(loss.item())
     (loss * 0.5).backward()
     t.update()
 
@@ -228,14 +228,13 @@ def test_a_number_that_is_read_now_and_then(every: int) -> None:
 def test_a_step_that_is_given_up_behind_its_cut() -> None:
     def step(t: Loop, k: int) -> None:
         loss = t.loss(k)
-        if loss.item() < 1.1:
+        if loss.item() > 0 and k % 3 != 1:
             loss.backward()
             t.update()
 
     expected, _ = run(step, contextlib.nullcontext())
     got, counts = run(step, kitsune.accelerate(device="cpu"))
-    n_backwards = [c[1] for c in counts]
-    assert got == expected and 0 < sum(n_backwards) < STEPS - 2
+    assert got == expected and [c[1:3] for c in counts[-3:]] == [[1, 0], [0, 0], [0, 0]], counts
 
 
 def test_losses_without_a_backward_are_regions_of_their_own_soon() -> None:
@@ -303,4 +302,5 @@ def test_an_error_behind_a_cut_leaves_the_program_as_in_eager() -> None:
 
     expected, _ = run(step, contextlib.nullcontext())
     got, counts = run(step, kitsune.accelerate(device="cpu"))
-    assert got == expected and counts[-1][1:3] == [1, 0]
+    # What fails is made for real, with the graph of what was before it.
+    assert got == expected and counts[-1][1:3] == [0, 1]
