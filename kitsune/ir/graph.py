@@ -204,6 +204,8 @@ class OpRow:
     functional: OpOverload | None = None
     # The result's shape depends on values if an operand is a mask.
     counts_masks: bool = False
+    # Made of other operators, and seen as a whole where autograd does not take it apart: in inference mode.
+    composite: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
