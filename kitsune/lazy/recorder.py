@@ -225,10 +225,10 @@ class Recorder(Recording):
         self.paused += 1
         self.rows = {}
 
-    def resume(self) -> None:
-        """Undo one `pause`."""
+    def resume(self, n: int | None = None) -> None:
+        """Undo one `pause`, or all but `n`."""
         self.known.forget()
-        self.paused -= 1
+        self.paused = self.paused - 1 if n is None else n
 
     def _detour(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """What an op needs that may not be recorded: its result, or RECORD where it is recorded after all."""
