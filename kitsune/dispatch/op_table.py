@@ -84,13 +84,13 @@ def describe(target: OpOverload) -> OpRow:
         scalars_move=kind is Kind.POINTWISE and Tag.nondeterministic_seeded not in target.tags and name not in CHECKS_SCALAR,
         trusted=known or name in TRUSTED or returns_operands,
         in_place=in_place,
+        composite=composite,
         detour=barrier is not None or in_place or kind is Kind.VIEW or composite,
         is_view=kind is Kind.VIEW,
         sees_grad_mode=kind is Kind.EXTERN,
         bumps=name.startswith("_foreach_") and in_place and not _has_version_kernel(target),
         functional=_functional(target, name),
         counts_masks=name in COUNTS_MASKS,
-        composite=composite,
     )
 
 
