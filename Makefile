@@ -1,7 +1,8 @@
 # make demo    train two small models, eager and under Kitsune, and compare
 # make test    lint and types where the tools are there, then the tests
 # make test-full  every sample of torch's databases of operators, modules and optimizers, some 100,000; SHARD=2/4 runs the second
-#                 of four shards, and `python -m tests.parity.sweep --merge sweep-*.jsonl` adds up what they wrote
+#                 of four shards, and `python -m tests.parity.sweep --merge sweep-*.jsonl` adds up what they wrote; and 2,000
+#                 training programs that are put together from parts (tests/steady/mixed.py), MIXED="--runs 100" fewer
 # make schedules  the plans of 10,000 random graphs on several streams, and of each with one wait after the other left out
 # make mutants    320 small mistakes in the planner and in what renders kernels: does a test find each? an hour or two on one core
 # make coverage   which lines of Kitsune the tests run, on one core
@@ -51,6 +52,7 @@ test: lint
 SHARD ?= 1/1
 test-full: $(READY)
 	@OMP_NUM_THREADS=1 $(RUN) -m tests.parity.sweep --shard $(SHARD) --out sweep-$(subst /,-of-,$(SHARD)).jsonl $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -W ignore -m tests.steady.mixed --shard $(SHARD) --out mixed-$(subst /,-of-,$(SHARD)).jsonl $(MIXED)
 
 schedules: $(READY)
 	@OMP_NUM_THREADS=1 $(RUN) -W ignore -m tests.property.schedules --graphs 10000 --out schedules.jsonl $(ARGS)

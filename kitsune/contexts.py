@@ -46,7 +46,15 @@ _forced_eager = False
 _on_new = "record"
 
 
-def entered(context: T, pipeline: Pipeline | None, stack: list[Pipeline | None]) -> T:
+class Entry:
+    """What a context has entered: its pipeline, and once it is being left, how many contexts of the pipeline stay open."""
+
+    def __init__(self, pipeline: Pipeline | None) -> None:
+        self.pipeline = pipeline
+        self.rest: int | None = None
+
+
+def entered(context: T, pipeline: Pipeline | None, stack: list[Entry]) -> T:
     """The context, which is open in this thread now and has its pipeline on its stack; or neither, where an interrupt has come:
     that may be at any line, and Python calls no `__exit__` of what was not entered."""
     n, depth = len(stack), 0 if pipeline is None else here.depth.get(pipeline, 0)
@@ -55,14 +63,26 @@ def entered(context: T, pipeline: Pipeline | None, stack: list[Pipeline | None])
             here.depth[pipeline] = depth + 1
             if not depth:
                 _open_first(pipeline)
-        stack.append(pipeline)
+        stack.append(Entry(pipeline))
         return context
     except BaseException:
         del stack[n:]
         if pipeline is not None:
             here.depth[pipeline] = depth + 1
-            close_context(pipeline)
+            _close(pipeline, depth)
         raise
+
+
+def left(stack: list[Entry], n: int) -> None:
+    """The `n`th entry of this stack is left in this thread, and what it recorded has been run. After an interrupt at any line it
+    may be called again, and does the rest."""
+    while len(stack) >= n:
+        entry = stack[-1]
+        if entry.pipeline is not None:
+            if entry.rest is None:
+                entry.rest = here.depth.get(entry.pipeline, 1) - 1
+            _close(entry.pipeline, entry.rest)
+        stack.pop()
 
 
 def _open_first(pipeline: Pipeline) -> None:
@@ -84,13 +104,13 @@ def _open_first(pipeline: Pipeline) -> None:
         _turn_on(pipeline)
 
 
-def close_context(pipeline: Pipeline) -> None:
-    """A context is left in this thread; what it recorded has been run. It may be open in part."""
-    here.depth[pipeline] -= 1
-    if here.depth[pipeline]:
+def _close(pipeline: Pipeline, rest: int) -> None:
+    """A context is left in this thread, and `rest` of them stay open. It may be open in part."""
+    if rest:
+        here.depth[pipeline] = rest
         return
     try:
-        if pipeline.on:
+        if pipeline.on or pipeline.closing:
             _turn_off(pipeline)
     finally:
         _closed(pipeline)
@@ -98,25 +118,25 @@ def close_context(pipeline: Pipeline) -> None:
 
 def _closed(pipeline: Pipeline) -> None:
     """The thread is as plain PyTorch has it, or as an outer context has it."""
-    del here.depth[pipeline]
-    if here.depth:
-        outer = next(reversed(here.depth))
-        if outer.on:
-            outer.follow()
-    elif _gated() and not pipeline.insists:
-        pipeline.gate.end_of_context()
     with _lock:
         _open.discard(pipeline)
         if not _open:
             _step_hook.take_off()
             threshold.end()
+    was_open = here.depth.pop(pipeline, 0)
+    if here.depth:
+        outer = next(reversed(here.depth))
+        if outer.on:
+            outer.follow()
+    elif was_open and _gated() and not pipeline.insists:
+        pipeline.gate.end_of_context()
 
 
 def _turn_on(pipeline: Pipeline) -> None:
     """Take the ops of this thread from here on."""
     first = not any(other.on for other in here.depth)
     # Before anything else: whatever has come to be done by an interrupt, `_turn_off` undoes.
-    pipeline.on = True
+    pipeline.on, pipeline.closing = True, False
     pipeline.recorder.on_new = _on_new
     pipeline.recorder.restart()
     open_doors(pipeline.recorder)
@@ -132,11 +152,11 @@ def _turn_on(pipeline: Pipeline) -> None:
 
 def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
     """Leave this thread as plain PyTorch has it, with no mode and no door; nothing may be pending."""
-    # Each is done whatever becomes of the others: an interrupt may come at any line.
+    # Each is done whatever becomes of the others: an interrupt may come at any line. Then all is done again.
     try:
         try:
             try:
-                pipeline.on = False
+                pipeline.on, pipeline.closing = False, True
                 if not pipeline.leave(for_good) and not pipeline.left_behind:
                     pipeline.left_behind = True
                     pipeline.recorder.pause()
@@ -145,7 +165,9 @@ def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
         finally:
             close_doors(pipeline.recorder, for_good)
     finally:
-        settle_grads(pipeline.recorder.take_leaves())
+        settle_grads(pipeline.recorder.leaves.living())
+        pipeline.recorder.take_leaves()
+    pipeline.closing = False
 
 
 def _restore_views() -> None:

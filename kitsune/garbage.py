@@ -70,6 +70,8 @@ class Threshold:
             self._was_open = False
 
     def _restore(self) -> None:
-        before, self._before = self._before, None
+        before = self._before
         if before is not None and gc.get_threshold() == self._ours:
             gc.set_threshold(*before)
+        # Last of all, since an interrupt may come at any line.
+        self._before = None

@@ -97,6 +97,8 @@ class Pipeline:
         self.follows = False
         # Does it take this thread's ops now? Not while the steps of an open context are left to eager.
         self.on = False
+        # Does it no more, and is not done with what that takes?
+        self.closing = False
         # A static function is being learned: its steps are recorded, whatever the gate says of those that Python goes through.
         self.insists = False
         # Of the recorder, when a region last ended.

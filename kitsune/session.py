@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar, overload
@@ -10,7 +9,8 @@ from typing import Any, ParamSpec, TypeVar, overload
 import torch
 
 from kitsune.config import checked, config
-from kitsune.contexts import close_context, entered, everyone, here as _thread
+from kitsune.contexts import Entry, entered, everyone, here as _thread, left
+from kitsune.disabling import check_callable, disable
 from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
@@ -49,22 +49,31 @@ class Accelerate:
         return entered(self, self.pipeline(), self._stack())
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        pipeline = self._stack().pop()
-        if pipeline is None:
-            return
+        # At this line an interrupt finds nothing begun, and the context stays open.
+        n = len(self._entered.stack)
         try:
-            pipeline.recorder.flush(Barrier.EXIT)
+            try:
+                self._finish(self._entered.stack[-1].pipeline, error)
+            finally:
+                left(self._entered.stack, n)
+        finally:
+            # An interrupt may have come at any line of it.
+            left(self._entered.stack, n)
+
+    def _finish(self, pipeline: Pipeline | None, error: BaseException | None) -> None:
+        """Run what is pending."""
+        try:
+            if pipeline is not None:
+                pipeline.recorder.flush(Barrier.EXIT)
         except Exception as second:
             # The error on its way out is the one that the program made; that of the flush is told with it.
             if error is None:
                 raise
             if hasattr(error, "add_note"):
                 error.add_note(f"and while leaving kitsune.accelerate(): {type(second).__name__}: {second}")
-        finally:
-            close_context(pipeline)
 
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
-        _check_callable(fn)
+        check_callable(fn)
         if self._static:
             call = StaticFunction(fn, Accelerate(self._warmup, self._device, options=self._options), self._audit).call
 
@@ -82,10 +91,10 @@ class Accelerate:
 
         return accelerated
 
-    def _stack(self) -> list[Pipeline | None]:
+    def _stack(self) -> list[Entry]:
         if not hasattr(self._entered, "stack"):
             self._entered.stack = []
-        stack: list[Pipeline | None] = self._entered.stack
+        stack: list[Entry] = self._entered.stack
         return stack
 
     def pipeline(self) -> Pipeline | None:
@@ -175,43 +184,6 @@ def accelerate(
     return context if fn is None else context(fn)
 
 
-class Disable:
-    """`with kitsune.disable():` and `@kitsune.disable`: the code inside runs as plain PyTorch."""
-
-    def __init__(self) -> None:
-        self._entered = threading.local()
-
-    def __enter__(self) -> "Disable":
-        pipelines = list(_thread.depth)
-        for pipeline in pipelines:
-            pipeline.recorder.flush(Barrier.DISABLE)
-            pipeline.recorder.pause()
-        self._entered.stack = [*getattr(self._entered, "stack", []), pipelines]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for pipeline in self._entered.stack.pop():
-            pipeline.recorder.resume()
-
-
-@overload
-def disable(fn: None = None) -> Disable: ...
-@overload
-def disable(fn: Callable[P, R]) -> Callable[P, R]: ...
-def disable(fn: Any = None) -> Any:
-    """Run a function, or what is inside `with kitsune.disable():`, as plain PyTorch within an accelerated program."""
-    if fn is None:
-        return Disable()
-    _check_callable(fn)
-
-    @functools.wraps(fn)
-    def disabled(*args: Any, **kwargs: Any) -> Any:
-        with Disable():
-            return fn(*args, **kwargs)
-
-    return disabled
-
-
 def flush() -> None:
     """Run what is pending in this thread now."""
     for pipeline in list(_thread.depth):
@@ -261,18 +233,6 @@ def trace_regions() -> Iterator[list[Graph]]:
         yield graphs
     finally:
         listeners.remove(graphs.append)
-
-
-def _check_callable(fn: Any) -> None:
-    if isinstance(fn, torch.optim.Optimizer):
-        raise TypeError("accelerate() takes a function; wrap an optimizer in kitsune.KitsuneOptimizer(...) instead.")
-    if not callable(fn) or isinstance(fn, type):
-        raise TypeError(f"accelerate and disable decorate functions, but got {fn!r}. For a block of code use `with`.")
-    if inspect.isgeneratorfunction(fn) or inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
-        raise TypeError(
-            f"{fn.__name__} is a generator or a coroutine: its body runs after the call has returned, outside of the context. "
-            "Put `with kitsune.accelerate():` inside its body."
-        )
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

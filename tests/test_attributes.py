@@ -91,3 +91,23 @@ def test_another_dtype_is_read_where_the_tensor_was_used_before() -> None:
     expected = step(x)
     with kitsune.config.patch(gate=False), kitsune.accelerate(device="cpu"):
         assert [step(x) for _ in range(4)] == [expected] * 4
+
+
+def test_parts_of_a_complex_result_are_set_as_in_eager() -> None:
+    """C++ writes them by operators that are no call of the API."""
+
+    def parts() -> list[torch.Tensor]:
+        x = (torch.zeros(3, dtype=torch.cfloat) + 1j).requires_grad_()
+        z = x * 2
+        z.real = torch.arange(3.0)
+        z[1:].imag = torch.ones(2)
+        z.abs().sum().backward()
+        assert x.grad is not None
+        return [z.detach(), x.grad]
+
+    expected = parts()
+    for warmup in (0, 1):
+        kitsune.reset()
+        with kitsune.accelerate(device="cpu", warmup=warmup):
+            found = [t for _ in range(4) for t in parts()]
+        assert all(torch.equal(a, b) for a, b in zip(expected * 4, found, strict=True))

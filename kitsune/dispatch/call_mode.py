@@ -20,8 +20,10 @@ class CallMode(TorchFunctionMode):
         if self not in _get_current_function_mode_stack():
             return False
         above = []
-        while (mode := _pop_mode()) is not self:
-            above.append(mode)
-        for mode in reversed(above):
-            _push_mode(mode)
+        try:
+            while (mode := _pop_mode()) is not self:
+                above.append(mode)
+        finally:
+            for mode in reversed(above):
+                _push_mode(mode)
         return True

@@ -36,8 +36,10 @@ class RecordMode(TorchDispatchMode):
         """A context for calls that autograd and this mode are to see, also where an op is handled or somebody hides modes."""
         hidden = self not in _get_current_dispatch_mode_stack()
         include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        # Autocast stays as it is: it is off where its key is excluded.
-        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD - _BITS):
+        # In inference mode there is no autograd, only who counts writes and makes views. Autocast stays as it is: it is off where
+        # its key is excluded.
+        above = _VIEWS if torch.is_inference_mode_enabled() else _AUTOGRAD
+        with torch._C._ForceDispatchKeyGuard(include, exclude - above - _BITS):
             if hidden:
                 self.enter()
             try:
@@ -60,10 +62,12 @@ class RecordMode(TorchDispatchMode):
         if self not in _get_current_dispatch_mode_stack():
             return False
         above = []
-        while (mode := _pop_mode()) is not self:
-            above.append(mode)
-        for mode in reversed(above):
-            _push_mode(mode)
+        try:
+            while (mode := _pop_mode()) is not self:
+                above.append(mode)
+        finally:
+            for mode in reversed(above):
+                _push_mode(mode)
         return True
 
 
@@ -82,7 +86,10 @@ def foreign_modes() -> list[TorchDispatchMode]:
 # An op is recorded below autograd and autocast. Running it later must not meet them again: no second version bump, no cast
 # by an autocast that was not on when it was recorded.
 _ABOVE = DispatchKeySet(DispatchKey.Python)
-for _name in ("PythonTLSSnapshot", "ADInplaceOrView", "AutogradOther", "AutogradCPU", "AutogradCUDA", "AutogradMeta"):
+for _name in ("PythonTLSSnapshot", "ADInplaceOrView"):
+    _ABOVE = _ABOVE | DispatchKeySet(getattr(DispatchKey, _name))
+_VIEWS = _ABOVE
+for _name in ("AutogradOther", "AutogradCPU", "AutogradCUDA", "AutogradMeta"):
     _ABOVE = _ABOVE | DispatchKeySet(getattr(DispatchKey, _name))
 _AUTOGRAD = _ABOVE
 for _name in ("AutocastCPU", "AutocastCUDA"):
@@ -108,6 +115,8 @@ def below_autograd() -> Any:
 
 @contextlib.contextmanager
 def _outside_inference(guard: Any) -> Iterator[None]:
-    # What was recorded before inference mode was entered may be run inside of it, and must not become inference tensors.
-    with torch.inference_mode(False), guard:
+    # What was recorded before inference mode was entered may be run inside of it, and must not become inference tensors. To leave
+    # the mode switches gradients on, by which some kernels choose how they compute (LSTM's on a CPU).
+    graded = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(graded), guard:
         yield

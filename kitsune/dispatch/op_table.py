@@ -71,6 +71,7 @@ def describe(target: OpOverload) -> OpRow:
     kind = _kind(target, name)
     writes = _writes(target, name)
     in_place = bool(writes) and name not in UNDECLARED_WRITES
+    composite = _is_composite(target)
     barrier = _barrier(target, name)
     known = kind is not Kind.EXTERN and name not in UNTRUSTED_VIEW
     returns_operands = in_place and all(r.alias_info and r.alias_info.is_write for r in target._schema.returns)
@@ -83,7 +84,8 @@ def describe(target: OpOverload) -> OpRow:
         scalars_move=kind is Kind.POINTWISE and Tag.nondeterministic_seeded not in target.tags and name not in CHECKS_SCALAR,
         trusted=known or name in TRUSTED or returns_operands,
         in_place=in_place,
-        detour=barrier is not None or in_place or kind is Kind.VIEW,
+        composite=composite,
+        detour=barrier is not None or in_place or kind is Kind.VIEW or composite,
         is_view=kind is Kind.VIEW,
         sees_grad_mode=kind is Kind.EXTERN,
         bumps=name.startswith("_foreach_") and in_place and not _has_version_kernel(target),
@@ -118,7 +120,16 @@ def _writes(target: OpOverload, name: str) -> tuple[tuple[int, str], ...]:
 
 
 def _has_version_kernel(target: OpOverload) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "ADInplaceOrView"))
+    return _has_kernel(target, "ADInplaceOrView")
+
+
+def _has_kernel(target: OpOverload, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key))
+
+
+def _is_composite(target: OpOverload) -> bool:
+    own = (_has_kernel(target, key) for key in ("CPU", "CUDA", "ADInplaceOrView"))
+    return target.namespace == "aten" and _has_kernel(target, "CompositeImplicitAutograd") and not any(own)
 
 
 def _functional(target: OpOverload, name: str) -> OpOverload | None:

@@ -194,6 +194,8 @@ class OpRow:
     scalars_move: bool = False
     trusted: bool = False
     in_place: bool = False
+    # Made of other operators, and seen as a whole where autograd does not take it apart: in inference mode.
+    composite: bool = False
     # Has a barrier, or may be a host counter: look twice before it is recorded.
     detour: bool = False
     # A view: of a tensor that only comes in, it is made at once.

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,10 @@ class Quiet:
         while self.is_on and not closing():
             time.sleep(LOOK_S)
 
+    def alone(self) -> None:
+        """No other thread is there: in a forked child, which has inherited what they were in the middle of."""
+        self._busy &= {threading.get_ident()}
+
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
         """Something that cannot be interrupted is going on."""
@@ -59,3 +64,4 @@ class Quiet:
 
 
 quiet = Quiet()
+os.register_at_fork(after_in_child=quiet.alone)

@@ -14,18 +14,19 @@ from kitsune.lazy.at_once import pass_through
 from kitsune.lazy.cell import Cell, serial_of
 from kitsune.lazy.constants import MOVES, UNKNOWN, constant
 from kitsune.lazy.first_sight import Call, first_sight
-from kitsune.lazy.hands_off import WHOLE_VIEWS
 from kitsune.lazy.host_counts import are_counts
 from kitsune.lazy.new_state import make_state
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
+from kitsune.lazy.strays import take_stray
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import GENERAL, ONE, SELF, Node
 from kitsune.lazy.used_again import keep
+from kitsune.lazy.views import RECORD, infers, take_view
 
 # Constants that compare and hash as they mean. Booleans and floats do not: 1 == True == 1.0.
 CONSTANTS = frozenset({int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
-TRUE, FALSE, FLOAT, RECORD = object(), object(), object(), object()
+TRUE, FALSE, FLOAT = object(), object(), object()
 
 
 class Recorder(Recording):
@@ -45,8 +46,8 @@ class Recorder(Recording):
         if shared:
             self._acquire()
         try:
-            if self.hook is not None and self.hook(args, kwargs):
-                return self.redo(func, args, kwargs or {})
+            if self.hook is not None:
+                return take_stray(self, func, types, args, kwargs)
             # By id, since OpOverload hashes in Python. The row keeps the overload, and so its id.
             row = self.rows.get(id(func)) or self._row_of(func)
             from_outside = False
@@ -55,7 +56,8 @@ class Recorder(Recording):
                 if (
                     row.barrier is not None
                     or type(first) is not LazyTensor
-                    or (row.is_view and (first.cell.external or first.cell.region is not self.region))
+                    or (row.composite and infers())
+                    or (row.is_view and (first.cell.external or first.cell.region is not self.region or infers()))
                 ):
                     returned = self._detour(row, args, kwargs or {})
                     if returned is not RECORD:
@@ -225,14 +227,19 @@ class Recorder(Recording):
         self.paused += 1
         self.rows = {}
 
-    def resume(self) -> None:
-        """Undo one `pause`."""
+    def resume(self, n: int | None = None) -> None:
+        """Undo one `pause`, or all but `n`."""
         self.known.forget()
-        self.paused -= 1
+        self.paused = self.paused - 1 if n is None else n
 
     def _detour(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """What an op needs that may not be recorded: its result, or RECORD where it is recorded after all."""
         first = args[0] if args else None
+        if row.composite and infers():
+            # As a whole it would be given other tensors than in eager, and its views be none.
+            with self.above_autograd():
+                # Not `decompose`: torch has functions in Python for some, which round in another way.
+                return row.target._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         if row.barrier is Barrier.NEW_STATE:
             return make_state(self, self.describe(row.target), args, kwargs)
         if row.functional is not None and row.barrier is not Barrier.PAUSED and type(first) is LazyTensor:
@@ -242,9 +249,9 @@ class Recorder(Recording):
         if row.barrier is not None:
             return pass_through(self, row, args, kwargs, row.barrier)
         if row.is_view:
-            passes = self._only_comes_in(first) and not self._is_seen_as_matrix(row, first)
-            return pass_through(self, row, args, kwargs, Barrier.INPUT_VIEW) if passes else RECORD
-        return pass_through(self, row, args, kwargs, Barrier.HOST_SCALAR) if self._is_host_counter(args) else RECORD
+            return take_view(self, row, args, kwargs)
+        counts = row.in_place and self._is_host_counter(args)
+        return pass_through(self, row, args, kwargs, Barrier.HOST_SCALAR) if counts else RECORD
 
     def _item(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """A value is asked for: what is pending must run, unless the value is the same in every step."""
@@ -257,20 +264,6 @@ class Recorder(Recording):
         if found is UNKNOWN:
             node.constants[row, args[0].cell.ref] = result
         return result
-
-    def _only_comes_in(self, tensor: Any) -> bool:
-        """Is this a tensor from outside the region, which the region has not written and which needs no gradient?"""
-        region = self.region
-        if type(tensor) is LazyTensor:
-            cell = tensor.cell
-            outside = cell.region is not region or cell.external
-            return outside and cell.real is not None and not tensor.requires_grad and not self.is_pending(tensor)
-        return type(tensor) is Tensor and not tensor.requires_grad and not self.is_pending(tensor)
-
-    def _is_seen_as_matrix(self, row: OpRow, tensor: Any) -> bool:
-        """Is it viewed by the product that it is an operand of? A view says where it is in its memory, so that batches that begin
-        elsewhere each time would make regions of their own."""
-        return self.making and row.target in WHOLE_VIEWS and (self.walk is not None or not tensor.storage_offset())
 
     def _reshape(self, row: OpRow, args: Any, kwargs: Any) -> Any:
         """`x.squeeze_()` on a wrapper: the view is recorded, and the wrapper stands for it from now on."""

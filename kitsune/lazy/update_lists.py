@@ -84,8 +84,15 @@ def _grads(group: Any) -> list[Any]:
 
 
 def _flags(group: Any) -> list[Any]:
-    """What of a group decides how it is updated; its numbers are read elsewhere."""
-    return [(k, type(v), v if v is None or type(v) in (bool, str) else None) for k, v in group.items() if k != "params"]
+    """What of a group decides how it is updated. Of its numbers only whether they are zero: SGD and RMSprop have buffers where
+    their momentum is not."""
+    return [(k, type(v), _flag(v)) for k, v in group.items() if k != "params"]
+
+
+def _flag(option: Any) -> Any:
+    if type(option) in (int, float):
+        return option == 0, option > 0
+    return option if type(option) in (bool, str) else None
 
 
 def _options(group: Any) -> list[Any]:

@@ -39,7 +39,9 @@ def lines_of(frames: Callable[[Line, int], None]) -> Any:
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal n
         # Python comes to a `with` again when its block ends, to call what ends it: a signal is not heard before that has been.
-        if event == "line" and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+        # Nor is one at a `try`, which does nothing.
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        if event == "line" and not line.startswith(("with ", "try:")):
             frames((f"{frame.f_code.co_filename}:{frame.f_code.co_name}", frame.f_lineno), n)
             n += 1
         return trace

@@ -160,6 +160,23 @@ def test_before_each_line_of_the_first_entering(counts: Counts, which: str) -> N
         counts.compare(line, None, str(got))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("which", ["first", "last"] if FULL else ["first"])
+@pytest.mark.parametrize(("what", "least"), [("leaving", 400), ("disabling", 300), ("enabling", 20)])
+def test_before_each_line_of_leaving_and_of_disable(counts: Counts, what: str, least: int, which: str) -> None:
+    """It is done all the same, once; of hundreds of lines every sixth in a normal run."""
+    every = many(6, 1) if least > 20 else 1
+    command = [sys.executable, "-W", "ignore", "-m", "tests.chaos.leaving", what, which, str(every)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    assert told["expected"]["same"] and told["expected"]["followed"] and told["lines"] > least // every
+    for line in range(told["lines"] - len(told["wrong"])):
+        counts.compare(str(line), None, None)
+    for line, got in told["wrong"].items():
+        counts.compare(line, None, str(got))
+
+
 def test_before_each_line_of_a_call(counts: Counts) -> None:
     """Calls and backwards are followed afterwards: nobody thinks that one is still being made."""
     loop = Loop()

@@ -22,6 +22,7 @@ from kitsune.config import config
 from kitsune.gate import WAITS_FOR_KERNELS, Gate
 from kitsune.ir import quiet
 from kitsune.ir.quiet_times import Quiet
+from tests.chaos.test_workers import in_a_fork
 from tests.runtime.backends import lazily
 from tests.runtime.repeated import counts
 from tests.runtime.test_background import spin
@@ -77,6 +78,27 @@ def test_who_is_busy_is_waited_for_but_not_for_long() -> None:
         one.end()
         assert not one.ask()
     assert one.ask()
+
+
+def test_a_forked_child_waits_for_none_of_its_parents_threads() -> None:
+    begun, ends = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with quiet.busy():
+            begun.set()
+            ends.wait(SECONDS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert begun.wait(SECONDS) and not quiet.ask()
+        with quiet.busy():
+            # The thread that forks is there in the child, and in the middle of something still.
+            assert in_a_fork(lambda: len(quiet._busy)) == 1
+        assert in_a_fork(quiet.ask) is True
+    finally:
+        ends.set()
+        thread.join()
 
 
 def test_the_background_thread_begins_nothing() -> None:

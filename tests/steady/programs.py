@@ -27,10 +27,10 @@ def program(make: Program) -> Program:
 
 
 class Run:
-    """One run of a program. `way` is how Kitsune is switched on."""
+    """One run of a program, of so many steps. `way` is how Kitsune is switched on."""
 
-    def __init__(self, way: str) -> None:
-        self.way = way
+    def __init__(self, way: str, steps: int = STEPS) -> None:
+        self.way, self.steps = way, steps
         random.seed(0)
         torch.manual_seed(0)
 
@@ -47,7 +47,7 @@ class Run:
         step, left = make(self)
         call = kitsune.accelerate(device="cpu")(step) if self.way == "decorator" else step
         with self.context("context"):
-            for k in range(STEPS):
+            for k in range(self.steps):
                 with self.context("a context each"):
                     found |= _named(call(k), f"step {k}")
                 if reads:
@@ -65,7 +65,10 @@ def differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:
 
 
 def _taken(held: Any) -> Any:
-    return torch.from_numpy(held.detach().numpy().copy()) if isinstance(held, Tensor) else held
+    if not isinstance(held, Tensor):
+        return held
+    held = held.detach().to_dense()
+    return torch.tensor(held.tolist()) if held.dtype is torch.bfloat16 else torch.from_numpy(held.numpy().copy())
 
 
 def _named(held: Any, name: str) -> dict[str, Any]:

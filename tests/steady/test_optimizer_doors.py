@@ -63,3 +63,32 @@ def test_the_gate_closes_the_doors_inside_of_a_mark() -> None:
     assert kitsune.counters()["gate_left"] > 0
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def with_momentum_later(static: bool, on: bool) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    call = kitsune.accelerate(device="cpu", static=static)(step) if on else step
+    found = []
+    for k, x in enumerate(torch.randn(24, 4, 6).unbind()):
+        optimizer.param_groups[0]["momentum"] = 0.9 if 8 <= k < 16 else 0.0
+        found.append(call(x).clone())
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    return [*found, *buffers, *(p.detach() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_momentum_begins_and_ends_in_mid_training(static: bool) -> None:
+    """With it the optimizer has buffers, which are in its lists, and without it none."""
+    kitsune.reset()
+    for a, b in zip(with_momentum_later(static, True), with_momentum_later(static, False), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
