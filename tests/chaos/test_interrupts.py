@@ -110,6 +110,8 @@ def one(n: int, counts: Counts, expected: list[torch.Tensor], interrupted: Calla
     counts.compare(f"after {n}", [None, *expected], [left, *got] if isinstance(got, list) else [left, got])
 
 
+# What is raised where a weak reference's end is told, Python itself ignores.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_at_random_lines(counts: Counts) -> None:
     """At any line of Python, Kitsune's own among them, as a signal may come."""
     loop = Loop()

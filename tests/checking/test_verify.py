@@ -87,7 +87,7 @@ def test_a_step_that_reads_values() -> None:
 
     with backend():
         report = kitsune.verify(step, torch.rand(4, 6), device="cpu", steps=5)
-    assert report.equal and report.regions >= 8 and len(seen) == 5, str(report)
+    assert report.equal and report.regions >= 8 and len(seen) == 5, f"{report}\n{kitsune.explain()}"
 
 
 def test_a_step_that_raises_raises_as_ever() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,13 +33,13 @@ def test_predictions_are_what_calls_give(name: str) -> None:
 def shifted(spec: OutputSpec, **changes: Any) -> OutputSpec:
     (type_, alias), *rest = spec.results
     fields = {name: getattr(type_, name) for name in ("dtype", "shape", "stride", "offset", "device", "conj", "neg")}
-    return replace(spec, results=((tensor_type(**{**fields, **changes}), alias), *rest))
+    return spec._replace(results=((tensor_type(**{**fields, **changes}), alias), *rest))
 
 
 WRONG: dict[str, Callable[[OutputSpec], OutputSpec]] = {
     "strides": lambda spec: shifted(spec, stride=(1, 2)),
     "at 3": lambda spec: shifted(spec, offset=3),
-    "memory": lambda spec: replace(spec, results=((spec.results[0][0], 0),)),
+    "memory": lambda spec: spec._replace(results=((spec.results[0][0], 0),)),
 }
 
 
