@@ -8,8 +8,6 @@ calls in which autograd had them.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-
 from kitsune.ir import Barrier
 from kitsune.lazy.cell import Cell, numbers_of, serial_of
 from kitsune.lazy.region import is_leaf
@@ -22,7 +20,6 @@ from kitsune.lazy.used_again import are_held, give_back
 MAX_CUTS, MAX_CALLS = 4, 2
 # Backwards that came, less those that did not, are counted up to here.
 SURE = 4
-_BACKWARD = torch.Tensor.backward
 
 
 class Absent:
@@ -45,7 +42,7 @@ def goes_on(recorder: Any, region: Any, cause: Barrier) -> bool:
     if cause is not Barrier.ITEM or recorder.lane is None or recorder.watcher is not None or recorder.walk is not None:
         return False
     past, cuts = region.past, region.cuts
-    if not past or past[-1].func is _BACKWARD or (region.slow and region.observed_from is None) or not region.node.expects:
+    if not past or past[-1].is_backward or (region.slow and region.observed_from is None) or not region.node.expects:
         return False
     return not cuts or _came(region) or (len(cuts) < MAX_CUTS and len(past) - cuts[-1][1] <= MAX_CALLS)
 
@@ -79,7 +76,7 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
 
 def _came(region: Any) -> bool:
     """Has a backward come behind the first cut?"""
-    return any(edge.func is _BACKWARD for edge in region.past[region.cuts[0][1] :])
+    return any(edge.is_backward for edge in region.past[region.cuts[0][1] :])
 
 
 def judge(region: Any) -> None:

@@ -79,7 +79,9 @@ class Edge:
     follows: bool = False
     # Has it a matcher, and does that take any floats?
     free_matcher: bool | None = None
-    # Of a backward: which of the calls before it lead to its loss, once known.
+    # Is it a backward? (What `torch.Tensor.backward` is changes with the doors that are put on.) And of one: which of the calls
+    # before it lead to its loss, once known.
+    is_backward: bool = False
     spent: Any = None
     # Of the tensors that come in: (position among the fresh ones, number of the value).
     places: tuple[tuple[int, int], ...] = ()

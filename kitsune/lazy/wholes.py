@@ -70,4 +70,5 @@ class Mark:
             graded=False,
             grads=grads,
             begins=begins,
+            is_backward=of_region,
         )

@@ -172,7 +172,7 @@ def undone() -> Any:
         Reading.between.__defaults__ = defaults
         SCALES["global"] = 1.0
         torch.set_grad_enabled(True)
-        torch.backends.mkldnn.enabled = True
+        torch._C._set_mkldnn_enabled(True)  # the public switch is locked for good by torch.testing._internal
 
 
 class Told:

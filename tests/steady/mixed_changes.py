@@ -318,7 +318,7 @@ def gradients_by_zeros(t: Any, undo: bool) -> None:
 
 @change
 def another_library(t: Any, undo: bool) -> None:
-    torch.backends.mkldnn.enabled = undo  # type: ignore[misc]
+    torch._C._set_mkldnn_enabled(undo)
 
 
 @change

@@ -305,3 +305,22 @@ def test_an_error_behind_a_cut_leaves_the_program_as_in_eager() -> None:
     got, counts = run(step, kitsune.accelerate(device="cpu"))
     # What fails is made for real, with the graph of what was before it.
     assert got == expected and counts[-1][1:3] == [0, 1]
+
+
+def test_a_backward_is_one_whatever_is_put_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the door is that float16 puts on for good."""
+
+    def step(t: Loop, k: int) -> None:
+        loss = t.loss(k)
+        t.found.append(loss.item())
+        loss.backward()
+        t.found.append(t.net.head.weight.grad.sum().item())
+        t.update()
+
+    whole = torch.Tensor.backward
+    expected, _ = run(step, contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self, *args, **kwargs: whole(self, *args, **kwargs))
+    kitsune.reset()
+    got, _ = run(step, kitsune.accelerate(device="cpu"))
+    # The second read ends the region: what comes behind it is another one.
+    assert got == expected and kitsune.counters()["regions"] == 4
