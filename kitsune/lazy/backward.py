@@ -8,7 +8,7 @@ import torch
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward_matchers import BackwardMatcher, spend
 from kitsune.lazy.call_keys import key_of
-from kitsune.lazy.cuts import regret
+from kitsune.lazy.cuts import calls_behind, regret
 from kitsune.lazy.edges import Edge, Incoming, Made, Returned, begin_of
 from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
@@ -78,26 +78,9 @@ def _begin_there(region: Any, edge: Edge) -> bool:
 def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
     """Which calls lead to the losses? Every loss must come from a call that was followed."""
     if edge.spent is None:
-        makers: dict[int, list[int]] = {}
-        # Who writes to a tensor's memory, maybe through a view, is one of its makers as well.
-        writers: dict[int, list[int]] = {}
-        calls = [Followed(*debt) for debt in region.calls]
-        for k, call in enumerate(calls):
-            for t in call.made:
-                makers.setdefault(id(t), []).append(k)
-            for storage in call.edge.dirty:
-                writers.setdefault(storage, []).append(k)
-        waiting = list(losses)
-        spent: set[int] = set()
-        while waiting:
-            tensor = waiting.pop()
-            if not tensor.requires_grad or is_leaf(tensor):
-                continue
-            if id(tensor) not in makers:
-                return False
-            for k in {*makers[id(tensor)], *writers.get(tensor.cell.storage, ())} - spent:
-                spent.add(k)
-                waiting += calls[k].flat
+        spent = calls_behind(region.calls, losses)
+        if spent is None:
+            return False
         edge.spent = frozenset(spent)
     return bool(edge.spent)
 

@@ -59,16 +59,20 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     if observed:
         live = numbers_of(computed_since(region))
     else:
-        if region.calls and (saved := (node.saved or {}).get(key)) is None:
-            recorder.lane.own_up()
+        if region.calls:
+            saved = (node.saved or {}).get(key)
+            leave_results(region)
+            if saved is None or not _had_graph(region, saved):
+                recorder.lane.own_up()
         recorder.tally.recorded += node.depth - depth_of(since)
-        leave_results(region)
         live = recorder.run_so_far(region, saved or frozenset())
-    here = frozenset(cell.ref.id for seen in region.seen if (cell := seen()) is not None)
+    here = {cell.ref.id: cell.real for seen in region.seen if (cell := seen()) is not None}
+    wanted = frozenset(here).union(saved or ())
     if region.real:
-        node.saved = {**(node.saved or {}), key: here}
-    wanted = here.union(saved or ())
-    region.kept = {number: tensor for number, tensor in region.kept.items() if number in wanted}
+        node.saved = {**(node.saved or {}), key: wanted}
+    kept = {number: tensor for number, tensor in region.kept.items() if number in wanted}
+    # What was written since the last cut is known by another number now.
+    region.kept = kept | {number: tensor for number, tensor in here.items() if tensor is not None}
     region.cut = node
     region.cuts.append((node, len(region.past)))
     recorder.closed(node, live, cause, site, observed, since)
@@ -114,6 +118,38 @@ def depth_of(cut: Node | None) -> int:
     return 0 if cut is None else cut.depth
 
 
+def _had_graph(region: Any, saved: frozenset[int]) -> bool:
+    """Had all that the program holds a graph, when it was seen what autograd saves? What had been dropped by then had none."""
+    made = [(k, t) for k, (*_, results, _) in enumerate(region.calls) for t in results]
+    held = [(k, t) for k, t in made if type(t) is LazyTensor and t.requires_grad]
+    behind = calls_behind(region.calls, [t for _, t in held if t.cell.ref.id in saved])
+    return behind is not None and all(k in behind for k, _ in held)
+
+
+def calls_behind(calls: list[Any], tensors: list[Any]) -> set[int] | None:
+    """Which calls lead to these tensors; None if one has a history that they have not made."""
+    makers: dict[int, list[int]] = {}
+    # Who writes to a tensor's memory, maybe through a view, is one of its makers as well.
+    writers: dict[int, list[int]] = {}
+    given = [flat for _, _, _, flat, _, _ in calls]
+    for k, (edge, *_, made, _) in enumerate(calls):
+        for t in made:
+            makers.setdefault(id(t), []).append(k)
+        for storage in edge.dirty:
+            writers.setdefault(storage, []).append(k)
+    waiting, found = list(tensors), set[int]()
+    while waiting:
+        tensor = waiting.pop()
+        if not tensor.requires_grad or is_leaf(tensor):
+            continue
+        if id(tensor) not in makers:
+            return None
+        for k in {*makers[id(tensor)], *writers.get(tensor.cell.storage, ())} - found:
+            found.add(k)
+            waiting += given[k]
+    return found
+
+
 def _graded(region: Any) -> Iterator[int]:
     for cell in region.plain.values():
         if cell.real.requires_grad and is_leaf(cell.real):
@@ -141,12 +177,17 @@ def _absent(region: Any, cell: Cell, made: Any) -> Absent:
 def recall_results(region: Any) -> None:
     """Undo it: the calls are to be made again for their graph, with wrappers of what they had made."""
     absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
+    first = 0 if region.cut is None else region.cut.n_values
     wrappers: dict[int, Any] = {}
     for number, token in absent.items():
         wrapper, cell = token.made.make(), token.cell
-        wrapper.cell, cell.owed, cell.real = cell, token.made, region.kept.get(cell.ref.id)
+        wrapper.cell, cell.owed = cell, token.made
         wrappers[number] = wrapper
-        region.see([cell])
+        if cell.ref.id < first:
+            cell.real = region.kept.get(cell.ref.id)
+            region.see([cell])
+        else:
+            region.produced.append(cell)
     if wrappers:
         region.calls = [_swapped_call(call, wrappers) for call in region.calls]
 
