@@ -75,12 +75,10 @@ class Edge:
     grads: tuple[tuple[int, Made], ...] = ()
     # What it does was not recorded: it is made for real each time, which no gradient needs to know.
     plain: bool = False
-    # May it be followed?
     follows: bool = False
     # Has it a matcher, and does that take any floats?
     free_matcher: bool | None = None
-    # Is it a backward? (What `torch.Tensor.backward` is changes with the doors that are put on.) And of one: which of the calls
-    # before it lead to its loss, once known.
+    # Is it a backward (`torch.Tensor.backward` changes with doors)? And which calls lead to its loss, once known.
     is_backward: bool = False
     spent: Any = None
     # Of the tensors that come in: (position among the fresh ones, number of the value).

@@ -16,7 +16,7 @@ from kitsune.lazy.cell import Cell, Ref
 ONE, SELF, NOTHING, GENERAL = range(4)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Node:
     """One op after one sequence of ops. Numbers of values, storages and scalars count from the region's start."""
 

@@ -184,6 +184,9 @@ class Told:
             warnings.simplefilter("always")
             self.found = Run(way, STEPS).tell(program_of(parts, trainings), parts.reads)
         self.raised = [words for training in trainings for words in training.raised]
+        for training in trainings:
+            # A wrapped optimizer's hook goes with its last reference, and a program's own hooks may keep all in a circle.
+            vars(training).clear()
         self.warned = {f"{w.category.__name__}: {w.message}" for w in warned}
 
 
