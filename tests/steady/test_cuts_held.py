@@ -112,3 +112,33 @@ def test_two_terms_in_turn_are_followed() -> None:
     expected, _ = run(step, contextlib.nullcontext())
     got, counts = run(step, kitsune.accelerate(device="cpu"))
     assert got == expected and [backwards for _, backwards, *_ in counts[-4:]] == [1] * 4
+
+
+def test_memory_that_others_may_write_is_not_read_later_than_in_eager() -> None:
+    """Whoever has been let in ends the region: what comes next is not to wait."""
+
+    def step(t: Loop, k: int) -> None:
+        x = t.xs[k, 0].clone()
+        loss = F.cross_entropy(t.net(x), t.ys[k, 0])
+        shared = x.numpy()
+        doubled = x * 2
+        shared[:] = 0
+        t.found.append(doubled)
+        _stepped(t, loss)
+
+    expected, _ = run(step, contextlib.nullcontext())
+    got, _ = run(step, kitsune.accelerate(device="cpu"))
+    assert got == expected
+
+
+def test_a_static_function_that_reads_is_run_as_in_eager() -> None:
+    def step(t: Loop, k: int) -> None:
+        loss = t.loss(0)
+        t.found.append(loss.item())
+        _stepped(t, loss)
+
+    expected, _ = run(step, contextlib.nullcontext())
+    kitsune.reset()
+    with graphs(kernels=False):
+        got, _ = run(kitsune.accelerate(static=True, device="cpu")(step), contextlib.nullcontext())
+    assert got == expected
