@@ -160,14 +160,16 @@ def leave_results(region: Any) -> None:
     """Let go of what the owed calls have made and the program does not hold: it need not be computed for their sake."""
     wrappers = [t for t, _ in _made(region) if type(t) is LazyTensor]
     made = {id(t): _absent(region, t.cell, m) for t, m in _made(region) if type(t) is LazyTensor}
-    region.calls = [_swapped_call(call, made) for call in region.calls]
-    rest = give_back(wrappers)
-    del wrappers
-    held = are_held(rest)
-    back = {id(made[id(t)]): t for t, is_held in zip(rest, held, strict=True) if is_held}
-    del rest
-    if back:
-        region.calls = [_swapped_call(call, back) for call in region.calls]
+    # Whatever comes in between, as an interrupt: what the program may hold stays what its call has made.
+    try:
+        region.calls = [_swapped_call(call, made) for call in region.calls]
+        # In place: another list would hold them, too.
+        wrappers[:] = give_back(wrappers)
+        wrappers[:] = [t for t, is_held in zip(wrappers, are_held(wrappers), strict=True) if is_held]
+    finally:
+        back = {id(made[id(t)]): t for t in wrappers if t.cell.region is region}
+        if back:
+            region.calls = [_swapped_call(call, back) for call in region.calls]
 
 
 def _absent(region: Any, cell: Cell, made: Any) -> Absent:

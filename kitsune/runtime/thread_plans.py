@@ -44,7 +44,7 @@ class ThreadPlans:
     def needed(self, graph: Graph) -> list[Op]:
         """Of a region that is to come, those that this thread has no plans for, each shape once. The background asks, and has run
         each of them once then: what is loaded for the first of a kind is there for all threads. Two of ResNet-50's 46 take 60 to
-        90 ms for it, and 9 at the most in this thread afterwards; a step of 33 ms takes 36 beside that (H200)."""
+        90 ms for it, and 9 at the most in this thread afterwards; steps of 33 ms take up to 38 beside that (H200)."""
         ops = [op for op in graph.ops if op.target._opname in BACKWARD or op.target._opname in FORWARD]
         new = list({key: op for op in ops if (key := _key(op)) not in self._known}.values())
         for op in () if _captured() else new:
