@@ -196,15 +196,20 @@ def run(step: Step, context: Any, until: int = STEPS) -> tuple[Any, list[list[in
     return [_told(x) for x in (*t.found, *left)], counts
 
 
+def as_in_eager(step: Step, way: str) -> list[int]:
+    """Both runs are the same; returns what was counted in the last step."""
+    expected, _ = run(step, contextlib.nullcontext())
+    kitsune.reset()
+    with graphs(kernels=False) if way == "replayed" else contextlib.nullcontext():
+        got, counts = run(step, kitsune.accelerate(device="cpu"))
+    assert got == expected
+    return counts[-1]
+
+
 @pytest.mark.parametrize("way", ["op by op", "replayed"])
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_that_looks_before_it_goes_backward_is_eagers(name: str, way: str) -> None:
-    expected, _ = run(LOOPS[name], contextlib.nullcontext())
-    kitsune.reset()
-    with graphs(kernels=False) if way == "replayed" else contextlib.nullcontext():
-        got, counts = run(LOOPS[name], kitsune.accelerate(device="cpu"))
-    assert got == expected
-    n_followed, backwards, realized, replayed = counts[-1]
+    n_followed, backwards, realized, replayed = as_in_eager(LOOPS[name], way)
     assert (backwards, realized) == KNOWN[name] and n_followed >= 8
     assert way != "replayed" or not backwards or replayed >= 2
 

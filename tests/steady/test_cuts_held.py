@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import kitsune
 from tests.runtime.repeated import graphs
-from tests.steady.test_cuts import Loop, Step, run
+from tests.steady.test_cuts import Loop, Step, as_in_eager, run
 
 CASES: dict[str, Step] = {}
 
@@ -93,12 +93,7 @@ def a_number_is_written_between_reads(t: Loop, k: int) -> None:
 @pytest.mark.parametrize("way", ["op by op", "replayed"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_held_at_a_read_changes(name: str, way: str) -> None:
-    expected, _ = run(CASES[name], contextlib.nullcontext())
-    kitsune.reset()
-    with graphs(kernels=False) if way == "replayed" else contextlib.nullcontext():
-        got, counts = run(CASES[name], kitsune.accelerate(device="cpu"))
-    assert got == expected
-    assert counts[-1][1] == 1
+    assert as_in_eager(CASES[name], way)[1] == 1
 
 
 def test_two_terms_in_turn_are_followed() -> None:
@@ -142,3 +137,31 @@ def test_a_static_function_that_reads_is_run_as_in_eager() -> None:
     with graphs(kernels=False):
         got, _ = run(kitsune.accelerate(static=True, device="cpu")(step), contextlib.nullcontext())
     assert got == expected
+
+
+@pytest.mark.parametrize("look", ["give_back", "are_held"])
+def test_an_interrupt_while_it_is_looked_who_holds_what(monkeypatch: pytest.MonkeyPatch, look: str) -> None:
+    from kitsune.lazy import cuts
+
+    def interrupted(_: list[Tensor]) -> list[Tensor]:
+        raise KeyboardInterrupt
+
+    def grads(context: contextlib.AbstractContextManager[object], interrupt: bool) -> list[list[float]]:
+        t = Loop()
+        with context:
+            for k in range(4):
+                loss = t.loss(k)
+                if interrupt and k == 3:
+                    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                        patch.setattr(cuts, look, interrupted)
+                        loss.item()
+                loss.item()
+                # The calls are made again for it, and the loss is to have their graph.
+                loss.backward(retain_graph=True)
+                found = [p.grad.clone() for p in t.net.parameters() if p.grad is not None]
+                t.update()
+        return [g.tolist() for g in found]
+
+    expected = grads(contextlib.nullcontext(), False)
+    kitsune.reset()
+    assert grads(kitsune.accelerate(device="cpu"), True) == expected
