@@ -69,10 +69,12 @@ def test_many_batch_sizes_run_on_a_cpu(
 
     monkeypatch.setattr(bench_batch_sizes, "in_new_process", in_few_processes)
     monkeypatch.setattr(kitsune.config, "gate", True)
-    command = ["bench_batch_sizes", "--device", "cpu", "--json", str(target), "--sizes", "3", "--rounds", "2"]
+    command = ["bench_batch_sizes", "--device", "cpu", "--json", str(target), "--sizes", "3", "--rounds", "2", "--processes", "2"]
     monkeypatch.setattr(sys, "argv", command)
     bench_batch_sizes.main()
     rows = json.loads(target.read_text())["rows"]
-    assert {row["column"]: len(row["ms"]) for row in rows} == {"eager": 6, "kitsune": 6, "again": 6, "largest": 8}
-    assert [bool(row["decided"]) for row in rows] == [False, True, False, False], "a CPU's steps are left to eager"
+    assert [row["column"] for row in rows] == [*("eager", "kitsune", "again") * 2, "largest"]
+    assert [len(row["ms"]) for row in rows] == [6] * 6 + [8]
+    assert [bool(row["decided"]) for row in rows] == [False, True, False] * 2 + [False], "a CPU's steps are left to eager"
+    assert bench_batch_sizes.per_step([{"ms": [1.0, 9.0]}, {"ms": [3.0, 2.0]}, {"ms": [8.0, 4.0]}]) == [3.0, 4.0]
     assert "kitsune: step, times eager's of the same size" in capsys.readouterr().out
