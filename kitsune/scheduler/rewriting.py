@@ -183,7 +183,8 @@ class Rewriting:
                 return None
             pairs = zip(op.results, types, strict=True)
             return replace(now, results=tuple(v if v.type is t else replace(v, type=t) for v, t in pairs))
-        if op.target in BY_PLACE:
+        # A view that others can see is one of the recorded memory, which they share with it.
+        if op.target in BY_PLACE or any(v.storage in self.seen for v in op.results):
             return None
         base, is_view = now.inputs[0], op.results[0].storage == op.inputs[0].storage
         types = view_types(now, is_view)
