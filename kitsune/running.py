@@ -63,10 +63,10 @@ class Runner:
         self.steady: SteadyState | None = None
         self.tuner: Tuner | None = None
         self.coming: Coming | None = None
-        self.thread_plans = ThreadPlans()
         runners.add(self)
         self.backend = backend = backend_of(device)
         recorder = recorder_of(device)
+        self.thread_plans = ThreadPlans(hands_over=recorder is not None and options.captures)
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
             limits = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget)  # noqa: E731

@@ -20,6 +20,8 @@ COMMON = (torch.float32, torch.float64)
 _device = attrgetter("device")
 # From `Recorder.record` to `extend`.
 OWN_FRAMES = 4
+# New ops between two times that it is told how many there are.
+GROWTH = 128
 
 
 class Call(NamedTuple):
@@ -213,6 +215,10 @@ def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
     node.full = node.depth >= recorder.max_ops or node.nbytes > recorder.max_bytes
     region.node.children[call.key] = node
     recorder.n_nodes += 1
+    if not recorder.n_nodes % GROWTH:
+        recorder.on_growth(GROWTH)
+    if call.row.makes_plans:
+        recorder.on_plans(node.op)
     return node
 
 
