@@ -159,6 +159,7 @@ def collections_of(n_steps: int, sizes: tuple[int, ...] = (4,)) -> list[list[int
                 optimizer.step()
                 optimizer.zero_grad()
                 found.append(list(seen))
+                assert threshold.owes_look or gc.get_threshold()[0] in (0, AFTER), "from then on all is counted"
     finally:
         gc.callbacks.remove(hear)
     return found
