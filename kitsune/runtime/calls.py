@@ -81,7 +81,7 @@ def _make(target: OpOverload, op: Op, args: list[Any], kwargs: dict[str, Any]) -
         return target(*args, **kwargs)
     with torch.set_grad_enabled(op.grad_enabled):
         if plan_thread.knows(op):
-            return plan_thread.call(target, args, kwargs, op.results[0].type.device)
+            return plan_thread.call(target, args, kwargs, op.inputs[0].type.device)
         return target(*args, **kwargs)
 
 

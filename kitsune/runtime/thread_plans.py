@@ -34,6 +34,8 @@ class ThreadPlans:
         self._known: set[Any] = set()
         if hands_over:
             plan_thread.start()
+        # Bytes that were free when it was last asked, in the region that is observed.
+        self._n_free = 0
         # When the last ones were made.
         self._ended: float | None = None
 
@@ -41,11 +43,12 @@ class ThreadPlans:
         """An operator that leaves a plan has run in this very thread, which may be autograd's."""
         if threading.get_ident() == self._thread:
             self._is_new(op)
-        elif self._hands_over and not self._knows(op) and not _captured() and _has_room(op):
+        elif self._hands_over and not self._knows(op) and not _captured() and self._has_room(op):
             plan_thread.learn(op, partial(_run, op))
 
     def make(self, graph: Graph) -> None:
         """Make those of a region that was observed: its forward has run in this thread, and its backward in another one."""
+        self._n_free = 0
         if _captured():
             # By the program, whose graph would do this as well.
             return
@@ -83,6 +86,14 @@ class ThreadPlans:
             for op in filter(self._is_new, ops):
                 _run_once(op)
 
+    def _has_room(self, op: Op) -> bool:
+        """Is there memory to run it once more beside the program's own step?"""
+        device = op.inputs[0].type.device
+        n_needed = ROOM * sum(value.type.extent_bytes for value in (*op.inputs, *op.results))
+        if n_needed > self._n_free and device.type == "cuda":
+            self._n_free, _ = torch.cuda.mem_get_info(device)
+        return n_needed <= self._n_free or device.type != "cuda"
+
     def _knows(self, op: Op) -> bool:
         """Is there a plan for it, here or where it is handed over to?"""
         return key_of(op) in self._known or plan_thread.knows(op)
@@ -97,15 +108,6 @@ class ThreadPlans:
 
 def _captured() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _has_room(op: Op) -> bool:
-    """Is there memory to run it once more beside the program's own step?"""
-    device = op.results[0].type.device
-    if device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return free >= ROOM * sum(value.type.extent_bytes for value in (*op.inputs, *op.results))
 
 
 def _run_once(op: Op) -> None:
