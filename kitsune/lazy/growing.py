@@ -29,7 +29,11 @@ class Values:
         # Mostly it is the next one.
         for later in (node,) if node.parent is self._at else node.path(self._at):
             assert later.op is not None
-            for value in (*later.entered, *later.op.outputs):
+            for value in later.entered:
+                by_number[value.id] = value
+            for value in later.op.results:
+                by_number[value.id] = value
+            for _, value in later.op.rewritten:
                 by_number[value.id] = value
                 versions[value.storage] = value.version
         self._at = node

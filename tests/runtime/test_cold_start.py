@@ -20,6 +20,7 @@ from kitsune.background import thread
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph, Launch, Pending
+from kitsune.running import PLAN_AFTER
 from kitsune.runtime import PlanExecutor, ThreadPlans
 from tests.runtime.backends import assert_equal, chain, lazily, loop, runner
 from tests.runtime.checked import forget
@@ -140,10 +141,11 @@ def test_a_region_runs_unfused_until_its_kernels_are_there() -> None:
 
 def test_only_what_comes_back_is_planned_and_after_its_capture() -> None:
     with cold(graphs=True) as (workers, _):
-        for n in range(1, 3):
-            assert idle() and not workers.asked and counts("captured") == [0]
+        for n in range(1, PLAN_AFTER + 1):
+            assert idle() and not workers.asked and counts("captured") == [n > 2]
             assert torch.equal(step(), chain()) and counts("unfused") == [n]
-        assert idle() and len(workers.asked) == 1 and counts("captured", "replayed") == [1, 1]
+        # Two steps behind the capture, which have enough to do themselves.
+        assert idle() and len(workers.asked) == 1 and counts("captured", "replayed") == [1, 3]
 
 
 def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,14 +154,13 @@ def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: 
     monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: (graphs.append(graph), [*graph.ops, *graph.ops][:3])[1])
     monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: (ops.pop(), n_left.append(len(ops))))
     with cold() as (workers, _):
-        for n in range(1, 5):
+        for n in range(1, PLAN_AFTER + 3):
             assert torch.equal(step(), chain()) and idle() and counts("unfused") == [n]
-            # Planned after the second run.
-            assert len(n_left) == max(n - 2, 0)
+            assert len(n_left) == max(n - PLAN_AFTER, 0)
         for future in workers.asked.values():
             workers._settle(future)
         # Its kernels are there, and one is left that would be made in the middle of a step.
-        assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, 5] and n_left == [2, 1, 0]
+        assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, PLAN_AFTER + 3] and n_left == [2, 1, 0]
         assert torch.equal(step(), chain()) and counts("kernels") == [1] and n_left == [2, 1, 0]
         assert len(graphs) == 1
 
