@@ -50,12 +50,12 @@ class Recording:
         on_plans: Callable[[Op], None],
     ) -> None:
         self.device, self.warmup, self.max_ops, self.max_bytes = device, warmup, max_ops, max_bytes
+        self.targets = frozenset({device, torch.device(device.type)})
         self.describe, self.infer, self.below_autograd = describe, infer, below_autograd
         self.run, self.tally, self.on_close, self.on_growth, self.on_plans = run, tally, on_close, on_growth, on_plans
         self.use_lock(recorders.lock)
         # Can another thread record or read here? Autograd has one for each CUDA device. The lock costs 0.25 us per op.
-        self.shared = True
-        self.paused = 0
+        self.shared, self.paused = True, 0
         # While torch infers for the recorder, or a region runs, its Python may pass a door: that is no act of the program's, and
         # a region that goes on after its flush (at a divergence) would be run twice.
         self.inferring = self.running = False

@@ -44,10 +44,9 @@ def prepare(graph: Graph) -> Schedule:
         drops = []
         for values in (op.inputs, op.outputs):
             for value in values:
-                number = value.id
-                if number not in seen:
-                    seen.add(number)
-                    drops.append(number)
+                if value.id not in seen:
+                    seen.add(value.id)
+                    drops.append(value.id)
         is_same = op.target in _SAME and one.joined(op.inputs[0].id, op.results[0].id)
         instructions.append(Instruction(op, tuple(drops), is_same))
     return Schedule(tuple(reversed(instructions)), most_in_use(graph))
