@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
-from kitsune.ir import Op
+from kitsune.ir import Op, in_own_thread
 from kitsune.runtime import ThreadPlans, calls, plan_thread as module, thread_plans
 from kitsune.runtime.plan_thread import PlanThread, key_of
 from tests.runtime.repeated import graphs
@@ -215,3 +215,19 @@ def check_steps(losses: Callable[[], list[float]]) -> None:
         assert losses() == eager
         counters = kitsune.counters()
     assert counters["captured"] and counters["replayed"]
+
+
+def test_its_number_is_nobodys_once_it_has_ended() -> None:
+    one = PlanThread()
+    one.start()
+    ident, own = one.call(lambda: (threading.get_ident(), in_own_thread()), (), {}, CPU)
+    one.close()
+    found: list[tuple[int, bool]] = []
+    for _ in range(100):
+        # Mostly the first one has the same number.
+        other = threading.Thread(target=lambda: found.append((threading.get_ident(), in_own_thread())))
+        other.start()
+        other.join()
+        if found[-1][0] == ident:
+            break
+    assert own and not in_own_thread() and not any(is_own for _, is_own in found)
