@@ -220,14 +220,21 @@ def check_steps(losses: Callable[[], list[float]]) -> None:
 def test_its_number_is_nobodys_once_it_has_ended() -> None:
     one = PlanThread()
     one.start()
-    ident, own = one.call(lambda: (threading.get_ident(), in_own_thread()), (), {}, CPU)
+    own = one.call(in_own_thread, (), {}, CPU)
     one.close()
-    found: list[tuple[int, bool]] = []
-    for _ in range(100):
-        # Mostly the first one has the same number.
-        other = threading.Thread(target=lambda: found.append((threading.get_ident(), in_own_thread())))
+    found: list[bool] = []
+    # Mostly one of these has the number that the first one had.
+    go = threading.Event()
+
+    def look() -> None:
+        found.append(in_own_thread())
+        go.wait(20)
+
+    others = [threading.Thread(target=look) for _ in range(30)]
+    for other in others:
         other.start()
+    in_time(lambda: len(found) == len(others))
+    go.set()
+    for other in others:
         other.join()
-        if found[-1][0] == ident:
-            break
-    assert own and not in_own_thread() and not any(is_own for _, is_own in found)
+    assert own and not any(found)
