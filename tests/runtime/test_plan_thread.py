@@ -238,3 +238,51 @@ def test_its_number_is_nobodys_once_it_has_ended() -> None:
     for other in others:
         other.join()
     assert own and not any(found)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(256, 768), nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.view(8, 64, 4, 64).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.out(attended.transpose(1, 2).reshape(8, 64, 256))
+
+
+def trained(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> list[float]:
+    torch.manual_seed(0)
+    model, x = make().cuda(), torch.randn(shape, device="cuda")
+    optimizer, found = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        found.append(loss.detach())
+        optimizer.step()
+    return [loss.item() for loss in found]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("aside", [False, True], ids=["stream", "another stream"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))), (8, 16, 32, 32)),
+        (lambda: nn.Sequential(*(Attention() for _ in range(3))), (8, 64, 256)),
+    ],
+    ids=["convolutions", "attention"],
+)
+def test_graphs_that_it_has_launched_into_have_eagers_bits(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], aside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    kitsune.reset()
+    with torch.cuda.stream(torch.cuda.Stream() if aside else torch.cuda.current_stream()):
+        eager = trained(make, shape)
+        with kitsune.config.patch(gate=False), kitsune.accelerate(device="cuda", numerics="bitwise"):
+            assert trained(make, shape) == eager
+    counters = kitsune.counters()
+    assert counters["captured"] and counters["replayed"] and not counters["graph_refused"]
