@@ -1,9 +1,9 @@
 """A thread for operators that make plans for the thread they run in, which a program's own thread would have to wait for.
 
 Autograd has a thread for each device, and cuDNN's execution plans stay where they were made. Whoever runs a backward's operators
-elsewhere makes them once more, 53 to 76 ms for attention and 3 for each shape of a convolution (H200): a third of what the first
-step of a BERT took beyond eager's. This thread makes them while autograd is still busy with that step, and has the operators run
-here from then on: in the second step, which runs them one by one, and in the captures.
+elsewhere makes them once more, 53 to 76 ms for attention and 3 for each shape of a convolution (H200), at the end of a first step
+that has no room for it. This thread makes them while autograd is still busy with that step, and has the operators run here from
+then on: in the second step, which runs them one by one, and in the captures.
 """
 
 import atexit

@@ -1,8 +1,9 @@
 """cuDNN's execution plans, which each thread has to make for itself, made before a step waits for them.
 
-A backward pass runs in autograd's own thread, and its operators leave their plans there. A region has them run in the
-program's thread, where the first call of each shape takes 3 ms for a convolution and 53 ms for attention (H200, torch 2.11). And
-a plan with kernels has convolutions in another layout, of which this thread has called none.
+A backward pass runs in autograd's own thread, and its operators leave their plans there. A region has them run by the program's
+thread, in which the first call of each shape takes 3 ms for a convolution and 53 ms for attention (H200, torch 2.11); or, where
+it will be captured, by a thread that has made them meanwhile (`plan_thread.py`). And a plan with kernels has convolutions in
+another layout, of which none of them has called any.
 """
 
 import threading
