@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Op, Value, is_own
+from kitsune.ir import BACKWARDS_WITH_PLANS, Op, Value, is_own
 
 
 class _Request:
@@ -85,7 +85,10 @@ class PlanThread:
 
     def knows(self, op: Op) -> bool:
         """Is an operator to be run here?"""
-        return bool(self.known) and self._is_alive() and threading.get_ident() != self._ident and key_of(op) in self.known
+        # Asked of each operator that no kernel is written for.
+        if op.target._opname not in BACKWARDS_WITH_PLANS or not self._is_alive() or threading.get_ident() == self._ident:
+            return False
+        return key_of(op) in self.known
 
     def call(self, target: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
         """Call `target` here, with the settings of the calling thread, which waits. Returns and raises what it does."""
