@@ -117,6 +117,11 @@ class Runner:
         tell(self.sentences, self.tally)
         return None if captured is None else captured.answers(values)
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Are there plans of the last time?"""
+        return self.coming is not None and self.coming.reads_ahead
+
     def key(self, graph: Graph) -> tuple[Any, ...]:
         """What a region is kept by, ready to run."""
         return graph, *self.options.knobs, numeric_settings() if self.steady is not None else None

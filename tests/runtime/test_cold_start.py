@@ -448,6 +448,35 @@ def test_a_plan_of_the_last_time_is_captured_behind_one_run_of_its_operators(tmp
         assert steady.moved == {0}, "the rate was another one in the run before"
 
 
+@pytest.mark.parametrize("seconds", [0.05, 5.0])
+def test_a_first_step_waits_a_moment_for_a_plan_that_was_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    kept, go = coming.Coming.kept, threading.Event()
+
+    def slow(self: Any, graph: Graph, planner: Any) -> Any:
+        go.wait(seconds)
+        return kept(self, graph, planner)
+
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        step()
+        assert kitsune.wait_for_kernels(SECONDS)
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        with lazily(warmup=1):
+            assert idle() and runner().coming.reads_ahead and len(runner().coming.ahead) == 1
+        monkeypatch.setattr(coming.Coming, "kept", slow)
+        # Long enough for the one, and not for the other.
+        monkeypatch.setattr(coming, "LOOK_UP_S", 1.0)
+        with lazily(warmup=1):
+            chain()
+        (ready,) = runner().ready.values()
+        assert ready.kept.done() is (seconds < 1)
+        go.set()
+        assert idle()
+
+
 def test_lines_of_a_plan_that_was_read_ahead_are_those_of_today(tmp_path: Path) -> None:
     for line in (10, 20):
         scope: dict[str, Any] = {"torch": torch}

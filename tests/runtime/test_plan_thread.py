@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import time
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.ir import Op, in_own_thread
+from kitsune.pipeline import Pipeline
 from kitsune.runtime import ThreadPlans, calls, plan_thread as module, thread_plans
 from kitsune.runtime.plan_thread import PlanThread, key_of
 from tests.runtime.repeated import graphs
@@ -215,6 +217,17 @@ def check_steps(losses: Callable[[], list[float]]) -> None:
         assert losses() == eager
         counters = kitsune.counters()
     assert counters["captured"] and counters["replayed"]
+
+
+def test_where_nothing_is_captured_nothing_is_handed_over() -> None:
+    for captures in (True, False):
+        with contextlib.ExitStack() as stack:
+            if captures:
+                stack.enter_context(graphs(kernels=False))
+            else:
+                kitsune.reset()
+            pipeline = Pipeline(CPU, 1)
+            assert pipeline.runner.thread_plans._hands_over is captures
 
 
 def test_its_number_is_nobodys_once_it_has_ended() -> None:
