@@ -7,7 +7,7 @@ import torch
 from torch import Tag
 from torch._ops import OpOverload
 
-from kitsune.ir import Barrier, Kind, OpRow
+from kitsune.ir import BACKWARDS_WITH_PLANS, Barrier, Kind, OpRow
 
 # Pointwise in fact, but not tagged so by torch.
 POINTWISE = set(
@@ -93,6 +93,7 @@ def describe(target: OpOverload) -> OpRow:
         counts_masks=name in COUNTS_MASKS,
         moves_metadata=barrier in (Barrier.METADATA, Barrier.OUT_VARIANT),
         is_foreign=target.namespace != "aten",
+        makes_plans=name in BACKWARDS_WITH_PLANS,
     )
 
 

@@ -54,9 +54,12 @@ _refs: list[Ref] = []
 
 def ref(id: int) -> Ref:
     """The Ref of a number."""
-    while id >= len(_refs):
-        _refs.append(Ref(len(_refs)))
-    return _refs[id]
+    try:
+        return _refs[id]
+    except IndexError:
+        while id >= len(_refs):
+            _refs.append(Ref(len(_refs)))
+        return _refs[id]
 
 
 class Cell:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
+from kitsune.ir import Barrier, Graph, Op, OpRow, OutputSpec, Site, TensorType, type_of
 from kitsune.lazy import recorders
 from kitsune.lazy.arrivals import Arrivals, Leaves
 from kitsune.lazy.cell import Cell, living, numbers_of, ref, serial_of
@@ -27,10 +27,10 @@ PLAIN = frozenset({torch.Tensor, Parameter})
 class Recording:
     """The region in progress and the regions known. One per accelerating thread.
 
-    The stages before and after come in as functions, put together by the pipeline: `describe(func)` gives an op's row;
-    `infer(...)` the OutputSpec of a call without making it; `below_autograd()` is a context for running kernels;
-    `run(graph, values, scalars)` runs a closed region and returns what it can answer before its end; `tally` counts; `on_close`
-    hears of each region, and whether it was observed.
+    The stages before and after come in as functions: `describe(func)` gives an op's row; `infer(...)` the OutputSpec of a call
+    without making it; `below_autograd()` is a context for running kernels; `run(graph, values, scalars)` runs a closed region and
+    returns what it can answer before its end; `tally` counts; `on_close` hears of each region, and whether it was observed;
+    `on_growth` of how many more ops are known, now and then; `on_plans` of each new op that leaves plans in its thread.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Recording:
         run: Callable[[Graph, list[Any], list[float]], Any],
         tally: Any,
         on_close: Callable[[Graph, Barrier, Site | None, bool], None],
+        on_growth: Callable[[int], None],
+        on_plans: Callable[[Op], None],
     ) -> None:
-        self.device = device
-        self.warmup = warmup
-        self.max_ops, self.max_bytes = max_ops, max_bytes
+        self.device, self.warmup, self.max_ops, self.max_bytes = device, warmup, max_ops, max_bytes
+        self.targets = frozenset({device, torch.device(device.type)})
         self.describe, self.infer, self.below_autograd = describe, infer, below_autograd
-        self.run, self.tally, self.on_close = run, tally, on_close
+        self.run, self.tally, self.on_close, self.on_growth, self.on_plans = run, tally, on_close, on_growth, on_plans
         self.use_lock(recorders.lock)
         # Can another thread record or read here? Autograd has one for each CUDA device. The lock costs 0.25 us per op.
-        self.shared = True
-        self.paused = 0
+        self.shared, self.paused = True, 0
         # While torch infers for the recorder, or a region runs, its Python may pass a door: that is no act of the program's, and
         # a region that goes on after its flush (at a divergence) would be run twice.
         self.inferring = self.running = False

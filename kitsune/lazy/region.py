@@ -26,7 +26,6 @@ class Region:
         "cut",
         "cuts",
         "deferred",
-        "device",
         "dirty",
         "error",
         "firsts",
@@ -51,7 +50,6 @@ class Region:
     def __init__(self, root: Node, recorder: Any) -> None:
         self.node = root
         self.recorder = recorder
-        self.device: torch.device = recorder.device
         # Of the ops that were new.
         self.values = Values(root)
         # id(tensor) -> cell. The cell holds the tensor, so the id stays its own while the region is open.
@@ -98,6 +96,11 @@ class Region:
     def cell(self, tensor: Any) -> Cell:
         """The cell of a tensor that has come in."""
         return tensor.cell if type(tensor) is LazyTensor else self.plain[id(tensor)]
+
+    def cells(self, tensors: Iterable[Any]) -> list[Cell]:
+        """The cells of tensors that have come in."""
+        plain = self.plain
+        return [t.cell if type(t) is LazyTensor else plain[id(t)] for t in tensors]
 
     def begin(self, cell: Cell) -> int:
         """Where an input begins in its memory. A call that is followed lets it in as if that were the start."""
@@ -228,7 +231,7 @@ class Region:
 
     def is_target(self, device: torch.device) -> bool:
         """Is this the device that is recorded for?"""
-        return device == self.device or (device.type == self.device.type and device.index is None)
+        return device in self.recorder.targets
 
     def _number(self, tensor: torch.Tensor, type_: TensorType, undo: Callable[[], Any]) -> tuple[Any, Ref, int]:
         serial = serial_of(tensor)
