@@ -20,7 +20,7 @@ from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.fusion import ANYTHING, Rules
 from kitsune.garbage import MANY_NODES, look_at_new
 from kitsune.gate import Gate, Progress
-from kitsune.ir import Barrier, Graph, Plan, Site, quiet, verify
+from kitsune.ir import Barrier, Graph, Handover, Plan, Site, quiet, verify
 from kitsune.lazy import (
     REPLACED_BEFORE,
     CallLane,
@@ -147,9 +147,20 @@ class Pipeline:
         self.stop_following(for_good)
         return self.recorder.leave()
 
-    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
+    def run(self, graph: Graph, values: list[Any], scalars: list[float], handover: Handover | None = None) -> Answers | None:
         """Run a flushed region: `values` has the inputs by number and receives the outputs, of which the answers know something
-        before they are there."""
+        before they are there. With a `handover` it is a part of a region that has two."""
+        pairs = self.runner.pairs
+        if handover is None or config.check:
+            return self._run(graph, values, scalars)
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            instead = pairs.begin(graph, values, handover)
+        answers = self._run(instead, values, scalars)
+        with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            pairs.end(graph, instead, values, scalars, handover)
+        return answers
+
+    def _run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             region = None if profiled() else self.replays.replay(graph, values, scalars)
         if region is not None:

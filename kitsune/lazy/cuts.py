@@ -8,7 +8,7 @@ calls in which autograd had them.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kitsune.ir import Barrier
+from kitsune.ir import Barrier, Handover
 from kitsune.lazy.cell import Cell, numbers_of, serial_of
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
@@ -178,6 +178,7 @@ def _absent(region: Any, cell: Cell, made: Any) -> Absent:
 
 def recall_results(region: Any) -> None:
     """Undo it: the calls are to be made again for their graph, with wrappers of what they had made."""
+    restore(region)
     absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
     first = 0 if region.cut is None else region.cut.n_values
     wrappers: dict[int, Any] = {}
@@ -216,13 +217,34 @@ def _swapped(tree: Any, by_id: dict[int, Any]) -> Any:
     return by_id.get(id(tree), tree)
 
 
-def put_kept(region: Any, graph: Any, values: list[Any]) -> None:
-    """Put in what a graph that begins behind a cut has from before it. What was written is the tensor that it was before that."""
+def hand_over(region: Any, live: Iterable[int], cells: list[Cell]) -> None:
+    """The part before the first cut is about to be run: who sees what it leaves?"""
+    kept = frozenset(live).difference(numbers_of(cells))
+    if kept and region.cut is None and region.recorder.watcher is None:
+        region.handover = Handover(kept)
+
+
+def restore(region: Any) -> None:
+    """Somebody else than was expected is to see what is kept: let it be as it was recorded."""
+    handover, region.handover = region.handover, None
+    if handover is not None and handover.carried is not None:
+        region.kept.update(handover.carried.restored())
+
+
+def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
+    """Put in what a graph that begins behind a cut has from before it, maybe the region's last. What was written is the tensor
+    that it was before that."""
     if region.cut is None:
         return
+    handover = region.handover
+    if handover is not None and not (is_last and handover.goes_to(graph)) and handover.concerns(graph):
+        restore(region)
+    carried = region.handover.kept if region.handover is not None and region.handover.carried is not None else frozenset()
     before: dict[int, int] = {}
     for value in graph.inputs:
         number = value.id
+        if number in carried:
+            continue
         if values[number] is None and not before:
             before = {after.id: old for node in region.cut.path() for _, old, after, _ in node.written}
         while values[number] is None:
@@ -236,7 +258,9 @@ def put_kept(region: Any, graph: Any, values: list[Any]) -> None:
 
 def keep(region: Any, live: tuple[int, ...], cells: list[Cell], values: list[Any]) -> None:
     """Keep what was computed up to the cut that is made now."""
-    region.kept.update((number, values[number]) for number in live)
+    handover = region.handover
+    carried = handover.kept if handover is not None and handover.carried is not None else frozenset()
+    region.kept.update((number, values[number]) for number in live if number not in carried)
     for cell in cells:
         # Who reaches their memory by a plain tensor is to be known.
         region.storages.setdefault(serial_of(values[cell.ref.id]), cell.storage)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
+from kitsune.ir import Barrier, Graph, Handover, OpRow, OutputSpec, Site, TensorType, type_of
 from kitsune.lazy import recorders
 from kitsune.lazy.arrivals import Arrivals, Leaves
 from kitsune.lazy.cell import Cell, living, numbers_of, ref, serial_of
-from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, judge, keep, made_since, put_kept
-from kitsune.lazy.early_reads import EarlyReads, memory_changed
+from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, hand_over, judge, keep, made_since, put_kept
+from kitsune.lazy.early_reads import EarlyReads, Run, memory_changed
 from kitsune.lazy.graphs import Graphs
 from kitsune.lazy.recorders import EVERY, OPEN
 from kitsune.lazy.region import Region, is_strided
@@ -29,8 +29,8 @@ class Recording:
 
     The stages before and after come in as functions, put together by the pipeline: `describe(func)` gives an op's row;
     `infer(...)` the OutputSpec of a call without making it; `below_autograd()` is a context for running kernels;
-    `run(graph, values, scalars)` runs a closed region and returns what it can answer before its end; `tally` counts; `on_close`
-    hears of each region, and whether it was observed.
+    `run(graph, values, scalars, handover)` runs a closed region, or a part of one that has two, and returns what it can answer
+    before its end; `tally` counts; `on_close` hears of each region, and whether it was observed.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Recording:
         describe: Callable[[Any], OpRow],
         infer: Callable[..., OutputSpec | None],
         below_autograd: Callable[[], Any],
-        run: Callable[[Graph, list[Any], list[float]], Any],
+        run: Callable[[Graph, list[Any], list[float], Handover | None], Any],
         tally: Any,
         on_close: Callable[[Graph, Barrier, Site | None, bool], None],
     ) -> None:
@@ -244,13 +244,15 @@ class Recording:
             live = numbers_of(cells)
             if saved:
                 live = tuple(sorted({*live, *made_since(region, saved)}))
+                hand_over(region, live, cells)
             region.put_inputs(values)
             self.running = True
             graph, whole = self.graphs.get(region.node, live, region.cut), saved is None and region.cut is None
-            put_kept(region, graph, values)
+            run = Run(graph) if self.watcher is not None else self.early.run_of(region.node, graph, values)
+            put_kept(region, run.graph, values, region is not self.region)
             foreseen = whole and self.watcher is None and self.early.foreseen(region, live, values)
             if region.node is not region.cut and not foreseen:
-                self._run_now(region, graph, values)
+                self._run_now(region, run, values)
         except BaseException as error:
             region.error = error
             if region is self.region:
@@ -270,13 +272,13 @@ class Recording:
                 region.release()
         return live
 
-    def _run_now(self, region: Region, graph: Graph, values: list[Any]) -> None:
+    def _run_now(self, region: Region, run: Run, values: list[Any]) -> None:
+        graph = run.graph
         if self.watcher is None:
-            run = self.early.run_of(region.node, graph, values)
-            self.early.ran(region.node, run, values, self.run(run.graph, values, region.scalars))
+            self.early.ran(region.node, run, values, self.run(graph, values, region.scalars, region.handover))
         else:
             memory_changed()
-            self.run(graph, values, region.scalars)
+            self.run(graph, values, region.scalars, None)
             self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)
 
     def closed(

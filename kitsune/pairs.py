@@ -1,0 +1,270 @@
+"""Regions that go on behind a cut, by plans of both parts that were made as one: the second reads what the first leaves.
+
+Each part is known to the runner in two ways: as it was recorded, which needs nothing of the other, and as it was made with the
+other. The second way is taken by both or by none. Where something else follows the first part than was expected, what it should
+have kept is made again from what it has left.
+"""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kitsune.background import later
+from kitsune.codegen import WorkerFailed
+from kitsune.config import config
+from kitsune.dispatch import below_autograd
+from kitsune.fusion import ANYTHING
+from kitsune.ir import Graph, Handover, Op, n_values
+from kitsune.plan_files import kept_pair
+from kitsune.planning import Planner
+from kitsune.ready import Ready, by_plan, runs_by_ops
+from kitsune.runtime.calls import call
+from kitsune.scheduler import Pair, Restoring
+from kitsune.shown import show_pair
+
+# Times that what was kept had to be made again, from which on the parts go separate ways if that is one run in so many.
+MOST_RESTORED, RESTORED_OF = 3, 16
+
+
+class Joined:
+    """Two parts by plans that fit together, ready to run."""
+
+    def __init__(self, pair: Pair, first: Ready, second: Ready) -> None:
+        self.pair, self.first, self.second = pair, first.graph, second.graph
+        self.readies = first, second
+        # Operators that are to be run once before, a few at a time.
+        self.to_try: list[Op] = []
+        self.restoring = Restoring(pair, self.first)
+        self.n_values = max(n_values(self.first), n_values(self.second))
+        seen = {v.id for v in pair.first.outputs} - pair.kept
+        came = {v.id for v in pair.first.inputs}
+        self.handed = tuple(v.id for v in self.first.outputs if v.id not in seen)
+        # Of what came in for the first part, what is needed once more: the program may not hold it any longer.
+        self.again = tuple(({v.id for v in self.second.inputs} | self.restoring.given.keys()) & (came | seen))
+        self.n_runs = self.n_restored = 0
+        # Has the second part been run?
+        self.follows = False
+
+
+@dataclass(slots=True, eq=False)
+class Known:
+    """What is known of a pair: how it is run, once that is there, or that its parts go separate ways."""
+
+    pair: Pair
+    coming: "Future[Joined | None] | None" = None
+    joined: Joined | None = None
+    refused: bool = False
+    # Are the plans only looked for on disk?
+    looks_up: bool = False
+
+    def to_try(self) -> list[Op]:
+        """What is to be tried out before what has come may be run."""
+        joined = None
+        if self.coming is not None and self.coming.done() and self.coming.exception() is None:
+            joined = self.coming.result()
+        return [] if joined is None else joined.to_try
+
+
+class Left:
+    """What a first part has left for the second: see `kitsune.ir.Carried`."""
+
+    def __init__(self, pairs: "Pairs", joined: Joined, values: list[Any], scalars: list[float]) -> None:
+        self.joined = joined
+        self._pairs, self._scalars = pairs, scalars
+        self._tensors = {n: values[n] for n in (*joined.handed, *joined.again)}
+
+    def goes_to(self, graph: Graph) -> bool:
+        """Is this the graph that it was left for, and can that be run so now?"""
+        return graph is self.joined.pair.second and self._pairs.stands(self.joined)
+
+    def put(self, values: list[Any]) -> None:
+        """Put it in for the second part."""
+        values.extend([None] * (self.joined.n_values - len(values)))
+        for number, tensor in self._tensors.items():
+            values[number] = tensor
+
+    def restored(self) -> dict[int, torch.Tensor]:
+        """What was kept, by number, as it was recorded. Raises torch.OutOfMemoryError."""
+        self.joined.n_restored += 1
+        restoring, values = self.joined.restoring, [None] * n_values(self.joined.pair.first)
+        with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            for number, value in restoring.given.items():
+                values[number] = _laid_out(self._tensors[number], value.type.stride)  # type: ignore[call-overload]
+            for op in restoring.ops:
+                call(op, values, self._scalars)
+        return {number: values[number] for number in restoring.kept}  # type: ignore[misc]
+
+
+def _laid_out(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    if tensor.stride() == stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+@dataclass
+class Pairs:
+    """The pairs of one runner."""
+
+    runner: Any
+    known: dict[tuple[Graph, frozenset[int]], Known] = field(default_factory=dict)
+
+    def begin(self, graph: Graph, values: list[Any], handover: Handover) -> Graph:
+        """What is run in the place of a part; `values` gets what that reads of the part before."""
+        if handover.first is None:
+            handover.first = graph
+            joined = self._joined(graph, handover.kept)
+            if joined is None:
+                return graph
+            values.extend([None] * (joined.n_values - len(values)))
+            return joined.first
+        left = handover.carried
+        if not isinstance(left, Left) or graph is not left.joined.pair.second:
+            return graph
+        left.put(values)
+        self._follow(left.joined)
+        return left.joined.second
+
+    def end(self, graph: Graph, ran: Graph, values: list[Any], scalars: list[float], handover: Handover) -> None:
+        """A part has been run, as the graph `ran`."""
+        assert handover.first is not None
+        known = self.known.get((handover.first, handover.kept))
+        if known is None:
+            if graph is not handover.first and any(v.id in handover.kept for v in graph.inputs):
+                self._meet(Pair(handover.first, handover.kept, graph))
+            return
+        if known.coming is not None and (to_try := known.to_try()):
+            self.runner.thread_plans.go_on(to_try)
+        if graph is handover.first and known.joined is not None and ran is known.joined.first:
+            known.joined.n_runs += 1
+            handover.carried = Left(self, known.joined, values, scalars)
+
+    def stands(self, joined: Joined) -> bool:
+        """Can both parts be run so, as knobs and torch's settings are?"""
+        first, *rest = self.runner.key(joined.first)
+        return not config.check and all((graph, *rest) in self.runner.ready for graph in (first, joined.second))
+
+    def takes(self, graph: Graph) -> bool:
+        """Is a graph part of a pair? Then what is made in the background is made of both."""
+        mine = [one for one in self.known.values() if not one.refused and graph in (one.pair.first, one.pair.second)]
+        for known in mine:
+            self._ask(known)
+        return bool(mine)
+
+    def spread_nothing(self) -> None:
+        """What is there now is run next time."""
+        for known in list(self.known.values()):
+            if known.coming is not None and (to_try := known.to_try()):
+                self.runner.thread_plans.make_all(to_try)
+                to_try.clear()
+
+    def _joined(self, graph: Graph, kept: frozenset[int]) -> Joined | None:
+        known = self.known.get((graph, kept))
+        if known is None:
+            return None
+        if known.coming is not None and known.coming.done() and not known.to_try():
+            self._arrive(known)
+        joined = known.joined
+        if joined is None or not self.stands(joined):
+            return None
+        if joined.n_restored >= MOST_RESTORED and joined.n_restored * RESTORED_OF > joined.n_runs:
+            self._refuse(known)
+            return None
+        return joined
+
+    def _meet(self, pair: Pair) -> None:
+        """Two parts have come one after the other."""
+        runner = self.runner
+        if runner.executor is None or not runner.options.fuses or runner.options.rules != ANYTHING:
+            return
+        known = self.known[pair.first, pair.kept] = Known(pair)
+        if runner.in_background():
+            planner = runner.planner()
+            known.coming = later(lambda: self._made(known, planner) if kept_pair(pair, planner) else (None, []))
+            known.looks_up = True
+
+    def _ask(self, known: Known) -> None:
+        """Have the plans made, of which nobody knows yet whether they lie on disk."""
+        if known.joined is not None or (known.coming is not None and not known.looks_up):
+            return
+        known.looks_up, planner = False, self.runner.planner()
+        if self.runner.in_background():
+            known.coming = later(lambda: self._made(known, planner))
+            return
+        known.coming = Future()
+        try:
+            known.coming.set_result(self._made(known, planner)[0])
+        except Exception as error:
+            known.coming.set_exception(error)
+
+    def _made(self, known: Known, planner: Planner) -> tuple[Joined | None, list[Future[Any]]]:
+        runner, pair = self.runner, known.pair
+        if runner.coming is not None:
+            readies = runner.coming.planned_pair(pair, planner)
+        else:
+            plans = show_pair(pair, planner)
+            readies = plans and tuple(by_plan(plan, runner.executor, runner.device) for plan in plans)
+        if readies is None:
+            return None, []
+        joined = Joined(pair, *readies)
+        if runner.coming is not None:
+            joined.to_try = [*runner.coming.to_try(joined.first), *runner.coming.to_try(joined.second)]
+        return joined, [future for ready in readies for future in ready.compiling]
+
+    def _arrive(self, known: Known) -> None:
+        """The plans are there, or will not be."""
+        runner, pair = self.runner, known.pair
+        assert known.coming is not None
+        coming, known.coming, joined = known.coming, None, None
+        try:
+            joined = coming.result()
+            for error in [future.exception() for ready in (joined.readies if joined else ()) for future in ready.compiling]:
+                if isinstance(error, WorkerFailed):
+                    raise error
+        except WorkerFailed:
+            # It is told of the parts, whose kernels are mostly the same.
+            joined = None
+        except Exception as error:
+            if config.verify:
+                raise
+            runner.sentences.append(runs_by_ops(pair.whole, error))
+        if joined is None:
+            if not known.looks_up:
+                self._refuse(known)
+            known.looks_up = False
+            return
+        known.joined = joined
+        for ready in joined.readies:
+            ready.compiling = []
+            runner.ready[runner.key(ready.graph)] = ready
+        self._take_over(joined.first, pair.first)
+
+    def _follow(self, joined: Joined) -> None:
+        """The second part is about to be run, by what the first one has left where it now is."""
+        if not joined.follows:
+            joined.follows = True
+            self._take_over(joined.second, joined.pair.second, joined.first)
+
+    def _take_over(self, graph: Graph, before: Graph, source: Graph | None = None) -> None:
+        """A graph is to be run in the place of another one: what is known of that one's inputs stays known."""
+        runner = self.runner
+        if runner.steady is None or not runner.options.captures:
+            return
+        now, known = runner.ready.get(runner.key(graph)), runner.ready.get(runner.key(before))
+        first = None if source is None else runner.ready[runner.key(source)].steady
+        if now is not None and known is not None and known.steady is not None:
+            now.steady = runner.steady_of(now, runner.steady, known.steady, first)
+            known.steady = None
+
+    def _refuse(self, known: Known) -> None:
+        """Let the parts go separate ways."""
+        runner, pair, joined = self.runner, known.pair, known.joined
+        known.refused, known.joined = True, None
+        if joined is not None:
+            for half, part in ((joined.first, pair.first), (joined.second, pair.second)):
+                self._take_over(part, half)
+                runner.ready.pop(runner.key(half), None)
+        for part in (pair.first, pair.second):
+            if (ready := runner.ready.get(runner.key(part))) is not None:
+                runner.ask(part, ready)
