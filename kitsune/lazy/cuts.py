@@ -226,9 +226,9 @@ def hand_over(region: Any, live: Iterable[int], cells: list[Cell]) -> None:
 
 def restore(region: Any) -> None:
     """Somebody else than was expected is to see what is kept: let it be as it was recorded."""
-    handover, region.handover = region.handover, None
-    if handover is not None and handover.carried is not None:
-        region.kept.update(handover.carried.restored())
+    if region.handover is not None and region.handover.carried is not None:
+        region.kept.update(region.handover.carried.restored())
+    region.handover = None
 
 
 def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
@@ -239,6 +239,8 @@ def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
     handover = region.handover
     if handover is not None and not (is_last and handover.goes_to(graph)) and handover.concerns(graph):
         restore(region)
+        for number, tensor in region.kept.items():
+            values[number] = tensor
     carried = region.handover.kept if region.handover is not None and region.handover.carried is not None else frozenset()
     before: dict[int, int] = {}
     for value in graph.inputs:

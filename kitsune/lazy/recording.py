@@ -249,7 +249,7 @@ class Recording:
             self.running = True
             graph, whole = self.graphs.get(region.node, live, region.cut), saved is None and region.cut is None
             run = Run(graph) if self.watcher is not None else self.early.run_of(region.node, graph, values)
-            put_kept(region, run.graph, values, region is not self.region)
+            put_kept(region, run.graph, values, region is not self.region and self.watcher is None)
             foreseen = whole and self.watcher is None and self.early.foreseen(region, live, values)
             if region.node is not region.cut and not foreseen:
                 self._run_now(region, run, values)
