@@ -152,15 +152,16 @@ class Pipeline:
         before they are there. With a `handover` it is a part of a region that has two."""
         pairs = self.runner.pairs
         if handover is None or config.check:
-            return self._run(graph, values, scalars)
+            return self.run_graph(graph, values, scalars)
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             instead = pairs.begin(graph, values, handover)
-        answers = self._run(instead, values, scalars)
+        answers = self.run_graph(instead, values, scalars)
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             pairs.end(graph, instead, values, scalars, handover)
         return answers
 
-    def _run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
+    def run_graph(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
+        """The same for one graph."""
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             region = None if profiled() else self.replays.replay(graph, values, scalars)
         if region is not None:

@@ -107,12 +107,6 @@ def computed_since(region: Any) -> Iterator[Cell]:
             yield cell
 
 
-def made_since(region: Any, numbers: Iterable[int]) -> Iterator[int]:
-    """Those of the values that come from behind the cut."""
-    first = 0 if region.cut is None else region.cut.n_values
-    return (number for number in numbers if number >= first)
-
-
 def depth_of(cut: Node | None) -> int:
     """How many ops are before a cut."""
     return 0 if cut is None else cut.depth
@@ -217,11 +211,15 @@ def _swapped(tree: Any, by_id: dict[int, Any]) -> Any:
     return by_id.get(id(tree), tree)
 
 
-def hand_over(region: Any, live: Iterable[int], cells: list[Cell]) -> None:
-    """The part before the first cut is about to be run: who sees what it leaves?"""
-    kept = frozenset(live).difference(numbers_of(cells))
+def keeping(region: Any, cells: list[Cell], saved: Iterable[int]) -> tuple[int, ...]:
+    """The numbers of what a part before a cut leaves: what cells stand for, and what is saved of all that comes from this part."""
+    first = 0 if region.cut is None else region.cut.n_values
+    held = numbers_of(cells)
+    kept = frozenset(number for number in saved if number >= first).difference(held)
     if kept and region.cut is None and region.recorder.watcher is None:
+        # Nobody else sees it.
         region.handover = Handover(kept)
+    return tuple(sorted(kept.union(held)))
 
 
 def restore(region: Any) -> None:

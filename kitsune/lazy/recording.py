@@ -11,7 +11,7 @@ from kitsune.ir import Barrier, Graph, Handover, OpRow, OutputSpec, Site, Tensor
 from kitsune.lazy import recorders
 from kitsune.lazy.arrivals import Arrivals, Leaves
 from kitsune.lazy.cell import Cell, living, numbers_of, ref, serial_of
-from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, hand_over, judge, keep, made_since, put_kept
+from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, judge, keep, keeping, put_kept
 from kitsune.lazy.early_reads import EarlyReads, Run, memory_changed
 from kitsune.lazy.graphs import Graphs
 from kitsune.lazy.recorders import EVERY, OPEN
@@ -235,23 +235,20 @@ class Recording:
             self.forget()
 
     def run_so_far(self, region: Region, saved: frozenset[int] | None = None) -> tuple[int, ...]:
-        """Compute what is pending; returns the numbers of what can still be read. With `saved`, kept too, the region goes on."""
+        """Compute what is pending; returns the numbers of what can still be read. With `saved`, kept too, it goes on."""
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
         cells: list[Cell] = []
         try:
             cells = living(region.produced)
-            live = numbers_of(cells)
-            if saved:
-                live = tuple(sorted({*live, *made_since(region, saved)}))
-                hand_over(region, live, cells)
+            live = keeping(region, cells, saved) if saved else numbers_of(cells)
             region.put_inputs(values)
             self.running = True
-            graph, whole = self.graphs.get(region.node, live, region.cut), saved is None and region.cut is None
-            run = Run(graph) if self.watcher is not None else self.early.run_of(region.node, graph, values)
-            put_kept(region, run.graph, values, region is not self.region and self.watcher is None)
-            foreseen = whole and self.watcher is None and self.early.foreseen(region, live, values)
-            if region.node is not region.cut and not foreseen:
+            graph, alone = self.graphs.get(region.node, live, region.cut), self.watcher is None
+            run = self.early.run_of(region.node, graph, values) if alone else Run(graph)
+            put_kept(region, run.graph, values, alone and region is not self.region)
+            whole = alone and saved is None and region.cut is None
+            if region.node is not region.cut and not (whole and self.early.foreseen(region, live, values)):
                 self._run_now(region, run, values)
         except BaseException as error:
             region.error = error
@@ -273,13 +270,12 @@ class Recording:
         return live
 
     def _run_now(self, region: Region, run: Run, values: list[Any]) -> None:
-        graph = run.graph
+        graph, scalars = run.graph, region.scalars
         if self.watcher is None:
-            self.early.ran(region.node, run, values, self.run(graph, values, region.scalars, region.handover))
-        else:
-            memory_changed()
-            self.run(graph, values, region.scalars, None)
-            self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)
+            return self.early.ran(region.node, run, values, self.run(graph, values, scalars, region.handover))
+        memory_changed()
+        self.run(graph, values, scalars, None)
+        self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, scalars)
 
     def closed(
         self, node: Node, live: tuple[int, ...], cause: Barrier, site: Site | None, observed: bool, since: Node | None

@@ -109,8 +109,8 @@ def is_true_view(op: Op) -> bool:
 
 
 class Restoring:
-    """How what is kept is had from what the first part hands over: by `ops` in their order, from the values `given`. `missing` are
-    the numbers of what can be had in no such way."""
+    """How what is kept is had from what the first part hands over: by `ops` in their order, from the values `given`. What is
+    `missing`, by number, can be had in no such way."""
 
     def __init__(self, pair: Pair, first: Graph) -> None:
         self.kept = {n: v for n, v in made_by(pair.first.ops).items() if n in pair.kept}

@@ -18,8 +18,8 @@ from tests.plan.recorded import launched, recorded_again
 from tests.plan.test_channels_last import Block, ImagesOnly, step
 from tests.plan.test_corpus_plans import FILES, STRICT, RandomCosts, graph_of
 
-# Of each recorded step that is cut behind its loss: launches of both parts, megabytes that they must move, and how many more these
-# would be if each part were planned by itself; then mebibytes of results that the first part leaves.
+# Of each recorded step that is cut behind its loss: launches of both parts, megabytes that they must move, and how many more that
+# would be if each part were planned by itself; then mebibytes of what the first part leaves.
 PAIRS = {
     "bert-full-amp-cuda": (159, 250, 16945, 1935, 1874),
     "gpt2-full-amp-cuda": (130, 185, 29562, 13692, 3805),

@@ -18,8 +18,7 @@ from kitsune.planning import Planner
 from kitsune.scheduler import RATES
 from tests.plan.test_channels_last import ImagesOnly
 from tests.runtime.repeated import graphs
-from tests.steady.test_cuts import LOOPS
-from tests.steady.test_cuts import run as run_small
+from tests.steady.test_cuts import LOOPS, run as run_small
 from tests.steady.test_cuts_held import CASES
 
 STEPS = 14
