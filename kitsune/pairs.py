@@ -34,6 +34,8 @@ class Joined:
     def __init__(self, pair: Pair, first: Ready, second: Ready) -> None:
         self.pair, self.first, self.second = pair, first.graph, second.graph
         self.readies = first, second
+        self.compiling = [*first.compiling, *second.compiling]
+        first.compiling, second.compiling = [], []
         # Operators that are to be run once before, a few at a time.
         self.to_try: list[Op] = []
         self.restoring = Restoring(pair, self.first)
@@ -56,8 +58,9 @@ class Known:
     coming: "Future[Joined | None] | None" = None
     joined: Joined | None = None
     refused: bool = False
-    # Are the plans only looked for on disk?
+    # Are the plans only looked for on disk? And what has come of that, whose kernels may have to be waited for.
     looks_up: bool = False
+    found: Joined | None = None
 
     def to_try(self) -> list[Op]:
         """What is to be tried out before what has come may be run."""
@@ -200,6 +203,9 @@ class Pairs:
 
     def _made(self, known: Known, planner: Planner) -> tuple[Joined | None, list[Future[Any]]]:
         runner, pair = self.runner, known.pair
+        if known.found is not None:
+            # Looked up before, by this very thread.
+            return known.found, known.found.compiling
         if runner.coming is not None:
             readies = runner.coming.planned_pair(pair, planner)
         else:
@@ -207,10 +213,10 @@ class Pairs:
             readies = plans and tuple(by_plan(plan, runner.executor, runner.device) for plan in plans)
         if readies is None:
             return None, []
-        joined = Joined(pair, *readies)
+        joined = known.found = Joined(pair, *readies)
         if runner.coming is not None:
             joined.to_try = [*runner.coming.to_try(joined.first), *runner.coming.to_try(joined.second)]
-        return joined, [future for ready in readies for future in ready.compiling]
+        return joined, joined.compiling
 
     def _arrive(self, known: Known) -> None:
         """The plans are there, or will not be."""
@@ -219,7 +225,7 @@ class Pairs:
         coming, known.coming, joined = known.coming, None, None
         try:
             joined = coming.result()
-            for error in [future.exception() for ready in (joined.readies if joined else ()) for future in ready.compiling]:
+            for error in [future.exception() for future in (joined.compiling if joined else ())]:
                 if isinstance(error, WorkerFailed):
                     raise error
         except WorkerFailed:
@@ -234,9 +240,8 @@ class Pairs:
                 self._refuse(known)
             known.looks_up = False
             return
-        known.joined = joined
+        known.joined, known.found, joined.compiling = joined, None, []
         for ready in joined.readies:
-            ready.compiling = []
             runner.ready[runner.key(ready.graph)] = ready
         self._take_over(joined.first, pair.first)
 

@@ -212,7 +212,7 @@ def _swapped(tree: Any, by_id: dict[int, Any]) -> Any:
 
 
 def keeping(region: Any, cells: list[Cell], saved: Iterable[int]) -> tuple[int, ...]:
-    """The numbers of what a part before a cut leaves: what cells stand for, and what is saved of all that comes from this part."""
+    """The numbers of what a part before a cut leaves: what cells stand for, and what is saved of its results."""
     first = 0 if region.cut is None else region.cut.n_values
     held = numbers_of(cells)
     kept = frozenset(number for number in saved if number >= first).difference(held)
