@@ -26,6 +26,8 @@ from kitsune.shown import show_pair
 
 # Times that what was kept had to be made again, from which on the parts go separate ways if that is one run in so many.
 MOST_RESTORED, RESTORED_OF = 3, 16
+# Times in a row that another part comes second until it is the one that is expected, and how often that may change.
+IN_A_ROW, MOST_CHANGES = 2, 3
 
 
 class Joined:
@@ -60,7 +62,11 @@ class Known:
     refused: bool = False
     # Are the plans only looked for on disk? And what has come of that, whose kernels may have to be waited for.
     looks_up: bool = False
+    is_asked: bool = False
     found: Joined | None = None
+    # Times in a row that something else has followed the first, and those that it was taken for the second from then on.
+    n_others: int = 0
+    n_changes: int = 0
 
     def to_try(self) -> list[Op]:
         """What is to be tried out before what has come may be run."""
@@ -131,17 +137,19 @@ class Pairs:
 
     def end(self, graph: Graph, ran: Graph, values: list[Any], scalars: list[float], handover: Handover) -> None:
         """A part has been run, as the graph `ran`."""
-        assert handover.first is not None
-        known = self.known.get((handover.first, handover.kept))
-        if known is None:
-            if graph is not handover.first and any(v.id in handover.kept for v in graph.inputs):
-                self._meet(Pair(handover.first, handover.kept, graph))
-            return
-        if known.coming is not None and (to_try := known.to_try()):
-            self.runner.thread_plans.go_on(to_try)
-        if graph is handover.first and known.joined is not None and ran is known.joined.first:
+        first, kept = handover.first, handover.kept
+        assert first is not None
+        known = self.known.get((first, kept))
+        if graph is not first:
+            if known is None or (known.pair.second is not graph and not known.refused):
+                self._meet(known, Pair(first, kept, graph))
+            elif known.pair.second is graph:
+                known.n_others = 0
+        elif known is not None and known.joined is not None and ran is known.joined.first:
             known.joined.n_runs += 1
             handover.carried = Left(self, known.joined, values, scalars)
+        if known is not None and (to_try := known.to_try()):
+            self.runner.thread_plans.go_on(to_try)
 
     def stands(self, joined: Joined) -> bool:
         """Can both parts be run so, as knobs and torch's settings are?"""
@@ -176,22 +184,35 @@ class Pairs:
             return None
         return joined
 
-    def _meet(self, pair: Pair) -> None:
-        """Two parts have come one after the other."""
+    def _meet(self, known: Known | None, pair: Pair) -> None:
+        """Two parts have come one after the other; what is `known` is of the first and another second."""
         runner = self.runner
         if runner.executor is None or not runner.options.fuses or runner.options.rules != ANYTHING:
             return
-        known = self.known[pair.first, pair.kept] = Known(pair)
-        if runner.in_background():
-            planner = runner.planner()
-            known.coming = later(lambda: self._made(known, planner) if kept_pair(pair, planner) else (None, []))
-            known.looks_up = True
+        if not any(v.id in pair.kept for v in pair.second.inputs):
+            return
+        if known is None:
+            met = self.known[pair.first, pair.kept] = Known(pair)
+            if runner.in_background():
+                planner = runner.planner()
+                met.coming = later(lambda: self._made(met, planner) if kept_pair(pair, planner) else (None, []))
+                met.looks_up = True
+            return
+        known.n_others += 1
+        if known.n_others < IN_A_ROW:
+            return
+        if known.n_changes == MOST_CHANGES:
+            return self._refuse(known)
+        self._part(known)
+        met = self.known[pair.first, pair.kept] = Known(pair, n_changes=known.n_changes + 1)
+        if known.is_asked:
+            self._ask(met)
 
     def _ask(self, known: Known) -> None:
         """Have the plans made, of which nobody knows yet whether they lie on disk."""
         if known.joined is not None or (known.coming is not None and not known.looks_up):
             return
-        known.looks_up, planner = False, self.runner.planner()
+        known.looks_up, known.is_asked, planner = False, True, self.runner.planner()
         if self.runner.in_background():
             known.coming = later(lambda: self._made(known, planner))
             return
@@ -263,13 +284,17 @@ class Pairs:
             known.steady = None
 
     def _refuse(self, known: Known) -> None:
-        """Let the parts go separate ways."""
-        runner, pair, joined = self.runner, known.pair, known.joined
-        known.refused, known.joined = True, None
+        """Let the parts go separate ways from here on."""
+        self._part(known)
+        known.refused, runner = True, self.runner
+        for part in (known.pair.first, known.pair.second):
+            if (ready := runner.ready.get(runner.key(part))) is not None:
+                runner.ask(part, ready)
+
+    def _part(self, known: Known) -> None:
+        """Run the parts as they were recorded."""
+        pair, joined, known.joined, known.coming = known.pair, known.joined, None, None
         if joined is not None:
             for half, part in ((joined.first, pair.first), (joined.second, pair.second)):
                 self._take_over(part, half)
-                runner.ready.pop(runner.key(half), None)
-        for part in (pair.first, pair.second):
-            if (ready := runner.ready.get(runner.key(part))) is not None:
-                runner.ask(part, ready)
+                self.runner.ready.pop(self.runner.key(half), None)

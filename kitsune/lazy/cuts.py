@@ -173,6 +173,7 @@ def _absent(region: Any, cell: Cell, made: Any) -> Absent:
 def recall_results(region: Any) -> None:
     """Undo it: the calls are to be made again for their graph, with wrappers of what they had made."""
     restore(region)
+    region.handover = None
     absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
     first = 0 if region.cut is None else region.cut.n_values
     wrappers: dict[int, Any] = {}
@@ -224,9 +225,10 @@ def keeping(region: Any, cells: list[Cell], saved: Iterable[int]) -> tuple[int, 
 
 def restore(region: Any) -> None:
     """Somebody else than was expected is to see what is kept: let it be as it was recorded."""
-    if region.handover is not None and region.handover.carried is not None:
-        region.kept.update(region.handover.carried.restored())
-    region.handover = None
+    handover = region.handover
+    if handover is not None and handover.carried is not None:
+        region.kept.update(handover.carried.restored())
+        handover.carried = None
 
 
 def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
@@ -239,6 +241,8 @@ def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
         restore(region)
         for number, tensor in region.kept.items():
             values[number] = tensor
+        if not is_last:
+            region.handover = None
     carried = region.handover.kept if region.handover is not None and region.handover.carried is not None else frozenset()
     before: dict[int, int] = {}
     for value in graph.inputs:

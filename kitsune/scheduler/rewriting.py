@@ -51,6 +51,7 @@ class Rewriting:
         self._views = {v.id: op for op in graph.ops if op.kind is Kind.VIEW for v in op.results}
         # What others can see, and what is written.
         self.seen = {v.storage for v in (*graph.inputs, *graph.outputs)}
+        self.returned = {v.id for v in graph.outputs}
         self.written = {storage for op in graph.ops for storage in op.effects.writes}
 
     def graph_now(self) -> Graph:
@@ -191,6 +192,9 @@ class Rewriting:
             return None
         if not is_view:
             return now
+        if base.storage != op.inputs[0].storage and any(v.id in self.returned for v in op.results):
+            # Others know it as a view of what was recorded.
+            return None
         pairs = zip(op.results, types, strict=True)
         return replace(now, results=tuple(replace(v, type=t, storage=base.storage, version=base.version) for v, t in pairs))
 

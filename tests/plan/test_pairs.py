@@ -79,7 +79,9 @@ def test_both_parts_move_no_more_than_the_whole_would(name: str) -> None:
 @pytest.mark.parametrize(("seed", "numerics"), [(1, "bitwise"), (2, "strict"), (3, "fast")])
 def test_plans_are_sound_whatever_the_costs(path: Path, seed: int, numerics: str) -> None:
     pair = pair_of(graph_of(path))
-    first, second = planned(Planner(RandomCosts(seed), verify=True, numerics=numerics), pair)
+    planner = Planner(RandomCosts(seed), verify=True, numerics=numerics)
+    assert all(planner.plan(part).n_launches for part in (pair.first, pair.second))
+    first, second = planned(planner, pair)
     there = {v.id: v for v in (*first.graph.inputs, *first.graph.outputs)} | {v.id: v for v in pair.second.inputs}
     assert all(v.id in there for v in second.graph.inputs)
     assert second.graph.outputs == pair.second.outputs
