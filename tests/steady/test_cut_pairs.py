@@ -141,14 +141,14 @@ def saved_by(node: Any) -> list[Any]:
     return found
 
 
-def run(behind: Behind, context: Any) -> list[Any]:
+def run(behind: Behind, context: Any, steps: int = STEPS) -> list[Any]:
     torch.manual_seed(0)
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    xs, ys = torch.randn(STEPS, 4, 3, 8, 8), torch.randint(0, 5, (STEPS, 4))
+    xs, ys = torch.randn(steps, 4, 3, 8, 8), torch.randint(0, 5, (steps, 4))
     found: list[Any] = []
     with context:
-        for k in range(STEPS):
+        for k in range(steps):
             loss = F.cross_entropy(net(xs[k]), ys[k])
             behind(k, net, loss, found)
             optimizer.step()
@@ -240,6 +240,32 @@ def test_what_differs_again_and_again_is_not_planned_as_one(runs: list[str]) -> 
         got = run(behind, kitsune.accelerate(device="cpu"))
     assert got == expected
     assert runs.count("restored") == 3 and runs[-2:] == ["first", "second"]
+
+
+def test_what_comes_from_some_step_on_is_what_is_expected_then(runs: list[str]) -> None:
+    def behind(k: int, net: Net, loss: Tensor, found: list[Any]) -> None:
+        found.append(loss.item())
+        (loss * 2 if k > 5 else loss).backward()
+
+    expected = run(behind, contextlib.nullcontext())
+    with by_plan():
+        got = run(behind, kitsune.accelerate(device="cpu"))
+    assert got == expected
+    # Once for the graph of what is new, and then until it has come twice in a row.
+    assert runs.count("restored") == 3 and runs[-2:] == ["first, joined", "second, joined"]
+
+
+def test_what_changes_now_and_then_is_not_followed_for_ever(runs: list[str]) -> None:
+    def behind(k: int, net: Net, loss: Tensor, found: list[Any]) -> None:
+        found.append(loss.item())
+        (loss * 2 if k // 4 % 2 else loss).backward()
+
+    expected = run(behind, contextlib.nullcontext(), 40)
+    with by_plan():
+        got = run(behind, kitsune.accelerate(device="cpu"), 40)
+    assert got == expected
+    changes = [a + b for a, b in zip(runs, runs[1:], strict=False) if b == "second, joined" and a != "first, joined"]
+    assert not changes and "second, joined" in runs and runs[-8:] == ["first", "second"] * 4
 
 
 def test_a_check_runs_each_part_by_itself(runs: list[str]) -> None:
