@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Kind, Pending, lent_memory
+from kitsune.ir import Kind, Pending, lent_memory, storage_of
+from kitsune.ir.page import FEW_BYTES
 from kitsune.runtime.capturable import GraphFacts, why_not_moving
 from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, TailFailed
 from kitsune.runtime.cuda_graph import GraphRecorder
@@ -221,6 +222,7 @@ class SteadyState:
             self._refuse(region, f"The region was captured {MAX_CAPTURES} times, and never fitted for long.")
             return False
         region.n_captures += 1
+        region.moving.update(_copies_to_come(region, values))
         max_graphs, max_bytes = self.limits()
         while self._kept and len(self._kept) >= max_graphs:
             self._drop(next(iter(self._kept)))
@@ -285,6 +287,13 @@ class SteadyState:
                 f"A region of {n_ops} operators cannot be replayed as a CUDA graph, so it is launched operator by operator. "
                 f"{reason}"
             )
+
+
+def _copies_to_come(region: Steady, values: list[Any]) -> list[int]:
+    """The inputs that lie where a graph leaves small results. Of one that is held from replay to replay, such as a loss, that will
+    hand out copies, each of them elsewhere."""
+    few = [n for n in region.inputs if storage_of(values[n]).nbytes() <= FEW_BYTES and lent_memory(values[n]) is not None]
+    return [n for n in few if why_not_moving(region.facts, n, values[n]) is None]
 
 
 def _first_line(error: Exception) -> str:

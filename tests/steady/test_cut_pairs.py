@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -264,7 +265,7 @@ def test_what_changes_now_and_then_is_not_followed_for_ever(runs: list[str]) -> 
     with by_plan():
         got = run(behind, kitsune.accelerate(device="cpu"), 40)
     assert got == expected
-    changes = [a + b for a, b in zip(runs, runs[1:], strict=False) if b == "second, joined" and a != "first, joined"]
+    changes = [a + b for a, b in itertools.pairwise(runs) if b == "second, joined" and a != "first, joined"]
     assert not changes and "second, joined" in runs and runs[-8:] == ["first", "second"] * 4
 
 
