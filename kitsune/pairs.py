@@ -14,42 +14,19 @@ import torch
 from kitsune.background import later
 from kitsune.codegen import WorkerFailed
 from kitsune.config import config
-from kitsune.dispatch import below_autograd
 from kitsune.fusion import ANYTHING
-from kitsune.ir import Graph, Handover, Op, n_values
+from kitsune.ir import Graph, Handover, Op
+from kitsune.joined import Joined, Left
 from kitsune.plan_files import kept_pair
 from kitsune.planning import Planner
-from kitsune.ready import Ready, by_plan, runs_by_ops
-from kitsune.runtime.calls import call
-from kitsune.scheduler import Pair, Restoring
+from kitsune.ready import by_plan, runs_by_ops
+from kitsune.scheduler import Pair
 from kitsune.shown import show_pair
 
 # Times that what was kept had to be made again, from which on the parts go separate ways if that is one run in so many.
 MOST_RESTORED, RESTORED_OF = 3, 16
 # Times in a row that another part comes second until it is the one that is expected, and how often that may change.
 IN_A_ROW, MOST_CHANGES = 2, 3
-
-
-class Joined:
-    """Two parts by plans that fit together, ready to run."""
-
-    def __init__(self, pair: Pair, first: Ready, second: Ready) -> None:
-        self.pair, self.first, self.second = pair, first.graph, second.graph
-        self.readies = first, second
-        self.compiling = [*first.compiling, *second.compiling]
-        first.compiling, second.compiling = [], []
-        # Operators that are to be run once before, a few at a time.
-        self.to_try: list[Op] = []
-        self.restoring = Restoring(pair, self.first)
-        self.n_values = max(n_values(self.first), n_values(self.second))
-        seen = {v.id for v in pair.first.outputs} - pair.kept
-        came = {v.id for v in pair.first.inputs}
-        self.handed = tuple(v.id for v in self.first.outputs if v.id not in seen)
-        # Of what came in for the first part, what is needed once more: the program may not hold it any longer.
-        self.again = tuple(({v.id for v in self.second.inputs} | self.restoring.given.keys()) & (came | seen))
-        self.n_runs = self.n_restored = 0
-        # Has the second part been run?
-        self.follows = False
 
 
 @dataclass(slots=True, eq=False)
@@ -74,42 +51,6 @@ class Known:
         if self.coming is not None and self.coming.done() and self.coming.exception() is None:
             joined = self.coming.result()
         return [] if joined is None else joined.to_try
-
-
-class Left:
-    """What a first part has left for the second: see `kitsune.ir.Carried`."""
-
-    def __init__(self, pairs: "Pairs", joined: Joined, values: list[Any], scalars: list[float]) -> None:
-        self.joined = joined
-        self._pairs, self._scalars = pairs, scalars
-        self._tensors = {n: values[n] for n in (*joined.handed, *joined.again)}
-
-    def goes_to(self, graph: Graph) -> bool:
-        """Is this the graph that it was left for, and can that be run so now?"""
-        return graph is self.joined.pair.second and self._pairs.stands(self.joined)
-
-    def put(self, values: list[Any]) -> None:
-        """Put it in for the second part."""
-        values.extend([None] * (self.joined.n_values - len(values)))
-        for number, tensor in self._tensors.items():
-            values[number] = tensor
-
-    def restored(self) -> dict[int, torch.Tensor]:
-        """What was kept, by number, as it was recorded. Raises torch.OutOfMemoryError."""
-        self.joined.n_restored += 1
-        restoring, values = self.joined.restoring, [None] * n_values(self.joined.pair.first)
-        with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            for number, value in restoring.given.items():
-                values[number] = _laid_out(self._tensors[number], value.type.stride)  # type: ignore[call-overload]
-            for op in restoring.ops:
-                call(op, values, self._scalars)
-        return {number: values[number] for number in restoring.kept}  # type: ignore[misc]
-
-
-def _laid_out(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    if tensor.stride() == stride:
-        return tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @dataclass
@@ -142,12 +83,13 @@ class Pairs:
         known = self.known.get((first, kept))
         if graph is not first:
             if known is None or (known.pair.second is not graph and not known.refused):
-                self._meet(known, Pair(first, kept, graph))
+                own = frozenset(v.storage for v in first.inputs if isinstance(values[v.id], torch.nn.Parameter))
+                self._meet(known, Pair(first, kept, graph, own))
             elif known.pair.second is graph:
                 known.n_others = 0
-        elif known is not None and known.joined is not None and ran is known.joined.first:
-            known.joined.n_runs += 1
-            handover.carried = Left(self, known.joined, values, scalars)
+        elif known is not None and (joined := known.joined) is not None and ran is joined.first:
+            joined.n_runs += 1
+            handover.carried = Left(joined, values, scalars, lambda: self.stands(joined))
         if known is not None and (to_try := known.to_try()):
             self.runner.thread_plans.go_on(to_try)
 

@@ -91,7 +91,8 @@ def kept_pair(pair: Pair, planner: Planner) -> bool:
 def pair_paths(pair: Pair, planner: Planner) -> tuple[Path, ...]:
     """The files of the plans of two parts; none where they are not kept."""
     first, second = pair.first, pair.second
-    parts = len(first.ops), [v.id for v in first.outputs], sorted(pair.kept), first.awaited, second.awaited
+    read, left = ([v.id for v in values] for values in (second.inputs, first.outputs))
+    parts = len(first.ops), left, sorted(pair.kept), sorted(pair.parameters), read, first.awaited, second.awaited
     paths = [plan_path(pair.whole, planner, repr((parts, number))) for number in range(2)]
     return tuple(path for path in paths if path is not None)
 

@@ -290,7 +290,7 @@ class SteadyState:
 
 
 def _copies_to_come(region: Steady, values: list[Any]) -> list[int]:
-    """The inputs that lie where a graph leaves small results. Of one that is held from replay to replay, such as a loss, that will
+    """The inputs that lie where a graph leaves small results. Of one that is held from replay to replay, such as a loss, it will
     hand out copies, each of them elsewhere."""
     few = [n for n in region.inputs if storage_of(values[n]).nbytes() <= FEW_BYTES and lent_memory(values[n]) is not None]
     return [n for n in few if why_not_moving(region.facts, n, values[n]) is None]

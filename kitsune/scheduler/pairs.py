@@ -16,11 +16,13 @@ from kitsune.scheduler.passes import dead_code
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The graphs of two parts, as they were recorded. `kept` are the results of the first that only the second sees."""
+    """The graphs of two parts, as they were recorded. `kept` are the results of the first that only the second sees, and
+    `parameters` the storages of inputs that hold a model's parameters."""
 
     first: Graph
     kept: frozenset[int]
     second: Graph
+    parameters: frozenset[int] = frozenset()
 
     @cached_property
     def whole(self) -> Graph:
@@ -63,6 +65,13 @@ def as_one(pair: Pair, lasting: frozenset[int]) -> Graph:
     return Graph(inputs, first.ops + second.ops, seen + second.outputs)
 
 
+def still_there(pair: Pair) -> list[Value]:
+    """What came in for the first part and can be read once more behind the cut. A batch cannot: where autograd has saved nothing
+    in its memory, the program may fill that again in between."""
+    memory = {v.storage for v in pair.second.inputs} | pair.parameters
+    return [v for v in pair.first.inputs if v.storage in memory]
+
+
 def taken_apart(graph: Graph, pair: Pair) -> tuple[Graph, Graph] | None:
     """A graph that passes have made of both parts as two again. None if it cannot be told where the second one begins.
 
@@ -80,7 +89,7 @@ def taken_apart(graph: Graph, pair: Pair) -> tuple[Graph, Graph] | None:
     came = {v.storage for v in pair.first.inputs}
     handed = {n: v for n, v in read.items() if n in of_first and v.storage not in came}
     outputs = {v.id: v for v in graph.outputs if v.id in of_first} | handed
-    given = {v.id for v in (*graph.inputs, *pair.second.inputs)} | handed.keys()
+    given = {v.id for v in (*pair.second.inputs, *still_there(pair))} | handed.keys()
     inside = {v.id for v in pair.first.inputs} | of_first.keys()
     if not read.keys() <= given or any(v.id not in inside for op in first for v in op.inputs):
         return None
@@ -118,7 +127,7 @@ class Restoring:
         for value in (after for op in pair.first.ops for _, after in op.rewritten):
             self._versions[value.storage] = max(value.version, self._versions.get(value.storage, 0))
         handed = {v.id: v for v in first.outputs}
-        self._there = {v.id: v for v in pair.first.inputs if self._lasts(v)}
+        self._there = {v.id: v for v in still_there(pair) if self._lasts(v)}
         self._makers: dict[int, Op] = {}
         for op in pair.first.ops:
             for value in op.outputs:
@@ -155,6 +164,11 @@ class Restoring:
 def _same_contents(now: Value, recorded: Value) -> bool:
     a, b = now.type, recorded.type
     return (a.shape, a.dtype, a.conj, a.neg) == (b.shape, b.dtype, b.conj, b.neg)
+
+
+def fleeting(pair: Pair) -> frozenset[int]:
+    """The storages that came in for the first part and are not to be read behind the cut."""
+    return frozenset(v.storage for v in pair.first.inputs).difference(v.storage for v in still_there(pair))
 
 
 def prepared(pair: Pair, passes: Callable[[Graph], Graph]) -> tuple[Graph, Graph] | None:

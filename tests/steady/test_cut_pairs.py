@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.ir import Graph, Handover
-from kitsune.pairs import Left, Pairs
+from kitsune.joined import Left
+from kitsune.pairs import Pairs
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES
 from tests.plan.test_channels_last import ImagesOnly
