@@ -21,7 +21,7 @@ from kitsune.plan_files import kept_pair
 from kitsune.planning import Planner
 from kitsune.ready import by_plan, runs_by_ops
 from kitsune.scheduler import Pair
-from kitsune.shown import show_pair
+from kitsune.shown import show_pair, shows
 
 # Times that what was kept had to be made again, from which on the parts go separate ways if that is one run in so many.
 MOST_RESTORED, RESTORED_OF = 3, 16
@@ -182,12 +182,11 @@ class Pairs:
         return joined, joined.compiling
 
     def _arrive(self, known: Known) -> None:
-        """The plans are there, or will not be."""
-        runner, pair = self.runner, known.pair
+        """The plans are there, or will not be. An interrupt leaves it to be done again."""
+        runner, pair, joined = self.runner, known.pair, None
         assert known.coming is not None
-        coming, known.coming, joined = known.coming, None, None
         try:
-            joined = coming.result()
+            joined = known.coming.result()
             for error in [future.exception() for future in (joined.compiling if joined else ())]:
                 if isinstance(error, WorkerFailed):
                     raise error
@@ -196,17 +195,20 @@ class Pairs:
             joined = None
         except Exception as error:
             if config.verify:
+                known.coming = None
                 raise
             runner.sentences.append(runs_by_ops(pair.whole, error))
         if joined is None:
             if not known.looks_up:
                 self._refuse(known)
-            known.looks_up = False
+            known.looks_up, known.coming = False, None
             return
-        known.joined, known.found, joined.compiling = joined, None, []
         for ready in joined.readies:
             runner.ready[runner.key(ready.graph)] = ready
+            if config.debug and ready.plan is not None:
+                shows().fused(ready.n_ops, ready.plan.n_kernels)
         self._take_over(joined.first, pair.first)
+        known.joined, known.found, known.coming = joined, None, None
 
     def _follow(self, joined: Joined) -> None:
         """The second part is about to be run, by what the first one has left where it now is."""

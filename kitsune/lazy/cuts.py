@@ -2,7 +2,8 @@
 
 Loops ask whether their loss is finite before they go backward. If the region ended there, all calls would have to be made again
 for their graph. So it goes on, and what autograd would have saved is kept: which values that are is known from a run of the same
-calls in which autograd had them.
+calls in which autograd had them. What of it nobody else sees may be handed over to the rest of the region in any form: see
+`kitsune/pairs.py`.
 """
 
 from collections.abc import Iterable, Iterator
