@@ -225,7 +225,6 @@ class Pairs:
         first = None if source is None else runner.ready[runner.key(source)].steady
         if now is not None and known is not None and known.steady is not None:
             now.steady = runner.steady_of(now, runner.steady, known.steady, first)
-            known.steady = None
 
     def _refuse(self, known: Known) -> None:
         """Let the parts go separate ways from here on."""

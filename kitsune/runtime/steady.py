@@ -97,7 +97,7 @@ class SteadyState:
         addresses = {} if before.captured is None else before.captured.fixed()
         moving = before.moving
         if first is not None and first.captured is not None:
-            addresses = {**first.captured.fixed(), **first.captured.results(), **addresses}
+            addresses = {**addresses, **first.captured.fixed(), **first.captured.results()}
             moving = moving | first.moving
         self._drop(before)
         # Where it was a graph, nothing but kernels is new, and those are loaded: an ordinary run of MLP's takes 6 ms, where

@@ -154,11 +154,9 @@ class Restoring:
 
     def _may_be_made(self, op: Op, value: Value) -> bool:
         """May an op be made again for a value, by which nobody else notices?"""
-        if op.effects.random or op.effects.writes or not all(map(self._lasts, op.outputs)):
+        if op.effects.random or op.effects.writes or not self._lasts(value):
             return False
-        if any(v.id not in self._there and v.id not in self._makers for v in op.inputs):
-            return False
-        return value.storage not in self._versions or is_true_view(op)
+        return all(v.id in self._there or v.id in self._makers for v in op.inputs)
 
 
 def _same_contents(now: Value, recorded: Value) -> bool:

@@ -132,6 +132,23 @@ def test_what_cannot_be_made_again_is_handed_over_as_well() -> None:
     restoring = Restoring(pair, first.graph)
     assert any(op.effects.random for op in pair.first.ops) and not any(op.effects.random for op in restoring.ops)
     assert not any(op.effects.writes for op in restoring.ops) and not restoring.missing
+    nothing = Restoring(pair, dataclasses.replace(pair.first, outputs=()))
+    once = {v.id for op in pair.first.ops if op.effects.random or op.effects.writes for v in op.outputs}
+    assert len(once & pair.kept) > 2 and once & pair.kept <= nothing.missing
+    assert not any(op.effects.random or op.effects.writes for op in nothing.ops)
+
+
+def test_what_was_written_since_is_not_known_to_be_what_it_was() -> None:
+    def program() -> Any:
+        y = torch.ones(4) * 2
+        seen = y.view(2, 2)
+        y.mul_(3)
+        return seen, y.sum()
+
+    graph = recorded_again(program)
+    (seen,) = [v for v in graph.outputs if tuple(v.type.shape) == (2, 2)]
+    second = Graph((seen,), (), (seen,))
+    assert Restoring(Pair(graph, frozenset({seen.id}), second), graph).missing == {seen.id}
 
 
 def test_a_batch_is_not_read_behind_the_cut_unless_it_was_saved() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,27 @@ def test_both_parts_change_over_when_the_kernels_of_both_are_there(
         assert repeater.n_alive <= alive and not kitsune.explain().mended
 
 
+def test_from_the_first_step_with_kernels_on_both_parts_are_replayed(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of their inputs is known of those parts as well."""
+    monkeypatch.setattr("kitsune.runtime.captured._like", _filled)
+    replayed: list[int] = []
+
+    def behind(k: int, net: Any, loss: Any, found: list[Any]) -> None:
+        if k == 8:
+            workers.release()
+        replayed.append(kitsune.counters()["replayed"])
+        the_same_each_time(k, net, loss, found)
+
+    expected = run(the_same_each_time, contextlib.nullcontext())
+    with cold(graphs=True) as (workers, _):
+        assert run(behind, kitsune.accelerate(device="cpu")) == expected
+    assert runs.index("first, joined") > 10 and [b - a for a, b in itertools.pairwise(replayed[5:])] == [2] * 8
+
+
 def test_plans_on_disk_are_found_before_the_parts_have_come_back(
-    runs: list[str], asked: list[str], folder: Path, expected: list[Any]
+    runs: list[str], asked: list[str], folder: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(coming, "last_plans", lambda program: [])
     with cold() as (workers, _):
         assert parts(workers, expected, runs) == JOINED and asked.count("pair") == 1
         assert len([*folder.glob("*.plan")]) >= 2
@@ -122,6 +141,7 @@ def test_plans_are_read_ahead(runs: list[str], asked: list[str], expected: list[
         return of_pair(self, pair, planner)
 
     monkeypatch.setattr(coming.Coming, "planned_pair", seen)
+    monkeypatch.setattr(plan_files, "read_plan", lambda path: pytest.fail("it is there already"))
     with cold() as (workers, _):
         assert idle() and parts(workers, expected, runs) == JOINED
     assert taken == [True]
@@ -150,7 +170,8 @@ def test_parts_that_cannot_be_one_have_plans_of_their_own(
     with cold() as (workers, _):
         workers.hold = False
         for _ in range(3):
-            train(expected)
+            # Nobody asks for more than what the runs themselves do.
+            assert run(the_same_each_time, kitsune.accelerate(device="cpu")) == expected and idle()
         assert "first, joined" not in runs and asked.count("pair") == 1 and asked.count("graph") >= 2
         assert kitsune.counters()["kernels"] and not kitsune.explain().mended
 

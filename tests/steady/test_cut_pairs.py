@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from kitsune.joined import Left
 from kitsune.pairs import Pairs
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES
+from tests.plan.recorded import recorded_again
 from tests.plan.test_channels_last import ImagesOnly
 from tests.runtime.repeated import graphs
 from tests.steady.test_cuts import LOOPS, run as run_small
@@ -303,7 +305,24 @@ def test_what_is_forgotten_is_run_by_itself(runs: list[str]) -> None:
 
 
 def test_what_the_first_part_leaves_is_let_go_of_with_the_step(runs: list[str]) -> None:
-    with by_plan(), kitsune.accelerate(device="cpu"):
-        run(the_same_each_time, contextlib.nullcontext())
-        (pipeline,) = kitsune.contexts.here.depth
-        assert runs[-1] == "second, joined" and pipeline.recorder.region.handover is None
+    regions: list[Any] = []
+
+    def behind(k: int, net: Net, loss: Tensor, found: list[Any]) -> None:
+        found.append(loss.item())
+        if k:
+            (pipeline,) = kitsune.contexts.here.depth
+            regions.append(pipeline.recorder.region)
+            assert regions[-1].handover is not None
+        loss.backward()
+
+    with by_plan():
+        run(behind, kitsune.accelerate(device="cpu"))
+    assert runs[-1] == "second, joined" and {region.handover for region in regions} == {None}
+
+
+def test_what_a_part_may_not_be_run_before() -> None:
+    """Of what is handed over in another form, some may have to be made again from what the first part has read."""
+    reads, writes = recorded_again(lambda: torch.ones(3).sin()), recorded_again(lambda: torch.ones(3).sin_())
+    kept = dataclasses.replace(reads, inputs=(reads.ops[0].results[0],))
+    handover = Handover(frozenset({kept.inputs[0].id}))
+    assert [handover.concerns(graph) for graph in (reads, kept, writes)] == [False, True, True]
