@@ -95,17 +95,15 @@ class SteadyState:
 
     def _take_over(self, region: Steady, before: Steady, first: Steady | None) -> None:
         addresses = {} if before.captured is None else before.captured.fixed()
-        moving = before.moving
         if first is not None and first.captured is not None:
             addresses = {**addresses, **first.captured.fixed(), **first.captured.results()}
-            moving = moving | first.moving
         self._drop(before)
         # Where it was a graph, nothing but kernels is new, and those are loaded: an ordinary run of MLP's takes 6 ms, where
         # eager's step takes 1.5, and one of BERT's 67 (H200). Else there is one, and then the capture.
-        region.at_once = bool(addresses) and {*region.inputs} <= addresses.keys() | moving
+        region.at_once = bool(addresses) and {*region.inputs} <= addresses.keys() | before.moving
         region.addresses = [addresses.get(n, 0) for n in region.inputs] if region.at_once else None
         region.n_runs = min(before.n_runs, RUNS - 1)
-        region.moving, region.changes, region.moved = moving, before.changes, before.moved
+        region.moving, region.changes, region.moved = before.moving, before.changes, before.moved
 
     def run(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> Captured | None:
         """Replay the region, or capture it first where it is time. None if it has to be run in the ordinary way."""

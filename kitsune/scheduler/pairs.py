@@ -154,8 +154,9 @@ class Restoring:
 
     def _may_be_made(self, op: Op, value: Value) -> bool:
         """May an op be made again for a value, by which nobody else notices?"""
-        if op.effects.random or op.effects.writes or not self._lasts(value):
+        if op.effects.random or not self._lasts(value):
             return False
+        # Of an op that writes, what it has written was another value before.
         return all(v.id in self._there or v.id in self._makers for v in op.inputs)
 
 

@@ -132,10 +132,17 @@ def test_what_cannot_be_made_again_is_handed_over_as_well() -> None:
     restoring = Restoring(pair, first.graph)
     assert any(op.effects.random for op in pair.first.ops) and not any(op.effects.random for op in restoring.ops)
     assert not any(op.effects.writes for op in restoring.ops) and not restoring.missing
-    nothing = Restoring(pair, dataclasses.replace(pair.first, outputs=()))
+
+
+@pytest.mark.parametrize("name", ["gpt2-small-amp-cuda", "resnet18-small-amp-cpu"])
+def test_what_is_done_once_is_not_done_again(name: str) -> None:
+    """Dropout, and a norm that keeps statistics: of a part that hands over nothing."""
+    pair = pair_of(graph_of(next(path for path in FILES if path.name.startswith(name))))
+    everything = frozenset(v.storage for v in pair.first.inputs)
+    restoring = Restoring(dataclasses.replace(pair, parameters=everything), dataclasses.replace(pair.first, outputs=()))
     once = {v.id for op in pair.first.ops if op.effects.random or op.effects.writes for v in op.outputs}
-    assert len(once & pair.kept) > 2 and once & pair.kept <= nothing.missing
-    assert not any(op.effects.random or op.effects.writes for op in nothing.ops)
+    assert len(once & pair.kept) > 2 and once & pair.kept <= restoring.missing
+    assert restoring.ops and not any(op.effects.random or op.effects.writes for op in restoring.ops)
 
 
 def test_what_was_written_since_is_not_known_to_be_what_it_was() -> None:

@@ -172,8 +172,10 @@ def test_parts_that_cannot_be_one_have_plans_of_their_own(
         for _ in range(3):
             # Nobody asks for more than what the runs themselves do.
             assert run(the_same_each_time, kitsune.accelerate(device="cpu")) == expected and idle()
-        assert "first, joined" not in runs and asked.count("pair") == 1 and asked.count("graph") >= 2
-        assert kitsune.counters()["kernels"] and not kitsune.explain().mended
+        assert "first, joined" not in runs and asked.count("pair") == 1
+        unfused = kitsune.counters()["unfused"]
+        assert run(the_same_each_time, kitsune.accelerate(device="cpu")) == expected
+        assert kitsune.counters()["unfused"] == unfused > 0 and not kitsune.explain().mended
 
 
 def test_kernels_that_cannot_be_compiled_leave_the_parts_to_themselves(runs: list[str], expected: list[Any]) -> None:
