@@ -39,7 +39,6 @@ class Known:
     refused: bool = False
     # Are the plans only looked for on disk? And what has come of that, whose kernels may have to be waited for.
     looks_up: bool = False
-    is_asked: bool = False
     found: Joined | None = None
     # Times in a row that something else has followed the first, and those that it was taken for the second from then on.
     n_others: int = 0
@@ -82,16 +81,20 @@ class Pairs:
         assert first is not None
         known = self.known.get((first, kept))
         if graph is not first:
-            if known is None or (known.pair.second is not graph and not known.refused):
-                own = frozenset(v.storage for v in first.inputs if isinstance(values[v.id], torch.nn.Parameter))
-                self._meet(known, Pair(first, kept, graph, own))
-            elif known.pair.second is graph:
+            if known is not None and known.pair.second is graph:
                 known.n_others = 0
+            elif known is None or not known.refused:
+                self._meet(known, handover, graph, values)
         elif known is not None and (joined := known.joined) is not None and ran is joined.first:
             joined.n_runs += 1
             handover.carried = Left(joined, values, scalars, lambda: self.stands(joined))
         if known is not None and (to_try := known.to_try()):
             self.runner.thread_plans.go_on(to_try)
+
+    @property
+    def are_made(self) -> bool:
+        """Does the runner make plans that are free to be of two parts?"""
+        return self.runner.executor is not None and self.runner.options.fuses and self.runner.options.rules == ANYTHING
 
     def stands(self, joined: Joined) -> bool:
         """Can both parts be run so, as knobs and torch's settings are?"""
@@ -126,13 +129,14 @@ class Pairs:
             return None
         return joined
 
-    def _meet(self, known: Known | None, pair: Pair) -> None:
-        """Two parts have come one after the other; what is `known` is of the first and another second."""
-        runner = self.runner
-        if runner.executor is None or not runner.options.fuses or runner.options.rules != ANYTHING:
+    def _meet(self, known: Known | None, handover: Handover, graph: Graph, values: list[Any]) -> None:
+        """Something new has come behind a first part, of which so much is known."""
+        first, kept, runner = handover.first, handover.kept, self.runner
+        assert first is not None
+        if not any(v.id in kept for v in graph.inputs):
             return
-        if not any(v.id in pair.kept for v in pair.second.inputs):
-            return
+        own = frozenset(v.storage for v in first.inputs if isinstance(values[v.id], torch.nn.Parameter))
+        pair = Pair(first, kept, graph, own)
         if known is None:
             met = self.known[pair.first, pair.kept] = Known(pair)
             if runner.in_background():
@@ -147,14 +151,13 @@ class Pairs:
             return self._refuse(known)
         self._part(known)
         met = self.known[pair.first, pair.kept] = Known(pair, n_changes=known.n_changes + 1)
-        if known.is_asked:
-            self._ask(met)
+        self._ask(met)
 
     def _ask(self, known: Known) -> None:
         """Have the plans made, of which nobody knows yet whether they lie on disk."""
         if known.joined is not None or (known.coming is not None and not known.looks_up):
             return
-        known.looks_up, known.is_asked, planner = False, True, self.runner.planner()
+        known.looks_up, planner = False, self.runner.planner()
         if self.runner.in_background():
             known.coming = later(lambda: self._made(known, planner))
             return
