@@ -1,9 +1,10 @@
 """A training whose batches have a hundred sizes in random order: each step beside eager's of the same size, and peak memory.
 
-    python -m benchmarks.bench_batch_sizes [--sizes 100] [--rounds 4] [--no-gate] [--json FILE]
+    python -m benchmarks.bench_batch_sizes [--sizes 100] [--rounds 4] [--processes 3] [--no-gate] [--json FILE]
 
-Eager and Kitsune have a process of their own each, with the same order of sizes. The first `--warm` rounds are a warm-up; of
-the steps after them no single one is to take over 1.2 times eager's, and memory is to stay below 1.25 times eager's at the
+Eager and Kitsune have processes of their own, which take turns, with the same order of sizes; a step's time is its median over
+them, since all steps of one eager process may take 1.2 times as long as those of another. The first `--warm` rounds are a
+warm-up; of the steps after them none is to take over 1.2 times eager's, and memory is to stay below 1.25 times eager's at the
 largest size.
 """
 
@@ -33,7 +34,8 @@ STEP = 16
 WIDTH = 1024
 SLOWER, MORE_MEMORY = 1.2, 1.25
 # Eager again, since one eager run's steps differ from another's.
-COLUMNS = ("eager", "kitsune", "again", "largest")
+IN_TURN = ("eager", "kitsune", "again")
+COLUMNS = (*IN_TURN, "largest")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -84,20 +86,29 @@ def in_new_process(column: str, options: argparse.Namespace, folder: str) -> dic
     return found
 
 
-def show(rows: dict[str, dict[str, Any]], n_warm: int) -> None:
+def per_step(rows: list[dict[str, Any]]) -> list[float]:
+    """Milliseconds of each step: the median over processes."""
+    return [statistics.median(ms) for ms in zip(*(row["ms"] for row in rows), strict=True)]
+
+
+def show(rows: list[dict[str, Any]], n_warm: int) -> None:
     """Ratios after the warm-up, those of a second eager run beside them for what is noise, and memory."""
-    eager, ours, largest = rows["eager"], rows["kitsune"], rows["largest"]
+    by_column = {column: [row for row in rows if row["column"] == column] for column in COLUMNS}
+    taken = {column: per_step(of_it) for column, of_it in by_column.items()}
     for name in ("kitsune", "again"):
-        ratios = sorted(a / b for a, b in zip(rows[name]["ms"][n_warm:], eager["ms"][n_warm:], strict=True))
+        ratios = sorted(a / b for a, b in zip(taken[name][n_warm:], taken["eager"][n_warm:], strict=True))
         n_slow = sum(ratio > SLOWER for ratio in ratios)
         print(f"{name}: step, times eager's of the same size: median {statistics.median(ratios):.2f}, slowest {ratios[-1]:.2f}")
         print(f"{name}: {n_slow} of {len(ratios)} steps took over {SLOWER} times as long")
-    for name, nbytes in ours["memory"].items():
-        at = {"the largest": largest, "the same sizes": eager}
-        text = ", ".join(f"{nbytes / row['memory'][name]:.2f} times eager's at {what}" for what, row in at.items())
+    ours = by_column["kitsune"]
+    for name in ours[0]["memory"]:
+        peak = max(row["memory"][name] for row in ours)
+        at = {"the largest": by_column["largest"][0], "the same sizes": by_column["eager"][0]}
+        text = ", ".join(f"{peak / row['memory'][name]:.2f} times eager's at {what}" for what, row in at.items())
         print(f"peak memory {name}: {text} (bound {MORE_MEMORY})")
-    for why, n in ours["decided"].items():
-        print(f"gate, {n} times: {why}")
+    for row in ours:
+        for why, n in row["decided"].items():
+            print(f"gate, {n} times: {why}")
 
 
 def main() -> None:
@@ -106,6 +117,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--warm", type=int, default=1, help="rounds that are a warm-up (%(default)s)")
+    parser.add_argument("--processes", type=int, default=3, help="of each kind (%(default)s)")
     parser.add_argument("--no-gate", action="store_true", help="record every step, whatever it costs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json")
@@ -114,12 +126,14 @@ def main() -> None:
     if options.column:
         print(json.dumps(measure(options)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rows = {column: in_new_process(column, options, folder) for column in COLUMNS}
+    rows = []
+    for column in (*IN_TURN * options.processes, "largest"):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(in_new_process(column, options, folder))
     show(rows, options.warm * options.sizes)
     device = torch.device(options.device)
     target = options.json or str(RESULTS / f"batch-sizes-{device.type}.json")
-    print(f"kept in {keep('batch-sizes', list(rows.values()), device, target)}")
+    print(f"kept in {keep('batch-sizes', rows, device, target)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """The first steps of a training, one by one: eager's beside Kitsune's, with empty and with warm caches on disk.
 
-    python -m benchmarks.bench_warm_up --models mlp,bert --steps 12 [--workers auto] [--schedule cosine] [--json FILE]
+    python -m benchmarks.bench_warm_up --models mlp,bert [--steps 12] [--rounds 3] [--workers auto] [--schedule cosine]
 
 Every model and column has a process of its own; `warm` finds on disk what `empty` has left there. Each step ends with a wait
 for the device, and is shown with what happened in it:
 
     c  captured    r  replayed    u  run unfused, for want of kernels    k  the first run by plan    g  a full garbage collection
 
-A step is marked `!` if it takes more than 1.5 times eager's step of that number, with 50 ms more for one that captures.
+With several rounds, each with caches of its own, a step shown is that of the round in which it took its median time: a step of
+1.5 ms may take twice as long in one process, eager's as well as ours. A step is marked `!` if it takes more than 1.5 times
+eager's step of that number, with 50 ms more for one that captures.
 After these steps the program waits for its kernels and does a few more, which show what their arrival costs.
 """
 
@@ -130,6 +132,17 @@ def is_slow(step: dict[str, Any], eager: dict[str, Any]) -> bool:
     return bool(step["ms"] > TIMES * eager["ms"] + CAPTURE_MS * bool(step["captured"]))
 
 
+def median_steps(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """A column's row, of each step the one with the median time among the rounds (the slower of two in the middle)."""
+    found = {**rounds[0], "refused": sorted({why for row in rounds for why in row["refused"]})}
+    for part in ("first", "later"):
+        found[part] = [
+            sorted(steps, key=lambda step: step["ms"])[len(steps) // 2]
+            for steps in zip(*(row[part] for row in rounds), strict=True)
+        ]
+    return found
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """A model's columns side by side, a line per step."""
     eager, others = rows[0], rows[1:]
@@ -161,6 +174,7 @@ def parse() -> argparse.Namespace:
     add("--models", type=lambda text: text.split(","), default=["bert"], help="some of " + ",".join(MODELS))
     add("--steps", type=int, default=12)
     add("--later", type=int, default=8, help="steps after the kernels are there (%(default)s)")
+    add("--rounds", type=int, default=1, help="processes of each column (%(default)s)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rate")
     add("--workers", default="default", help="KITSUNE_COMPILE_WORKERS: a number, 'auto' or 'default' (%(default)s)")
     add("--precision", choices=("amp", "fp32"), default="amp")
@@ -182,11 +196,13 @@ def main() -> None:
     device = torch.device(options.device)
     target = options.json or str(RESULTS / f"warm-up-{device.type}.json")
     for model in options.models:
-        with tempfile.TemporaryDirectory() as folder:
-            caches = {variable: str(Path(folder) / variable) for variable in CACHES}
-            found = [in_new_process(model, column, caches, options) for column in COLUMNS]
-        show(found)
-        rows += found
+        rounds = []
+        for _ in range(options.rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                caches = {variable: str(Path(folder) / variable) for variable in CACHES}
+                rounds.append([in_new_process(model, column, caches, options) for column in COLUMNS])
+        show([median_steps(list(column)) for column in zip(*rounds, strict=True)])
+        rows += [row for found in rounds for row in found]
         keep("warm-up", rows, device, target)
     print(f"\nkept in {target}")
 

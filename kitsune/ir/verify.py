@@ -22,8 +22,8 @@ def verify(graph: Graph) -> None:
     for value in graph.outputs:
         if value.id not in defined:
             raise ValueError(f"the graph returns {value}, which it does not define")
-        if (made := defined[value.id]) is not value and (made.type, made.storage) != (value.type, value.storage):
-            raise ValueError(f"the graph returns {value} as {value.type} in storage {value.storage}, and defines it as another")
+        if defined[value.id] != value:
+            raise ValueError(f"the graph returns {value} as {value!r}, and has made it as {defined[value.id]!r}")
 
 
 def _define(value: Value, defined: dict[int, Value], where: str) -> None:

@@ -154,6 +154,9 @@ def _reach(access: Access, kernel: Kernel) -> int:
 def _check_arena(plan: Plan, clocks: Clocks, touches: dict[int, list[Touch]]) -> None:
     """Storages on the same bytes are one location: whatever touches the one has ended before anything touches the other."""
     sizes = _sizes(plan)
+    # The arena is lent again after the run.
+    if outside := {v.storage for v in (*plan.graph.inputs, *plan.graph.outputs)} & plan.offsets.keys():
+        raise ValueError(f"storage {min(outside)} lies in the arena, and others hold it")
     here = [storage for storage in plan.offsets if storage in touches]
     n_streams = 1 + max(clocks.stream, default=0)
     # By storage: the last of its launches on each stream, and how far every stream has come before any of its launches.

@@ -3,6 +3,7 @@
 import torch
 
 from kitsune.ir import Graph, Op, slots_in, storage_of
+from kitsune.runtime.alignment import summed_inputs
 from kitsune.runtime.places import Places
 
 # Their results on the CPU are the seed and offset of a dropout, which go from the forward call to the backward call only.
@@ -23,7 +24,8 @@ class GraphFacts:
 
     `places` are given where they are known already. `inputs` are the numbers of those that it reads, writes or returns;
     `n_values` is one more than the largest number of a value; `refusal` is a sentence saying why it cannot be captured, if so.
-    `writers` has, by storage, the first op that writes it, and `shared` the storages of inputs in which results lie.
+    `writers` has, by storage, the first op that writes it, and `shared` the storages of inputs in which results lie; `summed` are
+    the inputs of which it may matter how they are aligned.
     """
 
     def __init__(self, graph: Graph, device: torch.device, places: Places | None = None) -> None:
@@ -39,6 +41,7 @@ class GraphFacts:
         self.inputs = tuple(v.id for v in graph.inputs if v.id in used)
         made = {root.storage for number, root in self.places.root.items() if number not in self.places.inputs}
         self.shared = made.intersection([v.storage for v in graph.inputs])
+        self.summed = summed_inputs(graph, self.places)
         self.refusal = self._why_not_captured(device.type)
 
     def _why_not_captured(self, kind: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kitsune.ir import Value, storage_of
+from kitsune.runtime.alignment import alignment, place_like
 from kitsune.runtime.answers import Answers
 from kitsune.runtime.calls import call
 from kitsune.runtime.capturable import GraphFacts, reader_of
@@ -64,6 +65,10 @@ class NumberChanged(Miss):
         self.number = number
 
 
+class Misaligned(Miss):
+    """An input that is copied begins elsewhere within 16 bytes: eager might add it up in another order."""
+
+
 class OutputsHeld(Miss):
     """Somebody holds a tensor on the outputs' memory who cannot be told to move."""
 
@@ -101,7 +106,8 @@ class Captured:
         self._take: Callable[[list[Any]], Any] = operator.itemgetter(*self._fixed) if len(self._fixed) > 1 else self._take_few
         self._addresses = [data_ptr(values[n]) for n in self._fixed]
         self._copied = tuple(n for n in used if n in moving)
-        self._statics = {n: _like(values[n]) for n in self._copied}
+        self._statics = {n: place_like(values[n], n in facts.summed) for n in self._copied}
+        self._alignments = [(n, alignment(values[n])) for n in self._copied if n in facts.summed]
         self._passing = Passing(self._statics, table, reader)
         self.n_replays = 0
         self.has_tail = work.tail is not None
@@ -166,6 +172,8 @@ class Captured:
 
     def again(self, values: list[Any], scalars: Sequence[float]) -> None:
         """The same, where the inputs are known to be where they were."""
+        if self._alignments and any(alignment(values[n]) != behind for n, behind in self._alignments):
+            raise Misaligned("an input begins elsewhere within 16 bytes, where a library may add up in another order")
         if scalars is not self._fitting:
             self._fit(scalars)
         if not self._lent.release():
@@ -265,7 +273,3 @@ class Captured:
         op = reader_of(self.graph, slot)
         where = f"{op.target} at {op.site}" if op is not None else "An operator"
         return f"{where} takes a number that changes from run to run, and is no kernel that could read it from memory."
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)

@@ -51,7 +51,6 @@ class Rewriting:
         self._views = {v.id: op for op in graph.ops if op.kind is Kind.VIEW for v in op.results}
         # What others can see, and what is written.
         self.seen = {v.storage for v in (*graph.inputs, *graph.outputs)}
-        self.returned = {v.id for v in graph.outputs}
         self.written = {storage for op in graph.ops for storage in op.effects.writes}
 
     def graph_now(self) -> Graph:
@@ -184,7 +183,8 @@ class Rewriting:
                 return None
             pairs = zip(op.results, types, strict=True)
             return replace(now, results=tuple(v if v.type is t else replace(v, type=t) for v, t in pairs))
-        if op.target in BY_PLACE:
+        # A view that others can see is one of the recorded memory, which they share with it.
+        if op.target in BY_PLACE or any(v.storage in self.seen for v in op.results):
             return None
         base, is_view = now.inputs[0], op.results[0].storage == op.inputs[0].storage
         types = view_types(now, is_view)
@@ -192,9 +192,6 @@ class Rewriting:
             return None
         if not is_view:
             return now
-        if base.storage != op.inputs[0].storage and any(v.id in self.returned for v in op.results):
-            # Others know it as a view of what was recorded.
-            return None
         pairs = zip(op.results, types, strict=True)
         return replace(now, results=tuple(replace(v, type=t, storage=base.storage, version=base.version) for v, t in pairs))
 

@@ -13,7 +13,7 @@ import pytest
 
 import kitsune
 from benchmarks import bench_batch_sizes
-from benchmarks.bench_warm_up import COLUMNS, is_slow, marks, show
+from benchmarks.bench_warm_up import COLUMNS, is_slow, marks, median_steps, show
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -44,14 +44,24 @@ def test_what_is_shown_names_the_steps_beyond_the_bound(capsys: pytest.CaptureFi
     assert "replayed from step 2" in said and "beyond the bound: [1, 3]" in said and "first loss equal" in said
 
 
+def test_of_several_rounds_the_median_of_each_step_is_shown() -> None:
+    def row(*ms: float, refused: tuple[str, ...] = ()) -> dict[str, Any]:
+        steps = [step(one, captured=int(one)) for one in ms]
+        return {"column": "empty", "first": steps[:2], "later": steps[2:], "losses": [1.0], "refused": list(refused)}
+
+    shown = median_steps([row(1.0, 9.0, 5.0), row(3.0, 7.0, 4.0, refused=("so",)), row(2.0, 8.0, 6.0)])
+    assert [(one["ms"], one["captured"]) for one in (*shown["first"], *shown["later"])] == [(2.0, 2), (8.0, 8), (5.0, 5)]
+    assert shown["refused"] == ["so"]
+
+
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     target = tmp_path / "found.json"
     command = [sys.executable, "-m", "benchmarks.bench_warm_up", "--device", "cpu", "--json", str(target)]
-    command += ["--models", "mlp", "--size", "small", "--steps", "3", "--later", "1"]
+    command += ["--models", "mlp", "--size", "small", "--steps", "3", "--later", "1", "--rounds", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     rows = json.loads(target.read_text())["rows"]
-    assert [row["column"] for row in rows] == list(COLUMNS)
+    assert [row["column"] for row in rows] == [*COLUMNS, *COLUMNS]
     assert all(len(row["first"]) == 3 and len(row["later"]) == 1 for row in rows)
     assert rows[0]["losses"] == rows[1]["losses"] == rows[2]["losses"]
 
@@ -69,10 +79,12 @@ def test_many_batch_sizes_run_on_a_cpu(
 
     monkeypatch.setattr(bench_batch_sizes, "in_new_process", in_few_processes)
     monkeypatch.setattr(kitsune.config, "gate", True)
-    command = ["bench_batch_sizes", "--device", "cpu", "--json", str(target), "--sizes", "3", "--rounds", "2"]
+    command = ["bench_batch_sizes", "--device", "cpu", "--json", str(target), "--sizes", "3", "--rounds", "2", "--processes", "2"]
     monkeypatch.setattr(sys, "argv", command)
     bench_batch_sizes.main()
     rows = json.loads(target.read_text())["rows"]
-    assert {row["column"]: len(row["ms"]) for row in rows} == {"eager": 6, "kitsune": 6, "again": 6, "largest": 8}
-    assert [bool(row["decided"]) for row in rows] == [False, True, False, False], "a CPU's steps are left to eager"
+    assert [row["column"] for row in rows] == [*("eager", "kitsune", "again") * 2, "largest"]
+    assert [len(row["ms"]) for row in rows] == [6] * 6 + [8]
+    assert [bool(row["decided"]) for row in rows] == [False, True, False] * 2 + [False], "a CPU's steps are left to eager"
+    assert bench_batch_sizes.per_step([{"ms": [1.0, 9.0]}, {"ms": [3.0, 2.0]}, {"ms": [8.0, 4.0]}]) == [3.0, 4.0]
     assert "kitsune: step, times eager's of the same size" in capsys.readouterr().out

@@ -29,6 +29,7 @@ def test_a_graph_passes() -> None:
         (replace(GOOD, ops=(WRITE, ADD)), "reads .1, which is not defined before it"),
         (replace(GOOD, ops=(ADD, ADD)), "defines .1 twice"),
         (replace(GOOD, outputs=(Value(9, F2, 3),)), "returns .9, which it does not define"),
+        (replace(GOOD, outputs=(Value(1, F2, storage=3),)), "returns .1 as Value.*storage=3.*made it as Value.*storage=1"),
         (replace(GOOD, ops=(ADD, replace(WRITE, effects=Effects()))), "does not declare what it writes"),
         (replace(GOOD, ops=(ADD, replace(WRITE, rewritten=((X, Value(2, F2, 5, 1)),)))), "to another storage"),
         (replace(GOOD, ops=(ADD, replace(WRITE, rewritten=((X, Value(2, F2, 0, 2)),)))), "writes version 2 of storage 0, not 1"),

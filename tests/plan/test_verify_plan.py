@@ -134,6 +134,7 @@ UNSOUND = {
     "storages 1 and 2 share bytes while both are in use": in_turn(CHAIN, offsets={1: 0, 2: 28}, arena=64),
     "storage 1 lies outside of the arena": in_turn(CHAIN, offsets={1: 33}, arena=64),
     "storage 2 lies outside of the arena": in_turn(CHAIN, offsets={2: -4}, arena=64),
+    "storage 3 lies in the arena, and others hold it": in_turn(CHAIN, offsets={3: 0}, arena=32),
     "storage 1 is let go of by launch 0 and used after it": in_turn(CHAIN, drops=((1,), (), ())),
     "storage 1 is let go of by launch 2, and not its to": in_turn(CHAIN, drops=((), (1,), (1,))),
     "storage 3 is let go of by launch 2, and not its to": in_turn(CHAIN, drops=((), (), (3,))),

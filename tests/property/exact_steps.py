@@ -161,7 +161,9 @@ def lists(b: Builder, i: int, j: int, k: int) -> str:
 def lists_in_place(b: Builder, i: int, j: int, k: int) -> str:
     x = writable(b, i)
     y = b.alike(j, x)
-    names = f"[{x}]" if x == y else f"[{x}, {y}]"
+    # On a GPU one launch writes all of them, and which write of shared memory is the last is chance, in eager, too.
+    shared = b.world.tensors[x].untyped_storage()._cdata == b.world.tensors[y].untyped_storage()._cdata
+    names = f"[{x}]" if x == y else f"[{x}, {y}][: 1 + (D == 'cpu')]" if shared else f"[{x}, {y}]"
     return f"torch._foreach_{pick((f'mul_({names}, 2)', f'add_({names}, 1)', f'neg_({names})', f'zero_({names})'), k)}"
 
 

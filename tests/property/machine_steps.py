@@ -217,13 +217,15 @@ def under_mode(b: Builder, i: int, j: int, k: int) -> str:
 @step(1, MACHINE)
 def metadata_change(b: Builder, i: int, j: int, k: int) -> str:
     x = b.any(i)
+    # No more than it has: the memory of a loss may be larger than the loss, and nobody has written the rest.
+    n = min(b.world.tensors[x].numel(), 2)
     calls = (
         f"{x}.resize_({x}.numel())",
         f"{x}.set_({b.alike(j, x)})",
         f"{x}.data = {b.alike(j, x)}.data",
         f"{x}.detach_()",
         f"{x}.swapdims_(0, -1)",
-        f"{x}.as_strided_((2,), (1,))",
+        f"{x}.as_strided_(({n},), (1,))",
         f"{x} = {x}.{pick(('half', 'double', 'bfloat16'), k)}()",
         f"del {x}; {x} = torch.ones(2, 3, dtype=torch.{pick(DTYPES, j)})",
     )

@@ -14,6 +14,7 @@ from kitsune.config import config
 from kitsune.ir import Access, Launch, storage_of
 from kitsune.running import Backend
 from kitsune.runtime import SlotTable
+from kitsune.runtime.alignment import place_like
 from kitsune.runtime.cuda_graph import Work
 from tests.runtime.checked import forget, get_state, set_state
 from tests.runtime.naive import at_address
@@ -128,7 +129,7 @@ def graphs(kernels: bool = True) -> Iterator[Repeater]:
         patch.setattr("kitsune.running.recorder_of", lambda device: repeater)
         patch.setattr("kitsune.running.reader_of", lambda backend: naive_reader() if config.pages else None)
         # A graph is recorded by running its work, which memory that nobody has written leads astray: positions beyond the end.
-        patch.setattr("kitsune.runtime.captured._like", _filled)
+        patch.setattr("kitsune.runtime.captured.place_like", _filled)
         if kernels:
             found = Backend("sm_90", Walk, lambda launch, usable, table: WalkInGraph(launch, table))
             patch.setattr("kitsune.running.backend_of", lambda device: found)
@@ -137,10 +138,10 @@ def graphs(kernels: bool = True) -> Iterator[Repeater]:
     forget()
 
 
-def _filled(tensor: torch.Tensor) -> torch.Tensor:
-    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+def _filled(tensor: torch.Tensor, exactly: bool) -> torch.Tensor:
+    twin = place_like(tensor, exactly)
     # All of its memory, once: an expanded tensor cannot be written.
-    n = storage_of(twin).nbytes() // twin.itemsize
+    n = storage_of(twin).nbytes() // twin.itemsize - twin.storage_offset()
     twin.as_strided((n,), (1,)).copy_(tensor.as_strided((n,), (1,), tensor.storage_offset()))
     return twin
 

@@ -76,7 +76,7 @@ def test_both_parts_change_over_when_the_kernels_of_both_are_there(
     runs: list[str], asked: list[str], expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As in `tests.runtime.repeated.graphs`.
-    monkeypatch.setattr("kitsune.runtime.captured._like", _filled)
+    monkeypatch.setattr("kitsune.runtime.captured.place_like", _filled)
     with cold(graphs=True) as (workers, repeater):
         train(expected)
         assert set(runs) == {"first", "second"} and asked.count("pair") == 1 and workers.asked
@@ -94,7 +94,7 @@ def test_both_parts_change_over_when_the_kernels_of_both_are_there(
 
 def test_from_the_first_step_with_kernels_on_both_parts_are_replayed(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is known of their inputs is known of those parts as well."""
-    monkeypatch.setattr("kitsune.runtime.captured._like", _filled)
+    monkeypatch.setattr("kitsune.runtime.captured.place_like", _filled)
     replayed: list[int] = []
 
     def behind(k: int, net: Any, loss: Any, found: list[Any]) -> None:

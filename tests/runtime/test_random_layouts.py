@@ -47,6 +47,11 @@ def product(x: torch.Tensor) -> torch.Tensor:
     return small(wide @ MATRIX.to(x.dtype).t()).view(N, C, SIZE, SIZE)
 
 
+def product_of_rows(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of the images themselves, and not of new ones: who holds a view of them finds them in eager's memory."""
+    return small(x.reshape(N * C * SIZE, SIZE) @ y.reshape(N * C * SIZE, SIZE).t()).amax(1).view(N, C, SIZE, 1).expand_as(x) * x
+
+
 # What can be done with two images: the result is another one.
 STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "point": lambda x, y: small(F.conv2d(x, KERNELS[0].to(x.dtype))),
@@ -55,7 +60,8 @@ STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "relu": lambda x, y: F.relu(x),
     "relu_": lambda x, y: F.relu_(x),
     "add": lambda x, y: small(x + y),
-    "add_": lambda x, y: x.add_(y).clamp_(-1, 1),
+    # Of a view of the same memory that lies otherwise eager refuses to take it.
+    "add_": lambda x, y: x.add_(y * 1).clamp_(-1, 1),
     "channel": lambda x, y: small(x * y.amax((2, 3), keepdim=True)),
     "turned": lambda x, y: small(x + y.transpose(2, 3)),
     "cumsum": lambda x, y: small(x.cumsum(1)),
@@ -64,9 +70,12 @@ STEPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "stacked": lambda x, y: torch.stack([x, y], 1).permute(0, 2, 3, 4, 1).contiguous()[..., 1],
     "joined": lambda x, y: small(torch.cat([x * -1, y + 0], 3).unfold(3, SIZE, SIZE).sum(3)),
     "written": lambda x, y: written(x, lambda x: x[:, 2:5]),
-    "written through a view": lambda x, y: written(x, lambda x: x.view(N, -1)[:, 1::3]),
+    "written through a view": lambda x, y: written(x, lambda x: x.flatten(1)[:, 1::3]),
     "product": lambda x, y: product(x),
+    "product of rows": lambda x, y: product_of_rows(x, y),
     "detached": lambda x, y: x.detach(),
+    "a view": lambda x, y: x.transpose(2, 3),
+    "two views": lambda x, y: x.reshape(N, -1).view(N, C, SIZE, SIZE),
 }
 
 
