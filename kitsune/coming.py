@@ -12,12 +12,13 @@ from kitsune.backends import Backend
 from kitsune.background import later, wait_for
 from kitsune.config import config
 from kitsune.ir import Graph, LoadedPlan, Op
-from kitsune.plan_files import last_plans, make_ready, may_be_kept, plan_path, read_plan, remember_plan
+from kitsune.plan_files import last_plans, make_ready, may_be_kept, pair_paths, plan_path, read_plan, remember_plan
 from kitsune.planning import Planner
 from kitsune.ready import Ready, by_plan
 from kitsune.runtime import PlanExecutor, Prepared
 from kitsune.runtime.instructions import Start
-from kitsune.shown import show_plan, shows
+from kitsune.scheduler import Pair
+from kitsune.shown import show_pair, show_plan, shows
 
 # A first step waits so long for a plan that was read ahead to be found: 15 to 24 ms for BERT's. Beside the second and third one,
 # which have no room for it, it took until the fourth, and the region was captured without (H200).
@@ -110,6 +111,26 @@ class Coming:
         if path is not None:
             remember_plan(self.program, path)
         return ready
+
+    def planned_pair(self, pair: Pair, planner: Planner) -> tuple[Ready, Ready] | None:
+        """Two parts of a region by plans that fit together, which it has on disk, or which are made now, if there can be any."""
+        paths = pair_paths(pair, planner)
+        ahead = [self.ahead.pop(path, None) for path in paths]
+        if len(ahead) == 2 and ahead[0] is not None and ahead[1] is not None:
+            for found in ahead:
+                found.plan.of(pair.whole)  # type: ignore[union-attr]
+            return ahead[0].ready, ahead[1].ready
+        if self.backend.expect is not None and not (paths and all(path.exists() for path in paths)):
+            self.backend.expect()
+        plans = show_pair(pair, planner, soon=_in_background)
+        if plans is None:
+            return None
+        first, second = (by_plan(plan, self.executor, self.device) for plan in plans)
+        for ready in (first, second):
+            ready.compiling = self.warm(ready.work)
+        for path in paths:
+            remember_plan(self.program, path)
+        return first, second
 
     def _read(self, path: Path, planner: Planner) -> Found | None:
         plan = read_plan(path)

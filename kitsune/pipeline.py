@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections.abc import Collection
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kitsune.backends import nearest_arch
+from kitsune.backends import arch_here, half_of_memory
 from kitsune.background import n_awaited, thread, wait
 from kitsune.checking import checked_run
 from kitsune.config import config
@@ -20,7 +19,7 @@ from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.fusion import ANYTHING, Rules
 from kitsune.garbage import LATEST, threshold
 from kitsune.gate import Gate, Progress
-from kitsune.ir import Barrier, Graph, Plan, Site, quiet, verify
+from kitsune.ir import Barrier, Graph, Handover, Plan, Site, quiet, verify
 from kitsune.lazy import (
     REPLACED_BEFORE,
     CallLane,
@@ -85,7 +84,7 @@ class Pipeline:
             device=device,
             warmup=warmup,
             max_ops=config.max_pending_ops,
-            max_bytes=config.max_pending_bytes or _half_of_memory(device),
+            max_bytes=config.max_pending_bytes or half_of_memory(device),
             describe=describe,
             infer=infer,
             below_autograd=below_autograd,
@@ -151,9 +150,21 @@ class Pipeline:
         self.stop_following(for_good)
         return self.recorder.leave()
 
-    def run(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
+    def run(self, graph: Graph, values: list[Any], scalars: list[float], handover: Handover | None = None) -> Answers | None:
         """Run a flushed region: `values` has the inputs by number and receives the outputs, of which the answers know something
-        before they are there."""
+        before they are there. With a `handover` it is a part of a region that has two."""
+        pairs = self.runner.pairs
+        if handover is None or config.check or not pairs.are_made:
+            return self.run_graph(graph, values, scalars)
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            instead = pairs.begin(graph, values, handover)
+        answers = self.run_graph(instead, values, scalars)
+        with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            pairs.end(graph, instead, values, scalars, handover)
+        return answers
+
+    def run_graph(self, graph: Graph, values: list[Any], scalars: list[float]) -> Answers | None:
+        """The same for one graph."""
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             region = None if profiled() else self.replays.replay(graph, values, scalars)
         if region is not None:
@@ -254,14 +265,14 @@ def last_plan(arch: str | None = None) -> Plan | None:
     architecture that Kitsune cannot plan for.
     """
     options = latest.get("options", DEFAULT)
-    planner = planner_for(arch or _arch_here(), options.rules, latest.get("numerics"), options.n_streams)
+    planner = planner_for(arch or arch_here(), options.rules, latest.get("numerics"), options.n_streams)
     graph = latest.get("graph")
     return None if graph is None else planner.plan(graph)
 
 
 def planned_for(graph: Graph, arch: str | None = None, rules: Rules = ANYTHING, n_streams: int | None = None) -> Plan:
     """The plan of a region, under a context's rules."""
-    return planner_for(arch or _arch_here(), rules, n_streams=n_streams).plan(graph)
+    return planner_for(arch or arch_here(), rules, n_streams=n_streams).plan(graph)
 
 
 def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
@@ -282,16 +293,3 @@ def wait_for_kernels(timeout: float | None = None, tuned: bool = False) -> bool:
     if not tuned or not there:
         return there
     return time.perf_counter() < until and wait(None if timeout is None else max(until - time.perf_counter(), 0.0))
-
-
-def _arch_here() -> str:
-    if not torch.cuda.is_available():
-        return "sm_90"
-    major, minor = torch.cuda.get_device_capability()
-    return nearest_arch(major, minor)
-
-
-def _half_of_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

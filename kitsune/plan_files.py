@@ -20,7 +20,7 @@ from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.fusion import ANYTHING
 from kitsune.ir import Graph, Launch, LoadedPlan, Plan, Program, dump_plan, graph_digest, load_plan, reads_slots
 from kitsune.planning import Planner, no_tile
-from kitsune.scheduler import Costs
+from kitsune.scheduler import Costs, Pair
 
 # Fewer operators are planned in less than 0.05 s.
 WORTH = 100
@@ -58,6 +58,45 @@ def planned(graph: Graph, planner: Planner, soon: Callable[[Callable[[], None]],
     return plan.with_tiles(planner.tiles)
 
 
+def planned_pair(pair: Pair, planner: Planner, soon: Callable[[Callable[[], None]], None] = at_once) -> tuple[Plan, Plan] | None:
+    """The planner's plans of a region's two parts: from disk, or made now; None where each is to be planned by itself."""
+    whole, paths = pair.whole, pair_paths(pair, planner)
+    found = [read_plan(path) for path in paths]
+    if len(found) == 2 and found[0] is not None and found[1] is not None:
+        return found[0].of(whole).with_tiles(planner.tiles), found[1].of(whole).with_tiles(planner.tiles)
+    plans = replace(planner, tiles=no_tile).plan_pair(pair)
+    if plans is None:
+        return None
+    if paths:
+        plans = _with_texts(plans[0], planner.slots_in_kernels), _with_texts(plans[1], planner.slots_in_kernels)
+
+    def keep() -> None:
+        with suppress(Exception):
+            for path, plan in zip(paths, plans, strict=True):
+                _write(path, dump_plan(plan, whole))
+
+    if paths:
+        soon(keep)
+    return plans[0].with_tiles(planner.tiles), plans[1].with_tiles(planner.tiles)
+
+
+def kept_pair(pair: Pair, planner: Planner) -> bool:
+    """Need the plans of two parts not be made?"""
+    if len(pair.whole.ops) < WORTH:
+        return False
+    paths = pair_paths(pair, planner)
+    return bool(paths) and all(path.exists() for path in paths)
+
+
+def pair_paths(pair: Pair, planner: Planner) -> tuple[Path, ...]:
+    """The files of the plans of two parts; none where they are not kept."""
+    first, second = pair.first, pair.second
+    read, left = ([v.id for v in values] for values in (second.inputs, first.outputs))
+    parts = len(first.ops), left, sorted(pair.kept), sorted(pair.parameters), read, first.awaited, second.awaited
+    paths = [plan_path(pair.whole, planner, repr((parts, number))) for number in range(2)]
+    return tuple(path for path in paths if path is not None)
+
+
 def make_ready() -> None:
     """What the names of files need is made once in a process: 4 ms (CPU host)."""
     versions()
@@ -76,9 +115,9 @@ def kept_plan(graph: Graph, planner: Planner) -> Plan | None:
     return None if found is None else found.of(graph).with_tiles(planner.tiles)
 
 
-def plan_path(graph: Graph, planner: Planner) -> Path | None:
-    """The file of a plan; None for one that is not kept: it is made quickly, is to be checked, or depends on measurements of this
-    process."""
+def plan_path(graph: Graph, planner: Planner, part: str = "") -> Path | None:
+    """The file of a plan, or of that of a `part`; None for one that is not kept: it is made quickly, is to be checked, or depends
+    on measurements of this process."""
     plain = type(planner) is Planner and type(planner.costs) is Costs and planner.rules == ANYTHING
     if len(graph.ops) < WORTH or planner.verify or not plain:
         return None
@@ -88,7 +127,7 @@ def plan_path(graph: Graph, planner: Planner) -> Path | None:
         return None
     said = {field.name: getattr(planner, field.name) for field in fields(planner) if field.name != "tiles"}
     said["shared"] = [one.__qualname__ for one in planner.shared]
-    made_by = "\n".join((_code(), versions(), platform.python_version(), str(torch.get_default_dtype()), repr(said)))
+    made_by = "\n".join((_code(), versions(), platform.python_version(), str(torch.get_default_dtype()), repr(said), part))
     return cache_folder() / FOLDER / f"{hashlib.sha256(digest + made_by.encode()).hexdigest()[:32]}.plan"
 
 

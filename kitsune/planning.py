@@ -18,12 +18,13 @@ from kitsune.codegen import (
 )
 from kitsune.config import config
 from kitsune.fusion import ANYTHING, Partition, Rules, batch, gather, in_long_rows, in_rows, kernels_of, partition
-from kitsune.ir import Graph, Kernel, Kind, Launch, Op, Plan, Tile, happens_before, reads_slots, verify_plan
+from kitsune.ir import Graph, Kernel, Kind, Launch, Op, Plan, Tile, happens_before, reads_slots, verify, verify_plan
 from kitsune.memory import Lifetime, assign_offsets, lifetimes, peak_bytes
 from kitsune.runtime import out_form, takes_memory
 from kitsune.scheduler import (
     RATES,
     Costs,
+    Pair,
     Work,
     assign_streams,
     awaited_first,
@@ -32,6 +33,7 @@ from kitsune.scheduler import (
     common_subexpressions,
     cross_entropies,
     dead_code,
+    fleeting,
     in_channels_last,
     in_order,
     joined_in_place,
@@ -43,6 +45,7 @@ from kitsune.scheduler import (
     parts,
     patches_as_rows,
     pools,
+    prepared,
     run_passes,
     split_reductions,
     unlist,
@@ -84,15 +87,31 @@ class Planner:
 
     def plan(self, graph: Graph, show: Show | None = None) -> Plan:
         """The plan of a graph; `show` hears of each pass."""
-        layouts = (
-            (self.patches_taken_apart, self.convolutions_laid_out, self.joined_in_place, self.products_padded)
-            if self.layouts
-            else ()
-        )
         first = (awaited_first,) if graph.awaited else ()
-        prepared = (*first, dead_code, *self.shared, self.lists_taken_apart)
-        passes = (*prepared, *layouts, self.reductions_taken_apart, self.made_again)
-        planned = run_passes(graph, passes, self.verify, show)
+        return self._decided(run_passes(graph, (*first, *self._passes()), self.verify, show), graph)
+
+    def plan_pair(self, pair: Pair, show: Show | None = None) -> tuple[Plan, Plan] | None:
+        """The plans of two parts of a region that are prepared as one; None where each is to be planned by itself."""
+        passes = self._passes(fleeting(pair))
+        halves = prepared(pair, lambda graph: run_passes(graph, passes, self.verify, show))
+        if halves is None:
+            return None
+        first, second = (run_passes(half, (awaited_first,) if half.awaited else (), self.verify) for half in halves)
+        if self.verify:
+            verify(first)
+            verify(second)
+        return self._decided(first, pair.first), self._decided(second, pair.second)
+
+    def _passes(self, fleeting: frozenset[int] = frozenset()) -> tuple[Callable[[Graph], Graph], ...]:
+        def made_again(graph: Graph) -> Graph:
+            return self.made_again(graph, fleeting)
+
+        layouts = (self.patches_taken_apart, self.convolutions_laid_out, self.joined_in_place, self.products_padded)
+        ready = (dead_code, *self.shared, self.lists_taken_apart)
+        return (*ready, *(layouts if self.layouts else ()), self.reductions_taken_apart, made_again)
+
+    def _decided(self, planned: Graph, graph: Graph) -> Plan:
+        """The plan of a graph that has been through the passes; `graph` is what was recorded."""
         law = self.rules.law(planned, self.why_not_fused)
         parts = partition(planned, law, self.costs.joining, self.fuel, self.rules.max_ops)
         gather(parts, keeps_rows)
@@ -152,9 +171,9 @@ class Planner:
         graph = layer_norm_backwards(batch_norms(graph, self.why_not_fused), self.why_not_fused)
         return dead_code(split_reductions(graph, parts, self.why_not_fused))
 
-    def made_again(self, graph: Graph) -> Graph:
+    def made_again(self, graph: Graph, fleeting: frozenset[int] = frozenset()) -> Graph:
         """The pass that makes values again where they are read, instead of keeping them."""
-        return dead_code(made_again(graph, self.why_not_fused, self.costs))
+        return dead_code(made_again(graph, self.why_not_fused, self.costs, fleeting))
 
     def why_not_fused(self, op: Op) -> str | None:
         """Why an op may be in no kernel: there is no rule for it, or its rule would not keep eager's bits."""

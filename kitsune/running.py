@@ -17,6 +17,7 @@ from kitsune.config import config
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
+from kitsune.pairs import Pairs
 from kitsune.plan_files import program_name
 from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import Tally
@@ -45,9 +46,8 @@ from kitsune.tuning import Tuner
 
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
-# Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
-# may be another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves. So do
-# the two behind it: an MLP's fourth takes 1.2 ms where eager's takes 1.5, and its sixth 0.6 (H200), with room for who waits.
+# Runs after which a plan is made in the background. The first steps may have another region each; BERT's takes 0.4 s of Python,
+# which the steps until the capture need, and two behind it: an MLP's fourth takes 1.2 ms, and its sixth 0.6 (H200).
 PLAN_AFTER = 4
 
 
@@ -64,6 +64,7 @@ class Runner:
         self.steady: SteadyState | None = None
         self.tuner: Tuner | None = None
         self.coming: Coming | None = None
+        self.pairs = Pairs(self)
         runners.add(self)
         self.backend = backend = backend_of(device)
         recorder = recorder_of(device)
@@ -82,7 +83,7 @@ class Runner:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
             if backend.warm is not None:
                 self.coming = Coming(self.executor, backend, device, program_name(device), self.thread_plans.needed)
-                if self._in_background() and options.fuses:
+                if self.in_background() and options.fuses:
                     self.coming.read_ahead(self.planner)
         elif device.type == "cuda":
             self.sentences.append(backend)
@@ -111,7 +112,7 @@ class Runner:
                 self.executor.pool.free_all()
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
-            self._ask(graph, ready)
+            self.ask(graph, ready)
         if ready.to_try:
             self.thread_plans.go_on(ready.to_try)
         tell(self.sentences, self.tally)
@@ -128,7 +129,7 @@ class Runner:
 
     def expect(self, graph: Graph) -> None:
         """A region was observed: what its first run needs is made now, where it is little: 9 ms of BERT's second step (H200)."""
-        if (self._in_background() or self.executor is None) and (key := self.key(graph)) not in self.ready:
+        if (self.in_background() or self.executor is None) and (key := self.key(graph)) not in self.ready:
             self._met(key, graph)
         if self.steady is not None:
             self.thread_plans.make(graph)
@@ -139,7 +140,7 @@ class Runner:
             self.forget()
         ready = self.ready[key] = self._prepare(graph)
         if self.steady is not None and self.options.captures:
-            ready.steady = self._steady_of(ready, self.steady)
+            ready.steady = self.steady_of(ready)
         if ready.waits and self.options.fuses and self.coming is not None:
             self.coming.look_up(graph, ready, self.planner())
         return ready
@@ -148,7 +149,7 @@ class Runner:
         """Have made what is to be made in the background, also of regions that have not come back."""
         for (graph, *knobs, _), ready in list(self.ready.items()):
             if tuple(knobs) == self.options.knobs:
-                self._ask(graph, ready)
+                self.ask(graph, ready)
 
     def spread_nothing(self) -> None:
         """What is there now is run next time: what its thread needs for that is made at once if it is this one."""
@@ -156,6 +157,8 @@ class Runner:
             if self.thread == threading.get_ident():
                 self.thread_plans.make_all(ready.to_try)
             ready.to_try = []
+        if self.thread == threading.get_ident():
+            self.pairs.spread_nothing()
 
     def tune_all(self, until: float) -> None:
         """Try the tiles of every region that is replayed now, and not beside its replays, until the clock says so."""
@@ -165,15 +168,15 @@ class Runner:
     def forget(self) -> None:
         """Drop every plan and every graph, and the memory kept for them."""
         self.ready.clear()
+        self.pairs.known.clear()
         if self.steady is not None:
             self.steady.forget()
-        if self.executor is not None:
-            self.executor.pool.free_all()
+        self._relieve(hard=False)
         if self.coming is not None:
             self.coming.ahead.clear()
 
     def _prepare(self, graph: Graph) -> Ready:
-        if self._in_background():
+        if self.in_background():
             ready = unfused(graph, config.verify)
             slots = self.steady is not None and self.options.captures and any(map(reads_slots, ready.graph.ops))
             ready.waits = self.options.fuses or slots
@@ -195,7 +198,7 @@ class Runner:
         planner = planner_for(arch or self.arch, self.options.rules, self.options.grade, self.options.n_streams)
         return planner if self.tuner is None or config.tuning == "off" else replace(planner, tiles=self.tuner.tiles())
 
-    def _in_background(self) -> bool:
+    def in_background(self) -> bool:
         return isinstance(self.backend, Backend) and self.backend.warm is not None and workers() is not None
 
     def _worthwhile(self, graph: Graph, made: Ready) -> Ready:
@@ -206,9 +209,9 @@ class Runner:
             return made
         return by_plan(show_plan(graph, planner), self.executor, self.device)
 
-    def _ask(self, graph: Graph, now: Ready) -> None:
+    def ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
-        if not now.waits or now.coming is not None:
+        if self.pairs.takes(graph) or not now.waits or now.coming is not None:
             return
         coming, fuse = self.coming, self.options.fuses
         assert coming is not None
@@ -244,14 +247,14 @@ class Runner:
                 raise
             self.sentences.append(runs_by_ops(ready.graph, error))
         if ready.steady is not None and self.steady is not None:
-            new.steady = self._steady_of(new, self.steady, ready.steady)
+            new.steady = self.steady_of(new, ready.steady)
         if config.debug and new.plan is not None:
             shows().fused(new.n_ops, new.plan.n_kernels)
         return new
 
     def _tune(self, ready: Ready, until: float | None = None) -> None:
         """After a replay: go on with trying other tiles, or try them all by `until`, and have those made that are better."""
-        if self.tuner is None or self.coming is None or config.tuning != "on" or not self._in_background():
+        if self.tuner is None or self.coming is None or config.tuning != "on" or not self.in_background():
             return
         try_tiles(ready, self.tuner, self.coming.executor, self.coming.warm, until)
 
@@ -259,21 +262,23 @@ class Runner:
         """The CUDA graph as which the region was run, if it was."""
         if self.steady is None or not self.options.captures:
             return None
-        ready.steady = ready.steady or self._steady_of(ready, self.steady)
+        ready.steady = ready.steady or self.steady_of(ready)
         n_captured, captured = self.tally.n_captured, self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and captured is not None:
             shows().captured(ready.n_ops, captured.nbytes)
         return captured
 
-    def _steady_of(self, ready: Ready, all_of_them: SteadyState, before: Steady | None = None) -> Steady:
+    def steady_of(self, ready: Ready, before: Steady | None = None, first: Steady | None = None) -> Steady:
+        """What is known of a region's runs; see `SteadyState.region`."""
+        assert self.steady is not None
         ready.facts = ready.facts or GraphFacts(ready.graph, self.device)
-        return all_of_them.region(ready.facts, lambda *of: self._work(ready, *of), ready.waits, before)
+        return self.steady.region(ready.facts, lambda *of: self._work(ready, *of), ready.waits, before, first)
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
         """What is captured of a region. Only kernels can read moving numbers from memory."""
         backend, prepared, facts = self.backend, ready.work, ready.facts
         if isinstance(prepared, Schedule):
-            executor = None if self._in_background() else self.executor
+            executor = None if self.in_background() else self.executor
             if ready.in_graph is None and executor is not None and any(map(reads_slots, ready.graph.ops)):
                 ready.in_graph = executor.prepare(slot_planner_for(self.arch, self.options.n_streams).plan(ready.graph))
             if ready.in_graph is None:

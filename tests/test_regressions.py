@@ -367,14 +367,14 @@ def test_a_computed_tensor_can_be_transposed_in_place() -> None:
 def test_a_door_passed_while_a_region_runs_does_not_run_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The executor's own synchronisation, at a divergence, where the region goes on after its flush."""
     runs = []
-    run = Pipeline.run
+    run = Pipeline.run_graph
 
     def through_a_door(self: Any, graph: Any, values: Any, scalars: Any) -> None:
         runs.append(len(graph.ops))
         run(self, graph, values, scalars)
         torch.Tensor.data_ptr(counter)
 
-    monkeypatch.setattr(Pipeline, "run", through_a_door)
+    monkeypatch.setattr(Pipeline, "run_graph", through_a_door)
     kitsune.reset()
     kitsune.session._thread.pipelines.clear()
     counter = torch.zeros(1)

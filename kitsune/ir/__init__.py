@@ -21,6 +21,7 @@ from kitsune.ir.graph import (
     slots_in,
     values_in,
 )
+from kitsune.ir.handover import Carried, Handover
 from kitsune.ir.lent import LentMemory, lent_memory, mark_lent, own
 from kitsune.ir.output_spec import describe_result
 from kitsune.ir.own_threads import in_own_thread, is_own
@@ -43,9 +44,11 @@ __all__ = [
     "UNREAD",
     "Access",
     "Barrier",
+    "Carried",
     "Effects",
     "Extent",
     "Graph",
+    "Handover",
     "Kernel",
     "Kind",
     "Launch",

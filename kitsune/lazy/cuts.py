@@ -2,13 +2,14 @@
 
 Loops ask whether their loss is finite before they go backward. If the region ended there, all calls would have to be made again
 for their graph. So it goes on, and what autograd would have saved is kept: which values that are is known from a run of the same
-calls in which autograd had them.
+calls in which autograd had them. What of it nobody else sees may be handed over to the rest of the region in any form: see
+`kitsune/pairs.py`.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kitsune.ir import Barrier
+from kitsune.ir import Barrier, Handover
 from kitsune.lazy.cell import Cell, numbers_of, serial_of
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
@@ -107,12 +108,6 @@ def computed_since(region: Any) -> Iterator[Cell]:
             yield cell
 
 
-def made_since(region: Any, numbers: Iterable[int]) -> Iterator[int]:
-    """Those of the values that come from behind the cut."""
-    first = 0 if region.cut is None else region.cut.n_values
-    return (number for number in numbers if number >= first)
-
-
 def depth_of(cut: Node | None) -> int:
     """How many ops are before a cut."""
     return 0 if cut is None else cut.depth
@@ -178,6 +173,8 @@ def _absent(region: Any, cell: Cell, made: Any) -> Absent:
 
 def recall_results(region: Any) -> None:
     """Undo it: the calls are to be made again for their graph, with wrappers of what they had made."""
+    restore(region)
+    region.handover = None
     absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
     first = 0 if region.cut is None else region.cut.n_values
     wrappers: dict[int, Any] = {}
@@ -201,28 +198,64 @@ def _made(region: Any) -> Iterator[tuple[Any, Any]]:
 
 def _swapped_call(call: Any, by_id: dict[int, Any]) -> Any:
     edge, args, kwargs, flat, made, epoch = call
-    flat, made = [by_id.get(id(t), t) for t in flat], [by_id.get(id(t), t) for t in made]
-    return edge, _swapped(args, by_id), _swapped(kwargs, by_id), flat, made, epoch
+    # A step of BERT has 300 calls, and all but one are looked at in vain when what the program holds is put back.
+    if not by_id.keys().isdisjoint(map(id, flat)):
+        flat, args, kwargs = [by_id.get(id(t), t) for t in flat], _swapped(args, by_id), _swapped(kwargs, by_id)
+    elif by_id.keys().isdisjoint(map(id, made)):
+        return call
+    return edge, args, kwargs, flat, [by_id.get(id(t), t) for t in made], epoch
 
 
 def _swapped(tree: Any, by_id: dict[int, Any]) -> Any:
     cls = type(tree)
+    if cls is LazyTensor or cls is Absent:
+        return by_id.get(id(tree), tree)
     if cls is tuple or cls is list:
         return cls([_swapped(x, by_id) for x in tree])
     if cls is dict:
         return {name: _swapped(x, by_id) for name, x in tree.items()}
     if isinstance(tree, tuple):  # a named tuple, or one of torch.return_types
         return cls([_swapped(x, by_id) for x in tree])
-    return by_id.get(id(tree), tree)
+    return tree
 
 
-def put_kept(region: Any, graph: Any, values: list[Any]) -> None:
-    """Put in what a graph that begins behind a cut has from before it. What was written is the tensor that it was before that."""
+def keeping(region: Any, cells: list[Cell], saved: Iterable[int]) -> tuple[int, ...]:
+    """The numbers of what a part before a cut leaves: what cells stand for, and what is saved of its results."""
+    first = 0 if region.cut is None else region.cut.n_values
+    held = numbers_of(cells)
+    kept = frozenset(number for number in saved if number >= first).difference(held)
+    if kept and region.cut is None and region.recorder.watcher is None:
+        # Nobody else sees it.
+        region.handover = Handover(kept)
+    return tuple(sorted(kept.union(held)))
+
+
+def restore(region: Any) -> None:
+    """Somebody else than was expected is to see what is kept: let it be as it was recorded."""
+    handover = region.handover
+    if handover is not None and handover.carried is not None:
+        region.kept.update(handover.carried.restored())
+        handover.carried = None
+
+
+def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
+    """Put in what a graph that begins behind a cut has from before it, maybe the region's last. What was written is the tensor
+    that it was before that."""
     if region.cut is None:
         return
+    handover = region.handover
+    if handover is not None and not (is_last and handover.goes_to(graph)) and handover.concerns(graph):
+        restore(region)
+        for number, tensor in region.kept.items():
+            values[number] = tensor
+        if not is_last:
+            region.handover = None
+    carried = region.handover.kept if region.handover is not None and region.handover.carried is not None else frozenset()
     before: dict[int, int] = {}
     for value in graph.inputs:
         number = value.id
+        if number in carried:
+            continue
         if values[number] is None and not before:
             before = {after.id: old for node in region.cut.path() for _, old, after, _ in node.written}
         while values[number] is None:
@@ -236,7 +269,9 @@ def put_kept(region: Any, graph: Any, values: list[Any]) -> None:
 
 def keep(region: Any, live: tuple[int, ...], cells: list[Cell], values: list[Any]) -> None:
     """Keep what was computed up to the cut that is made now."""
-    region.kept.update((number, values[number]) for number in live)
+    handover = region.handover
+    carried = handover.kept if handover is not None and handover.carried is not None else frozenset()
+    region.kept.update((number, values[number]) for number in live if number not in carried)
     for cell in cells:
         # Who reaches their memory by a plain tensor is to be known.
         region.storages.setdefault(serial_of(values[cell.ref.id]), cell.storage)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from kitsune.ir import Barrier, Graph, Op, OpRow, OutputSpec, Site, TensorType, type_of
+from kitsune.ir import Barrier, Graph, Handover, Op, OpRow, OutputSpec, Site, TensorType, type_of
 from kitsune.lazy import recorders
 from kitsune.lazy.arrivals import Arrivals, Leaves
 from kitsune.lazy.cell import Cell, living, numbers_of, ref, serial_of
-from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, judge, keep, made_since, put_kept
-from kitsune.lazy.early_reads import EarlyReads, memory_changed
+from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, judge, keep, keeping, put_kept
+from kitsune.lazy.early_reads import EarlyReads, Run, memory_changed
 from kitsune.lazy.graphs import Graphs
 from kitsune.lazy.recorders import EVERY, OPEN
 from kitsune.lazy.region import Region, is_strided
@@ -28,9 +28,10 @@ class Recording:
     """The region in progress and the regions known. One per accelerating thread.
 
     The stages before and after come in as functions: `describe(func)` gives an op's row; `infer(...)` the OutputSpec of a call
-    without making it; `below_autograd()` is a context for running kernels; `run(graph, values, scalars)` runs a closed region and
-    returns what it can answer before its end; `tally` counts; `on_close` hears of each region, and whether it was observed;
-    `on_growth` of how many more ops are known, now and then; `on_plans` of each new op that leaves plans in its thread.
+    without making it; `below_autograd()` is a context for running kernels; `run(graph, values, scalars, handover)` runs a closed
+    region, or a part of one that has two, and returns what it can answer before its end; `tally` counts; `on_close` hears of each
+    region, and whether it was observed; `on_growth` of how many more ops are known, now and then; `on_plans` of each new op that
+    leaves plans in its thread.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Recording:
         describe: Callable[[Any], OpRow],
         infer: Callable[..., OutputSpec | None],
         below_autograd: Callable[[], Any],
-        run: Callable[[Graph, list[Any], list[float]], Any],
+        run: Callable[[Graph, list[Any], list[float], Handover | None], Any],
         tally: Any,
         on_close: Callable[[Graph, Barrier, Site | None, bool], None],
         on_growth: Callable[[int], None],
@@ -235,22 +236,21 @@ class Recording:
             self.forget()
 
     def run_so_far(self, region: Region, saved: frozenset[int] | None = None) -> tuple[int, ...]:
-        """Compute what is pending; returns the numbers of what can still be read. With `saved`, kept too, the region goes on."""
+        """Compute what is pending; returns the numbers of what can still be read. With `saved`, kept too, it goes on."""
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
         cells: list[Cell] = []
         try:
             cells = living(region.produced)
-            live = numbers_of(cells)
-            if saved:
-                live = tuple(sorted({*live, *made_since(region, saved)}))
+            live = keeping(region, cells, saved) if saved else numbers_of(cells)
             region.put_inputs(values)
             self.running = True
-            graph, whole = self.graphs.get(region.node, live, region.cut), saved is None and region.cut is None
-            put_kept(region, graph, values)
-            foreseen = whole and self.watcher is None and self.early.foreseen(region, live, values)
-            if region.node is not region.cut and not foreseen:
-                self._run_now(region, graph, values)
+            graph, alone = self.graphs.get(region.node, live, region.cut), self.watcher is None
+            run = self.early.run_of(region.node, graph, values) if alone else Run(graph)
+            put_kept(region, run.graph, values, alone and region is not self.region)
+            whole = alone and saved is None and region.cut is None
+            if region.node is not region.cut and not (whole and self.early.foreseen(region, live, values)):
+                self._run_now(region, run, values)
         except BaseException as error:
             region.error = error
             if region is self.region:
@@ -270,14 +270,13 @@ class Recording:
                 region.release()
         return live
 
-    def _run_now(self, region: Region, graph: Graph, values: list[Any]) -> None:
+    def _run_now(self, region: Region, run: Run, values: list[Any]) -> None:
+        graph, scalars = run.graph, region.scalars
         if self.watcher is None:
-            run = self.early.run_of(region.node, graph, values)
-            self.early.ran(region.node, run, values, self.run(run.graph, values, region.scalars))
-        else:
-            memory_changed()
-            self.run(graph, values, region.scalars)
-            self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, region.scalars)
+            return self.early.ran(region.node, run, values, self.run(graph, values, scalars, region.handover))
+        memory_changed()
+        self.run(graph, values, scalars, None)
+        self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, scalars)
 
     def closed(
         self, node: Node, live: tuple[int, ...], cause: Barrier, site: Site | None, observed: bool, since: Node | None

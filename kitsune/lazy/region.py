@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Barrier, TensorType, type_of
+from kitsune.ir import Barrier, Handover, TensorType, type_of
 from kitsune.lazy.advance import arrive, rewrite
 from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
 from kitsune.lazy.edges import begin_of, bytes_before
@@ -29,6 +29,7 @@ class Region:
         "dirty",
         "error",
         "firsts",
+        "handover",
         "inputs",
         "kept",
         "n_looks",
@@ -88,6 +89,8 @@ class Region:
         self.cut: Node | None = None
         self.cuts: list[tuple[Node, int]] = []
         self.kept: dict[int, torch.Tensor] = {}
+        # What of it only the part behind the cut sees.
+        self.handover: Handover | None = None
         # How many of torch's modules were looked at closely; see `module_calls.py`.
         self.n_looks = 0
         # What went wrong when the region was run: its values were never computed.
@@ -227,7 +230,7 @@ class Region:
         self.calls.clear()
         self.counted.clear()
         self.kept.clear()
-        self.deferred = None
+        self.deferred = self.handover = None
 
     def is_target(self, device: torch.device) -> bool:
         """Is this the device that is recorded for?"""

@@ -208,6 +208,10 @@ class Captured:
         """The inputs that must be where they were, by number, and where that is."""
         return dict(zip(self._fixed, self._addresses, strict=True))
 
+    def results(self) -> dict[int, int]:
+        """Where each replay leaves its results, by number."""
+        return self._lent.addresses()
+
     def _finish(self, inside: list[Any], scalars: Sequence[float]) -> None:
         """What follows the graph."""
         assert self._work.tail is not None

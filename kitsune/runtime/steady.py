@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Kind, Pending, lent_memory
+from kitsune.ir import Kind, Pending, lent_memory, storage_of
+from kitsune.ir.page import FEW_BYTES
 from kitsune.runtime.capturable import GraphFacts, why_not_moving
 from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, TailFailed
 from kitsune.runtime.cuda_graph import GraphRecorder
@@ -16,8 +17,7 @@ from kitsune.runtime.slots import SlotTable, bits_of, changed
 from kitsune.runtime.steady_region import MakeWork, Steady
 
 data_ptr = torch._C.TensorBase.data_ptr
-# Ordinary runs before a capture, in which libraries choose. The step before was observed. With one more, MLP's third step takes
-# 1.9 ms op by op, where eager takes 1.3 (H200).
+# Ordinary runs before a capture, in which libraries choose. With one more, MLP's third step takes 1.9 ms, eager's 1.3 (H200).
 RUNS = 1
 # Passes that an input may take until it stays where it is (another region is to be captured), or until it is back where it was.
 PATIENCE = 8
@@ -71,12 +71,20 @@ class SteadyState:
         # The least recently replayed first.
         self._kept: OrderedDict[Steady, Captured] = OrderedDict()
 
-    def region(self, facts: GraphFacts, make_work: MakeWork, provisional: bool = False, before: Steady | None = None) -> Steady:
+    def region(
+        self,
+        facts: GraphFacts,
+        make_work: MakeWork,
+        provisional: bool = False,
+        before: Steady | None = None,
+        first: Steady | None = None,
+    ) -> Steady:
         """What is to be passed to `run` with each run of a region. `before` was passed until now, when it was run in another way:
-        its graph is dropped, and what is known of its inputs stays known."""
+        its graph is dropped, and what is known of its inputs stays known. `first` is the region that it takes results of, under
+        the numbers that these have there."""
         region = Steady(facts, make_work, provisional)
         if before is not None:
-            self._take_over(region, before)
+            self._take_over(region, before, first)
         if all(op.kind is Kind.VIEW for op in facts.graph.ops):
             # Nothing is lost, and nobody needs to hear of it.
             region.refusal = "The region starts nothing on the device."
@@ -84,11 +92,13 @@ class SteadyState:
             self._refuse(region, facts.refusal)
         return region
 
-    def _take_over(self, region: Steady, before: Steady) -> None:
+    def _take_over(self, region: Steady, before: Steady, first: Steady | None) -> None:
         if before.captured is None:
             region.numbers, addresses = before.numbers, dict(zip(before.inputs, before.addresses or (), strict=False))
         else:
             addresses = before.captured.fixed()
+        if first is not None and first.captured is not None:
+            addresses = {**addresses, **first.captured.fixed(), **first.captured.results()}
         self._drop(before)
         # Where it ran, nothing but kernels is new, and those are loaded: an ordinary run of MLP's takes 6 ms, where eager's step
         # takes 1.5, and one of BERT's 46 to 67, 10 more than by operators (H200). Else there is one, and then the capture.
@@ -212,6 +222,7 @@ class SteadyState:
             self._refuse(region, f"The region was captured {MAX_CAPTURES} times, and never fitted for long.")
             return False
         region.n_captures += 1
+        region.moving.update(_copies_to_come(region, values))
         max_graphs, max_bytes = self.limits()
         while self._kept and len(self._kept) >= max_graphs:
             self._drop(next(iter(self._kept)))
@@ -276,6 +287,13 @@ class SteadyState:
                 f"A region of {n_ops} operators cannot be replayed as a CUDA graph, so it is launched operator by operator. "
                 f"{reason}"
             )
+
+
+def _copies_to_come(region: Steady, values: list[Any]) -> list[int]:
+    """The inputs that lie where a graph leaves small results. Of one that is held from replay to replay, such as a loss, it will
+    hand out copies, each of them elsewhere."""
+    few = [n for n in region.inputs if storage_of(values[n]).nbytes() <= FEW_BYTES]
+    return [n for n in few if lent_memory(values[n]) is not None and why_not_moving(region.facts, n, values[n]) is None]
 
 
 def _first_line(error: Exception) -> str:

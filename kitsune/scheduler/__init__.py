@@ -11,6 +11,7 @@ from kitsune.scheduler.made_again import made_again
 from kitsune.scheduler.norms import layer_norm_backwards
 from kitsune.scheduler.order import Work, in_order
 from kitsune.scheduler.padding import padded_products
+from kitsune.scheduler.pairs import Pair, Restoring, fleeting, prepared
 from kitsune.scheduler.passes import dead_code, needed_ops, run_passes
 from kitsune.scheduler.patches import patches_as_rows
 from kitsune.scheduler.pools import pools
@@ -24,7 +25,9 @@ __all__ = [
     "RATES",
     "Costs",
     "Load",
+    "Pair",
     "Rates",
+    "Restoring",
     "StreamConfig",
     "Work",
     "assign_streams",
@@ -34,6 +37,7 @@ __all__ = [
     "common_subexpressions",
     "cross_entropies",
     "dead_code",
+    "fleeting",
     "graph_micros",
     "in_channels_last",
     "in_order",
@@ -47,6 +51,7 @@ __all__ = [
     "parts",
     "patches_as_rows",
     "pools",
+    "prepared",
     "run_passes",
     "split_reductions",
     "unlist",

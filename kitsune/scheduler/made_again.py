@@ -23,9 +23,10 @@ class Recipe:
     ops: tuple[int, ...]
 
 
-def made_again(graph: Graph, why_not: Callable[[Op], str | None], costs: Costs) -> Graph:
-    """The graph with chains of pointwise ops made again before what reads their results far behind them, where that pays."""
-    search = _Search(graph, why_not)
+def made_again(graph: Graph, why_not: Callable[[Op], str | None], costs: Costs, fleeting: frozenset[int] = frozenset()) -> Graph:
+    """The graph with chains of pointwise ops made again before what reads their results far behind them, where that pays; from
+    none of the storages that are `fleeting`."""
+    search = _Search(graph, why_not, fleeting)
     places: dict[frozenset[int], dict[int, set[int]]] = {}
     for storage, stages in search.far_readers().items():
         for stage in stages:
@@ -41,11 +42,12 @@ def made_again(graph: Graph, why_not: Callable[[Op], str | None], costs: Costs) 
 class _Search:
     """What is known of a graph's values. A stage counts the library's calls that must have been made before."""
 
-    def __init__(self, graph: Graph, why_not: Callable[[Op], str | None]) -> None:
+    def __init__(self, graph: Graph, why_not: Callable[[Op], str | None], fleeting: frozenset[int]) -> None:
         self.graph = graph
         self.fusible = [op.kind is Kind.VIEW or (_is_pure(op) and why_not(op) is None) for op in graph.ops]
         self.types: dict[int, TensorType] = {v.storage: v.type for v in graph.inputs}
-        self.written = {storage for op in graph.ops for storage in op.effects.writes}
+        # Another one by the time at which it would be read again.
+        self.written = {storage for op in graph.ops for storage in op.effects.writes} | fleeting
         self.stages = self._stages()
         self.recipes = self._recipes()
 

@@ -106,6 +106,21 @@ def test_what_is_asked_for_is_the_part_that_was_asked_for() -> None:
     assert {v.id for v in plain.outputs} == {v.id for v in padded_graph.outputs}
 
 
+def test_a_view_that_is_returned_lies_in_what_was_recorded() -> None:
+    """As the weights that autograd saves for a backward behind a read."""
+
+    def program() -> Any:
+        half = WEIGHT.to(torch.bfloat16)
+        turned = half.t()
+        return STATES @ turned, half, turned
+
+    graph = rewritten(program)
+    assert shapes(products(graph)[0])[1] == (HIDDEN, padded(ODD))
+    made = {v.id: v for op in graph.ops for v in op.outputs}
+    half, turned, _ = (made[v.id] for v in graph.outputs)
+    assert half.storage == turned.storage and [half.type, turned.type] == [v.type for v in graph.outputs[:2]]
+
+
 def test_at_their_size_small_products_stay_as_they_are() -> None:
     graph = dead_code(recorded_again(vocabulary))
     assert padded_products(graph, Costs(RATES["sm_90"]), lambda op: None) is graph

@@ -129,7 +129,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, **flavor: Any) -> Iterator[Checked]
     forget()
     it = Checked(**flavor)
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "run", lambda self, graph, values, scalars: it.run(graph, values, scalars))
+        patch.setattr(Pipeline, "run_graph", lambda self, graph, values, scalars: it.run(graph, values, scalars))
         yield it
     forget()
 
@@ -144,7 +144,7 @@ def record(program: Callable[[], Any], warmup: int = 0) -> tuple[Graph, Values, 
             replay(prepare(graph), values, scalars)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pipeline, "run", run)
+        patch.setattr(Pipeline, "run_graph", run)
         forget()
         for _ in range(1 + warmup):
             with kitsune.accelerate(warmup=warmup, device="cpu"):

@@ -32,7 +32,7 @@ def planned(program: Callable[[], Any], start: Callable[[Launch], Any], numerics
 
     forget()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pipeline, "run", run)
+        patch.setattr(Pipeline, "run_graph", run)
         for _ in range(2):  # at first, some ops are made at once
             plans.clear()
             with kitsune.accelerate(warmup=0, device="cpu"):

@@ -42,6 +42,7 @@ class Loop:
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
         self.xs, self.ys = torch.randn(STEPS, 2, 8, 8), torch.randint(0, 3, (STEPS, 2, 8))
         self.found: list[Any] = []
+        self.last: Any = None
 
     def loss(self, k: int, n: int = 0) -> Tensor:
         return F.cross_entropy(self.net(self.xs[k, n]), self.ys[k, n])
@@ -228,6 +229,26 @@ def test_a_number_that_is_read_now_and_then(every: int) -> None:
         got, counts = run(step, kitsune.accelerate(device="cpu"))
     assert got == expected
     assert [c[1:3] for c in counts[every * 2 :]] == [[1, 0]] * (STEPS - every * 2)
+
+
+def test_both_parts_are_replayed_from_the_fourth_step_on() -> None:
+    """A loss that is held into the next step is handed out elsewhere each time: known before the second part is captured."""
+
+    def step(t: Loop, k: int) -> None:
+        loss = t.loss(k)
+        t.found.append(loss.item())
+        loss.backward()
+        t.last = loss.detach()
+        t.update()
+
+    expected, _ = run(step, contextlib.nullcontext())
+    kitsune.reset()
+    with graphs(kernels=False):
+        got, counts = run(step, kitsune.accelerate(device="cpu"))
+        captured, missed = (kitsune.counters()[name] for name in ("captured", "graph_missed"))
+    assert got == expected
+    # Observed, and run for the first time; then the first part is captured, and the second where that leaves what it reads.
+    assert [c[3] for c in counts] == [0, 0, 1, *[2] * (STEPS - 3)] and (captured, missed) == (2, {})
 
 
 def test_a_step_that_is_given_up_behind_its_cut() -> None:
