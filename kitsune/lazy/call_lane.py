@@ -15,6 +15,7 @@ from kitsune.lazy import sites
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
+from kitsune.lazy.casts import may_cast, need_casts, read_modes, write_weights, written
 from kitsune.lazy.early_reads import ITEM
 from kitsune.lazy.edges import Before, Edge, Incoming, begin_of
 from kitsune.lazy.hands_off import (
@@ -52,14 +53,13 @@ class CallLane(Learner):
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
-        # Wrappers whose graph a followed backward has used up.
-        self.spent: list[weakref.ref[LazyTensor]] = []
-        # Calls of torch's API that torch is making now.
-        self.inside = 0
-        # An optimizer's update is being learned: of the calls that it makes nothing has to be known.
-        self.part_of_update = False
+        self.spent: list[weakref.ref[LazyTensor]] = []  # wrappers whose graph a followed backward has used up
+        # Calls of torch's API that torch is making now; and is one of them an update that is learned as a whole?
+        self.inside, self.part_of_update = 0, False
         self.thread = threading.get_ident()
         self.known_modes: dict[Any, Any] = {}
+        # Have weights been written in an autocast block that went on with them? See `casts.py`.
+        self.outlive_writes = False
         self.read_modes()
 
     def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
@@ -118,13 +118,7 @@ class CallLane(Learner):
 
     def read_modes(self) -> None:
         """Look at autocast again: it has changed."""
-        device = self.recorder.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # One object for each: matchers compare by identity.
-        known = self.known_modes.get(autocast)
-        if known is None:
-            known = self.known_modes[autocast] = {graded: (graded, autocast) for graded in (False, True)}
-        self.modes = known
+        self.modes = read_modes(self)
 
     def stray(self, args: Any, kwargs: Any) -> bool:
         """An op comes that no call of the API has brought: may autograd know of its operands? True if it must come again."""
@@ -246,12 +240,16 @@ class CallLane(Learner):
             recorder.known.forget()
         graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
         writes = may_write(func, args, kwargs)
-        wrong = writes and self.spoils(tensors_in((args[:1], kwargs.get("out"))))
-        if graded or wrong or (writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)):
+        targets = tensors_in((args[:1], kwargs.get("out"))) if writes or graph else []
+        wrong = writes and self.spoils(targets)
+        owes = bool(region.calls) and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)
+        if graded or wrong or (writes and owes) or (region.calls and may_cast(modes, flat)):
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
-        learns = key is not None and not graph and not wrong and not self.part_of_update
+        rewrites = write_weights(recorder, modes, targets)
+        by_casts = rewrites or need_casts(self, modes, flat)
+        learns = key is not None and not graph and not wrong and not self.part_of_update and not by_casts
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS
@@ -259,6 +257,7 @@ class CallLane(Learner):
             result = self.made(DOORS.get(func, func), args, kwargs)
         finally:
             recorder.making = False
+            written(self, rewrites)
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.

@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 
 from kitsune.ir import versions_kept
 from kitsune.ir.graph import Result
+from kitsune.lazy.casts import CAST, Weights, clear_casts, set_dtype, set_enabled, set_kept
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.cuts import recall_results
 from kitsune.lazy.edges import Edge, path_between
@@ -39,8 +40,6 @@ class Followed:
 
 MADE = [field.name for field in dataclasses.fields(Followed)].index("made")
 _number = attrgetter("id")
-# Not the name in torch, which is watched.
-_clear_casts = torch.clear_autocast_cache
 TWICE = (
     "Trying to backward through the graph a second time (or directly access saved tensors after they have already been freed). "
     "Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). Specify retain_graph=True if "
@@ -55,6 +54,7 @@ class Walk:
         self.region = region
         self.path: list[Node] = []
         self.held: dict[int, LazyTensor] = {}
+        self.weights = Weights(region)
 
     def begin(self, call: Followed) -> None:
         """From here on the ops of this call come."""
@@ -66,7 +66,10 @@ class Walk:
 
     def take(self, row: Any, tensors: list[Any]) -> Any:
         """The results of an op."""
+        before = self.path[-1].parent if self.path else None
         node = self.path.pop() if self.path else None
+        if row.target is CAST or (node is not None and node.row is not row):
+            node = self._cast(row, tensors[0], node, before)
         uncounted: bool = row.bumps
         if node is None or node.row is not row:
             expected = "none" if node is None or node.row is None else node.row.target
@@ -86,6 +89,17 @@ class Walk:
             # What autograd does not count, who records it does.
             increment_version([tensors[operand] for operand, *_ in node.written])
         return fill(node.structure, [self._result(row, done, *result) for result in node.results], tensors)
+
+    def _cast(self, row: Any, given: Any, node: Node | None, before: Node | None) -> Node | None:
+        """The operator that has made what is asked for. Autocast may have kept casts of weights that were made anew when the
+        call was followed, and have lost some that it had."""
+        while (weight := self.weights.cast_by(node)) is not None and (row.target is not CAST or weight is not given):
+            node = self.path.pop() if self.path else None
+        if row.target is not CAST or (node is not None and node.row is row):
+            return node
+        if node is not None:
+            self.path.append(node)
+        return self.weights.cast_before(before, given)
 
     def _result(self, row: Any, done: bool, ref: Any, type_: Any, storage: int) -> LazyTensor:
         held = self.held.get(ref.id)
@@ -208,23 +222,26 @@ def _modes(recorder: Any) -> Iterator[Any]:
     """Brings back the grad mode and the autocast of each call, with the casts of weights that it shared with others."""
     device = recorder.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    epoch: list[int] = []
+    are_kept = torch.is_autocast_cache_enabled()
+    epoch = [recorder.epoch]
 
     def adopt(call: Followed) -> None:
-        if epoch and epoch[0] != call.epoch:
-            _clear_casts()
-        epoch[:] = [call.epoch]
-        _, autocast = call.edge.modes
-        torch.set_autocast_enabled(device, autocast is not None)
+        if epoch[0] != call.epoch:
+            clear_casts()
+        epoch[0] = call.epoch
+        _, autocast, casts = call.edge.modes
+        set_enabled(device, autocast is not None)
         if autocast is not None:
-            torch.set_autocast_dtype(device, autocast)
+            set_dtype(device, autocast)
+            set_kept(casts.are_kept)
 
     torch.autocast_increment_nesting()
     try:
         with torch.enable_grad():
             yield adopt
     finally:
-        torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, dtype)
-        if torch.autocast_decrement_nesting() == 0 or (epoch and epoch[0] != recorder.epoch):
-            _clear_casts()
+        set_enabled(device, enabled)
+        set_dtype(device, dtype)
+        set_kept(are_kept)
+        if torch.autocast_decrement_nesting() == 0 or epoch[0] != recorder.epoch:
+            clear_casts()

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from kitsune.ir import Barrier, Graph, OpRow, OutputSpec, Site, TensorType, type_of
 from kitsune.lazy import recorders
 from kitsune.lazy.arrivals import Arrivals, Leaves
+from kitsune.lazy.casts import begin_anew
 from kitsune.lazy.cell import Cell, living, numbers_of, ref, serial_of
 from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, judge, keep, made_since, put_kept
 from kitsune.lazy.early_reads import EarlyReads, memory_changed
@@ -56,8 +57,7 @@ class Recording:
         # Can another thread record or read here? Autograd has one for each CUDA device. The lock costs 0.25 us per op.
         self.shared = True
         self.paused = 0
-        # While torch infers for the recorder, or a region runs, its Python may pass a door: that is no act of the program's, and
-        # a region that goes on after its flush (at a divergence) would be run twice.
+        # While torch infers for the recorder, or a region runs, its Python may pass a door: a region is not to be run twice.
         self.inferring = self.running = False
         # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
         self.lane: Any = None
@@ -71,17 +71,16 @@ class Recording:
         self.watcher: Any = None
         # The ids of the counts on the host that belong to the update that is being made.
         self.counting: frozenset[int] = frozenset()
-        # Counts the times that autocast has forgotten its casts of weights.
-        self.epoch = 0
+        # How often autocast has forgotten its casts of weights, after which op of this region, and were weights written since?
+        self.epoch, self.cleared, self.writes_in_block = 0, None, False
         # What `torch.set_default_device` has set, or a `with torch.device(...)` around the context.
         self.default_device: Any = None
         self.rows: dict[int, OpRow] = {}
         # The plain tensors that came in, and the first of its tables, which the hot path reads.
         self.known = Arrivals()
         self.arrivals = self.known.tensors
-        # The lists that were filled for an update which is still to come: by whom, and with what.
+        # The lists that were filled for an update which is still to come; leaves seen that may get a `.grad`, by id.
         self.filled: Any = None
-        # Leaves seen that may get a `.grad`, by id.
         self.leaves = Leaves()
         self.early = EarlyReads(tally)
         # A tensor came in whose graph was built outside, from leaves that were not seen.
@@ -111,6 +110,7 @@ class Recording:
         region = Region(self.roots.setdefault((self.default_device, *settings()), Node()), self)
         if saves_through_python():
             region.real, region.past = True, None
+        begin_anew(self)
         return region
 
     def restart(self) -> None:
