@@ -101,9 +101,7 @@ def write_weights(recorder: Any, modes: Any, tensors: list[Any]) -> bool:
     if modes[2] is None:
         return False
     reals: list[Any] = [real for t in tensors if _has_memory(real := t.cell.real if type(t) is LazyTensor else t)]
-    if any(map(_is_weight, reals)):
-        return True
-    # Maybe through an alias of theirs.
+    # By their memory: it may be through an alias.
     weights = {serial_of(leaf) for leaf in recorder.leaves.living() if _has_memory(leaf)} if reals else ()
     return any(serial_of(real) in weights for real in reals)
 
@@ -120,25 +118,12 @@ class Weights:
     """Which weights of a region its operators cast."""
 
     def __init__(self, region: Any) -> None:
-        came = {cell.came.id: cell for cell in region.plain.values()}
-        self._by_number = {number: cell.real for number, cell in came.items() if _is_weight(cell.real)}
-        self._storages = {cell.storage for cell in came.values()}
+        came = {cell.came.id: cell.real for cell in region.plain.values()}
+        self._by_number = {number: real for number, real in came.items() if _is_weight(real)}
 
     def cast_by(self, node: Node | None) -> Any:
-        """The weight that an operator casts, if that is what it does."""
+        """The weight that an operator casts, if that is what it does. Not of one that the region has written: casts that autocast
+        has kept from before are not used then, or the call is made for real."""
         if node is None or node.row is None or node.row.target is not CAST or node.op is None:
             return None
-        value = node.op.inputs[0]
-        number = value.id
-        if number not in self._by_number and value.storage in self._storages:
-            # It may have been written since it came in.
-            before = {after.id: old for it in node.path() for _, old, after, _ in it.written}
-            while number in before:
-                number = before[number]
-        return self._by_number.get(number)
-
-    def cast_before(self, node: Node | None, weight: Any) -> Node | None:
-        """The last operator up to `node` that casts a weight."""
-        while node is not None and self.cast_by(node) is not weight:
-            node = node.parent
-        return node
+        return self._by_number.get(node.op.inputs[0].id)

@@ -66,10 +66,10 @@ class Walk:
 
     def take(self, row: Any, tensors: list[Any]) -> Any:
         """The results of an op."""
-        before = self.path[-1].parent if self.path else None
         node = self.path.pop() if self.path else None
-        if row.target is CAST or (node is not None and node.row is not row):
-            node = self._cast(row, tensors[0], node, before)
+        # Of the weights that were cast when the call was followed, autocast may have kept the casts of another call.
+        while (weight := self.weights.cast_by(node)) is not None and (row.target is not CAST or weight is not tensors[0]):
+            node = self.path.pop() if self.path else None
         uncounted: bool = row.bumps
         if node is None or node.row is not row:
             expected = "none" if node is None or node.row is None else node.row.target
@@ -89,17 +89,6 @@ class Walk:
             # What autograd does not count, who records it does.
             increment_version([tensors[operand] for operand, *_ in node.written])
         return fill(node.structure, [self._result(row, done, *result) for result in node.results], tensors)
-
-    def _cast(self, row: Any, given: Any, node: Node | None, before: Node | None) -> Node | None:
-        """The operator that has made what is asked for. Autocast may have kept casts of weights that were made anew when the
-        call was followed, and have lost some that it had."""
-        while (weight := self.weights.cast_by(node)) is not None and (row.target is not CAST or weight is not given):
-            node = self.path.pop() if self.path else None
-        if row.target is not CAST or (node is not None and node.row is row):
-            return node
-        if node is not None:
-            self.path.append(node)
-        return self.weights.cast_before(before, given)
 
     def _result(self, row: Any, done: bool, ref: Any, type_: Any, storage: int) -> LazyTensor:
         held = self.held.get(ref.id)
@@ -243,5 +232,7 @@ def _modes(recorder: Any) -> Iterator[Any]:
         set_enabled(device, enabled)
         set_dtype(device, dtype)
         set_kept(are_kept)
-        if torch.autocast_decrement_nesting() == 0 or epoch[0] != recorder.epoch:
+        torch.autocast_decrement_nesting()
+        # Also of a block that is open in another thread.
+        if epoch[0] != recorder.epoch:
             clear_casts()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kitsune
+from tests.property.machine import apart
 from tests.runtime.repeated import graphs
 from tests.steady.test_cuts import Loop, Step, run
 
+READER = ThreadPoolExecutor(1)
 CASES: dict[str, Step] = {}
 # Backwards that were followed in the last step; in the others nothing is known of that.
 FOLLOWED: dict[str, int] = {}
@@ -189,16 +192,29 @@ def the_first_pass_is_without_gradients(t: Loop, k: int) -> None:
 
 
 @case()
-def a_new_call_comes_while_others_are_owed(t: Loop, k: int) -> None:
-    """Autocast holds a lock while it casts a weight for it: to make the others again meanwhile would wait for ever."""
+def a_pass_behind_a_write_comes_later_on(t: Loop, k: int) -> None:
+    """The first one behind a write that changes nothing: what casts were before a write is known from the second one on."""
     with block():
-        out = t.net(t.xs[k, 0])
+        lost(t, k).backward()
         with torch.no_grad():
-            seen = t.net(t.xs[k, 1]) * (0.5 if k > 5 else 0.25)
-            if k > 7:
-                seen = seen + torch.mm(t.net.hidden.float(), t.net.second.weight)[:, :3]
-        loss = (out - seen).float().square().mean()
-    loss.backward()
+            t.net.head.weight.mul_(0.5 if k > 4 else 1.0)
+        if k >= 4:
+            lost(t, k, 1).backward()
+    t.update()
+
+
+@case()
+def another_thread_ends_a_region(t: Loop, k: int) -> None:
+    with block(), torch.no_grad():
+        seen = torch.mm(t.xs[k, 1], t.net.second.weight)
+    with block():
+        one = twice(t, k) + seen.float().sum()
+        t.found.append(READER.submit(one.detach().tolist).result())
+        if k % 2:
+            other = twice(t, k, 1)
+    if not k % 2:
+        other = twice(t, k, 1)
+    (one + other).backward()
     t.update()
 
 
@@ -212,6 +228,43 @@ def owed_in_a_block_and_made_again_in_another(t: Loop, k: int) -> None:
         other = lost(t, k, 1)
     t.found.append(type((one + other).grad_fn).__name__)
     (one + other).backward()
+    t.update()
+
+
+@case()
+def owed_in_a_block_and_made_again_at_the_begin_of_another(t: Loop, k: int) -> None:
+    with block():
+        one = twice(t, k)
+    with block():
+        t.found.append(type(one.grad_fn).__name__)
+        other = twice(t, k, 1)
+    (one + other).backward()
+    t.update()
+
+
+@case()
+def owed_where_casts_are_kept_and_made_again_where_not(t: Loop, k: int) -> None:
+    with block():
+        one = twice(t, k)
+        with block(cache_enabled=False):
+            t.found.append(type(one.grad_fn).__name__)
+            other = twice(t, k, 1)
+    (one + other).backward()
+    t.update()
+
+
+@case(1)
+def behind_a_region_of_many_lengths(t: Loop, k: int) -> None:
+    with torch.no_grad():
+        x = t.xs[k, 1]
+        for _ in range(k):
+            x = x * 0.5
+        with block():
+            x = torch.mm(x, t.net.second.weight)
+        t.found.append(x.float().tolist())
+    with block():
+        loss = lost(t, k)
+    loss.backward()
     t.update()
 
 
@@ -234,4 +287,28 @@ def test_casts_of_weights_are_eagers(name: str, way: str) -> None:
         with graphs(kernels=False) if way == "replayed" else contextlib.nullcontext():
             got, counts = run(CASES[name], kitsune.accelerate(device="cpu"))
     assert got == expected
+    assert torch.is_autocast_cache_enabled()
     assert name not in FOLLOWED or counts[-1][1] == FOLLOWED[name]
+
+
+def a_new_call_comes(t: Loop, k: int) -> None:
+    with block():
+        out = t.net(t.xs[k, 0])
+        with torch.no_grad():
+            seen = t.net(t.xs[k, 1]) * (0.5 if k > 5 else 0.25)
+            if k > 7:
+                seen = seen + torch.mm(t.net.hidden.float(), t.net.second.weight)[:, :3]
+        loss = (out - seen).float().square().mean()
+    loss.backward()
+    t.update()
+
+
+def _told(step: Step) -> list[Any]:
+    return [run(step, context)[0] for context in (contextlib.nullcontext(), kitsune.accelerate(device="cpu"))]
+
+
+def test_a_new_call_while_others_are_owed_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast holds a lock while it casts a weight for it: the others cannot be made again meanwhile."""
+    monkeypatch.setattr("tests.property.machine.SECONDS", 60)
+    expected, got = apart(_told, a_new_call_comes) or (None, "nothing")
+    assert got == expected
