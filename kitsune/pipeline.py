@@ -23,6 +23,7 @@ from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Plan, Site, quiet, verify
 from kitsune.lazy import (
     REPLACED_BEFORE,
+    ByDoors,
     CallLane,
     LazyTensor,
     Recorder,
@@ -73,6 +74,12 @@ class Follower(CallMode, CallLane):
         CallLane.__init__(self, recorder)
 
 
+class Porter(CallMode, ByDoors):
+    """The same of what takes calls where they are not followed."""
+
+    __torch_function__ = ByDoors.call
+
+
 class Pipeline:
     """One per accelerating thread: a listener that intercepts and records, and an executor that runs what is flushed."""
 
@@ -94,7 +101,7 @@ class Pipeline:
             on_close=self.closed,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
-        self.follows = False
+        self.follows, self.porter = False, Porter()
         # Does it take this thread's ops now? Not while the steps of an open context are left to eager.
         self.on = False
         # Does it no more, and is not done with what that takes?
@@ -132,9 +139,12 @@ class Pipeline:
             self.recorder.known.come_back()
             self.recorder.hook = self.lane.stray
             open_graph_doors(self.lane)
+        elif not config.follow:
+            self.porter.enter()
 
     def stop_following(self, for_good: bool = False) -> None:
         """Take ops alone: another pipeline has been opened inside, or none is open any more."""
+        self.porter.leave()
         if self.follows:
             self.lane.settle_spent()
             self.recorder.known.leave()

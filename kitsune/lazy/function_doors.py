@@ -13,6 +13,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporar
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from kitsune.ir import Barrier
+from kitsune.lazy.by_doors import ByDoors
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.door_makers import Plain
 from kitsune.lazy.early_reads import memory_changed
@@ -205,7 +206,7 @@ def unheard_door(original: Any) -> Any:
 
     def door(module: Any, *args: Any, **kwargs: Any) -> Any:
         lanes = _get_current_function_mode_stack()
-        if module.training or not lanes or not all(isinstance(mode, CallLane) for mode in lanes):
+        if module.training or not lanes or not all(isinstance(mode, (CallLane, ByDoors)) for mode in lanes):
             return original(module, *args, **kwargs)
         tensors = [*tensors_in((args, kwargs)), *module.parameters()]
         if not _are_known(tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
