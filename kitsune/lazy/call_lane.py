@@ -42,10 +42,10 @@ from kitsune.lazy.replaced import DOORS, is_untouched, original_of
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.used_again import keep
+from kitsune.lazy.words import in_eagers_words
 from kitsune.lazy.write_counts import count_writes
 
-_profiled = torch.autograd._profiler_enabled
-_BACKWARD, _BACKWARDS = torch.Tensor.backward, torch.autograd.backward
+_profiled, _BACKWARD, _BACKWARDS = torch.autograd._profiler_enabled, torch.Tensor.backward, torch.autograd.backward
 
 
 class CallLane(Learner):
@@ -56,8 +56,7 @@ class CallLane(Learner):
         self.spent: list[weakref.ref[LazyTensor]] = []  # wrappers whose graph a followed backward has used up
         # Calls of torch's API that torch is making now; and is one of them an update that is learned as a whole?
         self.inside, self.part_of_update = 0, False
-        self.thread = threading.get_ident()
-        self.known_modes: dict[Any, Any] = {}
+        self.thread, self.known_modes = threading.get_ident(), dict[Any, Any]()
         # Have weights been written in an autocast block that went on with them? See `casts.py`.
         self.outlive_writes = False
         self.read_modes()
@@ -228,6 +227,9 @@ class CallLane(Learner):
         try:
             recorder.hook, self.inside, sites.call.site = None, inside + 1, sites.UNKNOWN
             return func(*args, **kwargs) if kwargs else func(*args)
+        except RuntimeError as error:
+            in_eagers_words(error)
+            raise
         finally:
             recorder.hook, self.inside, sites.call.site = hook, inside, site
 
@@ -248,8 +250,7 @@ class CallLane(Learner):
         region.real = region.real or graded
         start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
         rewrites = write_weights(recorder, modes, targets)
-        by_casts = rewrites or need_casts(self, modes, flat)
-        learns = key is not None and not graph and not wrong and not self.part_of_update and not by_casts
+        learns = not (need_casts(self, modes, flat) or graph or wrong or self.part_of_update or rewrites) and key is not None
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS
