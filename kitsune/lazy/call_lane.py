@@ -39,6 +39,7 @@ from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.replaced import DOORS, is_untouched, original_of
+from kitsune.lazy.spent_views import written_views
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.used_again import keep
@@ -57,8 +58,6 @@ class CallLane(Learner):
         # Calls of torch's API that torch is making now; and is one of them an update that is learned as a whole?
         self.inside, self.part_of_update = 0, False
         self.thread, self.known_modes = threading.get_ident(), dict[Any, Any]()
-        # Have weights been written in an autocast block that went on with them? See `casts.py`.
-        self.outlive_writes = False
         self.read_modes()
 
     def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
@@ -89,8 +88,7 @@ class CallLane(Learner):
             return self.made(func, args, kwargs)
         if func is _BACKWARD or func is torch.Tensor.backward:
             return self._backward_of_method(*args, **kwargs)
-        if func is _BACKWARDS or func is torch.autograd.backward:
-            # It asks here once more after its door; as a call like others it would be followed without its gradients.
+        if func is _BACKWARDS or func is torch.autograd.backward:  # After its door: others have no gradients.
             return _BACKWARDS(*args, **kwargs)
         call = Incoming()
         modes = self.modes[torch.is_grad_enabled()]
@@ -104,14 +102,15 @@ class CallLane(Learner):
                 # The second of two questions about a loss: its region has been run.
                 found = None if region.node.depth else recorder.early.made_before(recorder, edge, call)
                 return self._follow(region, edge, args, kwargs, call) if found is None else found
-        if is_foreign(func):
-            # A library's function, which asks before it does what it likes: also with the graph.
+        if is_foreign(func):  # A library's, which asks before it does what it likes: also with the graph.
             self.lose_track()
             return self.made(func, args, kwargs)
         return self._make(func, args, kwargs, None if call.unknown else plain_key, call, modes)
 
     def _may_follow(self, edge: Edge, region: Any, func: Any, kwargs: Any, call: Incoming) -> bool:
         if (edge.graded and region.real) or any(begin_of(call.flat[k]) != begin for k, begin in edge.begins):
+            return False
+        if any(tensor_is_spent(call.flat[k]) for k in written_views(edge)):
             return False
         return not call.floats or call.floats == edge.floats or (func, *kwargs) in self.proven
 
@@ -156,8 +155,7 @@ class CallLane(Learner):
         tensors = tensors_in((args, kwargs))
         if any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors):
             self.own_up(tensors if func not in VALUES else ())
-        if func in SHOWS_GRAPH and self.recorder.region.real:
-            # What the backward of this region does need not be what it does the next time.
+        if func in SHOWS_GRAPH and self.recorder.region.real:  # What its backward does may be something else the next time.
             self.recorder.region.past = None
         return self.made(func, args, kwargs)
 
@@ -244,13 +242,13 @@ class CallLane(Learner):
         writes = may_write(func, args, kwargs)
         targets = tensors_in((args[:1], kwargs.get("out"))) if writes or graph else []
         wrong = writes and self.spoils(targets)
-        owes = bool(region.calls) and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)
-        if graded or wrong or (writes and owes) or (region.calls and may_cast(modes, flat)):
+        owes = writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)
+        if graded or wrong or owes or (region.calls and may_cast(modes, flat)):
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
         rewrites = write_weights(recorder, modes, targets)
-        learns = not (need_casts(self, modes, flat) or graph or wrong or self.part_of_update or rewrites) and key is not None
+        learns = key is not None and not (graph or wrong or self.part_of_update or rewrites)
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS
@@ -263,13 +261,13 @@ class CallLane(Learner):
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.
             recorder.region.real, recorder.region.past = True, None
-        if any(t.requires_grad for t in leaves):
-            # It was written, and has got a history; so have those that share its memory.
+        if any(t.requires_grad for t in leaves):  # Written, with a history now; so have those that share its memory.
             recorder.known.forget()
         if recorder.region is not region:
             return result
         edge = None
-        if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.past is None):
+        learns = not need_casts(self, modes, flat, start) and learns and recorder.n_unrecorded == n_unrecorded
+        if learns and not (graded and region.past is None):
             edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result))
             if edge is not None:
                 matcher = self.know_by_heart(edge, key, args, kwargs)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kitsune.lazy.cell import serial_of
+from kitsune.lazy.edges import path_between
 from kitsune.lazy.region import is_leaf, is_strided
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
@@ -87,10 +88,17 @@ def may_cast(modes: Any, flat: list[Any]) -> bool:
     return modes[1] is not None and any(map(_is_weight, flat))
 
 
-def need_casts(lane: Any, modes: Any, flat: list[Any]) -> bool:
-    """Is this call to be made for real, each time, since autocast's own casts matter? Once one was seen behind an update, so are
-    those before it: the next time, its casts must be there."""
+def need_casts(lane: Any, modes: Any, flat: list[Any], start: Node) -> bool:
+    """Is a call that was made to be made for real, each time, since autocast's own casts matter? Once one was seen behind an
+    update, so are those before it: the next time, its casts must be there. `start` is where it began."""
     if modes[2] is None or not modes[2].are_real or not may_cast(modes, flat):
+        return False
+    region = lane.recorder.region
+    path = path_between(start, region.node) or []
+    taken = {value.id for node in path if node.op is not None and node.op.target is not CAST for value in node.op.inputs}
+    cells = [region.plain.get(id(t)) for t in filter(_is_weight, flat)]
+    if all(cell is not None and not taken.isdisjoint((cell.came.id, cell.ref.id)) for cell in cells):
+        # As they are.
         return False
     lane.outlive_writes = True
     return True

@@ -21,6 +21,7 @@ from kitsune.lazy.cuts import recall_results
 from kitsune.lazy.edges import Edge, path_between
 from kitsune.lazy.hands_off import PRODUCTS
 from kitsune.lazy.rebuild import fill, tensors_in
+from kitsune.lazy.spent_views import view_again
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 from kitsune.lazy.write_counts import Recount, is_owed
@@ -197,11 +198,14 @@ _anchor = torch.zeros((), requires_grad=True)
 def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
     """Let autograd know that the wrapper had a graph, which is gone."""
     leaves, tensor.cell.owed, tensor.cell.spent = tensor.cell.spent, None, False
+    # Of what a static function returns, its leaves are those that came in.
+    leaves = leaves or recorder.leaves.living()
     hook, recorder.hook = recorder.hook, None
     try:
-        with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad(), versions_kept([tensor]):
-            # Of what a static function returns, its leaves are those that came in.
-            Gone.apply(_anchor, tensor, *(leaves or recorder.leaves.living()))
+        with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad():
+            if not view_again(recorder, tensor, leaves):
+                with versions_kept([tensor]):
+                    Gone.apply(_anchor, tensor, *leaves)
     finally:
         recorder.hook = hook
 

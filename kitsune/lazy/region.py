@@ -9,7 +9,7 @@ import torch
 
 from kitsune.ir import Barrier, TensorType, type_of
 from kitsune.lazy.advance import arrive, rewrite
-from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
+from kitsune.lazy.cell import Cell, Moved, Ref, may_defer, ref, serial_of
 from kitsune.lazy.edges import begin_of, bytes_before
 from kitsune.lazy.growing import Values
 from kitsune.lazy.tensor import LazyTensor
@@ -135,6 +135,8 @@ class Region:
                 self.rollback()
                 raise
         before = (cell.region, cell.ref, cell.storage, cell.external, cell.came)
+        if type(cell.spent) is list:
+            cell.spent = Moved(cell)
 
         def undo() -> None:
             cell.region, cell.ref, cell.storage, cell.external, cell.came = before

@@ -73,6 +73,15 @@ def the_optimizer_steps_at_the_end(t: Loop, k: int) -> None:
         t.update()
 
 
+@case(1)
+def weights_are_looked_at_behind_an_update(t: Loop, k: int) -> None:
+    with block():
+        lost(t, k).backward()
+        t.update()
+        with torch.no_grad():
+            t.found.append(torch.stack([p.square().sum() for p in t.net.parameters()]))
+
+
 @case()
 def it_goes_on_behind_an_update(t: Loop, k: int) -> None:
     with block():
