@@ -17,6 +17,10 @@ def looked_at(t: Tensor) -> None:
     raise RuntimeError(f"{type(t.grad_fn).__name__} {t.is_leaf} {t.requires_grad} {t._is_view()}")
 
 
+def told_of(t: Tensor) -> None:
+    assert t.grad_fn is not None and t.requires_grad
+
+
 View = Callable[[Tensor], Tensor]
 VIEWS: dict[str, View] = {
     "diagonal": lambda w: w.diagonal(),
@@ -38,6 +42,7 @@ ACTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "behind a write": lambda t, w: (torch.no_grad()(t.mul_)(2), t.add_(1)),
     "behind a look": lambda t, w: (torch.no_grad()(t.mul)(2).tolist(), t.add_(1)),
     "behind two looks": lambda t, w: (torch.no_grad()(t.mul)(2).tolist(), torch.no_grad()(t.mul)(3).tolist(), t.add_(1)),
+    "of a leaf that is frozen": lambda t, w: (w.requires_grad_(False), told_of(t), w.requires_grad_()),
     "resized": lambda t, w: t.resize_(1),
     "through data": lambda t, w: t.data.add_(1),
     "used again": lambda t, w: (t * 3).sum().backward(),
@@ -74,3 +79,19 @@ def test_a_view_of_a_leaf_is_one_behind_a_followed_backward(name: str, act: str,
         before = kitsune.counters()["backwards_followed"]
         assert told(VIEWS[name], ACTS[act], lambda: kitsune.accelerate(device="cpu"), reads) == expected
         assert kitsune.counters()["backwards_followed"] > before
+
+
+def test_of_two_leaves_in_one_memory_none_is_taken_for_the_other() -> None:
+    memory, found = torch.arange(8.0), []
+    for context in (contextlib.nullcontext, lambda: kitsune.accelerate(device="cpu")):
+        leaves = [nn.Parameter(memory[k : k + 4]) for k in (0, 4)]
+        for _ in range(4):
+            leaves[0].grad = leaves[1].grad = None
+            with context():
+                total = leaves[0].sum()
+                t = leaves[1][1:3]
+                (total + (t * t).sum()).backward()
+                with contextlib.suppress(RuntimeError):
+                    (t * 3).sum().backward()
+            found.append(leaves[0].grad.tolist())  # type: ignore[union-attr]
+    assert found[:4] == found[4:]
