@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from kitsune.ir import Barrier
 from kitsune.lazy.by_doors import ByDoors
 from kitsune.lazy.call_lane import CallLane
-from kitsune.lazy.door_makers import Plain
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recorder import Recorder
@@ -157,30 +156,6 @@ def product_door(original: Any) -> Any:
         return out
 
     return door
-
-
-@not_compiled
-def casting_door(original: Any) -> Any:
-    """Under autocast, a kernel of these makes products in the lower precision: autocast is on inside of it, too. While a mode
-    handles an op it is off. Such a call is made on plain tensors, with no mode on."""
-
-    def door(*args: Any, **kwargs: Any) -> Any:
-        tensors = tensors_in((args, kwargs))
-        if not any(_casts_inside(original, t.device.type) for t in tensors) or not _may_hide(tensors):
-            return original(*args, **kwargs)
-        with_history = {id(t): Plain.apply(t) for t in tensors if type(t) is LazyTensor and t.requires_grad}
-        args, kwargs = _computed(tensors, *replace_tensors((args, kwargs), with_history))
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            return original(*args, **kwargs)
-
-    return door
-
-
-def _casts_inside(function: Any, device: str) -> bool:
-    """Is autocast on, and left on until the function's kernel runs? It is not where it has casts for the function itself."""
-    name = f"aten::{function.__name__.partition('.')[0]}"
-    key = f"Autocast{device.upper()}"
-    return torch.is_autocast_enabled(device) and not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 @not_compiled

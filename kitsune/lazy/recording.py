@@ -43,7 +43,7 @@ class Recording:
         max_bytes: int,
         describe: Callable[[Any], OpRow],
         infer: Callable[..., OutputSpec | None],
-        below_autograd: Callable[[], Any],
+        below_autograd: Callable[..., Any],
         run: Callable[[Graph, list[Any], list[float]], Any],
         tally: Any,
         on_close: Callable[[Graph, Barrier, Site | None, bool], None],
