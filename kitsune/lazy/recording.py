@@ -83,8 +83,7 @@ class Recording:
         self.filled: Any = None
         self.leaves = Leaves()
         self.early = EarlyReads(tally)
-        # A tensor came in whose graph was built outside, from leaves that were not seen.
-        self.outer_graph = False
+        self.outer_graph = False  # Came a tensor in whose graph was built outside, from leaves that were not seen?
         self.forget()
         EVERY.add(self)
 
@@ -102,6 +101,7 @@ class Recording:
         self.n_nodes = 0
         self.known.forget()
         self.known.parts.clear()
+        self.early.forget()
         self.region = self._new_region()
         # The region of wrappers that were made around a tensor that was there already.
         self.nowhere = Region(Node(), self)
