@@ -83,7 +83,7 @@ class NotYet:
         return MISS
 
     def hooked(self, node: Any, module: Any) -> Any:
-        """The module has hooks. What knows it, anywhere, knows them too, and what they refer to would live as long: the module."""
+        """The module has hooks. What takes its calls, anywhere, holds them and what they refer to, which may be the module."""
         for taker in list(_takers.get(module, ())):
             taker.anew(node, module)
         return MISS
