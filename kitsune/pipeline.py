@@ -22,6 +22,7 @@ from kitsune.gate import Gate, Progress
 from kitsune.ir import Barrier, Graph, Handover, Plan, Site, quiet, verify
 from kitsune.lazy import (
     REPLACED_BEFORE,
+    ByDoors,
     CallLane,
     LazyTensor,
     Recorder,
@@ -40,9 +41,8 @@ from kitsune.standing import Replays, Standing, standing
 tally = Tally()
 tally.n_compiling = n_awaited
 thread.in_a_step, thread.where = in_a_step, where_in_step
-# What `last_plan` is asked for: the graph, and the cause of its end.
+# What `last_plan` is asked for: the graph, and the cause of its end; and who hears of each region as it closes.
 latest: dict[str, Any] = {}
-# Hear of each region as it closes; `session.trace_regions` adds itself here.
 listeners: list[Any] = []
 
 # For torch's own profiler, and only while it runs: to ask costs 0.1 us, a span 16.
@@ -72,6 +72,12 @@ class Follower(CallMode, CallLane):
         CallLane.__init__(self, recorder)
 
 
+class Porter(CallMode, ByDoors):
+    """The same of what takes calls where they are not followed."""
+
+    __torch_function__ = ByDoors.call
+
+
 class Pipeline:
     """One per accelerating thread: a listener that intercepts and records, and an executor that runs what is flushed."""
 
@@ -95,17 +101,14 @@ class Pipeline:
             on_plans=self.runner.thread_plans.seen,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
-        self.follows = False
-        # Does it take this thread's ops now? Not while the steps of an open context are left to eager.
-        self.on = False
-        # Does it no more, and is not done with what that takes?
-        self.closing = False
+        self.follows, self.porter = False, Porter()
+        # Does it take this thread's ops now? Not while the steps of an open context are left to eager. Or is it ending that?
+        self.on = self.closing = False
         # A static function is being learned: its steps are recorded, whatever the gate says of those that Python goes through.
         self.insists = False
-        # Regions that ended while the collector owes a look at what is new, and captures when the last one did.
-        self.n_closed = self.n_captured = 0
-        # Counts the times that everything known was dropped.
-        self.n_forgotten = 0
+        # Regions that ended while the collector owes a look at what is new, captures when the last one did, and the times that
+        # everything known was dropped.
+        self.n_closed = self.n_captured = self.n_forgotten = 0
         self.device = device
         memory = partial(has_room, device), partial(asked_bytes, device), self.make_way, partial(give_back, device)
         self.gate = Gate(device.type == "cuda", self.progress, self.seconds, *memory, quiet, tally)
@@ -133,9 +136,12 @@ class Pipeline:
             self.recorder.known.come_back()
             self.recorder.hook = self.lane.stray
             open_graph_doors(self.lane)
+        elif not config.follow:
+            self.porter.enter()
 
     def stop_following(self, for_good: bool = False) -> None:
         """Take ops alone: another pipeline has been opened inside, or none is open any more."""
+        self.porter.leave()
         if self.follows:
             self.lane.settle_spent()
             self.recorder.known.leave()
@@ -153,8 +159,7 @@ class Pipeline:
     def run(self, graph: Graph, values: list[Any], scalars: list[float], handover: Handover | None = None) -> Answers | None:
         """Run a flushed region: `values` has the inputs by number and receives the outputs, of which the answers know something
         before they are there. With a `handover` it is a part of a region that has two."""
-        pairs = self.runner.pairs
-        if handover is None or config.check or not pairs.are_made:
+        if handover is None or config.check or not (pairs := self.runner.pairs).are_made:
             return self.run_graph(graph, values, scalars)
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             instead = pairs.begin(graph, values, handover)

@@ -45,6 +45,8 @@ UNDECLARED_WRITES = dict.fromkeys(
 UNTRUSTED_VIEW = {"as_strided", "_reshape_alias", "view_as_complex"}
 # Whether these raise depends on the float they are given (infinity into an int): another float is another call.
 CHECKS_SCALAR = {"fill", "fill_", "full_like", "masked_fill", "masked_fill_"}
+# Their kernels call products, which autocast casts for; torch takes them apart for nobody.
+CASTS_INSIDE = {"_trilinear", "affine_grid_generator", "linalg_pinv"}
 # Reads values on the host.
 ITEM = {"_local_scalar_dense", "item", "equal", "is_nonzero", "_is_all_true", "_is_any_true", "_assert_async"}
 # The number of results' elements, or an error, depends on values, and torch does not tag them so.
@@ -163,7 +165,7 @@ def _barrier(target: OpOverload, name: str) -> Barrier | None:
         return Barrier.OUT_VARIANT
     if target._schema.returns and not any(_holds_tensors(r.type) for r in target._schema.returns):
         return Barrier.PYTHON_RESULT
-    return None
+    return Barrier.CASTS if name in CASTS_INSIDE else None
 
 
 def _holds_tensors(type_: Any) -> bool:

@@ -31,7 +31,7 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
         with recorder.with_bits():
             return func(*real_args, **real_kwargs), reals
-    with recorder.below_autograd(), torch._C.DisableTorchFunction():
+    with recorder.below_autograd(recorder.casts_inside(row)), torch._C.DisableTorchFunction():
         if not row.bumps:
             # What the overload itself calls, and nothing else.
             return func._op(*real_args, **real_kwargs), reals

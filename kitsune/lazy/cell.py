@@ -85,6 +85,14 @@ class Cell:
         self.home: Any = None
 
 
+class Moved(list[Any]):
+    """`spent` of a cell that has come into a later region: what it was in its own."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell.spent)
+        self.region, self.ref, self.storage = cell.region, cell.ref, cell.storage
+
+
 def living(cells: list[Cell]) -> list[Cell]:
     """The cells that something besides the list holds: a wrapper. (A weak reference to each would cost 0.3 us per op.) Those
     whose wrapper waits for another region are nobody's."""

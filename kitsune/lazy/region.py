@@ -9,7 +9,7 @@ import torch
 
 from kitsune.ir import Barrier, Handover, TensorType, type_of
 from kitsune.lazy.advance import arrive, rewrite
-from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
+from kitsune.lazy.cell import Cell, Moved, Ref, may_defer, ref, serial_of
 from kitsune.lazy.edges import begin_of, bytes_before
 from kitsune.lazy.growing import Values
 from kitsune.lazy.tensor import LazyTensor
@@ -141,6 +141,7 @@ class Region:
                 self.rollback()
                 raise
         before = (cell.region, cell.ref, cell.storage, cell.external, cell.came)
+        cell.spent = Moved(cell) if type(cell.spent) is list else cell.spent
 
         def undo() -> None:
             cell.region, cell.ref, cell.storage, cell.external, cell.came = before
