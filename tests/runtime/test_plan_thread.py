@@ -289,11 +289,13 @@ def trained(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> list[float
     ids=["convolutions", "attention"],
 )
 def test_graphs_that_it_has_launched_into_have_eagers_bits(
-    make: Callable[[], nn.Module], shape: tuple[int, ...], aside: bool, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module], shape: tuple[int, ...], aside: bool
 ) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     kitsune.reset()
-    with torch.cuda.stream(torch.cuda.Stream() if aside else torch.cuda.current_stream()):
+    with (
+        torch.backends.cudnn.flags(enabled=True, deterministic=True),
+        torch.cuda.stream(torch.cuda.Stream() if aside else torch.cuda.current_stream()),
+    ):
         eager = trained(make, shape)
         with kitsune.config.patch(gate=False), kitsune.accelerate(device="cuda", numerics="bitwise"):
             assert trained(make, shape) == eager
