@@ -72,7 +72,7 @@ class Runner:
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
             limits = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget)  # noqa: E731
-            told = self._relieve, self.sentences.append, tally
+            told = self.relieve, self.sentences.append, tally
             self.steady = SteadyState(device, recorder, limits, lambda: reader_of(backend), *told)
         if isinstance(backend, Backend):
             self.arch = backend.arch
@@ -286,7 +286,8 @@ class Runner:
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
         return plan_work(self.executor, prepared, in_graph, table, self.arenas, moved, ready.awaited)
 
-    def _relieve(self, hard: bool) -> None:
+    def relieve(self, hard: bool) -> None:
+        """Give back memory that nobody uses; `hard`: to the device, too."""
         if self.executor is not None:
             self.executor.pool.free_all()
         if hard and torch.cuda.is_available() and torch.cuda.is_initialized():

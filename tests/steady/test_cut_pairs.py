@@ -18,6 +18,7 @@ from kitsune.ir import Graph, Handover
 from kitsune.joined import Left
 from kitsune.pairs import Pairs
 from kitsune.planning import Planner
+from kitsune.running import Runner
 from kitsune.scheduler import RATES
 from tests.plan.recorded import recorded_again
 from tests.plan.test_channels_last import ImagesOnly
@@ -302,6 +303,34 @@ def test_what_is_forgotten_is_run_by_itself(runs: list[str]) -> None:
         got = run(behind, kitsune.accelerate(device="cpu"))
     assert got == expected
     assert runs.count("restored") == 1 and runs[-2:] == ["first, joined", "second, joined"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_runs_out_while_what_was_kept_is_made_again(times: int, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is freed and asked for once more; who gets none then is told so, and may go on as in eager."""
+    relieved: list[bool] = []
+    made, relieve = Left._made_again, Runner.relieve
+
+    def short(self: Left) -> dict[int, Tensor]:
+        if runs.count("short") < times:
+            runs.append("short")
+            raise torch.OutOfMemoryError
+        return made(self)
+
+    def behind(k: int, net: Net, loss: Tensor, found: list[Any]) -> None:
+        try:
+            the_graph_is_asked_for(k, net, loss, found)
+        except torch.OutOfMemoryError:
+            found.pop()
+            the_graph_is_asked_for(k, net, loss, found)
+
+    monkeypatch.setattr(Left, "_made_again", short)
+    monkeypatch.setattr(Runner, "relieve", lambda self, hard: (relieved.append(hard), relieve(self, hard))[1])
+    expected = run(the_graph_is_asked_for, contextlib.nullcontext())
+    with by_plan():
+        got = run(behind, kitsune.accelerate(device="cpu"))
+    assert got == expected and runs.count("short") == times
+    assert relieved.count(True) == 1 and runs.count("restored") == times + 1
 
 
 def test_what_the_first_part_leaves_is_let_go_of_with_the_step(runs: list[str]) -> None:
