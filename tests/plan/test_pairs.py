@@ -214,6 +214,24 @@ def test_parts_that_passes_have_mixed_stay_apart() -> None:
     assert prepared(pair, mixed) is None
 
 
+def test_parts_that_passes_have_left_incomplete_stay_apart() -> None:
+    """What the second part would read need not be there any more, and nobody would make what it returns."""
+    pair = pair_of(recorded_again(step(Block(), *BATCH)))
+    batch = next(v for v in pair.first.inputs if v.storage in fleeting(pair))
+
+    def reads_the_batch(graph: Graph) -> Graph:
+        (late,) = [op for op in pair.second.ops if op.target._opname == "ones_like"]
+        now = dataclasses.replace(late, args=(batch,), inputs=(batch,))
+        return dataclasses.replace(graph, ops=tuple(now if op is late else op for op in graph.ops))
+
+    def makes_less(graph: Graph) -> Graph:
+        made = {v.id for v in pair.second.outputs}
+        last = [op for op in graph.ops if any(v.id in made for v in op.outputs)][-1]
+        return dataclasses.replace(graph, ops=tuple(op for op in graph.ops if op is not last))
+
+    assert [prepared(pair, change) for change in (reads_the_batch, makes_less)] == [None, None]
+
+
 def test_halves_are_graphs_of_their_own() -> None:
     pair = pair_of(recorded_again(step(Block(), *BATCH)))
     halves = prepared(pair, lambda graph: graph)
