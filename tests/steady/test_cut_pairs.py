@@ -19,7 +19,7 @@ from kitsune.joined import Left
 from kitsune.pairs import Pairs
 from kitsune.planning import Planner
 from kitsune.running import Runner
-from kitsune.scheduler import RATES
+from kitsune.scheduler import RATES, Pair
 from tests.plan.recorded import recorded_again
 from tests.plan.test_channels_last import ImagesOnly
 from tests.runtime.repeated import graphs
@@ -204,6 +204,19 @@ def test_so_it_is_in_loops_that_differ_from_step_to_step(name: str, runs: list[s
     with by_plan():
         got, _ = run_small(step, kitsune.accelerate(device="cpu"))
     assert got == expected and "first" in runs
+
+
+def test_of_what_came_in_for_the_first_part_only_parameters_are_known_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program may fill a batch again behind the read, and statistics are written."""
+    met: list[Pair] = []
+    plan_pair = Planner.plan_pair
+    monkeypatch.setattr(Planner, "plan_pair", lambda self, pair, *show: (met.append(pair), plan_pair(self, pair, *show))[1])
+    with by_plan():
+        run(the_same_each_time, kitsune.accelerate(device="cpu"))
+    (pair,) = met
+    came = pair.first.inputs
+    shapes = sorted(tuple(v.type.shape) for v in came if v.storage in pair.parameters)
+    assert shapes == sorted(tuple(p.shape) for p in Net().parameters()) and len(came) > len(shapes) + 2
 
 
 def near(a: Any, b: Any) -> bool:
