@@ -260,6 +260,21 @@ def test_what_differs_again_and_again_is_not_planned_as_one(runs: list[str]) -> 
     assert runs.count("restored") == 3 and runs[-2:] == ["first", "second"]
 
 
+@pytest.mark.parametrize("scale", [1, 2])
+def test_parts_that_went_separate_ways_stay_apart(scale: int, runs: list[str]) -> None:
+    """Also where one and the same comes second from then on, be it what was expected before or not."""
+
+    def behind(k: int, net: Net, loss: Tensor, found: list[Any]) -> None:
+        found.append(loss.item())
+        (loss * 2 if (k % 2 if k < 16 else scale == 2) else loss).backward()
+
+    expected = run(behind, contextlib.nullcontext(), 24)
+    with by_plan():
+        got = run(behind, kitsune.accelerate(device="cpu"), 24)
+    assert got == expected
+    assert runs.count("restored") == 3 and runs[-8:] == ["first", "second"] * 4
+
+
 def test_what_comes_from_some_step_on_is_what_is_expected_then(runs: list[str]) -> None:
     def behind(k: int, net: Net, loss: Tensor, found: list[Any]) -> None:
         found.append(loss.item())
