@@ -158,6 +158,16 @@ def test_what_was_written_since_is_not_known_to_be_what_it_was() -> None:
     assert Restoring(Pair(graph, frozenset({seen.id}), second), graph).missing == {seen.id}
 
 
+def test_what_is_handed_over_as_something_else_is_not_what_was_kept() -> None:
+    pair = pair_of(recorded_again(step(Block(), *BATCH)))
+    everything = frozenset(v.storage for v in pair.first.inputs)
+    pure = [op for op in pair.first.ops if op.kind is Kind.POINTWISE and not (op.effects.random or op.effects.writes)]
+    (kept, *_) = [v for op in pure for v in op.outputs if v.id in pair.kept]
+    for type_, is_it in ((kept.type, True), (dataclasses.replace(kept.type, dtype=torch.float64), False)):
+        first = dataclasses.replace(pair.first, outputs=(dataclasses.replace(kept, type=type_),))
+        assert (kept.id in Restoring(dataclasses.replace(pair, parameters=everything), first).given) == is_it
+
+
 def test_a_batch_is_not_read_behind_the_cut_unless_it_was_saved() -> None:
     """The program may have filled it again by then. Where that is no matter, it is cheaper than what follows from it."""
     x, scale, weight = torch.randn(64, 32), torch.randn(32, requires_grad=True), torch.randn(32, 8, requires_grad=True)
