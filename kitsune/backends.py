@@ -155,3 +155,17 @@ def cache_folder() -> Path:
     if config.cache_dir is not None:
         return Path(config.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kitsune"
+
+
+def arch_here() -> str:
+    """The architecture to plan for: that of the GPU that is here and, where there is none, sm_90."""
+    if not torch.cuda.is_available():
+        return "sm_90"
+    return nearest_arch(*torch.cuda.get_device_capability())
+
+
+def half_of_memory(device: torch.device) -> int:
+    """Half of all bytes that a device has, or the host."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

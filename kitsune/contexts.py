@@ -11,7 +11,7 @@ from torch.utils._foreach_utils import _foreach_supported_types
 
 from kitsune.config import config
 from kitsune.dispatch import foreign_modes
-from kitsune.garbage import Threshold
+from kitsune.garbage import threshold
 from kitsune.global_hooks import GlobalHook
 from kitsune.ir import Barrier
 from kitsune.lazy import LazyTensor, close_doors, keep, open_doors, renew_lock, settle_grads, settle_state
@@ -39,7 +39,6 @@ everyone: "weakref.WeakSet[Pipeline]" = weakref.WeakSet()
 _lock = threading.Lock()
 # Those with an open context, in all threads.
 _open: set[Pipeline] = set()
-threshold = Threshold()
 # What the stance asks of every pipeline: to take nothing, and what becomes of ops that are not known ("record" them, leave
 # them to "eager", "fail").
 _forced_eager = False

@@ -227,7 +227,7 @@ class Pairs:
         now, known = runner.ready.get(runner.key(graph)), runner.ready.get(runner.key(before))
         first = None if source is None else runner.ready[runner.key(source)].steady
         if now is not None and known is not None and known.steady is not None:
-            now.steady = runner.steady_of(now, runner.steady, known.steady, first)
+            now.steady = runner.steady_of(now, known.steady, first)
 
     def _refuse(self, known: Known) -> None:
         """Let the parts go separate ways from here on."""

@@ -57,7 +57,8 @@ class Ready:
         """What takes its place from now on, if anything does."""
         if self.to_try:
             return None
-        if self.kept is not None and self.kept.done():
+        # After a run of operators, behind which it is captured at once.
+        if self.kept is not None and self.kept.done() and self.n_runs:
             kept, self.kept = self.kept, None
             # A failure would be met again, and told, where the plan is made.
             if kept.exception() is None and kept.result() is not None:

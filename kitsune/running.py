@@ -46,9 +46,9 @@ from kitsune.tuning import Tuner
 
 # Regions kept ready to run; a program that never repeats has no end of them.
 MAX_READY = 1024
-# Runs after which a plan is made in the background. While a step is recorded, learned and followed for the first time its region
-# may be another each time; and planning BERT's takes 0.4 s of Python, which the steps until the capture need themselves.
-PLAN_AFTER = 2
+# Runs after which a plan is made in the background. The first steps may have another region each; BERT's takes 0.4 s of Python,
+# which the steps until the capture need, and two behind it: an MLP's fourth takes 1.2 ms, and its sixth 0.6 (H200).
+PLAN_AFTER = 4
 
 
 class Runner:
@@ -64,11 +64,11 @@ class Runner:
         self.steady: SteadyState | None = None
         self.tuner: Tuner | None = None
         self.coming: Coming | None = None
-        self.thread_plans = ThreadPlans()
         self.pairs = Pairs(self)
         runners.add(self)
         self.backend = backend = backend_of(device)
         recorder = recorder_of(device)
+        self.thread_plans = ThreadPlans(hands_over=recorder is not None and options.captures)
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
             limits = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget)  # noqa: E731
@@ -118,6 +118,11 @@ class Runner:
         tell(self.sentences, self.tally)
         return None if captured is None else captured.answers(values)
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Are there plans of the last time?"""
+        return self.coming is not None and self.coming.reads_ahead
+
     def key(self, graph: Graph) -> tuple[Any, ...]:
         """What a region is kept by, ready to run."""
         return graph, *self.options.knobs, numeric_settings() if self.steady is not None else None
@@ -135,7 +140,7 @@ class Runner:
             self.forget()
         ready = self.ready[key] = self._prepare(graph)
         if self.steady is not None and self.options.captures:
-            ready.steady = self.steady_of(ready, self.steady)
+            ready.steady = self.steady_of(ready)
         if ready.waits and self.options.fuses and self.coming is not None:
             self.coming.look_up(graph, ready, self.planner())
         return ready
@@ -166,8 +171,7 @@ class Runner:
         self.pairs.known.clear()
         if self.steady is not None:
             self.steady.forget()
-        if self.executor is not None:
-            self.executor.pool.free_all()
+        self._relieve(hard=False)
         if self.coming is not None:
             self.coming.ahead.clear()
 
@@ -243,7 +247,7 @@ class Runner:
                 raise
             self.sentences.append(runs_by_ops(ready.graph, error))
         if ready.steady is not None and self.steady is not None:
-            new.steady = self.steady_of(new, self.steady, ready.steady)
+            new.steady = self.steady_of(new, ready.steady)
         if config.debug and new.plan is not None:
             shows().fused(new.n_ops, new.plan.n_kernels)
         return new
@@ -258,18 +262,17 @@ class Runner:
         """The CUDA graph as which the region was run, if it was."""
         if self.steady is None or not self.options.captures:
             return None
-        ready.steady = ready.steady or self.steady_of(ready, self.steady)
+        ready.steady = ready.steady or self.steady_of(ready)
         n_captured, captured = self.tally.n_captured, self.steady.run(ready.steady, values, scalars)
         if config.debug and self.tally.n_captured > n_captured and captured is not None:
             shows().captured(ready.n_ops, captured.nbytes)
         return captured
 
-    def steady_of(
-        self, ready: Ready, all_of_them: SteadyState, before: Steady | None = None, first: Steady | None = None
-    ) -> Steady:
+    def steady_of(self, ready: Ready, before: Steady | None = None, first: Steady | None = None) -> Steady:
         """What is known of a region's runs; see `SteadyState.region`."""
+        assert self.steady is not None
         ready.facts = ready.facts or GraphFacts(ready.graph, self.device)
-        return all_of_them.region(ready.facts, lambda *of: self._work(ready, *of), ready.waits, before, first)
+        return self.steady.region(ready.facts, lambda *of: self._work(ready, *of), ready.waits, before, first)
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
         """What is captured of a region. Only kernels can read moving numbers from memory."""

@@ -13,7 +13,9 @@ from torch import nn
 
 import kitsune
 from kitsune.contexts import threshold
-from kitsune.garbage import AFTER, OPENINGS, SELDOM
+from kitsune.garbage import AFTER, LATEST, OBJECTS, OPENINGS, SELDOM
+from kitsune.running import Runner
+from tests.runtime.repeated import graphs
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +23,7 @@ def usual() -> Iterator[None]:
     before = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
     # Other tests have opened many contexts.
-    threshold._n_openings, threshold._before = 0, None
+    threshold._n_openings, threshold._before, threshold.owes_look = 0, None, False
     yield
     gc.set_threshold(*before)
 
@@ -136,32 +138,89 @@ def test_cycles_are_collected_in_the_end() -> None:
         assert gone() is None and kept
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_what_a_first_step_has_taught_is_old_at_its_end(enabled: bool) -> None:
+def collections_of(n_steps: int, sizes: tuple[int, ...] = (4,)) -> list[list[int]]:
+    """The generations that were collected in each of the first steps of a program with 900 operators a step."""
     kitsune.reset()
-    model, x = nn.Sequential(*[nn.Linear(8, 8) for _ in range(150)]), torch.ones(4, 8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    # No collection comes by itself.
-    gc.set_threshold(10 * AFTER if enabled else 0)
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(150)])
+    optimizer, batches = torch.optim.SGD(model.parameters(), lr=0.1), [torch.ones(n, 8) for n in sizes]
     seen: list[int] = []
 
     def hear(phase: str, info: dict[str, int]) -> None:
         if phase == "stop":
             seen.append(info["generation"])
 
-    collections = []
+    found = []
     gc.callbacks.append(hear)
     try:
-        if not enabled:
-            gc.disable()
         with kitsune.accelerate(device="cpu"):
-            for _ in range(3):
+            gc.collect()
+            for k in range(n_steps):
                 seen.clear()
-                model(x).sum().backward()
+                model(batches[k % len(batches)]).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                collections.append(list(seen))
+                found.append(list(seen))
+                assert threshold.owes_look or gc.get_threshold()[0] in (0, AFTER), "from then on all is counted"
+    finally:
+        gc.callbacks.remove(hear)
+    return found
+
+
+def test_what_a_first_step_teaches_sets_off_nothing_and_is_old_some_regions_later() -> None:
+    assert collections_of(LATEST + 3) == [[]] * LATEST + [[1], [], []]
+
+
+def test_it_is_looked_at_behind_a_capture() -> None:
+    with graphs(kernels=False), kitsune.config.patch(gate=False):
+        found = collections_of(LATEST + 3)
+        assert kitsune.counters()["captured"] == 1
+    assert found == [[], [], [1], *[[]] * LATEST]
+
+
+def test_where_plans_were_read_it_is_looked_at_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "reads_ahead", True)
+    assert collections_of(3) == [[1], [], []]
+
+
+def test_a_program_whose_regions_are_all_new_is_looked_at_as_well() -> None:
+    n = 2 * LATEST + 2
+    found = collections_of(n, sizes=(*range(1, n + 1),))
+    assert [1 in generations for generations in found] == ([False] * LATEST + [True]) * 2
+
+
+def test_where_the_program_has_it_switched_off_there_is_no_look() -> None:
+    gc.disable()
+    try:
+        assert collections_of(LATEST + 2) == [[]] * (LATEST + 2)
     finally:
         gc.enable()
-        gc.callbacks.remove(hear)
-    assert collections == [[1] if enabled else [], [], []]
+
+
+def test_objects_of_the_program_are_counted_as_before_meanwhile() -> None:
+    kitsune.reset()
+    layers = [nn.Linear(8, 8) for _ in range(150)]
+    seen: list[int] = []
+    x, kept = torch.ones(4, 8), []
+    with kitsune.accelerate(device="cpu"):
+        gc.collect()
+        gc.callbacks.append(lambda phase, info: seen.append(info["generation"]))
+        try:
+            for layer in layers:
+                x = layer(x)
+            assert not seen and gc.get_threshold()[0] > AFTER and threshold.owes_look
+            kept += [[] for _ in range(AFTER + 450 * OBJECTS)]
+            assert seen
+        finally:
+            gc.callbacks.pop()
+    assert not threshold.owes_look, "it is made up for when the context is left"
+
+
+def test_what_the_program_sets_while_it_learns_stays() -> None:
+    kitsune.reset()
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(150)])
+    with kitsune.accelerate(device="cpu"):
+        model(torch.ones(4, 8))
+        gc.set_threshold(123_456, 7, 7)
+        model(torch.ones(4, 8)).sum().backward()
+        assert gc.get_threshold() == (123_456, 7, 7)
+    assert gc.get_threshold() == (123_456, 7, 7)

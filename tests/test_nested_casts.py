@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.ir import Barrier
+from kitsune.pipeline import tally
 from tests._compare import difference
 
 aten = torch.ops.aten
@@ -24,14 +27,16 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def passes(call: Callable[[Tensor], Tensor], graded: bool, outside: bool) -> list[Any]:
+def passes(call: Callable[[Tensor], Tensor], graded: bool, outside: bool, back_inside: bool = False) -> list[Any]:
     torch.manual_seed(0)
     found: list[Any] = []
     for x in torch.randn(5, 4, 4).unbind():
         x.requires_grad_(graded)
         with torch.autocast("cpu", torch.bfloat16, enabled=not outside):
             seen = call(torch.tanh(x))
-        if graded:
+            if back_inside:
+                seen.float().square().sum().backward()
+        if graded and not back_inside:
             seen.float().square().sum().backward()
         found += [seen.detach(), x.grad]
     return found
@@ -49,3 +54,21 @@ def test_casts_inside_of_a_kernel_are_eagers(name: str, graded: bool, outside: b
     with kitsune.accelerate(device="cpu", warmup=warmup):
         found = passes(CALLS[name], graded, outside)
     assert not [told for a, b in zip(expected, found, strict=True) if (told := difference(a, b))]
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("name", [name for name in CALLS if "pinv" not in name])
+def test_casts_inside_of_a_backwards_kernel_are_eagers(name: str, warmup: int) -> None:
+    expected = passes(CALLS[name], True, False, True)
+    kitsune.reset()
+    with kitsune.accelerate(device="cpu", warmup=warmup):
+        found = passes(CALLS[name], True, False, True)
+    assert not [told for a, b in zip(expected, found, strict=True) if (told := difference(a, b))]
+
+
+def test_where_autocast_is_off_they_are_recorded_like_others() -> None:
+    kitsune.reset()
+    before = Counter(tally.passed_through)
+    with kitsune.accelerate(device="cpu"):
+        passes(CALLS["bilinear"], False, True)
+    assert not [told for told, _ in Counter(tally.passed_through) - before if told is Barrier.CASTS]

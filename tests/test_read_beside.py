@@ -23,10 +23,10 @@ STEPS = 5
 bound_split = torch.tensor_split
 
 
-@pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=[True, False], ids=["followed", "not followed"])
+def afresh(request: pytest.FixtureRequest) -> Iterator[None]:
     kitsune.reset()
-    with kitsune.config.patch(gate=False):
+    with kitsune.config.patch(gate=False, follow=request.param):
         yield
     kitsune.reset()
 

@@ -92,23 +92,25 @@ _VIEWS = _ABOVE
 for _name in ("AutogradOther", "AutogradCPU", "AutogradCUDA", "AutogradMeta"):
     _ABOVE = _ABOVE | DispatchKeySet(getattr(DispatchKey, _name))
 _AUTOGRAD = _ABOVE
-for _name in ("AutocastCPU", "AutocastCUDA"):
-    _ABOVE = _ABOVE | DispatchKeySet(getattr(DispatchKey, _name))
+_AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU) | DispatchKeySet(DispatchKey.AutocastCUDA)
+_ABOVE = _ABOVE | _AUTOCAST
 # Torch excludes these while a mode handles an op, and a kernel that makes conjugate views of its own, as that of linalg.pinv
 # does, then computes with the conjugates of what it means.
 _BITS = DispatchKeySet(DispatchKey.Conjugate) | DispatchKeySet(DispatchKey.Negative) | DispatchKeySet(DispatchKey.ZeroTensor)
 
 
 # By what is excluded around it: to make a set of keys takes 0.2 us (CPU host).
-_beneath: dict[int, DispatchKeySet] = {}
+_beneath: dict[tuple[bool, int], DispatchKeySet] = {}
 
 
-def below_autograd() -> Any:
-    """A context in which aten calls on plain tensors go straight to their kernels, as they do in eager."""
+def below_autograd(casts: bool = False) -> Any:
+    """A context in which aten calls on plain tensors go straight to their kernels, as they do in eager; with `casts`, autocast is
+    on inside of them."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    beneath = _beneath.get(exclude.raw_repr())
+    key = casts, exclude.raw_repr()
+    beneath = _beneath.get(key)
     if beneath is None:
-        beneath = _beneath[exclude.raw_repr()] = (exclude | _ABOVE) - _BITS
+        beneath = _beneath[key] = (exclude | _ABOVE) - (_BITS | _AUTOCAST if casts else _BITS)
     guard = torch._C._ForceDispatchKeyGuard(include, beneath)
     return _outside_inference(guard) if torch.is_inference_mode_enabled() else guard
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tag
 from torch._ops import OpOverload
 
-from kitsune.ir import Barrier, Kind, OpRow
+from kitsune.ir import BACKWARDS_WITH_PLANS, Barrier, Kind, OpRow
 
 # Pointwise in fact, but not tagged so by torch.
 POINTWISE = set(
@@ -45,6 +45,8 @@ UNDECLARED_WRITES = dict.fromkeys(
 UNTRUSTED_VIEW = {"as_strided", "_reshape_alias", "view_as_complex"}
 # Whether these raise depends on the float they are given (infinity into an int): another float is another call.
 CHECKS_SCALAR = {"fill", "fill_", "full_like", "masked_fill", "masked_fill_"}
+# Their kernels call products, which autocast casts for; torch takes them apart for nobody.
+CASTS_INSIDE = {"_trilinear", "affine_grid_generator", "linalg_pinv"}
 # Reads values on the host.
 ITEM = {"_local_scalar_dense", "item", "equal", "is_nonzero", "_is_all_true", "_is_any_true", "_assert_async"}
 # The number of results' elements, or an error, depends on values, and torch does not tag them so.
@@ -93,6 +95,7 @@ def describe(target: OpOverload) -> OpRow:
         counts_masks=name in COUNTS_MASKS,
         moves_metadata=barrier in (Barrier.METADATA, Barrier.OUT_VARIANT),
         is_foreign=target.namespace != "aten",
+        makes_plans=name in BACKWARDS_WITH_PLANS,
     )
 
 
@@ -162,7 +165,7 @@ def _barrier(target: OpOverload, name: str) -> Barrier | None:
         return Barrier.OUT_VARIANT
     if target._schema.returns and not any(_holds_tensors(r.type) for r in target._schema.returns):
         return Barrier.PYTHON_RESULT
-    return None
+    return Barrier.CASTS if name in CASTS_INSIDE else None
 
 
 def _holds_tensors(type_: Any) -> bool:

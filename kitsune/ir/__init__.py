@@ -3,6 +3,7 @@
 from kitsune.ir.barrier import Barrier, Site
 from kitsune.ir.edges import awaited, bits, happens_before, meetings, predecessors, roots
 from kitsune.ir.graph import (
+    BACKWARDS_WITH_PLANS,
     OVERWRITES,
     UNREAD,
     Effects,
@@ -38,6 +39,7 @@ from kitsune.ir.verify_plan import storages_of, verify_plan
 from kitsune.ir.versions import count_writes_to, versions_kept
 
 __all__ = [
+    "BACKWARDS_WITH_PLANS",
     "OVERWRITES",
     "UNREAD",
     "Access",

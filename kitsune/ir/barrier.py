@@ -38,6 +38,7 @@ class Barrier(enum.Enum):
     UNTRUSTED = "the layout of an operator's result is not known before it has run once"
     METADATA = "an in-place operator changes a tensor's shape or storage"
     OUT_VARIANT = "an operator writes into a tensor given as out="
+    CASTS = "autocast gives operators inside of an operator's kernel other types"
     FOREIGN_NAMESPACE = "an operator of another library"
     PROFILER = "a range of torch.profiler begins or ends"
     FOREIGN_TENSOR = "a tensor subclass of another library"

@@ -99,6 +99,9 @@ PURE = Effects()
 # The first operand is overwritten, or asked for its shape only, and not read.
 OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "ones_like", "zeros_like", "full_like"}
 
+# cuDNN makes an execution plan for each shape of these, for the thread they run in: autograd's.
+BACKWARDS_WITH_PLANS = frozenset({"convolution_backward", "_scaled_dot_product_cudnn_attention_backward"})
+
 # Number of an operand that no kernel of ours reads: a buffer that torch's CPU kernels leave, and that is empty elsewhere.
 UNREAD = {"log_sigmoid_backward": 2}
 
@@ -212,6 +215,8 @@ class OpRow:
     moves_metadata: bool = False
     # An operator of another library, inside of which Python may run.
     is_foreign: bool = False
+    # It leaves a plan in autograd's thread.
+    makes_plans: bool = False
 
 
 class OutputSpec(NamedTuple):

@@ -15,14 +15,11 @@ def describe_result(
     result: Any, operands: Sequence[torch.Tensor], type_of: Callable[[torch.Tensor], TensorType]
 ) -> tuple[OutputSpec, list[torch.Tensor]]:
     """The OutputSpec of a call that was made on `operands` and gave `result`, and the tensors in it that are new."""
-    # Mostly it is one tensor.
-    for k, operand in enumerate(operands):
-        if operand is result:
-            return OutputSpec((), Operand(k)), []
+    if type(result) is torch.Tensor:
+        return _describe_one(result, operands, type_of)
     places: dict[int, int] = {}
-    if not isinstance(result, torch.Tensor):
-        for k, operand in enumerate(operands):
-            places.setdefault(id(operand), k)
+    for k, operand in enumerate(operands):
+        places.setdefault(id(operand), k)
     new: list[torch.Tensor] = []
     structure = _structure(result, places, new)
     owners: dict[int, int] = {}
@@ -34,6 +31,19 @@ def describe_result(
         results.append((type_of(tensor), owners.get(storage)))
         owners.setdefault(storage, -len(results))
     return OutputSpec(tuple(results), structure), new
+
+
+def _describe_one(
+    result: torch.Tensor, operands: Sequence[torch.Tensor], type_of: Callable[[torch.Tensor], TensorType]
+) -> tuple[OutputSpec, list[torch.Tensor]]:
+    """The same of a call that gave one tensor, as most do."""
+    storage, owner = storage_of(result)._cdata, None
+    for k, operand in enumerate(operands):
+        if operand is result:
+            return OutputSpec((), Operand(k)), []
+        if owner is None and storage_of(operand)._cdata == storage:
+            owner = k
+    return OutputSpec(((type_of(result), owner),), FIRST), [result]
 
 
 def _structure(result: Any, places: dict[int, int], new: list[torch.Tensor]) -> Any:

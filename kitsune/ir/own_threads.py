@@ -2,14 +2,21 @@
 
 import threading
 
-_idents: set[int] = set()
+
+class _Thread(threading.local):
+    """What is known of the calling thread. (Not by its number: another one has that once it has ended.)"""
+
+    is_own = False
+
+
+_this = _Thread()
 
 
 def is_own() -> None:
     """The calling thread is one of Kitsune's, for as long as it lives."""
-    _idents.add(threading.get_ident())
+    _this.is_own = True
 
 
 def in_own_thread() -> bool:
     """Is the calling thread one of Kitsune's?"""
-    return threading.get_ident() in _idents
+    return _this.is_own

@@ -1,5 +1,6 @@
 """Record: wrappers without storage, the region in progress, regions seen before, and the doors that end a region."""
 
+from kitsune.lazy.by_doors import ByDoors
 from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.doors import close_doors, open_doors
@@ -19,6 +20,7 @@ from kitsune.lazy.used_again import keep
 
 __all__ = [
     "REPLACED_BEFORE",
+    "ByDoors",
     "CallLane",
     "HostCounts",
     "LazyTensor",

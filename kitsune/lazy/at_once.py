@@ -16,7 +16,7 @@ from kitsune.lazy.trie import written_operands
 def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
     """Make a call on real tensors, its writes counted; returns the result and the operands."""
     func = row.target
-    reals = [_real(t) if type(t) is LazyTensor else t for t in tensors]
+    reals = [t if type(t) is not LazyTensor else real if (real := t.cell.real) is not None else _real(t) for t in tensors]
     if row.is_view or row.moves_metadata:
         # A graph hands the same tensors out at every replay, with the geometry that they were left with.
         for tensor, real in zip(tensors, reals, strict=True):
@@ -31,9 +31,10 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
         with recorder.with_bits():
             return func(*real_args, **real_kwargs), reals
-    with recorder.below_autograd(), torch._C.DisableTorchFunction():
+    with recorder.below_autograd(recorder.casts_inside(row)), torch._C.DisableTorchFunction():
         if not row.bumps:
-            return func(*real_args, **real_kwargs), reals
+            # What the overload itself calls, and nothing else.
+            return func._op(*real_args, **real_kwargs), reals
         with versions_kept(list(written_operands(row, real_args, real_kwargs))):
             result = func(*real_args, **real_kwargs)
     increment_version(list(written_operands(row, args, kwargs)))

@@ -15,6 +15,7 @@ from kitsune.lazy import sites
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
+from kitsune.lazy.casts import may_cast, need_casts, read_modes, write_weights, written
 from kitsune.lazy.early_reads import ITEM
 from kitsune.lazy.edges import Before, Edge, Incoming, begin_of
 from kitsune.lazy.hands_off import (
@@ -38,13 +39,14 @@ from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.replaced import DOORS, is_untouched, original_of
+from kitsune.lazy.spent_views import written_views
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.used_again import keep
+from kitsune.lazy.words import in_eagers_words
 from kitsune.lazy.write_counts import count_writes
 
-_profiled = torch.autograd._profiler_enabled
-_BACKWARD, _BACKWARDS = torch.Tensor.backward, torch.autograd.backward
+_profiled, _BACKWARD, _BACKWARDS = torch.autograd._profiler_enabled, torch.Tensor.backward, torch.autograd.backward
 
 
 class CallLane(Learner):
@@ -52,14 +54,10 @@ class CallLane(Learner):
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
-        # Wrappers whose graph a followed backward has used up.
-        self.spent: list[weakref.ref[LazyTensor]] = []
-        # Calls of torch's API that torch is making now.
-        self.inside = 0
-        # An optimizer's update is being learned: of the calls that it makes nothing has to be known.
-        self.part_of_update = False
-        self.thread = threading.get_ident()
-        self.known_modes: dict[Any, Any] = {}
+        self.spent: list[weakref.ref[LazyTensor]] = []  # wrappers whose graph a followed backward has used up
+        # Calls of torch's API that torch is making now; and is one of them an update that is learned as a whole?
+        self.inside, self.part_of_update = 0, False
+        self.thread, self.known_modes = threading.get_ident(), dict[Any, Any]()
         self.read_modes()
 
     def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
@@ -90,8 +88,7 @@ class CallLane(Learner):
             return self.made(func, args, kwargs)
         if func is _BACKWARD or func is torch.Tensor.backward:
             return self._backward_of_method(*args, **kwargs)
-        if func is _BACKWARDS or func is torch.autograd.backward:
-            # It asks here once more after its door; as a call like others it would be followed without its gradients.
+        if func is _BACKWARDS or func is torch.autograd.backward:  # After its door: others have no gradients.
             return _BACKWARDS(*args, **kwargs)
         call = Incoming()
         modes = self.modes[torch.is_grad_enabled()]
@@ -105,8 +102,7 @@ class CallLane(Learner):
                 # The second of two questions about a loss: its region has been run.
                 found = None if region.node.depth else recorder.early.made_before(recorder, edge, call)
                 return self._follow(region, edge, args, kwargs, call) if found is None else found
-        if is_foreign(func):
-            # A library's function, which asks before it does what it likes: also with the graph.
+        if is_foreign(func):  # A library's, which asks before it does what it likes: also with the graph.
             self.lose_track()
             return self.made(func, args, kwargs)
         return self._make(func, args, kwargs, None if call.unknown else plain_key, call, modes)
@@ -114,17 +110,13 @@ class CallLane(Learner):
     def _may_follow(self, edge: Edge, region: Any, func: Any, kwargs: Any, call: Incoming) -> bool:
         if (edge.graded and region.real) or any(begin_of(call.flat[k]) != begin for k, begin in edge.begins):
             return False
+        if any(tensor_is_spent(call.flat[k]) for k in written_views(edge)):
+            return False
         return not call.floats or call.floats == edge.floats or (func, *kwargs) in self.proven
 
     def read_modes(self) -> None:
         """Look at autocast again: it has changed."""
-        device = self.recorder.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # One object for each: matchers compare by identity.
-        known = self.known_modes.get(autocast)
-        if known is None:
-            known = self.known_modes[autocast] = {graded: (graded, autocast) for graded in (False, True)}
-        self.modes = known
+        self.modes = read_modes(self)
 
     def stray(self, args: Any, kwargs: Any) -> bool:
         """An op comes that no call of the API has brought: may autograd know of its operands? True if it must come again."""
@@ -163,8 +155,7 @@ class CallLane(Learner):
         tensors = tensors_in((args, kwargs))
         if any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors):
             self.own_up(tensors if func not in VALUES else ())
-        if func in SHOWS_GRAPH and self.recorder.region.real:
-            # What the backward of this region does need not be what it does the next time.
+        if func in SHOWS_GRAPH and self.recorder.region.real:  # What its backward does may be something else the next time.
             self.recorder.region.past = None
         return self.made(func, args, kwargs)
 
@@ -234,6 +225,9 @@ class CallLane(Learner):
         try:
             recorder.hook, self.inside, sites.call.site = None, inside + 1, sites.UNKNOWN
             return func(*args, **kwargs) if kwargs else func(*args)
+        except RuntimeError as error:
+            in_eagers_words(error)
+            raise
         finally:
             recorder.hook, self.inside, sites.call.site = hook, inside, site
 
@@ -246,12 +240,15 @@ class CallLane(Learner):
             recorder.known.forget()
         graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
         writes = may_write(func, args, kwargs)
-        wrong = writes and self.spoils(tensors_in((args[:1], kwargs.get("out"))))
-        if graded or wrong or (writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)):
+        targets = tensors_in((args[:1], kwargs.get("out"))) if writes or graph else []
+        wrong = writes and self.spoils(targets)
+        owes = writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)
+        if graded or wrong or owes or (region.calls and may_cast(modes, flat)):
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
-        learns = key is not None and not graph and not wrong and not self.part_of_update
+        rewrites = write_weights(recorder, modes, targets)
+        learns = key is not None and not (graph or wrong or self.part_of_update or rewrites)
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS
@@ -259,17 +256,18 @@ class CallLane(Learner):
             result = self.made(DOORS.get(func, func), args, kwargs)
         finally:
             recorder.making = False
+            written(self, rewrites)
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.
             recorder.region.real, recorder.region.past = True, None
-        if any(t.requires_grad for t in leaves):
-            # It was written, and has got a history; so have those that share its memory.
+        if any(t.requires_grad for t in leaves):  # Written, with a history now; so have those that share its memory.
             recorder.known.forget()
         if recorder.region is not region:
             return result
         edge = None
-        if learns and recorder.n_unrecorded == n_unrecorded and not (graded and region.past is None):
+        learns = not need_casts(self, modes, flat, start) and learns and recorder.n_unrecorded == n_unrecorded
+        if learns and not (graded and region.past is None):
             edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result))
             if edge is not None:
                 matcher = self.know_by_heart(edge, key, args, kwargs)

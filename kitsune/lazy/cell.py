@@ -54,9 +54,12 @@ _refs: list[Ref] = []
 
 def ref(id: int) -> Ref:
     """The Ref of a number."""
-    while id >= len(_refs):
-        _refs.append(Ref(len(_refs)))
-    return _refs[id]
+    try:
+        return _refs[id]
+    except IndexError:
+        while id >= len(_refs):
+            _refs.append(Ref(len(_refs)))
+        return _refs[id]
 
 
 class Cell:
@@ -80,6 +83,14 @@ class Cell:
         self.spent: Any = False
         # What its wrapper was made for, if it may be made to stand for the same once more; see `used_again.py`.
         self.home: Any = None
+
+
+class Moved(list[Any]):
+    """`spent` of a cell that has come into a later region: what it was in its own."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell.spent)
+        self.region, self.ref, self.storage = cell.region, cell.ref, cell.storage
 
 
 def living(cells: list[Cell]) -> list[Cell]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier
+from kitsune.lazy.casts import written
 from kitsune.lazy.cell import share
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recorders import EVERY, listening
@@ -145,6 +146,8 @@ def data_door(original: Any) -> Any:
         for recorder in listening():
             recorder.before_door(tensor, Barrier.DOOR)
             recorder.known.forget()
+            if recorder.lane is not None:
+                written(recorder.lane)
         original.__set__(tensor, plain(value))
 
     return property(lambda tensor: original.__get__(tensor), set_data, lambda tensor: original.__delete__(tensor))

@@ -32,7 +32,6 @@ from kitsune.lazy.door_makers import (
 )
 from kitsune.lazy.door_set import Door, DoorSet
 from kitsune.lazy.function_doors import (
-    casting_door,
     classes_door,
     eager_door,
     host_door,
@@ -171,7 +170,6 @@ _OF_VALUES: Table = (
     ),
 )
 _OF_NORMS: Table = ((torch.linalg, "matrix_norm norm"),)
-_CASTS: Table = ((torch, "affine_grid_generator bilinear"), (torch.nn.functional, "bilinear"), (torch.linalg, "pinv"))
 _QUANTILES: Table = ((torch, "quantile nanquantile"), (torch.Tensor, "quantile nanquantile"))
 _FUNCTIONS: tuple[tuple[Table, Callable[[Any], Any]], ...] = (
     (_RECURRENT, recurrent_door),
@@ -181,7 +179,6 @@ _FUNCTIONS: tuple[tuple[Table, Callable[[Any], Any]], ...] = (
     (_OF_VALUES, eager_door()),
     (_OF_NORMS, eager_door(takes_singular_values)),
     (_QUANTILES, range_door),
-    (_CASTS, casting_door),
 )
 _RANDOM: Table = (
     (torch, _SEEDS),

@@ -76,6 +76,10 @@ class EarlyReads:
 
     def __init__(self, tally: Any) -> None:
         self.tally, self.on = tally, True
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what has been run."""
         # What the run before is known to give, and what it was; they hold as long as no memory has changed.
         self.answers: Any = None
         self._stamp = 0

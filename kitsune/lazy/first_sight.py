@@ -20,6 +20,8 @@ COMMON = (torch.float32, torch.float64)
 _device = attrgetter("device")
 # From `Recorder.record` to `extend`.
 OWN_FRAMES = 4
+# New ops between two times that it is told how many there are.
+GROWTH = 128
 
 
 class Call(NamedTuple):
@@ -50,7 +52,7 @@ def first_sight(recorder: Any, call: Call, node: Node | None) -> Any:
 def why_not(recorder: Any, call: Call) -> Barrier | None:
     """Why a call cannot be part of a region."""
     region, named = recorder.region, call.kwargs.get("device")
-    on_target = any(map(region.is_target, map(_device, call.tensors)))
+    on_target = not recorder.targets.isdisjoint(map(_device, call.tensors))
     if region.odd is Barrier.OTHER_DEVICE and on_target:
         return Barrier.HOST_COPY
     if region.odd is not None:
@@ -95,14 +97,15 @@ def observe(recorder: Any, call: Call, node: Node | None) -> Any:
     if recorder.region is not region:
         # What ran inside has flushed (a finalizer, Python of another library): the op is done, and part of no region.
         return _settle(recorder, call, spec, new)
-    if node is not None and not agrees(node, spec, [region.cell(t) for t in call.tensors]):
+    if node is not None and not agrees(node, spec, region.cells(call.tensors)):
         recorder.unstable.add(call.row.target)
         node = None
     if node is None:
         node = extend(recorder, call, spec)
     node.sights += 1
     node.known = node.sights >= recorder.warmup
-    region.let_go()
+    if region.inputs:
+        region.let_go()
     return recorder.emit(node, call.tensors, new)
 
 
@@ -117,7 +120,7 @@ def only_writes(recorder: Any, call: Call) -> bool:
     # All tensors are in lists, which are as long as each other and alike; but a count of steps is a single number.
     alike = all(of == shapes[0] or (len(of) == len(shapes[0]) and not any(of)) for of in shapes)
     known = sum(map(len, lists)) == len(call.tensors)
-    return known and alike and _is_trusted(call, [region.cell(t) for t in call.tensors])
+    return known and alike and _is_trusted(call, region.cells(call.tensors))
 
 
 def record_write(recorder: Any, call: Call, node: Node | None) -> Any:
@@ -130,7 +133,7 @@ def record_write(recorder: Any, call: Call, node: Node | None) -> Any:
 
 def record_new(recorder: Any, call: Call) -> Any:
     """warmup=0: the results' types come from the same call seen elsewhere, from meta tensors, or from making it now."""
-    cells = [recorder.region.cell(t) for t in call.tensors]
+    cells = recorder.region.cells(call.tensors)
     spec_key = (torch.get_default_dtype(), without_numbers(call.key, cells))
     spec = recorder.specs.get(spec_key)
     if spec is None and _is_trusted(call, cells):
@@ -208,11 +211,15 @@ def _fits(types: list[TensorType]) -> bool:
 
 def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
     region = recorder.region
-    cells = [region.cell(t) for t in call.tensors]
+    cells = region.cells(call.tensors)
     node = grow(region, call.row, call.args, call.kwargs, cells, call.tensors, spec, user_site(OWN_FRAMES))
     node.full = node.depth >= recorder.max_ops or node.nbytes > recorder.max_bytes
     region.node.children[call.key] = node
     recorder.n_nodes += 1
+    if not recorder.n_nodes % GROWTH:
+        recorder.on_growth(GROWTH)
+    if call.row.makes_plans:
+        recorder.on_plans(node.op)
     return node
 
 

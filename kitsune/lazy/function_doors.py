@@ -13,8 +13,8 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporar
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from kitsune.ir import Barrier
+from kitsune.lazy.by_doors import ByDoors
 from kitsune.lazy.call_lane import CallLane
-from kitsune.lazy.door_makers import Plain
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recorder import Recorder
@@ -159,30 +159,6 @@ def product_door(original: Any) -> Any:
 
 
 @not_compiled
-def casting_door(original: Any) -> Any:
-    """Under autocast, a kernel of these makes products in the lower precision: autocast is on inside of it, too. While a mode
-    handles an op it is off. Such a call is made on plain tensors, with no mode on."""
-
-    def door(*args: Any, **kwargs: Any) -> Any:
-        tensors = tensors_in((args, kwargs))
-        if not any(_casts_inside(original, t.device.type) for t in tensors) or not _may_hide(tensors):
-            return original(*args, **kwargs)
-        with_history = {id(t): Plain.apply(t) for t in tensors if type(t) is LazyTensor and t.requires_grad}
-        args, kwargs = _computed(tensors, *replace_tensors((args, kwargs), with_history))
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            return original(*args, **kwargs)
-
-    return door
-
-
-def _casts_inside(function: Any, device: str) -> bool:
-    """Is autocast on, and left on until the function's kernel runs? It is not where it has casts for the function itself."""
-    name = f"aten::{function.__name__.partition('.')[0]}"
-    key = f"Autocast{device.upper()}"
-    return torch.is_autocast_enabled(device) and not torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-
-
-@not_compiled
 def range_door(original: Any) -> Any:
     """On a CPU torch looks at each probability, but not while a dispatch mode is on."""
 
@@ -205,7 +181,7 @@ def unheard_door(original: Any) -> Any:
 
     def door(module: Any, *args: Any, **kwargs: Any) -> Any:
         lanes = _get_current_function_mode_stack()
-        if module.training or not lanes or not all(isinstance(mode, CallLane) for mode in lanes):
+        if module.training or not lanes or not all(isinstance(mode, (CallLane, ByDoors)) for mode in lanes):
             return original(module, *args, **kwargs)
         tensors = [*tensors_in((args, kwargs)), *module.parameters()]
         if not _are_known(tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
+from kitsune.lazy.casts import forgotten
 from kitsune.lazy.door_set import Door, DoorSet
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.module_calls import at_first
@@ -118,9 +119,9 @@ def _mode_left(original: Any) -> Any:
 def _casts(original: Any) -> Any:
     @functools.wraps(original)
     def door() -> None:
-        for lane in lanes():
-            lane.recorder.epoch += 1
         original()
+        for lane in lanes():
+            forgotten(lane)
 
     return door
 
@@ -216,7 +217,7 @@ def _doors() -> Iterator[Door]:
     yield TorchDispatchMode, "__enter__", _mode_entered
     yield TorchDispatchMode, "__exit__", _mode_left
     yield torch, "clear_autocast_cache", _casts
-    for name in "enabled dtype cpu_enabled gpu_dtype cpu_dtype xla_enabled xla_dtype ipu_enabled ipu_dtype".split():
+    for name in "enabled dtype cache_enabled cpu_enabled gpu_dtype cpu_dtype xla_enabled xla_dtype ipu_enabled ipu_dtype".split():
         if hasattr(torch, f"set_autocast_{name}"):
             yield torch, f"set_autocast_{name}", _modes
     yield from optimizer_doors()

@@ -29,7 +29,11 @@ class Values:
         # Mostly it is the next one.
         for later in (node,) if node.parent is self._at else node.path(self._at):
             assert later.op is not None
-            for value in (*later.entered, *later.op.outputs):
+            for value in later.entered:
+                by_number[value.id] = value
+            for value in later.op.results:
+                by_number[value.id] = value
+            for _, value in later.op.rewritten:
                 by_number[value.id] = value
                 versions[value.storage] = value.version
         self._at = node
@@ -58,7 +62,7 @@ def grow(
         form=_form(spec),
         depth=parent.depth + 1,
         n_values=parent.n_values + len(entered),
-        n_storages=region.n_storages(),
+        n_storages=region.n_storages() if entered else parent.n_storages,
         n_scalars=len(region.scalars),
         nbytes=parent.nbytes,
         random=parent.random or row.random,
@@ -91,7 +95,7 @@ def _op(node: Node, row: OpRow, args: Any, kwargs: Any, inputs: list[Value], val
         rewritten.append((before, values.new(after.id, before.type, storage, n_writes[storage])))
     results = tuple([values.new(number.id, type_, storage, n_writes.get(storage, 0)) for number, type_, storage in node.results])
     kind = row.kind
-    if kind is Kind.VIEW and not {v.storage for v in results} <= {v.storage for v in inputs}:
+    if kind is Kind.VIEW and not _are_views(results, inputs):
         # In inference mode reshape, contiguous and `to` come by as they are, and this one had to copy.
         kind = Kind.EXTERN
     return Op(
@@ -107,6 +111,13 @@ def _op(node: Node, row: OpRow, args: Any, kwargs: Any, inputs: list[Value], val
         torch.is_grad_enabled() if row.sees_grad_mode else None,
         site,
     )
+
+
+def _are_views(results: tuple[Value, ...], inputs: list[Value]) -> bool:
+    """Has each result the memory of an operand?"""
+    if len(results) == 1 and inputs and results[0].storage == inputs[0].storage:
+        return True
+    return {v.storage for v in results} <= {v.storage for v in inputs}
 
 
 def _writes(node: Node, operands: Iterator[torch.Tensor], flat: list[Any], cells: list[Cell]) -> tuple[Any, ...]:

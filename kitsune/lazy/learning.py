@@ -43,6 +43,8 @@ class Learner:
         self.proven: set[Any] = set()
         # How often in a row an optimizer's function could not be learned.
         self.failures: dict[Any, int] = {}
+        # Have weights been written in an autocast block that went on with them? See `casts.py`.
+        self.outlive_writes = False
         self.hooked = NodeHooks()
 
     def enter(self) -> bool:
@@ -58,6 +60,7 @@ class Learner:
         self.moves.clear()
         self.proven.clear()
         self.failures.clear()
+        self.outlive_writes = False
 
     def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         """Note what a call did that was made for real; returns what is known of it."""

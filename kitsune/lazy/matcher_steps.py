@@ -15,6 +15,7 @@ from kitsune.lazy.edges import Edge, begin_of
 from kitsune.lazy.matcher_writer import Unsuited, Writer, serial_of_result
 from kitsune.lazy.rebuild import fill
 from kitsune.lazy.scalar_sources import kind_of
+from kitsune.lazy.spent_views import written_views
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.write_counts import count_writes
 
@@ -50,6 +51,8 @@ def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], 
     then: list[str] = []
     for k, begin in edge.begins:
         w.unless(f"begin_of({w.flat[k]}) == {begin}")
+    for k in written_views(edge):
+        w.unless(f"not {w.cells[k]}.spent")
     made = w.new_names(len(edge.made))
     _arrive(w, edge, then)
     if edge.dirty:

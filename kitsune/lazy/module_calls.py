@@ -47,9 +47,10 @@ class _Heard(TorchFunctionMode):
 class NotYet:
     """Takes the calls of a module at a place where it is not known yet. (Not a function: it counts them.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, matchers: dict[Any, Any]) -> None:
         self._n = self._n_looks = 0
         self._patience = 1
+        self._matchers = matchers
 
     def __call__(self, lane: Any, region: Any, node: Any, module: Any, args: Any, kwargs: Any) -> Any:
         """Have the module called, and learn from it."""
@@ -69,7 +70,7 @@ class NotYet:
         if recorder.region is region and recorder.tally.followed - n_followed == len(heard.calls) and heard.calls:
             for way in ways(node, heard.calls, region.node):
                 with contextlib.suppress(Unsuited):
-                    writer = ModuleWriter(module, args, recorder.arrivals, self.anew)
+                    writer = ModuleWriter(module, args, recorder.arrivals, self.anew, self.hooked)
                     node.matchers[id(module)] = writer.known(way, heard.calls, result)
                     return result
         return result
@@ -78,8 +79,18 @@ class NotYet:
         """The module has changed, and may stay as it is now."""
         self._n = self._n_looks = 0
         self._patience = min(2 * self._patience, PATIENCE)
-        node.matchers[id(module)] = self
+        self._matchers[id(module)] = self
         return MISS
+
+    def hooked(self, node: Any, module: Any) -> Any:
+        """The module has hooks. What takes its calls, anywhere, holds them and what they refer to, which may be the module."""
+        for taker in list(_takers.get(module, ())):
+            taker.anew(node, module)
+        return MISS
+
+
+# By module, at all places.
+_takers: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[NotYet]] = weakref.WeakKeyDictionary()
 
 
 def at_first(node: Any, module: Any) -> NotYet:
@@ -90,7 +101,8 @@ def at_first(node: Any, module: Any) -> NotYet:
         matchers.pop(number, None)
         modules.pop(number, None)
 
-    matchers[number] = taker = NotYet()
+    matchers[number] = taker = NotYet(matchers)
+    _takers.setdefault(module, weakref.WeakSet()).add(taker)
     # An id is good for as long as its module lives.
     modules[number] = weakref.ref(module, dead)
     return taker

@@ -26,9 +26,11 @@ _TABLES = {"p": "_parameters", "b": "_buffers"}
 class ModuleWriter(Writer):
     """Writes what takes the calls of one module at one place. What they are given of its attributes is compared as these."""
 
-    def __init__(self, module: Any, args: Any, arrivals: dict[int, Any], anew: Callable[[Any, Any], Any]) -> None:
+    def __init__(
+        self, module: Any, args: Any, arrivals: dict[int, Any], anew: Callable[[Any, Any], Any], hooked: Callable[[Any, Any], Any]
+    ) -> None:
         super().__init__()
-        self._module, self._args, self._arrivals, self._anew = module, args, arrivals, anew
+        self._module, self._args, self._arrivals, self._anew, self._hooked = module, args, arrivals, anew, hooked
         # The module's own tensors, by the names that they get: p0, p1 of its parameters, b0, b1 of its buffers.
         self._own = {f"{sign}{k}": t for sign, table in _TABLES.items() for k, t in enumerate(vars(module)[table].values())}
         # Serials of those that come into the region, by name.
@@ -68,7 +70,8 @@ class ModuleWriter(Writer):
         methods = self.bind(attrgetter(*[name for owner, name, _ in trusted if owner is type(self._module)]))
         as_known = self.bind(tuple(it for owner, _, it in trusted if owner is type(self._module)))
         others = [f"{self.bind(owner)}.{name} is not {self.bind(it)}" for owner, name, it in trusted if owner in (F, Tensor)]
-        hooks = [self.bind(kept[name]) for name in HOOKS] + [self.bind(hooks) for hooks in GLOBAL_HOOKS]
+        own_hooks = [self.bind(kept[name]) for name in HOOKS]
+        hooks = [self.bind(hooks) for hooks in GLOBAL_HOOKS]
         values = self.bind(list(kept.values()))
         base, anew = self.bind(BASE), self.bind(self._anew)
         self.lines += [
@@ -76,6 +79,7 @@ class ModuleWriter(Writer):
             f"if {methods}({cls}) != {as_known}: return MISS",
             f"own, anew = module.__dict__, {anew}",
             f"if len(own) != {len(kept)} or not all(map(is_, own.values(), {values})): return anew(node, module)",
+            f"if {' or '.join(own_hooks)}: return {self.bind(self._hooked)}(node, module)",
             f"if {' or '.join(hooks)} or own['_modules'] or tracing() is not None: return MISS",
         ]
         for sign, table in _TABLES.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kitsune.lazy.casts import written
 from kitsune.lazy.clipping import clipping_door
 from kitsune.lazy.open_lanes import lanes, on_top
 from kitsune.lazy.replaced import Named, is_torchs
@@ -58,7 +59,10 @@ def _update(original: Any) -> Any:
         lane = on_top()
         if lane is None or not named.are_torchs():
             return original(*args, **kwargs)
-        return take_update(lane, original, args, kwargs)
+        try:
+            return take_update(lane, original, args, kwargs)
+        finally:
+            written(lane)
 
     return door
 

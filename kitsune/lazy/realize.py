@@ -15,11 +15,13 @@ from torch.autograd.graph import increment_version
 
 from kitsune.ir import versions_kept
 from kitsune.ir.graph import Result
+from kitsune.lazy.casts import CAST, Weights, clear_casts, set_dtype, set_enabled, set_kept
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.cuts import recall_results
 from kitsune.lazy.edges import Edge, path_between
 from kitsune.lazy.hands_off import PRODUCTS
 from kitsune.lazy.rebuild import fill, tensors_in
+from kitsune.lazy.spent_views import view_again
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 from kitsune.lazy.write_counts import Recount, is_owed
@@ -39,8 +41,6 @@ class Followed:
 
 MADE = [field.name for field in dataclasses.fields(Followed)].index("made")
 _number = attrgetter("id")
-# Not the name in torch, which is watched.
-_clear_casts = torch.clear_autocast_cache
 TWICE = (
     "Trying to backward through the graph a second time (or directly access saved tensors after they have already been freed). "
     "Saved intermediate values of the graph are freed when you call .backward() or autograd.grad(). Specify retain_graph=True if "
@@ -55,6 +55,7 @@ class Walk:
         self.region = region
         self.path: list[Node] = []
         self.held: dict[int, LazyTensor] = {}
+        self.weights = Weights(region)
 
     def begin(self, call: Followed) -> None:
         """From here on the ops of this call come."""
@@ -67,6 +68,9 @@ class Walk:
     def take(self, row: Any, tensors: list[Any]) -> Any:
         """The results of an op."""
         node = self.path.pop() if self.path else None
+        # Of the weights that were cast when the call was followed, autocast may have kept the casts of another call.
+        while (weight := self.weights.cast_by(node)) is not None and (row.target is not CAST or weight is not tensors[0]):
+            node = self.path.pop() if self.path else None
         uncounted: bool = row.bumps
         if node is None or node.row is not row:
             expected = "none" if node is None or node.row is None else node.row.target
@@ -194,11 +198,14 @@ _anchor = torch.zeros((), requires_grad=True)
 def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
     """Let autograd know that the wrapper had a graph, which is gone."""
     leaves, tensor.cell.owed, tensor.cell.spent = tensor.cell.spent, None, False
+    # Of what a static function returns, its leaves are those that came in.
+    leaves = leaves or recorder.leaves.living()
     hook, recorder.hook = recorder.hook, None
     try:
-        with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad(), versions_kept([tensor]):
-            # Of what a static function returns, its leaves are those that came in.
-            Gone.apply(_anchor, tensor, *(leaves or recorder.leaves.living()))
+        with torch._C.DisableTorchFunction(), recorder.above_autograd(), torch.enable_grad():
+            if not view_again(recorder, tensor, leaves):
+                with versions_kept([tensor]):
+                    Gone.apply(_anchor, tensor, *leaves)
     finally:
         recorder.hook = hook
 
@@ -208,23 +215,28 @@ def _modes(recorder: Any) -> Iterator[Any]:
     """Brings back the grad mode and the autocast of each call, with the casts of weights that it shared with others."""
     device = recorder.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    epoch: list[int] = []
+    are_kept = torch.is_autocast_cache_enabled()
+    epoch = [recorder.epoch]
 
     def adopt(call: Followed) -> None:
-        if epoch and epoch[0] != call.epoch:
-            _clear_casts()
-        epoch[:] = [call.epoch]
-        _, autocast = call.edge.modes
-        torch.set_autocast_enabled(device, autocast is not None)
+        if epoch[0] != call.epoch:
+            clear_casts()
+        epoch[0] = call.epoch
+        _, autocast, casts = call.edge.modes
+        set_enabled(device, autocast is not None)
         if autocast is not None:
-            torch.set_autocast_dtype(device, autocast)
+            set_dtype(device, autocast)
+            set_kept(casts.are_kept)
 
     torch.autocast_increment_nesting()
     try:
         with torch.enable_grad():
             yield adopt
     finally:
-        torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, dtype)
-        if torch.autocast_decrement_nesting() == 0 or (epoch and epoch[0] != recorder.epoch):
-            _clear_casts()
+        set_enabled(device, enabled)
+        set_dtype(device, dtype)
+        set_kept(are_kept)
+        torch.autocast_decrement_nesting()
+        # Also of a block that is open in another thread.
+        if epoch[0] != recorder.epoch:
+            clear_casts()

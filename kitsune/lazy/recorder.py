@@ -142,6 +142,13 @@ class Recorder(Recording):
         """A context for calls that autograd and this recorder are to see; the pipeline's mode has it."""
         raise NotImplementedError
 
+    def casts_inside(self, row: OpRow) -> bool:
+        """Is autocast on inside of this op's kernel, and does that matter? Torch excludes it while a mode handles an op."""
+        if row.barrier is not Barrier.CASTS:
+            return False
+        with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
+            return torch.is_autocast_enabled(self.device.type)
+
     def is_on_top(self) -> bool:
         """Would the next op come here? The pipeline's mode knows."""
         raise NotImplementedError
@@ -246,7 +253,7 @@ class Recorder(Recording):
             return self._reshape(row, args, kwargs)
         if row.barrier is Barrier.ITEM:
             return self._item(row, args, kwargs)
-        if row.barrier is not None:
+        if row.barrier is not None and (row.barrier is not Barrier.CASTS or self.casts_inside(row)):
             return pass_through(self, row, args, kwargs, row.barrier)
         if row.is_view:
             return take_view(self, row, args, kwargs)

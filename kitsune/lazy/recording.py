@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from kitsune.ir import Barrier, Graph, Handover, OpRow, OutputSpec, Site, TensorType, type_of
+from kitsune.ir import Barrier, Graph, Handover, Op, OpRow, OutputSpec, Site, TensorType, type_of
 from kitsune.lazy import recorders
 from kitsune.lazy.arrivals import Arrivals, Leaves
+from kitsune.lazy.casts import begin_anew
 from kitsune.lazy.cell import Cell, living, numbers_of, ref, serial_of
 from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, judge, keep, keeping, put_kept
 from kitsune.lazy.early_reads import EarlyReads, Run, memory_changed
@@ -27,10 +28,11 @@ PLAIN = frozenset({torch.Tensor, Parameter})
 class Recording:
     """The region in progress and the regions known. One per accelerating thread.
 
-    The stages before and after come in as functions, put together by the pipeline: `describe(func)` gives an op's row;
-    `infer(...)` the OutputSpec of a call without making it; `below_autograd()` is a context for running kernels;
-    `run(graph, values, scalars, handover)` runs a closed region, or a part of one that has two, and returns what it can answer
-    before its end; `tally` counts; `on_close` hears of each region, and whether it was observed.
+    The stages before and after come in as functions: `describe(func)` gives an op's row; `infer(...)` the OutputSpec of a call
+    without making it; `below_autograd()` is a context for running kernels; `run(graph, values, scalars, handover)` runs a closed
+    region, or a part of one that has two, and returns what it can answer before its end; `tally` counts; `on_close` hears of each
+    region, and whether it was observed; `on_growth` of how many more ops are known, now and then; `on_plans` of each new op that
+    leaves plans in its thread.
     """
 
     def __init__(
@@ -42,22 +44,21 @@ class Recording:
         max_bytes: int,
         describe: Callable[[Any], OpRow],
         infer: Callable[..., OutputSpec | None],
-        below_autograd: Callable[[], Any],
+        below_autograd: Callable[..., Any],
         run: Callable[[Graph, list[Any], list[float], Handover | None], Any],
         tally: Any,
         on_close: Callable[[Graph, Barrier, Site | None, bool], None],
+        on_growth: Callable[[int], None],
+        on_plans: Callable[[Op], None],
     ) -> None:
-        self.device = device
-        self.warmup = warmup
-        self.max_ops, self.max_bytes = max_ops, max_bytes
+        self.device, self.warmup, self.max_ops, self.max_bytes = device, warmup, max_ops, max_bytes
+        self.targets = frozenset({device, torch.device(device.type)})
         self.describe, self.infer, self.below_autograd = describe, infer, below_autograd
-        self.run, self.tally, self.on_close = run, tally, on_close
+        self.run, self.tally, self.on_close, self.on_growth, self.on_plans = run, tally, on_close, on_growth, on_plans
         self.use_lock(recorders.lock)
         # Can another thread record or read here? Autograd has one for each CUDA device. The lock costs 0.25 us per op.
-        self.shared = True
-        self.paused = 0
-        # While torch infers for the recorder, or a region runs, its Python may pass a door: that is no act of the program's, and
-        # a region that goes on after its flush (at a divergence) would be run twice.
+        self.shared, self.paused = True, 0
+        # While torch infers for the recorder, or a region runs, its Python may pass a door: a region is not to be run twice.
         self.inferring = self.running = False
         # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
         self.lane: Any = None
@@ -71,21 +72,19 @@ class Recording:
         self.watcher: Any = None
         # The ids of the counts on the host that belong to the update that is being made.
         self.counting: frozenset[int] = frozenset()
-        # Counts the times that autocast has forgotten its casts of weights.
-        self.epoch = 0
+        # How often autocast has forgotten its casts of weights, after which op of this region, and were weights written since?
+        self.epoch, self.cleared, self.writes_in_block = 0, None, False
         # What `torch.set_default_device` has set, or a `with torch.device(...)` around the context.
         self.default_device: Any = None
         self.rows: dict[int, OpRow] = {}
         # The plain tensors that came in, and the first of its tables, which the hot path reads.
         self.known = Arrivals()
         self.arrivals = self.known.tensors
-        # The lists that were filled for an update which is still to come: by whom, and with what.
+        # The lists that were filled for an update which is still to come; leaves seen that may get a `.grad`, by id.
         self.filled: Any = None
-        # Leaves seen that may get a `.grad`, by id.
         self.leaves = Leaves()
         self.early = EarlyReads(tally)
-        # A tensor came in whose graph was built outside, from leaves that were not seen.
-        self.outer_graph = False
+        self.outer_graph = False  # Came a tensor in whose graph was built outside, from leaves that were not seen?
         self.forget()
         EVERY.add(self)
 
@@ -103,6 +102,7 @@ class Recording:
         self.n_nodes = 0
         self.known.forget()
         self.known.parts.clear()
+        self.early.forget()
         self.region = self._new_region()
         # The region of wrappers that were made around a tensor that was there already.
         self.nowhere = Region(Node(), self)
@@ -111,6 +111,7 @@ class Recording:
         region = Region(self.roots.setdefault((self.default_device, *settings()), Node()), self)
         if saves_through_python():
             region.real, region.past = True, None
+        begin_anew(self)
         return region
 
     def restart(self) -> None:

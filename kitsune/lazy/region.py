@@ -9,7 +9,7 @@ import torch
 
 from kitsune.ir import Barrier, Handover, TensorType, type_of
 from kitsune.lazy.advance import arrive, rewrite
-from kitsune.lazy.cell import Cell, Ref, may_defer, ref, serial_of
+from kitsune.lazy.cell import Cell, Moved, Ref, may_defer, ref, serial_of
 from kitsune.lazy.edges import begin_of, bytes_before
 from kitsune.lazy.growing import Values
 from kitsune.lazy.tensor import LazyTensor
@@ -26,7 +26,6 @@ class Region:
         "cut",
         "cuts",
         "deferred",
-        "device",
         "dirty",
         "error",
         "firsts",
@@ -52,7 +51,6 @@ class Region:
     def __init__(self, root: Node, recorder: Any) -> None:
         self.node = root
         self.recorder = recorder
-        self.device: torch.device = recorder.device
         # Of the ops that were new.
         self.values = Values(root)
         # id(tensor) -> cell. The cell holds the tensor, so the id stays its own while the region is open.
@@ -102,6 +100,11 @@ class Region:
         """The cell of a tensor that has come in."""
         return tensor.cell if type(tensor) is LazyTensor else self.plain[id(tensor)]
 
+    def cells(self, tensors: Iterable[Any]) -> list[Cell]:
+        """The cells of tensors that have come in."""
+        plain = self.plain
+        return [t.cell if type(t) is LazyTensor else plain[id(t)] for t in tensors]
+
     def begin(self, cell: Cell) -> int:
         """Where an input begins in its memory. A call that is followed lets it in as if that were the start."""
         begin = begin_of(cell.real)
@@ -138,6 +141,7 @@ class Region:
                 self.rollback()
                 raise
         before = (cell.region, cell.ref, cell.storage, cell.external, cell.came)
+        cell.spent = Moved(cell) if type(cell.spent) is list else cell.spent
 
         def undo() -> None:
             cell.region, cell.ref, cell.storage, cell.external, cell.came = before
@@ -231,7 +235,7 @@ class Region:
 
     def is_target(self, device: torch.device) -> bool:
         """Is this the device that is recorded for?"""
-        return device == self.device or (device.type == self.device.type and device.index is None)
+        return device in self.recorder.targets
 
     def _number(self, tensor: torch.Tensor, type_: TensorType, undo: Callable[[], Any]) -> tuple[Any, Ref, int]:
         serial = serial_of(tensor)

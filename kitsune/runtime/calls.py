@@ -8,6 +8,7 @@ import torch
 from torch._ops import OpOverload
 
 from kitsune.ir import Op, Result, Slot, TensorType, Value, type_of, versions_kept
+from kitsune.runtime.plan_thread import plan_thread
 
 _BOUND = (Slot, tuple)
 
@@ -79,6 +80,8 @@ def _make(target: OpOverload, op: Op, args: list[Any], kwargs: dict[str, Any]) -
     if op.grad_enabled is None:
         return target(*args, **kwargs)
     with torch.set_grad_enabled(op.grad_enabled):
+        if plan_thread.knows(op):
+            return plan_thread.call(target, args, kwargs, op.inputs[0].type.device)
         return target(*args, **kwargs)
 
 

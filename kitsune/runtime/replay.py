@@ -41,10 +41,14 @@ def prepare(graph: Graph) -> Schedule:
     seen = {v.id for v in graph.outputs} | {v.id for v in graph.inputs}
     one = _Tensors(graph)
     for op in reversed(graph.ops):
-        drops = tuple([number for value in (*op.inputs, *op.outputs) if (number := value.id) not in seen])
-        seen.update(drops)
+        drops = []
+        for values in (op.inputs, op.outputs):
+            for value in values:
+                if value.id not in seen:
+                    seen.add(value.id)
+                    drops.append(value.id)
         is_same = op.target in _SAME and one.joined(op.inputs[0].id, op.results[0].id)
-        instructions.append(Instruction(op, drops, is_same))
+        instructions.append(Instruction(op, tuple(drops), is_same))
     return Schedule(tuple(reversed(instructions)), most_in_use(graph))
 
 

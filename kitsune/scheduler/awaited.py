@@ -5,8 +5,10 @@ from kitsune.ir import Graph, bits, predecessors
 
 def awaited_first(graph: Graph) -> Graph:
     """The graph with the ops that its awaited values need before all others; both parts in the order that they had."""
+    if not graph.awaited:
+        return graph
     makers = {value.id: number for number, op in enumerate(graph.ops) for value in op.outputs}
-    before = predecessors(graph) if graph.awaited else []
+    before = predecessors(graph)
     waiting = [makers[number] for number in graph.awaited if number in makers]
     needed: set[int] = set()
     while waiting:

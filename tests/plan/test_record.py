@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kitsune
-from kitsune.ir import Graph, Operand, OutputSpec, Result, describe_result, type_of
+from kitsune.ir import Graph, Kind, Operand, OutputSpec, Result, describe_result, type_of
 from kitsune.lazy import Recorder
 from tests.plan.recorded import record
 
@@ -38,6 +38,20 @@ def test_a_write_makes_a_new_value_on_the_same_storage() -> None:
     assert len({v.storage for v in values}) == 1
     assert [v.version for v in values] == [0, 1, 2]
     assert [len(op.effects.writes) for op in graph.ops] == [0, 1, 1]
+
+
+def test_a_result_in_the_memory_of_two_operands_is_of_the_first() -> None:
+    x = torch.zeros(4)
+    for operands, owner in (([x, x[1:]], 0), ([torch.zeros(1), x[1:], x], 1), ([torch.zeros(4)], None)):
+        spec, (new,) = describe_result(result := x[2:], operands, type_of)
+        assert spec.results == ((type_of(result), owner),) and new is result
+
+
+def test_a_view_of_a_number_is_no_view() -> None:
+    x = torch.randn(3, dtype=torch.complex64, requires_grad=True)
+    graph = record(lambda: (x * 1j).abs().sum().backward(), warmup=1)
+    (conj,) = [op for op in graph.ops if op.target is torch.ops.aten._conj.default]
+    assert not conj.inputs and conj.kind is Kind.EXTERN
 
 
 def test_a_view_shares_its_base_storage() -> None:

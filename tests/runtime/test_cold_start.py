@@ -20,6 +20,7 @@ from kitsune.background import thread
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph, Launch, Pending
+from kitsune.running import PLAN_AFTER
 from kitsune.runtime import PlanExecutor, ThreadPlans
 from tests.runtime.backends import assert_equal, chain, lazily, loop, runner
 from tests.runtime.checked import forget
@@ -140,10 +141,11 @@ def test_a_region_runs_unfused_until_its_kernels_are_there() -> None:
 
 def test_only_what_comes_back_is_planned_and_after_its_capture() -> None:
     with cold(graphs=True) as (workers, _):
-        for n in range(1, 3):
-            assert idle() and not workers.asked and counts("captured") == [0]
+        for n in range(1, PLAN_AFTER + 1):
+            assert idle() and not workers.asked and counts("captured") == [n > 2]
             assert torch.equal(step(), chain()) and counts("unfused") == [n]
-        assert idle() and len(workers.asked) == 1 and counts("captured", "replayed") == [1, 1]
+        # Two steps behind the capture, which have enough to do themselves.
+        assert idle() and len(workers.asked) == 1 and counts("captured", "replayed") == [1, 3]
 
 
 def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,14 +154,13 @@ def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: 
     monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: (graphs.append(graph), [*graph.ops, *graph.ops][:3])[1])
     monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: (ops.pop(), n_left.append(len(ops))))
     with cold() as (workers, _):
-        for n in range(1, 5):
+        for n in range(1, PLAN_AFTER + 3):
             assert torch.equal(step(), chain()) and idle() and counts("unfused") == [n]
-            # Planned after the second run.
-            assert len(n_left) == max(n - 2, 0)
+            assert len(n_left) == max(n - PLAN_AFTER, 0)
         for future in workers.asked.values():
             workers._settle(future)
         # Its kernels are there, and one is left that would be made in the middle of a step.
-        assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, 5] and n_left == [2, 1, 0]
+        assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, PLAN_AFTER + 3] and n_left == [2, 1, 0]
         assert torch.equal(step(), chain()) and counts("kernels") == [1] and n_left == [2, 1, 0]
         assert len(graphs) == 1
 
@@ -420,6 +421,60 @@ def test_plans_of_the_last_time_are_ready_when_the_first_step_ends(tmp_path: Pat
         assert len(runner().coming.ahead) == (again is other)
         assert torch.equal(again(), expected) and counts("kernels") == [again is step]
         assert not kitsune.explain().mended
+
+
+def test_a_plan_of_the_last_time_is_captured_behind_one_run_of_its_operators(tmp_path: Path) -> None:
+    def run(rate: float) -> torch.Tensor:
+        with lazily(warmup=1):
+            return (x * rate + 1).abs()
+
+    x = torch.randn(4, 6)
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        for rate in (1.0, 2.0, 3.0):
+            run(rate)
+            assert kitsune.wait_for_kernels(SECONDS)
+    with plans_in(tmp_path), cold(graphs=True) as (workers, repeater), config.patch(gate=False):
+        workers.hold, found = False, []
+        for rate in (1.0, 2.0, 3.0, 4.0, 5.0):
+            with kitsune.disable():
+                expected = (x * rate + 1).abs()
+            assert torch.equal(run(rate), expected) and idle()
+            found.append(counts("unfused", "kernels", "captured", "replayed"))
+        # Observed; run by operators, as quickly as eager's; captured with kernels.
+        assert found == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 2, 1, 2], [1, 3, 1, 3]]
+        assert repeater.n_recorded == 1 and not kitsune.explain().mended
+        (steady,) = [ready.steady for ready in runner().ready.values() if ready.plan is not None]
+        assert steady.moved == {0}, "the rate was another one in the run before"
+
+
+@pytest.mark.parametrize("seconds", [0.05, 5.0])
+def test_a_first_step_waits_a_moment_for_a_plan_that_was_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    kept, go = coming.Coming.kept, threading.Event()
+
+    def slow(self: Any, graph: Graph, planner: Any) -> Any:
+        go.wait(seconds)
+        return kept(self, graph, planner)
+
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        step()
+        assert kitsune.wait_for_kernels(SECONDS)
+    with plans_in(tmp_path), cold() as (workers, _):
+        workers.hold = False
+        with lazily(warmup=1):
+            assert idle() and runner().coming.reads_ahead and len(runner().coming.ahead) == 1
+        monkeypatch.setattr(coming.Coming, "kept", slow)
+        # Long enough for the one, and not for the other.
+        monkeypatch.setattr(coming, "LOOK_UP_S", 1.0)
+        with lazily(warmup=1):
+            chain()
+        (ready,) = runner().ready.values()
+        assert ready.kept.done() is (seconds < 1)
+        go.set()
+        assert idle()
 
 
 def test_lines_of_a_plan_that_was_read_ahead_are_those_of_today(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_where_plans_of_both_fail_each_part_has_its_own(
     is_bug = not isinstance(error, WorkerFailed)
     with cold() as (workers, _), pytest.warns(KitsuneWarning, match="be planned") if is_bug else contextlib.nullcontext():
         workers.hold = False
-        for _ in range(3):
+        for _ in range(5):
             train(expected)
         assert "first, joined" not in runs and kitsune.counters()["kernels"]
 
@@ -169,7 +169,7 @@ def test_parts_that_cannot_be_one_have_plans_of_their_own(
     monkeypatch.setattr("kitsune.scheduler.pairs.why_not_one", lambda pair: "they are told apart here")
     with cold() as (workers, _):
         workers.hold = False
-        for _ in range(3):
+        for _ in range(5):
             # Nobody asks for more than what the runs themselves do.
             assert run(the_same_each_time, kitsune.accelerate(device="cpu")) == expected and idle()
         assert "first, joined" not in runs and asked.count("pair") == 1
@@ -183,7 +183,7 @@ def test_kernels_that_cannot_be_compiled_leave_the_parts_to_themselves(runs: lis
         workers.error = WorkerFailed("no compiler")
         workers.hold = False
         with pytest.warns(KitsuneWarning, match="stays unfused"):
-            for _ in range(3):
+            for _ in range(5):
                 train(expected)
         assert "first, joined" not in runs and not kitsune.counters()["kernels"]
 
@@ -196,7 +196,7 @@ def test_libraries_make_their_plans_before_the_parts_change_over(
     monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: (ops.pop(), left.append(len(ops))))
     with cold() as (workers, _):
         workers.hold = False
-        for _ in range(3):
+        for _ in range(5):
             train(expected)
         assert "first, joined" in runs and left.count(0) >= 1
     left.clear()

@@ -22,6 +22,7 @@ from kitsune.config import config
 from kitsune.gate import WAITS_FOR_KERNELS, Gate
 from kitsune.ir import quiet
 from kitsune.ir.quiet_times import Quiet
+from kitsune.running import PLAN_AFTER
 from tests.chaos.test_workers import in_a_fork
 from tests.runtime.backends import lazily
 from tests.runtime.repeated import counts
@@ -208,7 +209,7 @@ def test_kernels_that_a_step_does_not_need_are_not_waited_for() -> None:
             training.step()
             assert idle()
         workers.hold = True
-        for _ in range(3):
+        for _ in range(PLAN_AFTER + 1):
             training.evaluate()
             assert idle()
         assert counts("compiling")[0] > 0

@@ -13,6 +13,7 @@ import kitsune
 from kitsune.ir import Op
 from kitsune.runtime import ThreadPlans, thread_plans
 from kitsune.runtime.calls import try_out
+from kitsune.runtime.plan_thread import plan_thread
 from tests.plan.recorded import record
 
 
@@ -133,4 +134,6 @@ def test_the_first_step_makes_the_plans_that_the_second_needs() -> None:
         conv(torch.randn(4, 8, 16, 16, device="cuda")).sum().backward()
         optimizer.step()
         pipeline = next(iter(kitsune.contexts.here.depth))
-        assert sorted(op._opname for op, *_ in pipeline.runner.thread_plans._known) == ["convolution", "convolution_backward"]
+        # Autograd's thread has those of the backward, and one of Kitsune's.
+        assert [op._opname for op, *_ in pipeline.runner.thread_plans._known] == ["convolution"]
+        assert "convolution_backward" in {op._opname for op, *_ in plan_thread.known}

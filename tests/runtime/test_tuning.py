@@ -74,7 +74,7 @@ def test_a_second_process_begins_with_what_the_first_has_found(tmp_path: Path, e
         steps(ENOUGH)
     with tuned(tmp_path) as device:
         assert same(steps(4), expected)
-        assert {tile for _, tile in device.started} == {SECOND} and counts(*NAMES, "captured") == [2, 2, 0, 1]
+        assert {tile for _, tile in device.captured} == {SECOND} and counts(*NAMES, "captured") == [2, 2, 0, 1]
         assert "512 by 4 warps, remembered; timed were 1024 by 4 warps 10.0 us" in str(kitsune.explain())
         assert [line.remembered for line in kitsune.explain().tiles] == [True, True]
         assert same(steps(ENOUGH), expected) and counts("captured") == [1]
@@ -92,9 +92,9 @@ def test_what_is_not_clearly_faster_is_not_taken(tmp_path: Path, expected: torch
 def test_a_region_that_comes_later_has_the_tile_at_once(tmp_path: Path) -> None:
     with tuned(tmp_path) as device:
         steps(ENOUGH)
-        del device.started[:]
+        del device.captured[:]
         steps(3, lambda: products().abs())
-        assert {tile for name, tile in device.started if name == "relu_mul_sub"} == {SECOND}
+        assert {tile for name, tile in device.captured if name == "relu_mul_sub"} == {SECOND}
 
 
 @pytest.mark.parametrize("knobs", [{"tuning": "off"}, {"compile_workers": 0}], ids=str)
@@ -109,10 +109,10 @@ def test_with_the_knob_off_nothing_that_is_remembered_is_taken(tmp_path: Path) -
         steps(ENOUGH)
     with tuned(tmp_path, tuning="off") as device:
         steps(4)
-        assert not device.started
+        assert not device.captured
         with config.patch(tuning="on"):
             steps(4)
-        assert {tile for _, tile in device.started} == {SECOND}
+        assert {tile for _, tile in device.captured} == {SECOND}
 
 
 def test_switched_off_in_the_middle_the_first_choices_are_back(tmp_path: Path, expected: torch.Tensor) -> None:

@@ -40,6 +40,8 @@ class Device:
     def __init__(self, takes: Takes) -> None:
         self.takes = takes
         self.started: list[tuple[str, Tile]] = []
+        # Those that graphs were captured with.
+        self.captured: list[tuple[str, Tile]] = []
         # Names of kernels whose programs are not there, and what comes of starts instead.
         self.held: set[str] = set()
         self.broken: dict[tuple[str, Tile], Exception] = {}
@@ -80,6 +82,8 @@ def bench(device: Device, folder: Path) -> Backend:
         return [NEVER if launch.name in device.held else there]
 
     def in_graph(launch: Launch, usable: Tiled, table: Any) -> WalkInGraph:
+        if launch.kernels and launch.tile is not None:
+            device.captured.append((launch.kernels[0].name, launch.tile))
         return WalkInGraph(launch, table)
 
     choices = Choices(folder, "a device")

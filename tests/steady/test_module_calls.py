@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -372,3 +373,33 @@ def test_a_module_that_changes_in_each_step_is_looked_at_less_and_less(monkeypat
     kitsune.reset()
     # After 3, 3 * 2, 3 * 4 and 3 * 8 more; each is found to be out of date in the step behind it.
     assert looks == [2, 9, 22, 47]
+
+
+@pytest.mark.parametrize("called", [True, False], ids=["by the next call", "by a reset"])
+@pytest.mark.parametrize("ways", [1, 2])
+def test_a_program_that_a_hook_refers_to_is_freed(ways: int, called: bool) -> None:
+    """What takes a module's calls refers to its hooks, at each place where it was called."""
+
+    class Program:
+        def __init__(self) -> None:
+            self.layer = nn.Linear(4, 4)
+
+    def run() -> weakref.ref[Program]:
+        program = Program()
+        for k in range(16 * ways):
+            x = torch.ones(2, 4) * 2 if k % ways else torch.ones(2, 4)
+            program.layer(x).sum().backward()
+            program.layer.zero_grad()
+            kitsune.flush()
+        program.layer.register_forward_hook(lambda *_: program and None)
+        if called:
+            program.layer(torch.ones(2, 4)).sum().backward()
+        return weakref.ref(program)
+
+    kitsune.reset()
+    with kitsune.accelerate(device="cpu"):
+        program = run()
+    if not called:
+        kitsune.reset()
+    gc.collect()
+    assert program() is None

@@ -1,0 +1,137 @@
+"""The casts of weights that autocast keeps until its outermost block is left: by whom they are made, and who gets them later.
+
+A call that is followed leaves none with autocast. As long as no weight is written that makes no difference: whoever comes next
+has another made of the same numbers. Behind an update eager goes on with those of before.
+"""
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+
+from kitsune.lazy.cell import serial_of
+from kitsune.lazy.edges import path_between
+from kitsune.lazy.region import is_leaf, is_strided
+from kitsune.lazy.tensor import LazyTensor
+from kitsune.lazy.trie import Node
+
+# Not the names in torch, which are watched.
+clear_casts, set_enabled, set_dtype = torch.clear_autocast_cache, torch.set_autocast_enabled, torch.set_autocast_dtype
+set_kept = torch.set_autocast_cache_enabled
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+CAST = torch.ops.aten._to_copy.default
+
+
+class Casts(NamedTuple):
+    """What a call's key has to say of them: the operator behind which autocast has forgotten all of this region, whether it keeps
+    any, and whether calls that need one are to be made for real, so that it has those that eager has."""
+
+    since: Node | None
+    are_kept: bool
+    are_real: bool
+
+
+def read_modes(lane: Any) -> Any:
+    """By grad mode: (grad mode, dtype that autocast casts to, Casts where a block is open). One object for each: matchers compare
+    by identity."""
+    recorder = lane.recorder
+    device = recorder.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if autocast is None and not _n_blocks():
+        table, key = lane.known_modes, None
+    else:
+        since = recorder.cleared
+        if since is not None and since.modes is None:
+            since.modes = {}
+        table = lane.known_modes if since is None else since.modes
+        key = autocast, Casts(since, torch.is_autocast_cache_enabled(), recorder.writes_in_block or lane.outlive_writes)
+    known = table.get(key)
+    if known is None:
+        casts = None if key is None else key[1]
+        known = table[key] = {graded: (graded, autocast, casts) for graded in (False, True)}
+    return known
+
+
+def _n_blocks() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def forgotten(lane: Any) -> None:
+    """Autocast has forgotten all its casts."""
+    recorder = lane.recorder
+    node = recorder.region.node
+    recorder.epoch += 1
+    recorder.writes_in_block, recorder.cleared = False, node if node.depth else None
+    lane.read_modes()
+
+
+def begin_anew(recorder: Any) -> None:
+    """A region begins, in which autocast has forgotten nothing."""
+    if recorder.cleared is not None:
+        recorder.cleared = None
+        # Another thread that ends a region has an autocast of its own.
+        if recorder.lane.thread == threading.get_ident():
+            recorder.lane.read_modes()
+
+
+def written(lane: Any, are_weights: bool = True) -> None:
+    """Weights have been written: behind that, in the same block, casts of before are used."""
+    casts = lane.modes[False][2] if are_weights else None
+    if casts is not None and not casts.are_real and lane.thread == threading.get_ident():
+        lane.recorder.writes_in_block = True
+        lane.read_modes()
+
+
+def may_cast(modes: Any, flat: list[Any]) -> bool:
+    """May autocast cast a weight for this call? It holds a lock meanwhile, so that calls which are owed cannot be made then."""
+    return modes[1] is not None and any(map(_is_weight, flat))
+
+
+def need_casts(lane: Any, modes: Any, flat: list[Any], start: Node) -> bool:
+    """Is a call that was made to be made for real, each time, since autocast's own casts matter? Once one was seen behind an
+    update, so are those before it: the next time, its casts must be there. `start` is where it began."""
+    if modes[2] is None or not modes[2].are_real or not may_cast(modes, flat):
+        return False
+    region = lane.recorder.region
+    path = path_between(start, region.node) or []
+    taken = {value.id for node in path if node.op is not None and node.op.target is not CAST for value in node.op.inputs}
+    cells = [region.plain.get(id(t)) for t in filter(_is_weight, flat)]
+    if all(cell is not None and not taken.isdisjoint((cell.came.id, cell.ref.id)) for cell in cells):
+        # As they are.
+        return False
+    lane.outlive_writes = True
+    return True
+
+
+def write_weights(recorder: Any, modes: Any, tensors: list[Any]) -> bool:
+    """Does a call that writes these, where a block is open, write weights?"""
+    if modes[2] is None:
+        return False
+    reals: list[Any] = [real for t in tensors if _has_memory(real := t.cell.real if type(t) is LazyTensor else t)]
+    # By their memory: it may be through an alias.
+    weights = {serial_of(leaf) for leaf in recorder.leaves.living() if _has_memory(leaf)} if reals else ()
+    return any(serial_of(real) in weights for real in reals)
+
+
+def _has_memory(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and not _is_transformed(tensor) and is_strided(tensor)
+
+
+def _is_weight(tensor: Any) -> bool:
+    return type(tensor) is not LazyTensor and tensor.requires_grad and is_leaf(tensor)
+
+
+class Weights:
+    """Which weights of a region its operators cast."""
+
+    def __init__(self, region: Any) -> None:
+        came = {cell.came.id: cell.real for cell in region.plain.values()}
+        self._by_number = {number: real for number, real in came.items() if _is_weight(real)}
+
+    def cast_by(self, node: Node | None) -> Any:
+        """The weight that an operator casts, if that is what it does. Not of one that the region has written: casts that autocast
+        has kept from before are not used then, or the call is made for real."""
+        if node is None or node.row is None or node.row.target is not CAST or node.op is None:
+            return None
+        return self._by_number.get(node.op.inputs[0].id)
