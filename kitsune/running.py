@@ -171,7 +171,7 @@ class Runner:
         self.pairs.known.clear()
         if self.steady is not None:
             self.steady.forget()
-        self._relieve(hard=False)
+        self.relieve(hard=False)
         if self.coming is not None:
             self.coming.ahead.clear()
 
