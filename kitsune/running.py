@@ -205,9 +205,8 @@ class Runner:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
         planner = self.planner()
         assert self.executor is not None
-        if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
-            return made
-        return by_plan(show_plan(graph, planner), self.executor, self.device)
+        is_enough = made.plan is None or gains_enough(made.plan.plan, planner, self.executor)
+        return made if is_enough else by_plan(show_plan(graph, planner), self.executor, self.device)
 
     def ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
