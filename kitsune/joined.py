@@ -37,9 +37,11 @@ class Joined:
 class Left:
     """What a first part has left for the second: see `kitsune.ir.Carried`."""
 
-    def __init__(self, joined: Joined, values: list[Any], scalars: list[float], stands: Callable[[], bool]) -> None:
+    def __init__(
+        self, joined: Joined, values: list[Any], scalars: list[float], stands: Callable[[], bool], relieve: Callable[[], None]
+    ) -> None:
         self.joined = joined
-        self._stands, self._scalars = stands, scalars
+        self._stands, self._relieve, self._scalars = stands, relieve, scalars
         self._tensors = {n: values[n] for n in (*joined.handed, *joined.again)}
 
     def goes_to(self, graph: Graph) -> bool:
@@ -55,6 +57,15 @@ class Left:
     def restored(self) -> dict[int, torch.Tensor]:
         """What was kept, by number, as it was recorded. Raises torch.OutOfMemoryError."""
         self.joined.n_restored += 1
+        try:
+            return self._made_again()
+        except torch.OutOfMemoryError:
+            pass
+        # Outside of the handler: the error would keep alive what was made until then.
+        self._relieve()
+        return self._made_again()
+
+    def _made_again(self) -> dict[int, torch.Tensor]:
         restoring, values = self.joined.restoring, [None] * n_values(self.joined.pair.first)
         with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             for number, value in restoring.given.items():

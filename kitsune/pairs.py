@@ -87,7 +87,7 @@ class Pairs:
                 self._meet(known, handover, graph, values)
         elif known is not None and (joined := known.joined) is not None and ran is joined.first:
             joined.n_runs += 1
-            handover.carried = Left(joined, values, scalars, lambda: self.stands(joined))
+            handover.carried = Left(joined, values, scalars, lambda: self.stands(joined), lambda: self.runner.relieve(True))
         if known is not None and (to_try := known.to_try()):
             self.runner.thread_plans.go_on(to_try)
 

@@ -72,7 +72,7 @@ class Runner:
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
             limits = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget)  # noqa: E731
-            told = self._relieve, self.sentences.append, tally
+            told = self.relieve, self.sentences.append, tally
             self.steady = SteadyState(device, recorder, limits, lambda: reader_of(backend), *told)
         if isinstance(backend, Backend):
             self.arch = backend.arch
@@ -171,7 +171,7 @@ class Runner:
         self.pairs.known.clear()
         if self.steady is not None:
             self.steady.forget()
-        self._relieve(hard=False)
+        self.relieve(hard=False)
         if self.coming is not None:
             self.coming.ahead.clear()
 
@@ -205,9 +205,8 @@ class Runner:
         """The plan without the kernels that are measured to gain too little, where a context asks for that."""
         planner = self.planner()
         assert self.executor is not None
-        if made.plan is None or gains_enough(made.plan.plan, planner, self.executor):
-            return made
-        return by_plan(show_plan(graph, planner), self.executor, self.device)
+        is_enough = made.plan is None or gains_enough(made.plan.plan, planner, self.executor)
+        return made if is_enough else by_plan(show_plan(graph, planner), self.executor, self.device)
 
     def ask(self, graph: Graph, now: Ready) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
@@ -289,7 +288,8 @@ class Runner:
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
         return plan_work(self.executor, prepared, in_graph, table, self.arenas, moved, ready.awaited)
 
-    def _relieve(self, hard: bool) -> None:
+    def relieve(self, hard: bool) -> None:
+        """Give back memory that nobody uses; `hard`: to the device, too."""
         if self.executor is not None:
             self.executor.pool.free_all()
         if hard and torch.cuda.is_available() and torch.cuda.is_initialized():

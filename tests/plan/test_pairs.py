@@ -158,6 +158,16 @@ def test_what_was_written_since_is_not_known_to_be_what_it_was() -> None:
     assert Restoring(Pair(graph, frozenset({seen.id}), second), graph).missing == {seen.id}
 
 
+def test_what_is_handed_over_as_something_else_is_not_what_was_kept() -> None:
+    pair = pair_of(recorded_again(step(Block(), *BATCH)))
+    everything = frozenset(v.storage for v in pair.first.inputs)
+    pure = [op for op in pair.first.ops if op.kind is Kind.POINTWISE and not (op.effects.random or op.effects.writes)]
+    (kept, *_) = [v for op in pure for v in op.outputs if v.id in pair.kept]
+    for type_, is_it in ((kept.type, True), (dataclasses.replace(kept.type, dtype=torch.float64), False)):
+        first = dataclasses.replace(pair.first, outputs=(dataclasses.replace(kept, type=type_),))
+        assert (kept.id in Restoring(dataclasses.replace(pair, parameters=everything), first).given) == is_it
+
+
 def test_a_batch_is_not_read_behind_the_cut_unless_it_was_saved() -> None:
     """The program may have filled it again by then. Where that is no matter, it is cheaper than what follows from it."""
     x, scale, weight = torch.randn(64, 32), torch.randn(32, requires_grad=True), torch.randn(32, 8, requires_grad=True)
@@ -212,6 +222,24 @@ def test_parts_that_passes_have_mixed_stay_apart() -> None:
 
     assert prepared(pair, lambda graph: graph) is not None
     assert prepared(pair, mixed) is None
+
+
+def test_parts_that_passes_have_left_incomplete_stay_apart() -> None:
+    """What the second part would read need not be there any more, and nobody would make what it returns."""
+    pair = pair_of(recorded_again(step(Block(), *BATCH)))
+    batch = next(v for v in pair.first.inputs if v.storage in fleeting(pair))
+
+    def reads_the_batch(graph: Graph) -> Graph:
+        (late,) = [op for op in pair.second.ops if op.target._opname == "ones_like"]
+        now = dataclasses.replace(late, args=(batch,), inputs=(batch,))
+        return dataclasses.replace(graph, ops=tuple(now if op is late else op for op in graph.ops))
+
+    def makes_less(graph: Graph) -> Graph:
+        made = {v.id for v in pair.second.outputs}
+        last = [op for op in graph.ops if any(v.id in made for v in op.outputs)][-1]
+        return dataclasses.replace(graph, ops=tuple(op for op in graph.ops if op is not last))
+
+    assert [prepared(pair, change) for change in (reads_the_batch, makes_less)] == [None, None]
 
 
 def test_halves_are_graphs_of_their_own() -> None:

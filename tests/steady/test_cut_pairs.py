@@ -18,7 +18,8 @@ from kitsune.ir import Graph, Handover
 from kitsune.joined import Left
 from kitsune.pairs import Pairs
 from kitsune.planning import Planner
-from kitsune.scheduler import RATES
+from kitsune.running import Runner
+from kitsune.scheduler import RATES, Pair
 from tests.plan.recorded import recorded_again
 from tests.plan.test_channels_last import ImagesOnly
 from tests.runtime.repeated import graphs
@@ -205,6 +206,19 @@ def test_so_it_is_in_loops_that_differ_from_step_to_step(name: str, runs: list[s
     assert got == expected and "first" in runs
 
 
+def test_of_what_came_in_for_the_first_part_only_parameters_are_known_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program may fill a batch again behind the read, and statistics are written."""
+    met: list[Pair] = []
+    plan_pair = Planner.plan_pair
+    monkeypatch.setattr(Planner, "plan_pair", lambda self, pair, *show: (met.append(pair), plan_pair(self, pair, *show))[1])
+    with by_plan():
+        run(the_same_each_time, kitsune.accelerate(device="cpu"))
+    (pair,) = met
+    came = pair.first.inputs
+    shapes = sorted(tuple(v.type.shape) for v in came if v.storage in pair.parameters)
+    assert shapes == sorted(tuple(p.shape) for p in Net().parameters()) and len(came) > len(shapes) + 2
+
+
 def near(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(near, a, b))
@@ -244,6 +258,21 @@ def test_what_differs_again_and_again_is_not_planned_as_one(runs: list[str]) -> 
         got = run(behind, kitsune.accelerate(device="cpu"))
     assert got == expected
     assert runs.count("restored") == 3 and runs[-2:] == ["first", "second"]
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_parts_that_went_separate_ways_stay_apart(scale: int, runs: list[str]) -> None:
+    """Also where one and the same comes second from then on, be it what was expected before or not."""
+
+    def behind(k: int, net: Net, loss: Tensor, found: list[Any]) -> None:
+        found.append(loss.item())
+        (loss * 2 if (k % 2 if k < 16 else scale == 2) else loss).backward()
+
+    expected = run(behind, contextlib.nullcontext(), 24)
+    with by_plan():
+        got = run(behind, kitsune.accelerate(device="cpu"), 24)
+    assert got == expected
+    assert runs.count("restored") == 3 and runs[-8:] == ["first", "second"] * 4
 
 
 def test_what_comes_from_some_step_on_is_what_is_expected_then(runs: list[str]) -> None:
@@ -302,6 +331,34 @@ def test_what_is_forgotten_is_run_by_itself(runs: list[str]) -> None:
         got = run(behind, kitsune.accelerate(device="cpu"))
     assert got == expected
     assert runs.count("restored") == 1 and runs[-2:] == ["first, joined", "second, joined"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_runs_out_while_what_was_kept_is_made_again(times: int, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is freed and asked for once more; who gets none then is told so, and may go on as in eager."""
+    relieved: list[bool] = []
+    made, relieve = Left._made_again, Runner.relieve
+
+    def short(self: Left) -> dict[int, Tensor]:
+        if runs.count("short") < times:
+            runs.append("short")
+            raise torch.OutOfMemoryError
+        return made(self)
+
+    def behind(k: int, net: Net, loss: Tensor, found: list[Any]) -> None:
+        try:
+            the_graph_is_asked_for(k, net, loss, found)
+        except torch.OutOfMemoryError:
+            found.pop()
+            the_graph_is_asked_for(k, net, loss, found)
+
+    monkeypatch.setattr(Left, "_made_again", short)
+    monkeypatch.setattr(Runner, "relieve", lambda self, hard: (relieved.append(hard), relieve(self, hard))[1])
+    expected = run(the_graph_is_asked_for, contextlib.nullcontext())
+    with by_plan():
+        got = run(behind, kitsune.accelerate(device="cpu"))
+    assert got == expected and runs.count("short") == times
+    assert relieved.count(True) == 1 and runs.count("restored") == times + 1
 
 
 def test_what_the_first_part_leaves_is_let_go_of_with_the_step(runs: list[str]) -> None:
