@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -165,3 +166,20 @@ def test_an_interrupt_while_it_is_looked_who_holds_what(monkeypatch: pytest.Monk
     expected = grads(contextlib.nullcontext(), False)
     kitsune.reset()
     assert grads(kitsune.accelerate(device="cpu"), True) == expected
+
+
+def regions() -> list[Any]:
+    return [pipeline.recorder.region for pipeline in kitsune.contexts.here.depth]
+
+
+def test_a_number_that_is_read_behind_the_backward_ends_the_region() -> None:
+    """Nothing is owed any more that could be kept from being made again."""
+    t = Loop()
+    with kitsune.accelerate(device="cpu"):
+        for k in range(4):
+            loss = t.loss(k)
+            loss.item()
+            loss.backward()
+            t.net.head.weight.grad.sum().item()  # type: ignore[union-attr]
+            assert [region.node.depth for region in regions()] == [0]
+            t.update()
