@@ -389,6 +389,30 @@ def test_a_door_passed_while_a_region_runs_does_not_run_it_again(monkeypatch: py
         kitsune.session._thread.pipelines.clear()
 
 
+def test_an_operand_of_the_op_at_which_a_region_diverges_is_no_value_of_the_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planner numbers what it adds behind the region's own values: it found the operand there, for a value in its arena."""
+    given = []
+    run = Pipeline.run_graph
+
+    def seen(self: Any, graph: Any, values: Any, scalars: Any) -> None:
+        numbers = {v.id for v in graph.inputs}
+        given.append(({n for n, value in enumerate(values) if value is not None}, numbers, len(values)))
+        run(self, graph, values, scalars)
+
+    monkeypatch.setattr(Pipeline, "run_graph", seen)
+    kitsune.session._thread.pipelines.clear()
+    x, operand = torch.ones(3), torch.full((3,), 7.0)
+    try:
+        for last in (x, x, operand):
+            with kitsune.accelerate(warmup=1, device="cpu"):
+                result = (x * 2) + last
+        assert result.tolist() == [9.0, 9.0, 9.0]
+        (_, _, whole), (there, inputs, room) = given
+        assert there == inputs and room >= whole, "the operand had come in, which is what made it longer"
+    finally:
+        kitsune.session._thread.pipelines.clear()
+
+
 @pytest.mark.parametrize("wrap", [lambda f, g: g, lambda f, g: functools.wraps(f)(g)], ids=["plain", "wraps"])
 def test_a_function_in_the_place_of_torchs_is_called_once(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     relu, add_, split = nn.functional.relu, torch.Tensor.add_, torch.Tensor.split

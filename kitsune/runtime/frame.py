@@ -1,6 +1,6 @@
 """One run of a plan: the tensors and addresses that its instructions share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,11 +119,6 @@ class Frame:
         for slot, number, from_start in layout.inputs:
             tensor = values[number]
             bases[slot] = data_ptr(tensor) - (storage_offset(tensor) * tensor.itemsize if from_start else 0)
-
-    def forget(self, numbers: Iterable[int]) -> None:
-        """Nothing is there under these numbers yet."""
-        for number in numbers:
-            self.values[number] = None
 
     def move_in(self, block: Block) -> None:
         """Use a block as the arena."""

@@ -22,8 +22,7 @@ class Prepared:
     """A plan, ready to run. `furnish` are the values in the arena that library calls need as tensors.
 
     From instruction `first_commit` on a run cannot start again: inputs were written or random numbers drawn. `branches` are the
-    streams that its launches have in a CUDA graph, if they are several. `made` are the numbers of all that it computes: under
-    those that the planner has added, a region may have something else, as a tensor that came in behind a read.
+    streams that its launches have in a CUDA graph, if they are several.
     """
 
     plan: Plan
@@ -34,7 +33,6 @@ class Prepared:
     first_commit: int
     device: torch.device
     branches: Branches | None
-    made: tuple[int, ...]
 
 
 class PlanExecutor:
@@ -71,7 +69,6 @@ class PlanExecutor:
             first_commit=commits[0] if commits else len(instructions),
             device=device,
             branches=Branches(plan.launches, device) if several and device.type == "cuda" else None,
-            made=tuple(v.id for op in plan.graph.ops for v in op.outputs),
         )
 
     def run(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> None:
@@ -93,7 +90,6 @@ class PlanExecutor:
         Returns what the run has left.
         """
         frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
-        frame.forget(prepared.made)
         if prepared.layout.arena:
             assert block is not None
             frame.move_in(block)
@@ -107,7 +103,6 @@ class PlanExecutor:
     def _run_planned(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> bool:
         """False if there is not enough memory for the arena or with it, and nothing was done yet that others could see."""
         frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
-        frame.forget(prepared.made)
         try:
             if not self._move_in(prepared, frame):
                 return False
