@@ -42,6 +42,7 @@ from kitsune.lazy.replaced import DOORS, is_untouched, original_of
 from kitsune.lazy.spent_views import written_views
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
+from kitsune.lazy.twins import settle
 from kitsune.lazy.used_again import keep
 from kitsune.lazy.words import in_eagers_words
 from kitsune.lazy.write_counts import count_writes
@@ -221,8 +222,9 @@ class CallLane(Learner):
         keep((args, kwargs))
         recorder = self.recorder
         hook, inside, site = recorder.hook, self.inside, sites.call.site
-        # Within, since an interrupt may come between any two lines.
-        try:
+        if self.twins and not recorder.region.calls:  # Writes beside calls that are owed count when these are made again.
+            settle(self.twins)
+        try:  # Within, since an interrupt may come between any two lines.
             recorder.hook, self.inside, sites.call.site = None, inside + 1, sites.UNKNOWN
             return func(*args, **kwargs) if kwargs else func(*args)
         except RuntimeError as error:
