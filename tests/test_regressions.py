@@ -462,3 +462,21 @@ def test_a_write_that_is_followed_is_counted_once(write: Any, graded: bool) -> N
     for _ in range(5):
         with kitsune.accelerate(device="cpu", warmup=0):
             assert count() == expected
+
+
+def test_a_view_of_a_leaf_taken_without_gradients_beside_a_backward() -> None:
+    """It wants a gradient and has no node for it."""
+    leaf, weight = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        view = leaf.expand_as(leaf).transpose(0, -1)
+    assert view.requires_grad and view.grad_fn is None
+    with kitsune.config.patch(gate=False), lazily():
+        for _ in range(5):
+            weight.grad = None
+            (weight * view.sqrt()).sum().backward()
+            kitsune.flush()
+        loss = view.detach().sum()
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            loss.backward()
+    assert weight.grad is not None and weight.grad.tolist() == [1.0, 1.0, 1.0]
+    assert leaf.grad is None and view.grad is None
