@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait as futures_done
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -206,17 +206,6 @@ def wait(timeout: float | None = None) -> bool:
         try:
             return _changed.wait_for(lambda: not _n_open, timeout)
         finally:
-            thread.n_waiting -= 1
-
-
-def wait_for(future: "Future[Any]", seconds: float) -> None:
-    """Wait until this is done, or so long. The thread does not rest meanwhile."""
-    with _changed:
-        thread.n_waiting += 1
-    try:
-        futures_done([future], seconds)
-    finally:
-        with _changed:
             thread.n_waiting -= 1
 
 

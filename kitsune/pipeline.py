@@ -207,11 +207,10 @@ class Pipeline:
         self._look_at_new()
 
     def _look_at_new(self) -> None:
-        """Behind a capture, or after some regions, have the collector look at what was learned. At once, where plans were read as
-        well: of BERT's there are 109,000 objects, for which it would look in the second step (18 ms, H200)."""
+        """Behind a capture, or after some regions, have the collector look at what was learned."""
         self.n_closed += threshold.owes_look
         late = tally.n_captured > self.n_captured or self.n_closed > LATEST
-        if threshold.owes_look and (late or self.runner.reads_ahead):
+        if threshold.owes_look and late:
             threshold.look()
             self.n_closed = 0
         self.n_captured = tally.n_captured
