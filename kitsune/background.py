@@ -153,12 +153,15 @@ _awaited: list[list[Future[Any]]] = []
 
 
 def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
-    """What `make()` returns, once all futures beside it are done as well; how these end is not looked at."""
+    """What `make()` returns, once all futures beside it are done as well; how these end is not looked at. Until it is begun it
+    can be cancelled."""
     result: Future[R] = Future()
     _count(1)
     result.add_done_callback(lambda _: _count(-1))
 
     def work() -> None:
+        if not result.set_running_or_notify_cancel():
+            return
         try:
             made, futures = make()
         except BaseException as error:

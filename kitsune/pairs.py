@@ -104,6 +104,13 @@ class Pairs:
             self._ask(known)
         return bool(mine)
 
+    def forget(self) -> None:
+        """Drop every pair."""
+        for known in self.known.values():
+            if known.coming is not None:
+                known.coming.cancel()
+        self.known.clear()
+
     def spread_nothing(self) -> None:
         """What is there now is run next time."""
         for known in list(self.known.values()):

@@ -158,9 +158,12 @@ class Runner:
             self._tune(ready, until)
 
     def forget(self) -> None:
-        """Drop every plan and every graph, and the memory kept for them."""
+        """Drop every plan and every graph, and the memory kept for them. What the background has not begun is not made."""
+        for ready in self.ready.values():
+            if ready.coming is not None:
+                ready.coming.cancel()
         self.ready.clear()
-        self.pairs.known.clear()
+        self.pairs.forget()
         if self.steady is not None:
             self.steady.forget()
         self.relieve(hard=False)

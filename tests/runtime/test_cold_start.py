@@ -441,3 +441,20 @@ def test_forgotten_regions_do_not_come_back() -> None:
         workers.release()
         assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, 1]
         assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), chain()) and counts("kernels") == [1]
+
+
+def test_what_is_forgotten_before_it_is_begun_is_not_made() -> None:
+    go = threading.Event()
+    with cold() as (workers, _):
+        step()
+        assert idle()
+        thread.submit(lambda: go.wait(SECONDS) and None)
+        for _ in range(PLAN_AFTER):
+            step()
+        (ready,) = runner().ready.values()
+        assert ready.coming is not None and not kitsune.wait_for_kernels(0.01)
+        # As where the gate leaves a program to eager.
+        runner().forget()
+        there = kitsune.wait_for_kernels(1.0)
+        go.set()
+        assert there and idle() and not workers.asked and torch.equal(step(), chain())
