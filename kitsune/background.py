@@ -3,6 +3,7 @@
 import atexit
 import heapq
 import itertools
+import math
 import queue
 import threading
 import time
@@ -45,7 +46,7 @@ class PacedThread:
 
     def __init__(self) -> None:
         # A heap: in the order of their ranks, those of one rank in the order in which they came. And a token for each.
-        self._calls: list[tuple[int, int, Callable[[], None]]] = []
+        self._calls: list[tuple[int, int, bool, Callable[[], None]]] = []
         self._numbers = itertools.count()
         # Of C, not a PriorityQueue: when the thread is closed, its hook raises inside of what is written in Python.
         self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -59,10 +60,13 @@ class PacedThread:
         # Where it is in it, and since when this was seen; None where nobody can tell.
         self.where: Callable[[], Any] = lambda: None
         self._seen: tuple[Any, float] = (None, 0.0)
+        # Is what it does now for idle moments only?
+        self._in_idle_moments = False
 
-    def submit(self, call: Callable[[], None], rank: int = 0) -> None:
-        """Call it soon, before what has a higher rank. It must not raise."""
-        heapq.heappush(self._calls, (rank, next(self._numbers), call))
+    def submit(self, call: Callable[[], None], rank: int = 0, in_idle_moments: bool = False) -> None:
+        """Call it soon, before what has a higher rank. It must not raise. `in_idle_moments`: during a step only while an operator
+        of the program takes long."""
+        heapq.heappush(self._calls, (rank, next(self._numbers), in_idle_moments, call))
         self._tokens.put(None)
         with self._lock:
             # A forked child has none of its parent's threads.
@@ -87,7 +91,9 @@ class PacedThread:
                 self._tokens.get()
                 self._keep_quiet()
                 if self._calls:
-                    call = heapq.heappop(self._calls)[-1]
+                    *_, self._in_idle_moments, call = heapq.heappop(self._calls)
+                    if self._in_idle_moments:
+                        self._rest(0.0)
                     # It hears of every function that this thread begins, so that no stage has to offer places to rest.
                     with hearing(pace):
                         call()
@@ -123,8 +129,8 @@ class PacedThread:
             if not _alone():
                 time.sleep(worked * REST)
             return
-        until = time.perf_counter() + worked * REST_IN_STEP
-        while self.in_a_step() and not self._closing and (left := until - time.perf_counter()) > 0:
+        until = math.inf if self._in_idle_moments else time.perf_counter() + worked * REST_IN_STEP
+        while self.in_a_step() and not (self._closing or self.n_waiting) and (left := until - time.perf_counter()) > 0:
             if self._is_in_a_long_operator() and _alone():
                 return
             time.sleep(min(LOOK_S, left))
@@ -152,9 +158,9 @@ _n_open = 0
 _awaited: list[list[Future[Any]]] = []
 
 
-def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
+def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]], in_idle_moments: bool = False) -> "Future[R]":
     """What `make()` returns, once all futures beside it are done as well; how these end is not looked at. Until it is begun it
-    can be cancelled."""
+    can be cancelled. See `PacedThread.submit`."""
     result: Future[R] = Future()
     _count(1)
     result.add_done_callback(lambda _: _count(-1))
@@ -176,8 +182,18 @@ def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
         when_done(awaited, finish)
 
     # After the loading of what others wait for.
-    thread.submit(work, rank=1)
+    thread.submit(work, 1, in_idle_moments)
     return result
+
+
+def soon(call: Callable[[], None], in_idle_moments: bool = False) -> None:
+    """Call it in the background. See `PacedThread.submit`."""
+
+    def make() -> tuple[None, list[Future[Any]]]:
+        call()
+        return None, []
+
+    later(make, in_idle_moments)
 
 
 def n_awaited() -> int:

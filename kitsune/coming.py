@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kitsune.backends import Backend
-from kitsune.background import later
+from kitsune.background import soon
 from kitsune.ir import Graph, Op
 from kitsune.plan_files import make_ready, pair_paths, plan_path
 from kitsune.planning import Planner
@@ -31,7 +31,7 @@ class Coming:
 
     def make_ready(self) -> None:
         """Have made what the first plan of a process needs, while the first step waits for libraries."""
-        _in_background(make_ready)
+        soon(make_ready, in_idle_moments=True)
 
     def planned(self, graph: Graph, planner: Planner) -> Ready:
         """A region by the plan that it has on disk, or that is made now."""
@@ -39,7 +39,7 @@ class Coming:
         if self.backend.expect is not None and (path is None or not path.exists()):
             self.backend.expect()
         # ResNet-50's plan takes 0.28 s to write (CPU host), in which kernels can be compiled already.
-        ready = by_plan(show_plan(graph, planner, soon=_in_background), self.executor, self.device)
+        ready = by_plan(show_plan(graph, planner, soon), self.executor, self.device)
         ready.compiling = self.warm(ready.work)
         return ready
 
@@ -48,7 +48,7 @@ class Coming:
         paths = pair_paths(pair, planner)
         if self.backend.expect is not None and not (paths and all(path.exists() for path in paths)):
             self.backend.expect()
-        plans = show_pair(pair, planner, soon=_in_background)
+        plans = show_pair(pair, planner, soon)
         if plans is None:
             return None
         first, second = (by_plan(plan, self.executor, self.device) for plan in plans)
@@ -62,11 +62,3 @@ class Coming:
         starts = [i for i in prepared.instructions if isinstance(i, Start) and i.prepared is not None]
         # Each once: launches share programs.
         return [*dict.fromkeys(future for start in starts for future in self.backend.warm(start.launch, start.prepared))]
-
-
-def _in_background(call: Callable[[], None]) -> None:
-    def make() -> tuple[None, list[Future[Any]]]:
-        call()
-        return None, []
-
-    later(make)
