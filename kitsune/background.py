@@ -62,6 +62,7 @@ class PacedThread:
         self._seen: tuple[Any, float] = (None, 0.0)
         # Is what it does now for idle moments only?
         self._in_idle_moments = False
+        self._look: Callable[[], None] = lambda: None
 
     def submit(self, call: Callable[[], None], rank: int = 0, in_idle_moments: bool = False) -> None:
         """Call it soon, before what has a higher rank. It must not raise. `in_idle_moments`: during a step only while an operator
@@ -104,11 +105,15 @@ class PacedThread:
         start, n = time.thread_time(), 0
 
         def hook(*_: Any) -> None:
-            nonlocal start, n
+            nonlocal n
             n += 1
-            if n < EVENTS:
-                return
-            n, worked = 0, time.thread_time() - start
+            if n >= EVENTS:
+                n = 0
+                look()
+
+        def look() -> None:
+            nonlocal start
+            worked = time.thread_time() - start
             if self._closing:
                 raise _Closing
             if worked >= WORK_S:
@@ -117,7 +122,12 @@ class PacedThread:
                     self._keep_quiet()
                 start = time.thread_time()
 
+        self._look = look
         return hook
+
+    def breathe(self) -> None:
+        """For a call of which nothing is heard to call now and then: rest if it is time for that."""
+        self._look()
 
     def _keep_quiet(self) -> None:
         """Begin or go on with nothing while steps are timed. Who needs a lock that this thread has waits as long, at the most."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-# Making plans, reading them, writing the texts of kernels and matchers: what a program's own threads hardly ever run.
+# Making plans, reading them and writing the texts of kernels: what a program's own threads hardly ever run.
 HEARD = (
     "kitsune.codegen",
     "kitsune.dataflow",
@@ -16,7 +16,6 @@ HEARD = (
     "kitsune.ir.graph",
     "kitsune.ir.plan",
     "kitsune.ir.serial",
-    "kitsune.lazy.matcher",
     "kitsune.memory",
     "kitsune.plan_files",
     "kitsune.planning",

@@ -84,8 +84,6 @@ class Pipeline:
     def __init__(self, device: torch.device, warmup: int, options: EngineOptions = DEFAULT) -> None:
         self.device, self.runner = device, Runner(device, tally, options)
         self.replays = Replays(self.runner)
-        # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
-        self.left_behind = False
         self.recorder = Listener(
             device=device,
             warmup=warmup,
@@ -101,10 +99,12 @@ class Pipeline:
             on_plans=self.runner.thread_plans.seen,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
-        self.lane.ask_to_write = partial(soon, self.lane.write_matchers, True) if self.runner.in_background() else None
+        write = partial(self.lane.write_matchers, thread.breathe)
+        self.lane.ask_to_write = partial(soon, write, True) if self.runner.in_background() else None
         self.follows, self.porter = False, Porter()
-        # Does it take this thread's ops now? Not while the steps of an open context are left to eager. Or is it ending that?
-        self.on = self.closing = False
+        # Does it take this thread's ops now? Not while the steps of an open context are left to eager. Or is it ending that? Or
+        # could the mode not be taken off the stack when its context closed? See RecordMode.leave.
+        self.on = self.closing = self.left_behind = False
         # A static function is being learned: its steps are recorded, whatever the gate says of those that Python goes through.
         self.insists = False
         # Regions that ended while the collector owes a look at what is new, captures when the last one did, and the times that

@@ -130,9 +130,9 @@ class Learner:
             if len(self.unwritten) == MANY and self.ask_to_write is not None:
                 self.ask_to_write()
 
-    def write_matchers(self) -> None:
+    def write_matchers(self, breathe: Callable[[], None] = lambda: None) -> None:
         """Write those that are to be written: at the end of the region, since the next one needs them, or before that in the
-        background, while the program waits for something else."""
+        background, while the program waits for something else. `breathe` is called behind each."""
         while self.unwritten:
             try:
                 edge, *known = self.unwritten.popleft()
@@ -140,6 +140,7 @@ class Learner:
                 return
             if (matcher := matcher_for(edge, *known)) is not None:
                 self.take_by(matcher, edge)
+            breathe()
 
     def take_by(self, matcher: Any, edge: Edge) -> None:
         """From now on a matcher takes the calls of an edge, if these are still known."""

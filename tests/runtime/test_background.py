@@ -155,6 +155,26 @@ def test_what_is_for_idle_moments_is_not_begun_while_a_step_goes_on(then: str) -
     paced.close()
 
 
+def test_what_is_not_heard_rests_where_it_breathes() -> None:
+    rests: list[float] = []
+
+    def work(breathes: bool) -> None:
+        until = time.thread_time() + 3 * WORK_S
+        while time.thread_time() < until:
+            if breathes:
+                paced.breathe()
+        done.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.background.hearing", lambda hear: contextlib.nullcontext())
+        for breathes in (False, True):
+            paced, done = PacedThread(), threading.Event()
+            patch.setattr(paced, "_rest", rests.append)
+            paced.submit(lambda: work(breathes))  # noqa: B023
+            assert done.wait(SECONDS) and bool(rests) is breathes and all(worked >= WORK_S for worked in rests)
+            paced.close()
+
+
 def test_it_does_not_rest_while_somebody_waits_for_it() -> None:
     paced, slept = PacedThread(), []
     paced.n_waiting = 1
