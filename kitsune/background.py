@@ -3,7 +3,6 @@
 import atexit
 import heapq
 import itertools
-import math
 import queue
 import threading
 import time
@@ -28,6 +27,8 @@ LOOK_S = 0.001
 # An operator that has taken so long takes longer: it waits for the device, or has torch load a library, and needs no lock. Much
 # of a first step is of that kind.
 LONG_S = 0.001
+# What is for such moments waits so long for them: a first step takes 0.4 to 2 s (BERT, H200), and others may be waiting behind it.
+PATIENCE_S = 2.0
 # Another thread needs some 50 us to wake up and take the lock. Who gets the lock back much later than that was not alone.
 YIELD_S = 0.0001
 ALONE_S = 0.0004
@@ -60,8 +61,8 @@ class PacedThread:
         # Where it is in it, and since when this was seen; None where nobody can tell.
         self.where: Callable[[], Any] = lambda: None
         self._seen: tuple[Any, float] = (None, 0.0)
-        # Is what it does now for idle moments only?
-        self._in_idle_moments = False
+        # Until when does what it does now wait for idle moments?
+        self._patient_until = 0.0
         self._look: Callable[[], None] = lambda: None
 
     def submit(self, call: Callable[[], None], rank: int = 0, in_idle_moments: bool = False) -> None:
@@ -92,8 +93,9 @@ class PacedThread:
                 self._tokens.get()
                 self._keep_quiet()
                 if self._calls:
-                    *_, self._in_idle_moments, call = heapq.heappop(self._calls)
-                    if self._in_idle_moments:
+                    *_, in_idle_moments, call = heapq.heappop(self._calls)
+                    self._patient_until = time.perf_counter() + PATIENCE_S if in_idle_moments else 0.0
+                    if in_idle_moments:
                         self._rest(0.0)
                     # It hears of every function that this thread begins, so that no stage has to offer places to rest.
                     with hearing(pace):
@@ -139,7 +141,7 @@ class PacedThread:
             if not _alone():
                 time.sleep(worked * REST)
             return
-        until = math.inf if self._in_idle_moments else time.perf_counter() + worked * REST_IN_STEP
+        until = max(self._patient_until, time.perf_counter() + worked * REST_IN_STEP)
         while self.in_a_step() and not (self._closing or self.n_waiting) and (left := until - time.perf_counter()) > 0:
             if self._is_in_a_long_operator() and _alone():
                 return
