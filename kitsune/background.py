@@ -27,7 +27,7 @@ LOOK_S = 0.001
 # An operator that has taken so long takes longer: it waits for the device, or has torch load a library, and needs no lock. Much
 # of a first step is of that kind.
 LONG_S = 0.001
-# What is for such moments waits so long for them: a first step takes 0.4 to 2 s (BERT, H200), and others may be waiting behind it.
+# What is for such moments waits so long for them: a first step takes 0.4 to 2 s (BERT, H200), and others may wait behind it.
 PATIENCE_S = 2.0
 # Another thread needs some 50 us to wake up and take the lock. Who gets the lock back much later than that was not alone.
 YIELD_S = 0.0001
