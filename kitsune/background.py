@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait as futures_done
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -27,6 +27,8 @@ LOOK_S = 0.001
 # An operator that has taken so long takes longer: it waits for the device, or has torch load a library, and needs no lock. Much
 # of a first step is of that kind.
 LONG_S = 0.001
+# What is for such moments waits so long for them: a first step takes 0.4 to 2 s (BERT, H200), and others may wait behind it.
+PATIENCE_S = 2.0
 # Another thread needs some 50 us to wake up and take the lock. Who gets the lock back much later than that was not alone.
 YIELD_S = 0.0001
 ALONE_S = 0.0004
@@ -45,7 +47,7 @@ class PacedThread:
 
     def __init__(self) -> None:
         # A heap: in the order of their ranks, those of one rank in the order in which they came. And a token for each.
-        self._calls: list[tuple[int, int, Callable[[], None]]] = []
+        self._calls: list[tuple[int, int, bool, Callable[[], None]]] = []
         self._numbers = itertools.count()
         # Of C, not a PriorityQueue: when the thread is closed, its hook raises inside of what is written in Python.
         self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -59,10 +61,14 @@ class PacedThread:
         # Where it is in it, and since when this was seen; None where nobody can tell.
         self.where: Callable[[], Any] = lambda: None
         self._seen: tuple[Any, float] = (None, 0.0)
+        # Until when does what it does now wait for idle moments?
+        self._patient_until = 0.0
+        self._look: Callable[[], None] = lambda: None
 
-    def submit(self, call: Callable[[], None], rank: int = 0) -> None:
-        """Call it soon, before what has a higher rank. It must not raise."""
-        heapq.heappush(self._calls, (rank, next(self._numbers), call))
+    def submit(self, call: Callable[[], None], rank: int = 0, in_idle_moments: bool = False) -> None:
+        """Call it soon, before what has a higher rank. It must not raise. `in_idle_moments`: during a step only while an operator
+        of the program takes long."""
+        heapq.heappush(self._calls, (rank, next(self._numbers), in_idle_moments, call))
         self._tokens.put(None)
         with self._lock:
             # A forked child has none of its parent's threads.
@@ -87,7 +93,10 @@ class PacedThread:
                 self._tokens.get()
                 self._keep_quiet()
                 if self._calls:
-                    call = heapq.heappop(self._calls)[-1]
+                    *_, in_idle_moments, call = heapq.heappop(self._calls)
+                    self._patient_until = time.perf_counter() + PATIENCE_S if in_idle_moments else 0.0
+                    if in_idle_moments:
+                        self._rest(0.0)
                     # It hears of every function that this thread begins, so that no stage has to offer places to rest.
                     with hearing(pace):
                         call()
@@ -98,11 +107,15 @@ class PacedThread:
         start, n = time.thread_time(), 0
 
         def hook(*_: Any) -> None:
-            nonlocal start, n
+            nonlocal n
             n += 1
-            if n < EVENTS:
-                return
-            n, worked = 0, time.thread_time() - start
+            if n >= EVENTS:
+                n = 0
+                look()
+
+        def look() -> None:
+            nonlocal start
+            worked = time.thread_time() - start
             if self._closing:
                 raise _Closing
             if worked >= WORK_S:
@@ -111,7 +124,12 @@ class PacedThread:
                     self._keep_quiet()
                 start = time.thread_time()
 
+        self._look = look
         return hook
+
+    def breathe(self) -> None:
+        """For a call of which nothing is heard to call now and then: rest if it is time for that."""
+        self._look()
 
     def _keep_quiet(self) -> None:
         """Begin or go on with nothing while steps are timed. Who needs a lock that this thread has waits as long, at the most."""
@@ -123,8 +141,8 @@ class PacedThread:
             if not _alone():
                 time.sleep(worked * REST)
             return
-        until = time.perf_counter() + worked * REST_IN_STEP
-        while self.in_a_step() and not self._closing and (left := until - time.perf_counter()) > 0:
+        until = max(self._patient_until, time.perf_counter() + worked * REST_IN_STEP)
+        while self.in_a_step() and not (self._closing or self.n_waiting) and (left := until - time.perf_counter()) > 0:
             if self._is_in_a_long_operator() and _alone():
                 return
             time.sleep(min(LOOK_S, left))
@@ -152,13 +170,16 @@ _n_open = 0
 _awaited: list[list[Future[Any]]] = []
 
 
-def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
-    """What `make()` returns, once all futures beside it are done as well; how these end is not looked at."""
+def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]], in_idle_moments: bool = False) -> "Future[R]":
+    """What `make()` returns, once all futures beside it are done as well; how these end is not looked at. Until it is begun it
+    can be cancelled. See `PacedThread.submit`."""
     result: Future[R] = Future()
     _count(1)
     result.add_done_callback(lambda _: _count(-1))
 
     def work() -> None:
+        if not result.set_running_or_notify_cancel():
+            return
         try:
             made, futures = make()
         except BaseException as error:
@@ -173,8 +194,18 @@ def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]]) -> "Future[R]":
         when_done(awaited, finish)
 
     # After the loading of what others wait for.
-    thread.submit(work, rank=1)
+    thread.submit(work, 1, in_idle_moments)
     return result
+
+
+def soon(call: Callable[[], None], in_idle_moments: bool = False) -> None:
+    """Call it in the background. See `PacedThread.submit`."""
+
+    def make() -> tuple[None, list[Future[Any]]]:
+        call()
+        return None, []
+
+    later(make, in_idle_moments)
 
 
 def n_awaited() -> int:
@@ -206,17 +237,6 @@ def wait(timeout: float | None = None) -> bool:
         try:
             return _changed.wait_for(lambda: not _n_open, timeout)
         finally:
-            thread.n_waiting -= 1
-
-
-def wait_for(future: "Future[Any]", seconds: float) -> None:
-    """Wait until this is done, or so long. The thread does not rest meanwhile."""
-    with _changed:
-        thread.n_waiting += 1
-    try:
-        futures_done([future], seconds)
-    finally:
-        with _changed:
             thread.n_waiting -= 1
 
 

@@ -17,7 +17,6 @@ from kitsune.config import config
 from kitsune.fusion import ANYTHING
 from kitsune.ir import Graph, Handover, Op
 from kitsune.joined import Joined, Left
-from kitsune.plan_files import kept_pair
 from kitsune.planning import Planner
 from kitsune.ready import by_plan, runs_by_ops
 from kitsune.scheduler import Pair
@@ -37,9 +36,6 @@ class Known:
     coming: "Future[Joined | None] | None" = None
     joined: Joined | None = None
     refused: bool = False
-    # Are the plans only looked for on disk? And what has come of that, whose kernels may have to be waited for.
-    looks_up: bool = False
-    found: Joined | None = None
     # Times in a row that something else has followed the first, and those that it was taken for the second from then on.
     n_others: int = 0
     n_changes: int = 0
@@ -108,6 +104,13 @@ class Pairs:
             self._ask(known)
         return bool(mine)
 
+    def forget(self) -> None:
+        """Drop every pair."""
+        for known in self.known.values():
+            if known.coming is not None:
+                known.coming.cancel()
+        self.known.clear()
+
     def spread_nothing(self) -> None:
         """What is there now is run next time."""
         for known in list(self.known.values()):
@@ -131,18 +134,14 @@ class Pairs:
 
     def _meet(self, known: Known | None, handover: Handover, graph: Graph, values: list[Any]) -> None:
         """Something new has come behind a first part, of which so much is known."""
-        first, kept, runner = handover.first, handover.kept, self.runner
+        first, kept = handover.first, handover.kept
         assert first is not None
         if not any(v.id in kept for v in graph.inputs):
             return
         own = frozenset(v.storage for v in first.inputs if isinstance(values[v.id], torch.nn.Parameter))
         pair = Pair(first, kept, graph, own)
         if known is None:
-            met = self.known[pair.first, pair.kept] = Known(pair)
-            if runner.in_background():
-                planner = runner.planner()
-                met.coming = later(lambda: self._made(met, planner) if kept_pair(pair, planner) else (None, []))
-                met.looks_up = True
+            self.known[pair.first, pair.kept] = Known(pair)
             return
         known.n_others += 1
         if known.n_others < IN_A_ROW:
@@ -154,24 +153,21 @@ class Pairs:
         self._ask(met)
 
     def _ask(self, known: Known) -> None:
-        """Have the plans made, of which nobody knows yet whether they lie on disk."""
-        if known.joined is not None or (known.coming is not None and not known.looks_up):
+        """Have the plans read or made."""
+        if known.joined is not None or known.coming is not None:
             return
-        known.looks_up, planner = False, self.runner.planner()
+        planner = self.runner.planner()
         if self.runner.in_background():
-            known.coming = later(lambda: self._made(known, planner))
+            known.coming = later(lambda: self._made(known.pair, planner))
             return
         known.coming = Future()
         try:
-            known.coming.set_result(self._made(known, planner)[0])
+            known.coming.set_result(self._made(known.pair, planner)[0])
         except Exception as error:
             known.coming.set_exception(error)
 
-    def _made(self, known: Known, planner: Planner) -> tuple[Joined | None, list[Future[Any]]]:
-        runner, pair = self.runner, known.pair
-        if known.found is not None:
-            # Looked up before, by this very thread.
-            return known.found, known.found.compiling
+    def _made(self, pair: Pair, planner: Planner) -> tuple[Joined | None, list[Future[Any]]]:
+        runner = self.runner
         if runner.coming is not None:
             readies = runner.coming.planned_pair(pair, planner)
         else:
@@ -179,7 +175,7 @@ class Pairs:
             readies = plans and tuple(by_plan(plan, runner.executor, runner.device) for plan in plans)
         if readies is None:
             return None, []
-        joined = known.found = Joined(pair, *readies)
+        joined = Joined(pair, *readies)
         if runner.coming is not None:
             joined.to_try = [*runner.coming.to_try(joined.first), *runner.coming.to_try(joined.second)]
         return joined, joined.compiling
@@ -202,16 +198,13 @@ class Pairs:
                 raise
             runner.sentences.append(runs_by_ops(pair.whole, error))
         if joined is None:
-            if not known.looks_up:
-                self._refuse(known)
-            known.looks_up, known.coming = False, None
-            return
+            return self._refuse(known)
         for ready in joined.readies:
             runner.ready[runner.key(ready.graph)] = ready
             if config.debug and ready.plan is not None:
                 shows().fused(ready.n_ops, ready.plan.n_kernels)
         self._take_over(joined.first, pair.first)
-        known.joined, known.found, known.coming = joined, None, None
+        known.joined, known.coming = joined, None
 
     def _follow(self, joined: Joined) -> None:
         """The second part is about to be run, by what the first one has left where it now is."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kitsune.backends import arch_here, half_of_memory
-from kitsune.background import n_awaited, thread, wait
+from kitsune.background import n_awaited, soon, thread, wait
 from kitsune.checking import checked_run
 from kitsune.config import config
 from kitsune.dispatch import CallMode, RecordMode, below_autograd, describe, infer, keep_out_of_dynamo
@@ -82,10 +82,8 @@ class Pipeline:
     """One per accelerating thread: a listener that intercepts and records, and an executor that runs what is flushed."""
 
     def __init__(self, device: torch.device, warmup: int, options: EngineOptions = DEFAULT) -> None:
-        self.runner = Runner(device, tally, options)
+        self.device, self.runner = device, Runner(device, tally, options)
         self.replays = Replays(self.runner)
-        # The mode could not be taken off the stack when its context closed; see RecordMode.leave.
-        self.left_behind = False
         self.recorder = Listener(
             device=device,
             warmup=warmup,
@@ -101,15 +99,17 @@ class Pipeline:
             on_plans=self.runner.thread_plans.seen,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
+        write = partial(self.lane.write_matchers, thread.breathe)
+        self.lane.ask_to_write = partial(soon, write, True) if self.runner.in_background() else None
         self.follows, self.porter = False, Porter()
-        # Does it take this thread's ops now? Not while the steps of an open context are left to eager. Or is it ending that?
-        self.on = self.closing = False
+        # Does it take this thread's ops now? Not while the steps of an open context are left to eager. Or is it ending that? Or
+        # could the mode not be taken off the stack when its context closed? See RecordMode.leave.
+        self.on = self.closing = self.left_behind = False
         # A static function is being learned: its steps are recorded, whatever the gate says of those that Python goes through.
         self.insists = False
         # Regions that ended while the collector owes a look at what is new, captures when the last one did, and the times that
         # everything known was dropped.
         self.n_closed = self.n_captured = self.n_forgotten = 0
-        self.device = device
         memory = partial(has_room, device), partial(asked_bytes, device), self.make_way, partial(give_back, device)
         self.gate = Gate(device.type == "cuda", self.progress, self.seconds, *memory, quiet, tally)
 
@@ -204,14 +204,14 @@ class Pipeline:
         if observed:
             with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 self.runner.expect(graph)
+        self.lane.write_matchers()
         self._look_at_new()
 
     def _look_at_new(self) -> None:
-        """Behind a capture, or after some regions, have the collector look at what was learned. At once, where plans were read as
-        well: of BERT's there are 109,000 objects, for which it would look in the second step (18 ms, H200)."""
+        """Behind a capture, or after some regions, have the collector look at what was learned."""
         self.n_closed += threshold.owes_look
         late = tally.n_captured > self.n_captured or self.n_closed > LATEST
-        if threshold.owes_look and (late or self.runner.reads_ahead):
+        if threshold.owes_look and late:
             threshold.look()
             self.n_closed = 0
         self.n_captured = tally.n_captured

@@ -1,10 +1,7 @@
 """Plans on disk: BERT's takes 1.3 s of Python on an H200's host to make, of which a program that starts again waits for most."""
 
 import hashlib
-import os
 import platform
-import re
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -18,17 +15,15 @@ from kitsune.codegen import write
 from kitsune.codegen.cache import versions
 from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.fusion import ANYTHING
-from kitsune.ir import Graph, Launch, LoadedPlan, Plan, Program, dump_plan, graph_digest, load_plan, reads_slots
+from kitsune.ir import Graph, Launch, Plan, Program, dump_plan, graph_digest, load_plan, reads_slots
 from kitsune.planning import Planner, no_tile
 from kitsune.scheduler import Costs, Pair
 
 # Fewer operators are planned in less than 0.05 s.
 WORTH = 100
-FOLDER, NAME = "plans", re.compile("[0-9a-f]{32}[.]plan")
+FOLDER = "plans"
 # Files that are kept of each kind, of up to 1 MB; the ones read longest ago go first.
 MAX_FILES = 128
-# Plans that are read before it is known whether they are needed: ResNet-50's takes 0.15 s with all that starts it (CPU host).
-MAX_AHEAD = 4
 
 
 def at_once(call: Callable[[], None]) -> None:
@@ -61,9 +56,9 @@ def planned(graph: Graph, planner: Planner, soon: Callable[[Callable[[], None]],
 def planned_pair(pair: Pair, planner: Planner, soon: Callable[[Callable[[], None]], None] = at_once) -> tuple[Plan, Plan] | None:
     """The planner's plans of a region's two parts: from disk, or made now; None where each is to be planned by itself."""
     whole, paths = pair.whole, pair_paths(pair, planner)
-    found = [read_plan(path) for path in paths]
+    found = [read_plan(path, whole) for path in paths]
     if len(found) == 2 and found[0] is not None and found[1] is not None:
-        return found[0].of(whole).with_tiles(planner.tiles), found[1].of(whole).with_tiles(planner.tiles)
+        return found[0].with_tiles(planner.tiles), found[1].with_tiles(planner.tiles)
     plans = replace(planner, tiles=no_tile).plan_pair(pair)
     if plans is None:
         return None
@@ -78,14 +73,6 @@ def planned_pair(pair: Pair, planner: Planner, soon: Callable[[Callable[[], None
     if paths:
         soon(keep)
     return plans[0].with_tiles(planner.tiles), plans[1].with_tiles(planner.tiles)
-
-
-def kept_pair(pair: Pair, planner: Planner) -> bool:
-    """Need the plans of two parts not be made?"""
-    if len(pair.whole.ops) < WORTH:
-        return False
-    paths = pair_paths(pair, planner)
-    return bool(paths) and all(path.exists() for path in paths)
 
 
 def pair_paths(pair: Pair, planner: Planner) -> tuple[Path, ...]:
@@ -103,16 +90,11 @@ def make_ready() -> None:
     _code()
 
 
-def may_be_kept(graph: Graph) -> bool:
-    """Is it worth the time to look?"""
-    return len(graph.ops) >= WORTH and any((cache_folder() / FOLDER).glob("*.plan"))
-
-
 def kept_plan(graph: Graph, planner: Planner) -> Plan | None:
     """The same, if it need not be made."""
     path = plan_path(graph, planner)
-    found = None if path is None else read_plan(path)
-    return None if found is None else found.of(graph).with_tiles(planner.tiles)
+    found = None if path is None else read_plan(path, graph)
+    return None if found is None else found.with_tiles(planner.tiles)
 
 
 def plan_path(graph: Graph, planner: Planner, part: str = "") -> Path | None:
@@ -135,13 +117,13 @@ def plan_path(graph: Graph, planner: Planner, part: str = "") -> Path | None:
 _digest = lru_cache(8)(graph_digest)
 
 
-def read_plan(path: Path) -> LoadedPlan | None:
-    """What a file holds; None if there is none, or it is damaged."""
+def read_plan(path: Path, graph: Graph) -> Plan | None:
+    """What a file holds, for the graph that it is for; None if there is none, or it is damaged."""
     content = read_sealed(path)
     if content is None:
         return None
     try:
-        plan = load_plan(content)
+        plan = load_plan(content, graph)
         path.touch()
     except OSError:  # of a folder that can only be read
         return plan
@@ -169,36 +151,6 @@ def _with_texts(plan: Plan, slots_in_kernels: bool) -> Plan:
         return replace(launch, written=replace(written, program=programs[id(program)]))
 
     return replace(plan, launches=tuple(map(with_text, plan.launches)))
-
-
-def program_name(device: torch.device) -> str:
-    """Tells programs apart, which are likely to do again what they did when they last ran: by their file and arguments."""
-    main = getattr(sys.modules.get("__main__"), "__file__", None) or ""
-    return hashlib.sha256(repr((os.path.abspath(main), sys.argv[1:], str(device))).encode()).hexdigest()[:32]
-
-
-# By folder and program, the plans that this process has used.
-_used: dict[tuple[Path, str], list[str]] = {}
-
-
-def last_plans(program: str) -> list[Path]:
-    """The files of the plans that a program used when it last ran. It is a guess: what they hold is for the graph that is in
-    their names."""
-    content = read_sealed(cache_folder() / FOLDER / f"{program}.last")
-    names = [] if content is None else content.decode(errors="replace").split()
-    return [cache_folder() / FOLDER / name for name in names[:MAX_AHEAD] if NAME.fullmatch(name)]
-
-
-def remember_plan(program: str, path: Path) -> None:
-    """The program has used a plan."""
-    used = _used.setdefault((path.parent, program), [])
-    if path.name in used or len(used) >= MAX_AHEAD:
-        return
-    used.append(path.name)
-    if path not in last_plans(program):
-        # Next time it will be slower where this cannot be written.
-        with suppress(OSError):
-            _write(path.parent / f"{program}.last", " ".join(used).encode())
 
 
 def _write(path: Path, content: bytes) -> None:

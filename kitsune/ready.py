@@ -48,21 +48,11 @@ class Ready:
     # Of what is to come: operators that make plans of their own, and are to be run once before. A step that made all would take
     # 0.4 s (ResNet-50, H200).
     to_try: list[Op] = field(default_factory=list)
-    # What takes its place, if its plan lies on disk, which is looked up before it is known whether the region comes back; its
-    # kernels may have to be waited for.
-    kept: "Future[Ready | None] | None" = None
-    found: "Ready | None" = None
 
     def arrived(self) -> "Future[Ready] | None":
         """What takes its place from now on, if anything does."""
         if self.to_try:
             return None
-        # After a run of operators, behind which it is captured at once.
-        if self.kept is not None and self.kept.done() and self.n_runs:
-            kept, self.kept = self.kept, None
-            # A failure would be met again, and told, where the plan is made.
-            if kept.exception() is None and kept.result() is not None:
-                return kept  # type: ignore[return-value]
         return self.coming if self.coming is not None and self.coming.done() else None
 
 

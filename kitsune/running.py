@@ -18,7 +18,6 @@ from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
 from kitsune.memory import MemoryPool
 from kitsune.pairs import Pairs
-from kitsune.plan_files import program_name
 from kitsune.planning import Planner, planner_for, slot_planner_for
 from kitsune.profiler import Tally
 from kitsune.ready import Ready, by_plan, runs_by_ops, stays_unfused, tell, try_tiles, unfused
@@ -82,9 +81,9 @@ class Runner:
             if backend.choices is not None:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
             if backend.warm is not None:
-                self.coming = Coming(self.executor, backend, device, program_name(device), self.thread_plans.needed)
+                self.coming = Coming(self.executor, backend, device, self.thread_plans.needed)
                 if self.in_background() and options.fuses:
-                    self.coming.read_ahead(self.planner)
+                    self.coming.make_ready()
         elif device.type == "cuda":
             self.sentences.append(backend)
 
@@ -118,11 +117,6 @@ class Runner:
         tell(self.sentences, self.tally)
         return None if captured is None else captured.answers(values)
 
-    @property
-    def reads_ahead(self) -> bool:
-        """Are there plans of the last time?"""
-        return self.coming is not None and self.coming.reads_ahead
-
     def key(self, graph: Graph) -> tuple[Any, ...]:
         """What a region is kept by, ready to run."""
         return graph, *self.options.knobs, numeric_settings() if self.steady is not None else None
@@ -141,8 +135,6 @@ class Runner:
         ready = self.ready[key] = self._prepare(graph)
         if self.steady is not None and self.options.captures:
             ready.steady = self.steady_of(ready)
-        if ready.waits and self.options.fuses and self.coming is not None:
-            self.coming.look_up(graph, ready, self.planner())
         return ready
 
     def ask_all(self) -> None:
@@ -166,14 +158,15 @@ class Runner:
             self._tune(ready, until)
 
     def forget(self) -> None:
-        """Drop every plan and every graph, and the memory kept for them."""
+        """Drop every plan and every graph, and the memory kept for them. What the background has not begun is not made."""
+        for ready in self.ready.values():
+            if ready.coming is not None:
+                ready.coming.cancel()
         self.ready.clear()
-        self.pairs.known.clear()
+        self.pairs.forget()
         if self.steady is not None:
             self.steady.forget()
         self.relieve(hard=False)
-        if self.coming is not None:
-            self.coming.ahead.clear()
 
     def _prepare(self, graph: Graph) -> Ready:
         if self.in_background():
@@ -218,7 +211,7 @@ class Runner:
 
         def make() -> tuple[Ready, list[Future[Any]]]:
             if fuse:
-                made = coming.planned(graph, now, planner)
+                made = coming.planned(graph, planner)
             else:
                 prepared = coming.executor.prepare(planner.plan(now.graph))
                 made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, now.facts)

@@ -66,7 +66,7 @@ def standing(runner: Runner, graph: Graph, values: list[Any], sure: Collection[i
     ready = runner.ready.get(runner.key(graph))
     if ready is None or ready.steady is None or ready.views:
         return None
-    if ready.waits or ready.coming is not None or ready.kept is not None:
+    if ready.waits or ready.coming is not None:
         return None
     captured = ready.steady.captured
     if captured is None or captured.has_tail or not runner.options.captures or not config.pool:

@@ -14,7 +14,6 @@ from torch import nn
 import kitsune
 from kitsune.contexts import threshold
 from kitsune.garbage import AFTER, LATEST, OBJECTS, OPENINGS, SELDOM
-from kitsune.running import Runner
 from tests.runtime.repeated import graphs
 
 
@@ -175,11 +174,6 @@ def test_it_is_looked_at_behind_a_capture() -> None:
         found = collections_of(LATEST + 3)
         assert kitsune.counters()["captured"] == 1
     assert found == [[], [], [1], *[[]] * LATEST]
-
-
-def test_where_plans_were_read_it_is_looked_at_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner, "reads_ahead", True)
-    assert collections_of(3) == [[1], [], []]
 
 
 def test_a_program_whose_regions_are_all_new_is_looked_at_as_well() -> None:

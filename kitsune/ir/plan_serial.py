@@ -1,4 +1,4 @@
-"""Plans as bytes and back, before the graph is there that they are for: its ops then give theirs the lines of today's program."""
+"""Plans as bytes and back, for a graph that is equal to the one they were made for: its ops give theirs the lines of today."""
 
 import copyreg
 import hashlib
@@ -6,7 +6,7 @@ import io
 import marshal
 import pickle
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch._ops import OpOverload
 
 from kitsune.ir import barrier, graph as nouns, plan as plans, program as programs
-from kitsune.ir.graph import Graph, Op, Operand, Result, Slot, Value
-from kitsune.ir.plan import Plan
+from kitsune.ir.graph import Effects, Graph, Op, Operand, Result, Slot, Value
+from kitsune.ir.plan import Launch, Load, Local, Plan
 from kitsune.ir.serial import SPELL, overload
 from kitsune.ir.tensor_type import TensorType, tensor_type
 
@@ -27,6 +27,9 @@ _READABLE: set[Any] = {
     if isinstance(cls, type) and cls.__module__ == module.__name__
 } | {torch.Size, torch.device, complex, torch.serialization._get_layout}
 _CONSTANTS = (torch.dtype, torch.memory_format)
+# Those of which one serves for all that are equal: whatever they hold is of one type. (To Python 1, 1.0 and True are equal.)
+_SHARED = frozenset({Effects, Result, Operand, Slot, Load, Local})
+_INT = frozenset({int})
 
 
 def graph_digest(graph: Graph) -> bytes:
@@ -86,62 +89,65 @@ def dump_plan(plan: Plan, graph: Graph) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedPlan:
-    """A plan that was read, for any graph that is equal to the one it was made for. `lines` has, for ops of the plan, the number
-    of the op in that graph whose line is theirs."""
+def load_plan(content: bytes, graph: Graph) -> Plan:
+    """The plan again, for a graph equal to the one it was made for, with that one's lines.
 
-    plan: Plan
-    lines: tuple[tuple[Op, int], ...]
-
-    def of(self, graph: Graph) -> Plan:
-        """The plan with the lines of this graph."""
-        for op, number in self.lines:
-            object.__setattr__(op, "site", graph.ops[number].site)
-        return self.plan
-
-
-def load_plan(content: bytes) -> LoadedPlan:
-    """The plan again. Raises pickle.UnpicklingError, and other things for content that `dump_plan` has not written."""
-    reader = _Reader(io.BytesIO(content))
-    plan = reader.load()
+    Raises pickle.UnpicklingError, and other things for content that `dump_plan` has not written.
+    """
+    plan = _Reader(io.BytesIO(content), graph).load()
     if not isinstance(plan, Plan):
         raise pickle.UnpicklingError(f"a {type(plan).__name__} is no plan")
-    return LoadedPlan(plan, tuple(reader.lines))
+    return plan
 
 
 class _Writer(pickle.Pickler):
-    """Names lines by the op of the graph that has them, and what is interned by what it consists of."""
+    """Names lines by the op of the graph that has them, what is interned by what it consists of, and of small parts that are
+    equal only one: a plan that is read has a third fewer objects."""
 
     def __init__(self, buffer: io.BytesIO, graph: Graph) -> None:
         super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
         places = {id(op): i for i, op in enumerate(graph.ops)}
         sites = {op.site: i for i, op in enumerate(graph.ops) if op.site is not None}
+        seen: dict[Any, Any] = {}
+
+        def shared(part: Any) -> Any:
+            cls = type(part)
+            if cls is tuple:
+                types = {*map(type, part)}
+                if types <= _INT:
+                    return seen.setdefault(part, part)
+                return tuple(map(shared, part)) if types <= _SHARED else part
+            return seen.setdefault(part, part) if cls in _SHARED else part
+
+        def called(noun: Any) -> Any:
+            # Made again by its class: dataclasses' own way takes three times as long to read.
+            return type(noun), tuple([shared(getattr(noun, name)) for name in _names(noun.__class__)])
 
         def of_op(op: Op) -> Any:
             # An op of the planner's has the line of the one that it stands for.
             place = places.get(id(op), sites.get(op.site) if op.site is not None else None)
-            return _op, (place, *(getattr(op, name) for name in _OF_OP))
+            return _op, (place, *[None if name == "site" else shared(getattr(op, name)) for name in _names(Op)])
 
-        table: dict[Any, Callable[[Any], Any]] = {cls: _called for cls in _READABLE if is_dataclass(cls)}
+        table: dict[Any, Callable[[Any], Any]] = {cls: called for cls in _READABLE if is_dataclass(cls)}
         table[Op] = of_op
+        table[Launch] = lambda launch: (_launch, called(launch)[1])
         table[OpOverload] = lambda target: (overload, (str(target.name()),))
         table[TensorType] = lambda t: (tensor_type, (t.dtype, t.shape, t.stride, t.offset, t.device, t.conj, t.neg))
         self.dispatch_table = {**copyreg.dispatch_table, **table}
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, buffer: io.BytesIO) -> None:
+    def __init__(self, buffer: io.BytesIO, graph: Graph) -> None:
         super().__init__(buffer)
-        self.lines: list[tuple[Op, int]] = []
+        sites = [op.site for op in graph.ops]
 
         def op(place: int | None, *fields: Any) -> Op:
-            made = Op(*(*fields[:_SITE], None, *fields[_SITE:]))
+            made = Op(*fields)
             if place is not None:
-                self.lines.append((made, place))
+                made.site = sites[place]
             return made
 
-        self._here: dict[str, Callable[..., Any]] = {"_op": op, "overload": overload, "tensor_type": tensor_type}
+        self._here = {"_op": op, "_launch": _launch, "overload": overload, "tensor_type": tensor_type}
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("kitsune.ir.") and name in self._here:
@@ -152,19 +158,15 @@ class _Reader(pickle.Unpickler):
         return found
 
 
-def _called(noun: Any) -> Any:
-    """Made again by its class: dataclasses' own way takes three times as long to read."""
-    return type(noun), tuple(getattr(noun, name) for name in _names(noun.__class__))
-
-
 @cache
 def _names(cls: Hashable) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls) if field.init)  # type: ignore[arg-type]
 
 
-_SITE = _names(Op).index("site")
-_OF_OP = tuple(name for name in _names(Op) if name != "site")
-
-
 def _op(place: int | None, *fields: Any) -> Op:
-    raise NotImplementedError  # its name stands in the file; who reads it keeps the places
+    raise NotImplementedError  # its name stands in the file; who reads it has the lines
+
+
+def _launch(*fields: Any) -> Launch:
+    """Of this file, so that the thread that works in the background may rest here: half of the time goes into launches."""
+    return Launch(*fields)

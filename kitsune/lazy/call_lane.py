@@ -272,9 +272,7 @@ class CallLane(Learner):
         if learns and not (graded and region.past is None):
             edge = self.learn(key, func, kwargs, Sight(call, modes, start, first, n_scalars, before, result))
             if edge is not None:
-                matcher = self.know_by_heart(edge, key, args, kwargs)
-                if edge.follows and matcher is not None:
-                    self.take_by(matcher, edge)
+                self.know_by_heart(edge, key, args, kwargs)
         if graded and (edge is None or edge.graded):
             # As when it is followed: one that gave back what it was given has made no node.
             region.extend_past(edge)

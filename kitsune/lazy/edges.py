@@ -76,8 +76,8 @@ class Edge:
     # What it does was not recorded: it is made for real each time, which no gradient needs to know.
     plain: bool = False
     follows: bool = False
-    # Has it a matcher, and does that take any floats?
-    free_matcher: bool | None = None
+    forgotten: bool = False  # the call has done something else since
+    free_matcher: bool | None = None  # has it a matcher, or will have one, and does that take any floats?
     # Is it a backward (`torch.Tensor.backward` changes with doors)? And which calls lead to its loss, once known.
     is_backward: bool = False
     spent: Any = None

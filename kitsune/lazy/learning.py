@@ -1,5 +1,7 @@
 """What is learned from calls that are made for real: by the next time they may be followed."""
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ from kitsune.lazy.call_keys import with_floats
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.cuts import Absent
 from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between, viewed_operands
+from kitsune.lazy.matcher_writer import example_of
 from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.node_hooks import NodeHooks
 from kitsune.lazy.realize import Followed
@@ -18,6 +21,9 @@ from kitsune.lazy.region import is_strided
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
 from kitsune.lazy.trie import NOTHING, SELF, Node
 from kitsune.lazy.twins import Twin
+
+# Matchers are written in the background by so many.
+MANY = 16
 
 
 @dataclass(slots=True)
@@ -49,6 +55,10 @@ class Learner:
         # Views that have got their place in the graph, whose count of writes what was detached before does not share.
         self.twins: list[Twin] = []
         self.hooked = NodeHooks()
+        # Of matchers to be written: the edge, the key of its call, what its arguments are like, and what says if its floats move.
+        self.unwritten: deque[tuple[Any, ...]] = deque()
+        # Has them written in the background, if there is one.
+        self.ask_to_write: Callable[[], None] | None = None
 
     def enter(self) -> bool:
         """See this thread's calls; the pipeline's mode has it, and what is below."""
@@ -63,6 +73,7 @@ class Learner:
         self.moves.clear()
         self.proven.clear()
         self.failures.clear()
+        self.unwritten.clear()
         self.outlive_writes = False
 
     def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
@@ -95,9 +106,11 @@ class Learner:
         """Note what a call did; returns what is known of it by now."""
         known: Edge | None = start.calls.get(key)
         if edge is None or (known is not None and not known.same(edge)):
-            # Something else than last time.
-            start.calls.pop(key, None)
-            start.matchers.clear()
+            # Something else than last time. A matcher of it may be being written.
+            with self.recorder.lock:
+                if start.calls.pop(key, None) is not None:
+                    known.forgotten = True  # type: ignore[union-attr]
+                start.matchers.clear()
             known = None
         if edge is None:
             return None
@@ -107,20 +120,44 @@ class Learner:
         known.follows = known.follows or edge.node.known or edge.node is start
         return known
 
-    def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> Any:
-        """A new matcher of an edge, which any floats may come with if they were proven to move; None if there is no new one."""
+    def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> None:
+        """An edge is to have a matcher, which any floats may come with if they were proven to move."""
         name = (edge.func, *kwargs)
         free = edge.moves and name in self.proven
         if edge.free_matcher is free:
-            return None
+            return
         edge.free_matcher = free
-        return matcher_for(edge, key, args, kwargs, self.moves if free else None)
+        if edge.follows:
+            examples = [*map(example_of, args)], {name: example_of(a) for name, a in kwargs.items()}
+            self.unwritten.append((edge, key, *examples, self.moves if free else None))
+            if len(self.unwritten) == MANY and self.ask_to_write is not None:
+                self.ask_to_write()
+
+    def write_matchers(self, breathe: Callable[[], None] = lambda: None) -> None:
+        """Write those that are to be written: at the end of the region, since the next one needs them, or before that in the
+        background, while the program waits for something else. `breathe` is called behind each."""
+        while self.unwritten:
+            try:
+                edge, *known = self.unwritten.popleft()
+            except IndexError:  # another thread has taken the last one
+                return
+            if (matcher := matcher_for(edge, *known)) is not None:
+                self.take_by(matcher, edge)
+            breathe()
 
     def take_by(self, matcher: Any, edge: Edge) -> None:
-        """From now on a matcher takes the calls of an edge."""
-        known = edge.start.matchers.get(edge.func)
-        # Two calls at one place: a GAN's real and false batch. More are left to their keys.
-        edge.start.matchers[edge.func] = matcher if known is None else either(matcher, known)
+        """From now on a matcher takes the calls of an edge, if these are still known."""
+        matchers, func = edge.start.matchers, edge.func
+        while not edge.forgotten:
+            known = matchers.get(func)
+            # Two calls at one place: a GAN's real and false batch. More are left to their keys.
+            both = matcher if known is None else either(matcher, known)
+            with self.recorder.lock:
+                # Nothing is called in here: the thread that works in the background might rest at that.
+                as_before = matchers[func] is known if func in matchers else known is None
+                if as_before and not edge.forgotten:
+                    matchers[func] = both
+                    return
 
     def _edge(self, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         region, call, flat = self.recorder.region, sight.call, sight.call.flat

@@ -29,6 +29,16 @@ class Fresh(NamedTuple):
     number: str | None
 
 
+def example_of(argument: Any) -> tuple[type, Any]:
+    """What is written of an argument: its type, and what it consists of; of a tensor, which is not held, the type alone."""
+    cls = type(argument)
+    if cls is slice:
+        return cls, (example_of(argument.start), example_of(argument.stop), example_of(argument.step))
+    if isinstance(argument, (tuple, list)):
+        return cls, tuple(map(example_of, argument)) if len(argument) < LONG else None
+    return cls, None if cls is LazyTensor or isinstance(argument, Tensor) else argument
+
+
 class Writer:
     """Writes a matcher's text. The text depends on the form of the call alone, so that equal layers share its compilation."""
 
@@ -75,16 +85,16 @@ class Writer:
         """Another call, unless this holds."""
         self.lines.append(f"if not ({condition}): return MISS")
 
-    def part(self, a: str, value: Any, key: Any) -> None:
-        """Compare the argument named `a` with one whose part of the key is `key`."""
-        cls = type(value)
+    def part(self, a: str, example: tuple[type, Any], key: Any) -> None:
+        """Compare the argument named `a` with one of which this is the example, and whose part of the key is `key`."""
+        cls, value = example
         if cls is LazyTensor:
             self.unless(f"type({a}) is LazyTensor")
             self._wrapper(a, key)
         elif cls is Tensor or cls is Parameter:
             self.unless(f"type({a}) is {'Tensor' if cls is Tensor else 'Parameter'}")
             self.plain(a, key)
-        elif value is None or cls is bool or value is Ellipsis:
+        elif cls is type(None) or cls is bool or value is Ellipsis:
             self.unless(f"{a} is {value}")
         elif cls is float:
             self.unless(f"type({a}) is float")
@@ -93,9 +103,9 @@ class Writer:
             self.unless(f"type({a}) is {self.bind(cls)} and {a} == {self.bind(value)}")
         elif cls is slice:
             self.unless(f"type({a}) is {self.bind(cls)}")
-            for name, part in zip(("start", "stop", "step"), key[1:], strict=True):
-                self.part(self.name(f"{a}.{name}"), getattr(value, name), part)
-        elif isinstance(value, (tuple, list)) and isinstance(key, tuple) and len(value) < LONG:
+            for name, item, part in zip(("start", "stop", "step"), value, key[1:], strict=True):
+                self.part(self.name(f"{a}.{name}"), item, part)
+        elif issubclass(cls, (tuple, list)) and isinstance(key, tuple) and value is not None:
             self.unless(f"type({a}) is {self.bind(cls)} and len({a}) == {len(value)}")
             for k, (item, part) in enumerate(zip(value, key[1:], strict=True)):
                 self.part(self.name(f"{a}[{k}]"), item, part)

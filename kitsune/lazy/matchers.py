@@ -16,7 +16,8 @@ from kitsune.lazy.scalar_sources import kind_of
 
 
 def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, bool] | None) -> Any:
-    """The matcher of an edge, of which a call with this key is an example; None where there can be none.
+    """The matcher of an edge, along which a call with this key leads, and arguments like these examples; None where there can be
+    none.
 
     `moves` is given where its floats may be any, as long as it holds True for the function.
     """

@@ -10,7 +10,7 @@ from torch.nn import Parameter, functional as F
 from kitsune.lazy.cell import Ref
 from kitsune.lazy.edges import Edge
 from kitsune.lazy.matcher_steps import compiled, followed, only_under, tuple_of, under_lock
-from kitsune.lazy.matcher_writer import Fresh, Unsuited, Writer, value_in
+from kitsune.lazy.matcher_writer import Fresh, Unsuited, Writer, example_of, value_in
 from kitsune.lazy.matchers import learned_by
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor
@@ -124,7 +124,7 @@ class ModuleWriter(Writer):
                 # The way of a call without a graph, to the same operators.
                 raise Unsuited
             name = self.name(name)
-            self.part(name, a, key)
+            self.part(name, example_of(a), key)
         return name
 
     def _named(self, a: Any) -> str:
@@ -147,7 +147,7 @@ class ModuleWriter(Writer):
             raise Unsuited
         if type(tensor) not in PLAIN or isinstance(key, Ref) or key[0] == "graded":
             # It was made in the context, or is in the region: an embedding's weight is that of the last layer, too.
-            self.part(name, tensor, key)
+            self.part(name, example_of(tensor), key)
             return
         if entry is None or entry[2] is not key or key[1] is not None or entry[1] in self._come.values():
             raise Unsuited

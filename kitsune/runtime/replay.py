@@ -12,19 +12,20 @@ from typing import Any, NamedTuple
 import torch
 
 from kitsune.ir import Graph, Op, TensorType
-from kitsune.runtime.calls import call
+from kitsune.runtime.calls import Call, call_of
 
-# Below autograd these return what they are given. A training step of ResNet-50 has 262 of them among 794 ops.
-_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+# Below autograd these return what they are given. A training step of ResNet-50 has 262 of them among 794 ops. (By id: overloads
+# hash and compare in Python.)
+_SAME = frozenset(map(id, (torch.ops.aten.detach.default, torch.ops.aten.alias.default)))
 
 
 class Instruction(NamedTuple):
-    """An op, and what to drop after it. (A frozen dataclass takes three times as long to make.) `is_same`: its result is its
-    operand, and may be the very tensor."""
+    """An op, what to drop after it, and what makes its call; None where its result is its operand, and may be the very tensor. (A
+    frozen dataclass takes three times as long to make.)"""
 
     op: Op
     drops: tuple[int, ...]
-    is_same: bool = False
+    make: Call | None
 
 
 @dataclass(slots=True)
@@ -47,8 +48,8 @@ def prepare(graph: Graph) -> Schedule:
                 if value.id not in seen:
                     seen.add(value.id)
                     drops.append(value.id)
-        is_same = op.target in _SAME and one.joined(op.inputs[0].id, op.results[0].id)
-        instructions.append(Instruction(op, tuple(drops), is_same))
+        is_same = id(op.target) in _SAME and one.joined(op.inputs[0].id, op.results[0].id)
+        instructions.append(Instruction(op, tuple(drops), None if is_same else call_of(op)))
     return Schedule(tuple(reversed(instructions)), most_in_use(graph))
 
 
@@ -62,7 +63,7 @@ class _Tensors:
         # By tensor, the ops that take it; of those that may be joined.
         self._taken: dict[int, set[int]] = {}
         for op in graph.ops:
-            if op.target in _SAME:
+            if id(op.target) in _SAME:
                 self._taken[self._of(op.inputs[0].id)] = set()
                 self._taken[self._of(op.results[0].id)] = set()
         above, taken = self._above, self._taken
@@ -104,7 +105,7 @@ def most_in_use(graph: Graph) -> int:
     for k, op in enumerate(graph.ops):
         for value in op.inputs:
             last[value.storage] = k + 1
-        for value in op.outputs:
+        for value in op.results:
             if value.storage not in made and value.storage not in given:
                 made[value.storage] = value.type
                 change[k] += _extents(value.type)
@@ -122,10 +123,10 @@ def _extents(type_: TensorType) -> int:
 
 def replay(schedule: Schedule, values: list[Any], scalars: list[float]) -> None:
     """Run a schedule. `values` holds the inputs by value number and receives the outputs, also of the ops before a failure."""
-    for op, drops, is_same in schedule.instructions:
-        if is_same:
+    for op, drops, make in schedule.instructions:
+        if make is None:
             values[op.results[0].id] = values[op.inputs[0].id]
         else:
-            call(op, values, scalars)
+            make(op, values, scalars)
         for number in drops:
             values[number] = None

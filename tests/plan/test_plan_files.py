@@ -22,7 +22,7 @@ from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.config import config
 from kitsune.fusion import FusionConfig, Rules
 from kitsune.ir import Graph, Operand, Plan, Result, Slot, Tile, dump_plan, graph_digest, load_plan, reads_slots, verify_plan
-from kitsune.plan_files import MAX_AHEAD, kept_plan, last_plans, planned, program_name, remember_plan
+from kitsune.plan_files import kept_plan, planned
 from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs, dead_code
 from tests.plan.recorded import recorded_again
@@ -69,7 +69,7 @@ def files(folder: Path) -> list[Path]:
 def test_a_plan_comes_back_as_it_was(path: Path) -> None:
     old, again = graph_of(path), graph_of(path)
     plan = H200.plan(old)
-    back = load_plan(dump_plan(plan, old)).of(again)
+    back = load_plan(dump_plan(plan, old), again)
     assert str(back) == str(plan) and back.refusals == plan.refusals and back.drops == plan.drops
     assert (dict(back.offsets), back.arena) == (dict(plan.offsets), plan.arena)
     # Each op is launched once, and is one object wherever it is named; the places in the arena are equal anyway.
@@ -89,7 +89,7 @@ def test_lines_are_those_of_today() -> None:
         graph.inputs, tuple(dataclasses.replace(op, site=op.site and op.site._replace(line=7)) for op in graph.ops), graph.outputs
     )
     assert graph_digest(moved) == graph_digest(old)
-    sites = [op.site for op in load_plan(dump_plan(plan, old)).of(moved).graph.ops]
+    sites = [op.site for op in load_plan(dump_plan(plan, old), moved).graph.ops]
     assert len(sites) > 3 and {site.line for site in sites if site is not None} == {7}
 
 
@@ -218,7 +218,7 @@ def test_a_file_with_anything_else_in_it_is_written_over(content: bytes | None, 
 
 def test_no_function_is_called_that_a_file_names() -> None:
     with pytest.raises(pickle.UnpicklingError, match=r"os\.getenv is no part of a plan"):
-        load_plan(pickle.dumps(Stranger()))
+        load_plan(pickle.dumps(Stranger()), recorded_again(program))
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_plan(tmp_path: Path, asked: list[int]) -> None:
@@ -277,61 +277,6 @@ def test_another_process_finds_the_plan(folder: Path) -> None:
         assert not done.returncode, done.stderr
         seen.append({path: path.read_bytes() for path in files(folder)})
     assert seen[0] and seen[0] == seen[1]
-
-
-@pytest.fixture
-def used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process has used no plans so far."""
-    monkeypatch.setattr(plan_files, "_used", {})
-
-
-def names(n: int) -> list[str]:
-    return [f"{k:032x}.plan" for k in range(n)]
-
-
-@pytest.mark.usefixtures("used")
-def test_the_plans_of_the_last_time_are_remembered_by_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [folder / name for name in names(6)]
-    for path in paths:
-        remember_plan("one", path)
-    assert last_plans("one") == paths[:MAX_AHEAD] and last_plans("other") == []
-    content = (folder / "one.last").read_bytes()
-    monkeypatch.setattr(plan_files, "_used", {})
-    remember_plan("one", paths[1])
-    assert (folder / "one.last").read_bytes() == content, "nothing new is known"
-    remember_plan("one", paths[5])
-    assert last_plans("one") == [paths[1], paths[5]], "a program that does something else"
-
-
-@pytest.mark.usefixtures("used")
-@pytest.mark.parametrize("content", [b"", b"../../etc/passwd", b"a.plan /tmp/b.plan", b"\xff" * 40, None])
-def test_a_list_of_plans_with_anything_else_in_it_names_none(content: bytes | None, folder: Path) -> None:
-    folder.mkdir()
-    if content is None:
-        (folder / "one.last").write_bytes(names(1)[0].encode())
-    else:
-        write_sealed(folder / "one.last", content)
-    assert last_plans("one") == []
-    remember_plan("one", folder / names(1)[0])
-    assert last_plans("one") == [folder / names(1)[0]]
-
-
-@pytest.mark.usefixtures("used")
-def test_where_nothing_can_be_written_nothing_is_remembered(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with config.patch(cache_dir=str(tmp_path / "file")):
-        remember_plan("one", tmp_path / "file" / "plans" / names(1)[0])
-        assert last_plans("one") == []
-
-
-def test_programs_are_told_apart_by_file_arguments_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
-    found = [program_name(device) for device in devices]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1"])
-    found.append(program_name(devices[0]))
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/elsewhere/train.py", raising=False)
-    found.append(program_name(devices[0]))
-    assert len(set(found)) == 5 and found[-1] == program_name(devices[0])
 
 
 def test_a_plan_has_the_texts_that_would_be_rendered_for_it(folder: Path) -> None:

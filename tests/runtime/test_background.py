@@ -129,6 +129,53 @@ def test_in_a_step_it_rests_where_nobody_can_tell_how_far_it_is() -> None:
     assert rested_in_full(paced)
 
 
+@pytest.mark.parametrize("then", ["the step ends", "an operator takes long", "somebody waits", "it is closed", "time goes by"])
+def test_what_is_for_idle_moments_is_not_begun_while_a_step_goes_on(then: str) -> None:
+    paced, made, places, now = PacedThread(), threading.Event(), itertools.count(), {"step": True, "moves": True}
+    paced.in_a_step, paced.where = lambda: now["step"], lambda: next(places) if now["moves"] else "here"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.background._alone", lambda: True)
+        patch.setattr("kitsune.background.PATIENCE_S", 0.2 if then == "time goes by" else SECONDS)
+        paced.submit(made.set, in_idle_moments=True)
+        assert not made.wait(50 * LOOK_S)
+        if then == "the step ends":
+            now["step"] = False
+        elif then == "an operator takes long":
+            now["moves"] = False
+        elif then == "somebody waits":
+            paced.n_waiting = 1
+        elif then == "it is closed":
+            paced.close()
+        assert made.wait(SECONDS)
+        # What comes next is not for them, unless it says so.
+        now.update(step=True, moves=True)
+        paced.n_waiting, again = 0, threading.Event()
+        if then != "it is closed":
+            paced.submit(again.set)
+            assert again.wait(SECONDS) and not paced._patient_until
+    paced.close()
+
+
+def test_what_is_not_heard_rests_where_it_breathes() -> None:
+    rests: list[float] = []
+
+    def work(breathes: bool) -> None:
+        until = time.thread_time() + 3 * WORK_S
+        while time.thread_time() < until:
+            if breathes:
+                paced.breathe()
+        done.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.background.hearing", lambda hear: contextlib.nullcontext())
+        for breathes in (False, True):
+            paced, done = PacedThread(), threading.Event()
+            patch.setattr(paced, "_rest", rests.append)
+            paced.submit(lambda: work(breathes))  # noqa: B023
+            assert done.wait(SECONDS) and bool(rests) is breathes and all(worked >= WORK_S for worked in rests)
+            paced.close()
+
+
 def test_it_does_not_rest_while_somebody_waits_for_it() -> None:
     paced, slept = PacedThread(), []
     paced.n_waiting = 1

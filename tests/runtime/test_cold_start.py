@@ -21,7 +21,7 @@ from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph, Launch, Pending
 from kitsune.running import PLAN_AFTER
-from kitsune.runtime import PlanExecutor, ThreadPlans
+from kitsune.runtime import ThreadPlans
 from tests.runtime.backends import assert_equal, chain, lazily, loop, runner
 from tests.runtime.checked import forget
 from tests.runtime.repeated import Repeater, WalkInGraph, counts
@@ -378,16 +378,23 @@ def plans_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def test_a_plan_on_disk_is_had_before_the_region_comes_back(tmp_path: Path) -> None:
-    expected = chain()
+def test_a_plan_on_disk_is_read_when_it_would_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first steps have as little beside them as where there is none."""
+    read: list[Path] = []
+    read_plan = plan_files.read_plan
+    monkeypatch.setattr(plan_files, "read_plan", lambda path, graph: (read.append(path), read_plan(path, graph))[1])
     for known in (False, True):
-        with plans_in(tmp_path), cold() as (workers, _):
-            workers.hold = False
-            for n in range(2):
-                assert torch.equal(step(), expected) and idle()
-                assert counts("kernels", "unfused") == ([n, 1] if known else [0, n + 1])
-            assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), expected)
-            assert counts("kernels")[0] == (2 if known else 1) and not kitsune.explain().mended
+        with plans_in(tmp_path), cold(graphs=True) as (workers, _), config.patch(gate=False):
+            workers.hold, found = False, []
+            for _ in range(PLAN_AFTER + 2):
+                assert torch.equal(step(), chain()) and idle()
+                found.append([len(read), *counts("kernels", "captured")])
+            # One look for the file behind the capture; then it is run by plan.
+            assert found == [[0, 0, 0], *[[0, 0, 1]] * (PLAN_AFTER - 2), [1, 0, 1], [1, 1, 1], [1, 2, 2]]
+            assert len([*tmp_path.glob("plans/*")]) == 1
+            # Workers come for a plan that is made, and not for one from disk.
+            assert workers.n_expected == (not known) and not kitsune.explain().mended
+        read.clear()
 
 
 def test_what_is_made_once_in_a_process_is_made_while_the_first_step_waits_for_libraries() -> None:
@@ -398,86 +405,7 @@ def test_what_is_made_once_in_a_process_is_made_while_the_first_step_waits_for_l
         assert idle() and [made.cache_info().currsize for made in once] == [1, 1], "before there is a region"
 
 
-def other() -> torch.Tensor:
-    with lazily():
-        return (torch.arange(24.0).view(4, 6) * 3 - 1).abs()
-
-
-@pytest.mark.parametrize("again", [step, other])
-def test_plans_of_the_last_time_are_ready_when_the_first_step_ends(tmp_path: Path, again: Any) -> None:
-    with kitsune.disable():
-        expected = again()
-    with plans_in(tmp_path), cold() as (workers, _):
-        workers.hold = False
-        assert torch.equal(step(), chain()) and kitsune.wait_for_kernels(SECONDS) and len(workers.asked) == 1
-    with plans_in(tmp_path), cold() as (workers, _):
-        workers.hold = False
-        with lazily():
-            assert idle() and len(workers.asked) == len(runner().coming.ahead) == 1, "before there is a region"
-        (path,) = tmp_path.glob("plans/*.plan")
-        path.write_bytes(b"not read again")
-        assert torch.equal(again(), expected) and idle()
-        # A guess that was wrong costs nothing but the time.
-        assert len(runner().coming.ahead) == (again is other)
-        assert torch.equal(again(), expected) and counts("kernels") == [again is step]
-        assert not kitsune.explain().mended
-
-
-def test_a_plan_of_the_last_time_is_captured_behind_one_run_of_its_operators(tmp_path: Path) -> None:
-    def run(rate: float) -> torch.Tensor:
-        with lazily(warmup=1):
-            return (x * rate + 1).abs()
-
-    x = torch.randn(4, 6)
-    with plans_in(tmp_path), cold() as (workers, _):
-        workers.hold = False
-        for rate in (1.0, 2.0, 3.0):
-            run(rate)
-            assert kitsune.wait_for_kernels(SECONDS)
-    with plans_in(tmp_path), cold(graphs=True) as (workers, repeater), config.patch(gate=False):
-        workers.hold, found = False, []
-        for rate in (1.0, 2.0, 3.0, 4.0, 5.0):
-            with kitsune.disable():
-                expected = (x * rate + 1).abs()
-            assert torch.equal(run(rate), expected) and idle()
-            found.append(counts("unfused", "kernels", "captured", "replayed"))
-        # Observed; run by operators, as quickly as eager's; captured with kernels.
-        assert found == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 2, 1, 2], [1, 3, 1, 3]]
-        assert repeater.n_recorded == 1 and not kitsune.explain().mended
-        (steady,) = [ready.steady for ready in runner().ready.values() if ready.plan is not None]
-        assert steady.moved == {0}, "the rate was another one in the run before"
-
-
-@pytest.mark.parametrize("seconds", [0.05, 5.0])
-def test_a_first_step_waits_a_moment_for_a_plan_that_was_read_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
-) -> None:
-    kept, go = coming.Coming.kept, threading.Event()
-
-    def slow(self: Any, graph: Graph, planner: Any) -> Any:
-        go.wait(seconds)
-        return kept(self, graph, planner)
-
-    with plans_in(tmp_path), cold() as (workers, _):
-        workers.hold = False
-        step()
-        assert kitsune.wait_for_kernels(SECONDS)
-    with plans_in(tmp_path), cold() as (workers, _):
-        workers.hold = False
-        with lazily(warmup=1):
-            assert idle() and runner().coming.reads_ahead and len(runner().coming.ahead) == 1
-        monkeypatch.setattr(coming.Coming, "kept", slow)
-        # Long enough for the one, and not for the other.
-        monkeypatch.setattr(coming, "LOOK_UP_S", 1.0)
-        with lazily(warmup=1):
-            chain()
-        (ready,) = runner().ready.values()
-        assert ready.kept.done() is (seconds < 1)
-        go.set()
-        assert idle()
-
-
-def test_lines_of_a_plan_that_was_read_ahead_are_those_of_today(tmp_path: Path) -> None:
+def test_lines_of_a_plan_from_disk_are_those_of_today(tmp_path: Path) -> None:
     for line in (10, 20):
         scope: dict[str, Any] = {"torch": torch}
         program = compile("\n" * (line - 1) + "x = (torch.arange(6.0).view(2, 3) * 2 + 1).abs()", "program.py", "exec")
@@ -489,69 +417,6 @@ def test_lines_of_a_plan_that_was_read_ahead_are_those_of_today(tmp_path: Path) 
                 assert scope["x"].tolist() == [[1, 3, 5], [7, 9, 11]] and kitsune.wait_for_kernels(SECONDS)
             (ready,) = [one for one in runner().ready.values() if one.plan is not None]
             assert {op.site.line for op in ready.plan.plan.graph.ops if op.site is not None} == {line}
-
-
-def test_a_plan_that_was_looked_up_is_not_made_ready_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared: list[Any] = []
-    prepare = PlanExecutor.prepare
-    monkeypatch.setattr(PlanExecutor, "prepare", lambda self, plan: (prepared.append(plan), prepare(self, plan))[1])
-    with plans_in(tmp_path), cold() as (workers, _):
-        workers.hold = False
-        step()
-        assert kitsune.wait_for_kernels(SECONDS) and len(prepared) == 1
-    with plans_in(tmp_path), cold() as (workers, _):
-        # Its kernels are late, and it comes back meanwhile.
-        for _ in range(4):
-            assert torch.equal(step(), chain()) and idle() and counts("kernels") == [0]
-        assert planned() and len(prepared) == 2
-        workers.release()
-        assert torch.equal(step(), chain()) and counts("kernels") == [1] and len(prepared) == 2
-
-
-def test_where_none_is_kept_none_is_looked_up(tmp_path: Path) -> None:
-    with plans_in(tmp_path), cold():
-        step()
-        (ready,) = runner().ready.values()
-        assert ready.waits and ready.kept is None
-
-
-def test_a_plan_on_disk_waits_for_its_kernels_as_any_other(tmp_path: Path) -> None:
-    for known in (False, True):
-        with plans_in(tmp_path), cold() as (workers, _):
-            assert torch.equal(step(), chain()) and idle() and bool(workers.asked) == known
-            assert counts("kernels") == [0]
-            workers.release()
-            assert torch.equal(step(), chain()) and counts("kernels") == [1]
-            assert workers.n_expected == (not known), "workers come for a plan that is made, and not for one from disk"
-
-
-def test_a_program_that_keeps_changing_is_not_looked_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[int] = []
-    monkeypatch.setattr(coming.Coming, "kept", lambda self, graph, planner: looked.append(len(graph.ops)))
-    monkeypatch.setattr(coming, "may_be_kept", lambda graph: True)
-    with cold():
-        for n in range(2 * coming.MAX_MISSED):
-            with lazily():
-                torch.arange(n + 2.0) * 2
-            assert idle()
-        assert len(looked) == coming.MAX_MISSED
-
-
-def test_a_look_up_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[Any] = []
-
-    def fail(self: Any, graph: Any, planner: Any) -> None:
-        looked.append(graph)
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(coming.Coming, "kept", fail)
-    monkeypatch.setattr(coming, "may_be_kept", lambda graph: True)
-    with cold() as (workers, _):
-        workers.hold = False
-        for _ in range(2):
-            assert torch.equal(step(), chain()) and idle() and counts("kernels") == [0]
-        assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), chain()) and counts("kernels") == [1]
-        assert not kitsune.explain().mended
 
 
 def test_a_plan_that_cannot_be_made_is_told_by_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -576,3 +441,20 @@ def test_forgotten_regions_do_not_come_back() -> None:
         workers.release()
         assert torch.equal(step(), chain()) and counts("kernels", "unfused") == [0, 1]
         assert kitsune.wait_for_kernels(SECONDS) and torch.equal(step(), chain()) and counts("kernels") == [1]
+
+
+def test_what_is_forgotten_before_it_is_begun_is_not_made() -> None:
+    go = threading.Event()
+    with cold() as (workers, _):
+        step()
+        assert idle()
+        thread.submit(lambda: go.wait(SECONDS) and None)
+        for _ in range(PLAN_AFTER):
+            step()
+        (ready,) = runner().ready.values()
+        assert ready.coming is not None and not kitsune.wait_for_kernels(0.01)
+        # As where the gate leaves a program to eager.
+        runner().forget()
+        there = kitsune.wait_for_kernels(1.0)
+        go.set()
+        assert there and idle() and not workers.asked and torch.equal(step(), chain())

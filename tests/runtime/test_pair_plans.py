@@ -109,10 +109,7 @@ def test_from_the_first_step_with_kernels_on_both_parts_are_replayed(runs: list[
     assert runs.index("first, joined") > 10 and [b - a for a, b in itertools.pairwise(replayed[5:])] == [2] * 8
 
 
-def test_plans_on_disk_are_found_before_the_parts_have_come_back(
-    runs: list[str], asked: list[str], folder: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(coming, "last_plans", lambda program: [])
+def test_plans_on_disk_are_not_made_again(runs: list[str], asked: list[str], folder: Path, expected: list[Any]) -> None:
     with cold() as (workers, _):
         assert parts(workers, expected, runs) == JOINED and asked.count("pair") == 1
         assert len([*folder.glob("*.plan")]) >= 2
@@ -126,25 +123,6 @@ def test_plans_on_disk_are_found_before_the_parts_have_come_back(
         path.unlink()
     with cold() as (workers, _):
         assert parts(workers, expected, runs) == JOINED and asked.count("pair") == 1
-
-
-def test_plans_are_read_ahead(runs: list[str], asked: list[str], expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_files, "_used", {})
-    with cold() as (workers, _):
-        assert parts(workers, expected, runs) == JOINED
-    taken: list[bool] = []
-    of_pair = coming.Coming.planned_pair
-
-    def seen(self: coming.Coming, pair: Pair, planner: Planner) -> Any:
-        paths = plan_files.pair_paths(pair, planner)
-        taken.append(all(path in self.ahead for path in paths))
-        return of_pair(self, pair, planner)
-
-    monkeypatch.setattr(coming.Coming, "planned_pair", seen)
-    monkeypatch.setattr(plan_files, "read_plan", lambda path: pytest.fail("it is there already"))
-    with cold() as (workers, _):
-        assert idle() and parts(workers, expected, runs) == JOINED
-    assert taken == [True]
 
 
 @pytest.mark.parametrize("error", [WorkerFailed("no compiler"), RuntimeError("a bug")])

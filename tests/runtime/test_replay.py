@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import kitsune
-from kitsune.ir import Graph, Kind, Op, Result, Value, default_type
+from kitsune.ir import Graph, Kind, Op, Result, Slot, Value, default_type, type_of
 from kitsune.runtime import prepare, replay
+from kitsune.runtime.calls import call, call_of
 from kitsune.runtime.replay import _Tensors
 
 aten = torch.ops.aten
@@ -39,6 +42,51 @@ def test_values_die_after_their_last_use() -> None:
     assert values[-1].tolist() == [4.0, 4.0]
 
 
+VIEWS = [
+    (aten.expand.default, (2, 3, -1)),
+    (aten.permute.default, (1, 0)),
+    (aten.select.int, 1, 2),
+    (aten.t.default,),
+    (aten.transpose.int, 0, -1),
+    (aten.unsqueeze.default, -1),
+    (aten.view.default, (3, 1, -1)),
+]
+
+
+def of(target: Any, *numbers: Any, kwargs: Any = (), structure: Any = None) -> tuple[Op, list[Any]]:
+    """An op on a tensor that begins in the middle of its memory, and has gaps."""
+    x = torch.arange(48.0).view(8, 6)[2:5, ::2]
+    value, result = Value(0, type_of(x), 0), Value(1, type_of(target(x, *numbers, **dict(kwargs))), 0)
+    return Op(target, Kind.VIEW, (value, *numbers), kwargs, (value,), structure or Result(0), (result,)), [x, None]
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view[0].name())
+def test_a_method_gives_the_view_that_its_overload_gives(view: Any) -> None:
+    op, values = of(*view)
+    again, make = [*values], call_of(op)
+    assert make is not call
+    call(op, values, [])
+    make(op, again, [])
+    assert type_of(again[1]) is type_of(values[1]) is op.results[0].type
+    assert again[1].untyped_storage()._cdata == again[0].untyped_storage()._cdata and torch.equal(again[1], values[1])
+
+
+def test_what_is_more_than_a_tensor_and_numbers_is_called_by_its_overload() -> None:
+    plain, _ = of(aten.unsqueeze.default, 0)
+    named, _ = of(aten.expand.default, (2, 3, 3), kwargs=(("implicit", True),))
+    moving = dataclasses.replace(plain, args=(plain.args[0], Slot(0)))
+    other = dataclasses.replace(plain, args=(*plain.args, (1, None)))
+    listed = dataclasses.replace(plain, structure=[Result(0)])
+    assert [call_of(op) is call for op in (plain, named, moving, other, listed, chain(1).ops[0])] == [False] + 5 * [True]
+
+
+def test_a_view_that_fails_names_its_line() -> None:
+    op, _ = of(aten.view.default, (3, 1, -1))
+    with pytest.raises(RuntimeError, match="shape") as caught:
+        call_of(op)(op, [torch.zeros(5), None], [])
+    assert any("recorded by Kitsune" in note for note in caught.value.__notes__)
+
+
 def detached(outputs: tuple[int, ...], writes: int | None = None) -> tuple[Graph, list[torch.Tensor | None], list[bool]]:
     """y = x + 1 (value 1), two detaches of y (2 and 3), one of these two (4) and one of x (5); `writes` is written then (6)."""
     values = [Value(i, F2, 0 if i in (0, 5) else 1) for i in range(7)]
@@ -51,7 +99,7 @@ def detached(outputs: tuple[int, ...], writes: int | None = None) -> tuple[Graph
     graph = Graph((x,), tuple(ops), tuple(values[k] for k in outputs))
     schedule, found = prepare(graph), [torch.zeros(2), *[None] * 6]
     replay(schedule, found, [])
-    return graph, found, [i.is_same for i in schedule.instructions if i.op.target is aten.detach.default]
+    return graph, found, [i.make is None for i in schedule.instructions if i.op.target is aten.detach.default]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +148,7 @@ def test_that_holds_for_what_is_detached_twice() -> None:
     ops = [Op(aten.add.Tensor, Kind.POINTWISE, (x, 1), (), (x,), Result(0), (y,))]
     ops += [Op(aten.detach.default, Kind.VIEW, (of,), (), (of,), Result(0), (to,)) for of, to in ((y, a), (a, b))]
     ops.append(Op(aten.mul.Tensor, Kind.POINTWISE, (y, b), (), (y, b), Result(0), (z,)))
-    assert [i.is_same for i in prepare(Graph((x,), tuple(ops), (z,))).instructions] == [False, False, True, False]
+    assert [i.make is None for i in prepare(Graph((x,), tuple(ops), (z,))).instructions] == [False, False, True, False]
 
 
 def test_what_is_written_again_and_again_is_known_by_its_first_value() -> None:
