@@ -108,6 +108,13 @@ class Walk:
 
 def realize(recorder: Any, region: Any) -> None:
     """Give every followed call of the region its place in the autograd graph."""
+    # Who asks for the graph may be in inference mode, in which none is made: the calls were made outside of it.
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    with outside:
+        _realize(recorder, region)
+
+
+def _realize(recorder: Any, region: Any) -> None:
     recall_results(region)
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
     recount = Recount(region)
@@ -115,9 +122,7 @@ def realize(recorder: Any, region: Any) -> None:
     walk = Walk(region)
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk
     try:
-        # Who asks for the graph may be in inference mode, in which none is made: the calls were made outside of it.
-        outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-        with torch._C.DisableTorchFunction(), outside, recorder.above_autograd(), _modes(recorder) as adopt:
+        with torch._C.DisableTorchFunction(), recorder.above_autograd(), _modes(recorder) as adopt:
             for n, call in enumerate(calls):
                 recount.before_call(n)
                 adopt(call)
