@@ -47,7 +47,7 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     counts = bool(recorder.counting) and _only_counts(recorder.counting, row, args, tensors)
     if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER) and not counts:
         recorder.n_unrecorded += 1
-    early = recorder.early.answer(row, tensors[0]) if reason is Barrier.ITEM else None
+    early = recorder.early.answer(row, tensors[0]) if reason is Barrier.ITEM and tensors else None
     result, reals = call(recorder, row, args, kwargs, tensors) if early is None else (early, tensors)
     if recorder.watcher is not None and not counts:
         recorder.watcher.passed(row, args, kwargs, reason)

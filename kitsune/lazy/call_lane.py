@@ -55,8 +55,8 @@ class CallLane(Learner):
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self.spent: list[weakref.ref[LazyTensor]] = []  # wrappers whose graph a followed backward has used up
-        # Calls of torch's API that torch is making now; and is one of them an update that is learned as a whole?
-        self.inside, self.part_of_update = 0, False
+        # Calls of torch's API that torch is making now, with what; and is one of them an update that is learned as a whole?
+        self.inside, self.given, self.part_of_update = 0, tuple[Any, ...](), False
         self.thread, self.known_modes = threading.get_ident(), dict[Any, Any]()
         self.read_modes()
 
@@ -220,16 +220,16 @@ class CallLane(Learner):
         """Have torch make a call."""
         keep((args, kwargs))
         recorder = self.recorder
-        hook, inside, site = recorder.hook, self.inside, sites.call.site
+        hook, inside, given, site = recorder.hook, self.inside, self.given, sites.call.site
         # Within, since an interrupt may come between any two lines.
         try:
-            recorder.hook, self.inside, sites.call.site = None, inside + 1, sites.UNKNOWN
+            recorder.hook, self.inside, self.given, sites.call.site = None, inside + 1, (args, kwargs), sites.UNKNOWN
             return func(*args, **kwargs) if kwargs else func(*args)
         except RuntimeError as error:
             in_eagers_words(error)
             raise
         finally:
-            recorder.hook, self.inside, sites.call.site = hook, inside, site
+            recorder.hook, self.inside, self.given, sites.call.site = hook, inside, given, site
 
     def _make(self, func: Any, args: Any, kwargs: Any, key: Any, call: Incoming, modes: Any) -> Any:
         """Make a call for real and learn from it."""
