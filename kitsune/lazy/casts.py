@@ -34,21 +34,24 @@ class Casts(NamedTuple):
 def read_modes(lane: Any) -> Any:
     """By grad mode: (grad mode, dtype that autocast casts to, Casts where a block is open). One object for each: matchers compare
     by identity."""
-    recorder = lane.recorder
-    device = recorder.device.type
+    device = lane.recorder.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if autocast is None and not _n_blocks():
-        table, key = lane.known_modes, None
-    else:
-        since = recorder.cleared
-        if since is not None and since.modes is None:
-            since.modes = {}
-        table = lane.known_modes if since is None else since.modes
-        key = autocast, Casts(since, torch.is_autocast_cache_enabled(), recorder.writes_in_block or lane.outlive_writes)
+    is_open = autocast is not None or _n_blocks() > 0
+    return _modes_of(lane, autocast, torch.is_autocast_cache_enabled() if is_open else None)
+
+
+def _modes_of(lane: Any, autocast: Any, are_kept: bool | None) -> Any:
+    recorder = lane.recorder
+    table, key = lane.known_modes, None
+    if are_kept is not None:
+        since, are_real = recorder.cleared, recorder.writes_in_block or lane.outlive_writes
+        if since is not None:
+            table = since.modes = since.modes or {}
+        key = autocast, Casts(since, are_kept, are_real), Casts(since, are_kept, are_real or recorder.graphs_in_block)
     known = table.get(key)
     if known is None:
-        casts = None if key is None else key[1]
-        known = table[key] = {graded: (graded, autocast, casts) for graded in (False, True)}
+        by_mode = (None, None) if key is None else key[1:]
+        known = table[key] = {graded: (graded, autocast, by_mode[graded]) for graded in (False, True)}
     return known
 
 
@@ -62,17 +65,24 @@ def forgotten(lane: Any) -> None:
     recorder = lane.recorder
     node = recorder.region.node
     recorder.epoch += 1
-    recorder.writes_in_block, recorder.cleared = False, node if node.depth else None
+    recorder.writes_in_block = recorder.graphs_in_block = False
+    recorder.cleared = node if node.depth else None
     lane.read_modes()
 
 
-def begin_anew(recorder: Any) -> None:
-    """A region begins, in which autocast has forgotten nothing."""
-    if recorder.cleared is not None:
-        recorder.cleared = None
-        # Another thread that ends a region has an autocast of its own.
-        if recorder.lane.thread == threading.get_ident():
-            recorder.lane.read_modes()
+def begin_anew(recorder: Any, ended: Any) -> None:
+    """A region begins, in which autocast has forgotten nothing. Where the one that has `ended` has left graphs in a block that is
+    still open, what comes next joins them at the casts, which belong to both."""
+    lane = recorder.lane
+    graphs = recorder.graphs_in_block or (lane is not None and lane.modes[True][2] is not None and ended.real)
+    if recorder.cleared is None and graphs == recorder.graphs_in_block:
+        return
+    recorder.cleared, recorder.graphs_in_block = None, graphs
+    if lane.thread == threading.get_ident():
+        lane.read_modes()
+    else:  # Another thread that ends a region has an autocast of its own.
+        _, autocast, casts = lane.modes[False]
+        lane.modes = _modes_of(lane, autocast, None if casts is None else casts.are_kept)
 
 
 def written(lane: Any, are_weights: bool = True) -> None:
@@ -100,7 +110,7 @@ def need_casts(lane: Any, modes: Any, flat: list[Any], start: Node) -> bool:
     if all(cell is not None and not taken.isdisjoint((cell.came.id, cell.ref.id)) for cell in cells):
         # As they are.
         return False
-    lane.outlive_writes = True
+    lane.outlive_writes = lane.outlive_writes or lane.recorder.writes_in_block
     return True
 
 

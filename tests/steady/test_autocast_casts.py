@@ -57,7 +57,7 @@ def a_region_ends_inside(t: Loop, k: int) -> None:
     t.update()
 
 
-@case()
+@case(3)
 def regions_end_between_backwards(t: Loop, k: int) -> None:
     with block():
         for n in range(3):
@@ -283,6 +283,43 @@ def looks_many_times_in_a_block(t: Loop, k: int) -> None:
         for n in range(2):
             t.found.append((t.net(t.xs[k, n]).argmax(1) == t.ys[k, n]).sum().item())
     lost(t, k).backward()
+    t.update()
+
+
+@case()
+def a_number_is_read_between_three_passes(t: Loop, k: int) -> None:
+    """The gradients of all three are added up in bfloat16, at one cast, also where the read has ended a region."""
+    with block():
+        losses = [twice(t, k, 0), twice(t, k, 1)]
+        if k != 6:
+            t.found.append(losses[1].item())
+        losses.append(twice(t, k, 0) * 0.7)
+    sum(losses).backward()  # type: ignore[union-attr]
+    t.found.append(t.net.head.weight.grad.tolist())  # type: ignore[union-attr]
+    t.update()
+
+
+@case()
+def regions_end_between_passes(t: Loop, k: int) -> None:
+    with block():
+        losses = [twice(t, k, 0), twice(t, k, 1)]
+        t.found.append(losses[1].tolist())
+        with torch.no_grad():
+            t.found += [(t.xs[k, n] * 2).sum().item() for n in (0, 1)]
+        losses.append(twice(t, k, 0) * 0.7)
+    sum(losses).backward()  # type: ignore[union-attr]
+    t.found.append(t.net.head.weight.grad.tolist())  # type: ignore[union-attr]
+    t.update()
+
+
+@case()
+def another_thread_ends_the_region_between_three_passes(t: Loop, k: int) -> None:
+    with block():
+        losses = [twice(t, k, 0), twice(t, k, 1)]
+        t.found.append(READER.submit(losses[1].detach().tolist).result())
+        losses.append(twice(t, k, 0) * 0.7)
+    sum(losses).backward()  # type: ignore[union-attr]
+    t.found.append(t.net.head.weight.grad.tolist())  # type: ignore[union-attr]
     t.update()
 
 
