@@ -114,6 +114,20 @@ def need_casts(lane: Any, modes: Any, flat: list[Any], start: Node) -> bool:
     return True
 
 
+def are_kept_casts(tensors: list[tuple[Any, Any]], path: list[Node], start: Node, casts: Casts | None) -> bool:
+    """Has autocast handed the ops of `path`, in place of each of these (tensor, value), the cast that it had kept of it?"""
+    if not tensors or casts is None:
+        return not tensors
+    made = {node.op.inputs[0].id: node.results[0][0].id for node in start.path() if is_cast(node) and node.op is not None}
+    taken = {value.id for node in path if node.op is not None for value in node.op.inputs}
+    return all(value is not None and made.get(value.id) in taken for _, value in tensors)
+
+
+def is_cast(node: Node | None) -> bool:
+    """Is this an operator of those by which autocast casts?"""
+    return node is not None and node.row is not None and node.row.target is CAST and node.op is not None
+
+
 def write_weights(recorder: Any, modes: Any, tensors: list[Any]) -> bool:
     """Does a call that writes these, where a block is open, write weights?"""
     if modes[2] is None:
@@ -138,10 +152,15 @@ class Weights:
     def __init__(self, region: Any) -> None:
         came = {cell.came.id: cell.real for cell in region.plain.values()}
         self._by_number = {number: real for number, real in came.items() if _is_weight(real)}
+        self._ids = set(map(id, self._by_number.values()))
 
     def cast_by(self, node: Node | None) -> Any:
         """The weight that an operator casts, if that is what it does. Not of one that the region has written: casts that autocast
         has kept from before are not used then, or the call is made for real."""
-        if node is None or node.row is None or node.row.target is not CAST or node.op is None:
+        return self._by_number.get(node.op.inputs[0].id) if is_cast(node) else None  # type: ignore[union-attr]
+
+    def made_before(self, weight: Any, path: list[Node], start: Node) -> Node | None:
+        """Where the region has cast a weight, before a call that begins at `start` and does not cast it on its own `path`."""
+        if id(weight) not in self._ids or any(self.cast_by(node) is weight for node in path):
             return None
-        return self._by_number.get(node.op.inputs[0].id)
+        return next((node for node in reversed(start.path()) if self.cast_by(node) is weight), None)

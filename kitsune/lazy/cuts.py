@@ -52,7 +52,8 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     """Run what is pending; the region goes on."""
     region.unfold()
     node, since, observed = region.node, region.cut, region.observed_from is not None
-    key = (tuple(region.past), tuple(_graded(region)))
+    # And where a block is open, what autocast has cast is kept for whoever comes next.
+    key = (tuple(region.past), tuple(_graded(region)), recorder.lane.modes[False][2])
     if region.cuts and _came(region):
         judge(region)
         region.cuts.clear()

@@ -323,18 +323,24 @@ def another_thread_ends_the_region_between_three_passes(t: Loop, k: int) -> None
     t.update()
 
 
+def as_in_eager(step: Step, way: str) -> int:
+    """Both runs are the same; returns how many backwards were followed in the last step."""
+    with warnings.catch_warnings(), kitsune.config.patch(gate=False):
+        warnings.simplefilter("ignore")
+        expected, _ = run(step, contextlib.nullcontext())
+        kitsune.reset()
+        with graphs(kernels=False) if way == "replayed" else contextlib.nullcontext():
+            got, counts = run(step, kitsune.accelerate(device="cpu"))
+    assert got == expected
+    assert torch.is_autocast_cache_enabled()
+    return counts[-1][1]
+
+
 @pytest.mark.parametrize("way", ["op by op", "replayed"])
 @pytest.mark.parametrize("name", CASES)
 def test_casts_of_weights_are_eagers(name: str, way: str) -> None:
-    with warnings.catch_warnings(), kitsune.config.patch(gate=False):
-        warnings.simplefilter("ignore")
-        expected, _ = run(CASES[name], contextlib.nullcontext())
-        kitsune.reset()
-        with graphs(kernels=False) if way == "replayed" else contextlib.nullcontext():
-            got, counts = run(CASES[name], kitsune.accelerate(device="cpu"))
-    assert got == expected
-    assert torch.is_autocast_cache_enabled()
-    assert name not in FOLLOWED or counts[-1][1] == FOLLOWED[name]
+    followed = as_in_eager(CASES[name], way)
+    assert name not in FOLLOWED or followed == FOLLOWED[name]
 
 
 def a_new_call_comes(t: Loop, k: int) -> None:
