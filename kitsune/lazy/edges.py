@@ -130,8 +130,8 @@ class Before:
         self._graded = [t.requires_grad for t in flat]
 
     def read_beside(self, path: Sequence[Node]) -> list[tuple[Any, Ref | None]]:
-        """The plain tensors, with their values, that the call was given and none of its ops. C++ may have read their numbers, which
-        no key tells: the batch sizes of a packed sequence. (A wrapper has none to read.)"""
+        """The plain tensors, with values, that the call was given and none of its ops. C++ may have read their numbers, which no
+        key tells: the batch sizes of a packed sequence. (A wrapper has none to read.)"""
         taken, beside = {value.id for node in path if node.op is not None for value in node.op.inputs}, []
         for tensor, known in zip(self._flat, self._refs, strict=True):
             cell = None if type(tensor) is LazyTensor else cell_in(tensor, self._region)
