@@ -4,6 +4,7 @@ What autograd would have done is owed (`region.calls`): a backward that is known
 anything else that could tell the difference has the calls made again for their graph (`realize`).
 """
 
+import contextlib
 import threading
 import weakref
 from typing import Any
@@ -46,7 +47,8 @@ from kitsune.lazy.used_again import keep
 from kitsune.lazy.words import in_eagers_words
 from kitsune.lazy.write_counts import count_writes
 
-_profiled, _BACKWARD, _BACKWARDS = torch.autograd._profiler_enabled, torch.Tensor.backward, torch.autograd.backward
+_BACKWARD, _BACKWARDS = torch.Tensor.backward, torch.autograd.backward
+_profiled, _Mark, _NOTHING = torch.autograd._profiler_enabled, torch._C._profiler._RecordFunctionFast, contextlib.nullcontext()
 
 
 class CallLane(Learner):
@@ -151,7 +153,8 @@ class CallLane(Learner):
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         kind = READS.get(func)
         if kind is not None and len(args) == 1 and not kwargs and self._is_simple(args[0]):
-            return kind(self.made(self.recorder.record, (ITEM, (), args)))
+            with _Mark("aten::item") if _profiled() else _NOTHING:
+                return kind(self.made(self.recorder.record, (ITEM, (), args)))
         tensors = tensors_in((args, kwargs))
         if any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors):
             self.own_up(tensors if func not in VALUES else ())
@@ -161,10 +164,8 @@ class CallLane(Learner):
 
     def _is_simple(self, tensor: Any) -> bool:
         """Is this one number, whose read comes to the recorder and to nobody else? Torch's way there takes 20 us."""
-        if type(tensor) is not LazyTensor:
-            return False
-        type_ = tensor.cell.type
-        return type_.dtype in SIMPLE and type_.shape.numel() == 1 and self.recorder.is_on_top() and not _profiled()
+        known = type(tensor) is LazyTensor and (type_ := tensor.cell.type).dtype in SIMPLE and type_.shape.numel() == 1
+        return known and self.recorder.is_on_top()
 
     def _backward_of_method(
         self, loss: Any, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False, inputs: Any = None
