@@ -278,6 +278,16 @@ def test_losses_without_a_backward_are_regions_of_their_own_soon() -> None:
     assert all(replayed for *_, replayed in counts[6:]) and kitsune.counters()["regions"] <= 4
 
 
+def test_where_backwards_have_not_come_none_is_waited_for() -> None:
+    t, cuts = Loop(), []
+    with kitsune.accelerate(device="cpu"):
+        for k in range(8):
+            t.loss(k).item()
+            pipeline = next(iter(kitsune.contexts.here.depth))
+            cuts.append(pipeline.recorder.region.cut is not None)
+    assert cuts == [True, *[False] * 7]
+
+
 def test_a_backward_that_comes_after_all_is_expected_again() -> None:
     def step(t: Loop, k: int) -> None:
         loss = t.loss(k)
