@@ -38,12 +38,10 @@ class Absent:
         return self.made.graded is not None
 
 
-def goes_on(recorder: Any, region: Any, cause: Barrier) -> bool:
+def goes_on(region: Any, cause: Barrier) -> bool:
     """Does a region go on behind the read of a number? It does where a backward of its calls may come."""
-    if cause is not Barrier.ITEM or recorder.lane is None or recorder.watcher is not None or recorder.walk is not None:
-        return False
     past, cuts = region.past, region.cuts
-    if not past or past[-1].is_backward or (region.slow and region.observed_from is None) or not region.node.expects:
+    if cause is not Barrier.ITEM or not past or past[-1].is_backward or not region.node.expects:
         return False
     return not cuts or _came(region) or (len(cuts) < MAX_CUTS and len(past) - cuts[-1][1] <= MAX_CALLS)
 

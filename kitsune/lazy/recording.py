@@ -209,7 +209,7 @@ class Recording:
                 return
             site = user_site()
             self.tally.flushed[(cause, site)] += 1
-            if end and goes_on(self, region, cause):
+            if end and goes_on(region, cause):
                 return go_on(self, region, cause, site)
             if region.calls and self.lane is not None:
                 self.lane.own_up()
