@@ -108,3 +108,28 @@ def test_a_model_is_evaluated_between_its_steps(warmup: int) -> None:
     with kitsune.accelerate(device="cpu", warmup=warmup):
         found = trained()
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_number_is_asked_for_in_inference_mode_while_a_backward_is_owed() -> None:
+    """Calls are made again there, behind a read: what they had made, which nobody holds, is no inference tensor."""
+
+    def losses() -> list[Any]:
+        torch.manual_seed(0)
+        net, found = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), []
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for k in range(8):
+            loss = F.cross_entropy(net(torch.randn(4, 8)), torch.randint(0, 3, (4,)))
+            found.append(loss.item())
+            if k in (5, 7):
+                with torch.inference_mode():
+                    found.append(net[0].weight.sum().item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found += net.parameters()
+        return [t.tolist() if isinstance(t, Tensor) else t for t in found]
+
+    expected = losses()
+    kitsune.reset()
+    with kitsune.accelerate(device="cpu"):
+        assert losses() == expected

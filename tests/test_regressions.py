@@ -225,6 +225,33 @@ def test_a_foreach_write_counts_as_one_version() -> None:
         assert [x._version for x in xs] == [1, 1]
 
 
+LISTS_THAT_DO_NOT_FIT = {
+    "the last": lambda a, b: [a, b, torch.ones(2)],
+    "the first": lambda a, b: [torch.ones(2), a, b],
+    "between two views of one": lambda a, b: [a[:3], a[:3], b, torch.ones(2), b],
+}
+
+
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("lists", LISTS_THAT_DO_NOT_FIT.values(), ids=LISTS_THAT_DO_NOT_FIT)
+def test_a_foreach_write_that_raises_half_way_counts_what_it_has_written(lists: Any, pending: bool) -> None:
+    def run() -> list[Any]:
+        a, b = torch.ones(3), torch.ones(3)
+        if pending:
+            a, b = a * 1, b * 1
+        versions = a._version, b._version
+        targets = lists(a, b)
+        with pytest.raises(RuntimeError):
+            torch._foreach_lerp_(targets, [torch.zeros(3)] * len(targets), [torch.ones(3)] * len(targets))
+        return [a._version - versions[0], b._version - versions[1], a.tolist(), b.tolist()]
+
+    expected = run()
+    for warmup in (0, 1):
+        for _ in range(3):
+            with lazily(warmup):
+                assert run() == expected
+
+
 def test_torch_compile_is_left_alone_inside() -> None:
     double = torch.compile(lambda x: x * 2 + 1, backend="eager")
     with lazily():

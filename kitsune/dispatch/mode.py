@@ -97,20 +97,22 @@ _ABOVE = _ABOVE | _AUTOCAST
 # Torch excludes these while a mode handles an op, and a kernel that makes conjugate views of its own, as that of linalg.pinv
 # does, then computes with the conjugates of what it means.
 _BITS = DispatchKeySet(DispatchKey.Conjugate) | DispatchKeySet(DispatchKey.Negative) | DispatchKeySet(DispatchKey.ZeroTensor)
+_COUNTS = DispatchKeySet(DispatchKey.ADInplaceOrView)
 
 
 # By what is excluded around it: to make a set of keys takes 0.2 us (CPU host).
-_beneath: dict[tuple[bool, int], DispatchKeySet] = {}
+_beneath: dict[tuple[bool, bool, int], DispatchKeySet] = {}
 
 
-def below_autograd(casts: bool = False) -> Any:
+def below_autograd(casts: bool = False, counts: bool = False) -> Any:
     """A context in which aten calls on plain tensors go straight to their kernels, as they do in eager; with `casts`, autocast is
-    on inside of them."""
+    on inside of them, and with `counts` the writes are counted."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    key = casts, exclude.raw_repr()
+    key = casts, counts, exclude.raw_repr()
     beneath = _beneath.get(key)
     if beneath is None:
-        beneath = _beneath[key] = (exclude | _ABOVE) - (_BITS | _AUTOCAST if casts else _BITS)
+        seen = _BITS | (_AUTOCAST if casts else _BITS) | (_COUNTS if counts else _BITS)
+        beneath = _beneath[key] = (exclude | _ABOVE) - seen
     guard = torch._C._ForceDispatchKeyGuard(include, beneath)
     return _outside_inference(guard) if torch.is_inference_mode_enabled() else guard
 

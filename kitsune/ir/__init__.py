@@ -36,7 +36,7 @@ from kitsune.ir.tensor_type import TensorType, default_type, storage_of, tensor_
 from kitsune.ir.text import graph_text
 from kitsune.ir.verify import verify
 from kitsune.ir.verify_plan import storages_of, verify_plan
-from kitsune.ir.versions import count_writes_to, versions_kept
+from kitsune.ir.versions import count_writes_to, list_writes_counted, versions_kept
 
 __all__ = [
     "BACKWARDS_WITH_PLANS",
@@ -93,6 +93,7 @@ __all__ = [
     "is_own",
     "left_of",
     "lent_memory",
+    "list_writes_counted",
     "load_graph",
     "load_plan",
     "mark_lent",

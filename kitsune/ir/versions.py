@@ -23,6 +23,30 @@ def versions_kept(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         torch._C._autograd._unsafe_set_version_counter(counted, versions)
 
 
+@contextlib.contextmanager
+def list_writes_counted(operands: Sequence[torch.Tensor], reals: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Count a write to each operand of a list kernel that runs on `reals` and counts its writes to them.
+
+    One that raises half way has written the first of them, in order.
+    """
+    ours = [(operand, real) for operand, real in zip(operands, reals, strict=True) if not real.is_inference()]
+    counted = tuple(real for _, real in ours)
+    before = list(map(_version, counted))
+    try:
+        yield
+    except Exception:
+        written = list(map(_version, counted))
+        torch._C._autograd._unsafe_set_version_counter(counted, tuple(before))
+        for operand, real in ours:
+            if list(map(_version, counted)) == written:
+                break
+            increment_version([real] if operand is real else [real, operand])
+        raise
+    if counted:
+        torch._C._autograd._unsafe_set_version_counter(counted, tuple(before))
+    increment_version(list(operands))
+
+
 def count_writes_to(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Count a write to each tensor, as often as it is there; returns those that were counted.
 

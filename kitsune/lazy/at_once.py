@@ -3,9 +3,8 @@
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
-from kitsune.ir import Barrier, OpRow, own, type_of, versions_kept
+from kitsune.ir import Barrier, OpRow, list_writes_counted, own, type_of
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
@@ -31,14 +30,13 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
         with recorder.with_bits():
             return func(*real_args, **real_kwargs), reals
-    with recorder.below_autograd(recorder.casts_inside(row)), torch._C.DisableTorchFunction():
+    with recorder.below_autograd(recorder.casts_inside(row), row.bumps), torch._C.DisableTorchFunction():
         if not row.bumps:
             # What the overload itself calls, and nothing else.
             return func._op(*real_args, **real_kwargs), reals
-        with versions_kept(list(written_operands(row, real_args, real_kwargs))):
-            result = func(*real_args, **real_kwargs)
-    increment_version(list(written_operands(row, args, kwargs)))
-    return result, reals
+        written = list(written_operands(row, args, kwargs)), list(written_operands(row, real_args, real_kwargs))
+        with list_writes_counted(*written):
+            return func(*real_args, **real_kwargs), reals
 
 
 def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason: Barrier | None) -> Any:
@@ -49,7 +47,7 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     counts = bool(recorder.counting) and _only_counts(recorder.counting, row, args, tensors)
     if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER) and not counts:
         recorder.n_unrecorded += 1
-    early = recorder.early.answer(row, tensors[0]) if reason is Barrier.ITEM else None
+    early = recorder.early.answer(row, tensors[0]) if reason is Barrier.ITEM and tensors else None
     result, reals = call(recorder, row, args, kwargs, tensors) if early is None else (early, tensors)
     if recorder.watcher is not None and not counts:
         recorder.watcher.passed(row, args, kwargs, reason)

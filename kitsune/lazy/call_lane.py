@@ -4,6 +4,7 @@ What autograd would have done is owed (`region.calls`): a backward that is known
 anything else that could tell the difference has the calls made again for their graph (`realize`).
 """
 
+import contextlib
 import threading
 import weakref
 from typing import Any
@@ -47,7 +48,8 @@ from kitsune.lazy.used_again import keep
 from kitsune.lazy.words import in_eagers_words
 from kitsune.lazy.write_counts import count_writes
 
-_profiled, _BACKWARD, _BACKWARDS = torch.autograd._profiler_enabled, torch.Tensor.backward, torch.autograd.backward
+_BACKWARD, _BACKWARDS = torch.Tensor.backward, torch.autograd.backward
+_profiled, _Mark, _NOTHING = torch.autograd._profiler_enabled, torch._C._profiler._RecordFunctionFast, contextlib.nullcontext()
 
 
 class CallLane(Learner):
@@ -56,8 +58,8 @@ class CallLane(Learner):
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self.spent: list[weakref.ref[LazyTensor]] = []  # wrappers whose graph a followed backward has used up
-        # Calls of torch's API that torch is making now; and is one of them an update that is learned as a whole?
-        self.inside, self.part_of_update = 0, False
+        # Calls of torch's API that torch is making now, with what; and is one of them an update that is learned as a whole?
+        self.inside, self.given, self.part_of_update = 0, tuple[Any, ...](), False
         self.thread, self.known_modes = threading.get_ident(), dict[Any, Any]()
         self.read_modes()
 
@@ -152,7 +154,8 @@ class CallLane(Learner):
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         kind = READS.get(func)
         if kind is not None and len(args) == 1 and not kwargs and self._is_simple(args[0]):
-            return kind(self.made(self.recorder.record, (ITEM, (), args)))
+            with _Mark("aten::item") if _profiled() else _NOTHING:
+                return kind(self.made(self.recorder.record, (ITEM, (), args)))
         tensors = tensors_in((args, kwargs))
         if any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors):
             self.own_up(tensors if func not in VALUES else ())
@@ -162,10 +165,8 @@ class CallLane(Learner):
 
     def _is_simple(self, tensor: Any) -> bool:
         """Is this one number, whose read comes to the recorder and to nobody else? Torch's way there takes 20 us."""
-        if type(tensor) is not LazyTensor:
-            return False
-        type_ = tensor.cell.type
-        return type_.dtype in SIMPLE and type_.shape.numel() == 1 and self.recorder.is_on_top() and not _profiled()
+        known = type(tensor) is LazyTensor and (type_ := tensor.cell.type).dtype in SIMPLE and type_.shape.numel() == 1
+        return known and self.recorder.is_on_top()
 
     def _backward_of_method(
         self, loss: Any, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False, inputs: Any = None
@@ -221,17 +222,17 @@ class CallLane(Learner):
         """Have torch make a call."""
         keep((args, kwargs))
         recorder = self.recorder
-        hook, inside, site = recorder.hook, self.inside, sites.call.site
+        hook, inside, given, site = recorder.hook, self.inside, self.given, sites.call.site
         if self.twins and not recorder.region.calls:  # Writes beside calls that are owed count when these are made again.
             settle(self.twins)
         try:  # Within, since an interrupt may come between any two lines.
-            recorder.hook, self.inside, sites.call.site = None, inside + 1, sites.UNKNOWN
+            recorder.hook, self.inside, self.given, sites.call.site = None, inside + 1, (args, kwargs), sites.UNKNOWN
             return func(*args, **kwargs) if kwargs else func(*args)
         except RuntimeError as error:
             in_eagers_words(error)
             raise
         finally:
-            recorder.hook, self.inside, sites.call.site = hook, inside, site
+            recorder.hook, self.inside, self.given, sites.call.site = hook, inside, given, site
 
     def _make(self, func: Any, args: Any, kwargs: Any, key: Any, call: Incoming, modes: Any) -> Any:
         """Make a call for real and learn from it."""

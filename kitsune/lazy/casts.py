@@ -34,21 +34,24 @@ class Casts(NamedTuple):
 def read_modes(lane: Any) -> Any:
     """By grad mode: (grad mode, dtype that autocast casts to, Casts where a block is open). One object for each: matchers compare
     by identity."""
-    recorder = lane.recorder
-    device = recorder.device.type
+    device = lane.recorder.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if autocast is None and not _n_blocks():
-        table, key = lane.known_modes, None
-    else:
-        since = recorder.cleared
-        if since is not None and since.modes is None:
-            since.modes = {}
-        table = lane.known_modes if since is None else since.modes
-        key = autocast, Casts(since, torch.is_autocast_cache_enabled(), recorder.writes_in_block or lane.outlive_writes)
+    is_open = autocast is not None or _n_blocks() > 0
+    return _modes_of(lane, autocast, torch.is_autocast_cache_enabled() if is_open else None)
+
+
+def _modes_of(lane: Any, autocast: Any, are_kept: bool | None) -> Any:
+    recorder = lane.recorder
+    table, key = lane.known_modes, None
+    if are_kept is not None:
+        since, are_real = recorder.cleared, recorder.writes_in_block or lane.outlive_writes
+        if since is not None:
+            table = since.modes = since.modes or {}
+        key = autocast, Casts(since, are_kept, are_real), Casts(since, are_kept, are_real or recorder.graphs_in_block)
     known = table.get(key)
     if known is None:
-        casts = None if key is None else key[1]
-        known = table[key] = {graded: (graded, autocast, casts) for graded in (False, True)}
+        by_mode = (None, None) if key is None else key[1:]
+        known = table[key] = {graded: (graded, autocast, by_mode[graded]) for graded in (False, True)}
     return known
 
 
@@ -62,17 +65,24 @@ def forgotten(lane: Any) -> None:
     recorder = lane.recorder
     node = recorder.region.node
     recorder.epoch += 1
-    recorder.writes_in_block, recorder.cleared = False, node if node.depth else None
+    recorder.writes_in_block = recorder.graphs_in_block = False
+    recorder.cleared = node if node.depth else None
     lane.read_modes()
 
 
-def begin_anew(recorder: Any) -> None:
-    """A region begins, in which autocast has forgotten nothing."""
-    if recorder.cleared is not None:
-        recorder.cleared = None
-        # Another thread that ends a region has an autocast of its own.
-        if recorder.lane.thread == threading.get_ident():
-            recorder.lane.read_modes()
+def begin_anew(recorder: Any, ended: Any) -> None:
+    """A region begins, in which autocast has forgotten nothing. Where the one that has `ended` has left graphs in a block that is
+    still open, what comes next joins them at the casts, which belong to both."""
+    lane = recorder.lane
+    graphs = recorder.graphs_in_block or (lane is not None and lane.modes[True][2] is not None and ended.real)
+    if recorder.cleared is None and graphs == recorder.graphs_in_block:
+        return
+    recorder.cleared, recorder.graphs_in_block = None, graphs
+    if lane.thread == threading.get_ident():
+        lane.read_modes()
+    else:  # Another thread that ends a region has an autocast of its own.
+        _, autocast, casts = lane.modes[False]
+        lane.modes = _modes_of(lane, autocast, None if casts is None else casts.are_kept)
 
 
 def written(lane: Any, are_weights: bool = True) -> None:
@@ -100,8 +110,22 @@ def need_casts(lane: Any, modes: Any, flat: list[Any], start: Node) -> bool:
     if all(cell is not None and not taken.isdisjoint((cell.came.id, cell.ref.id)) for cell in cells):
         # As they are.
         return False
-    lane.outlive_writes = True
+    lane.outlive_writes = lane.outlive_writes or lane.recorder.writes_in_block
     return True
+
+
+def are_kept_casts(tensors: list[tuple[Any, Any]], path: list[Node], start: Node, casts: Casts | None) -> bool:
+    """Has autocast handed the ops of `path`, in place of each of these (tensor, value), the cast that it had kept of it?"""
+    if not tensors or casts is None:
+        return not tensors
+    made = {node.op.inputs[0].id: node.results[0][0].id for node in start.path() if is_cast(node) and node.op is not None}
+    taken = {value.id for node in path if node.op is not None for value in node.op.inputs}
+    return all(value is not None and made.get(value.id) in taken for _, value in tensors)
+
+
+def is_cast(node: Node | None) -> bool:
+    """Is this an operator of those by which autocast casts?"""
+    return node is not None and node.row is not None and node.row.target is CAST and node.op is not None
 
 
 def write_weights(recorder: Any, modes: Any, tensors: list[Any]) -> bool:
@@ -128,10 +152,15 @@ class Weights:
     def __init__(self, region: Any) -> None:
         came = {cell.came.id: cell.real for cell in region.plain.values()}
         self._by_number = {number: real for number, real in came.items() if _is_weight(real)}
+        self._ids = set(map(id, self._by_number.values()))
 
     def cast_by(self, node: Node | None) -> Any:
         """The weight that an operator casts, if that is what it does. Not of one that the region has written: casts that autocast
         has kept from before are not used then, or the call is made for real."""
-        if node is None or node.row is None or node.row.target is not CAST or node.op is None:
+        return self._by_number.get(node.op.inputs[0].id) if is_cast(node) else None  # type: ignore[union-attr]
+
+    def made_before(self, weight: Any, path: list[Node], start: Node) -> Node | None:
+        """Where the region has cast a weight, before a call that begins at `start` and does not cast it on its own `path`."""
+        if id(weight) not in self._ids or any(self.cast_by(node) is weight for node in path):
             return None
-        return self._by_number.get(node.op.inputs[0].id)
+        return next((node for node in reversed(start.path()) if self.cast_by(node) is weight), None)

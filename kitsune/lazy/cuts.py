@@ -38,12 +38,10 @@ class Absent:
         return self.made.graded is not None
 
 
-def goes_on(recorder: Any, region: Any, cause: Barrier) -> bool:
+def goes_on(region: Any, cause: Barrier) -> bool:
     """Does a region go on behind the read of a number? It does where a backward of its calls may come."""
-    if cause is not Barrier.ITEM or recorder.lane is None or recorder.watcher is not None or recorder.walk is not None:
-        return False
     past, cuts = region.past, region.cuts
-    if not past or past[-1].is_backward or (region.slow and region.observed_from is None) or not region.node.expects:
+    if cause is not Barrier.ITEM or not past or past[-1].is_backward or not region.node.expects:
         return False
     return not cuts or _came(region) or (len(cuts) < MAX_CUTS and len(past) - cuts[-1][1] <= MAX_CALLS)
 
@@ -52,7 +50,8 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     """Run what is pending; the region goes on."""
     region.unfold()
     node, since, observed = region.node, region.cut, region.observed_from is not None
-    key = (tuple(region.past), tuple(_graded(region)))
+    # And where a block is open, what autocast has cast is kept for whoever comes next.
+    key = (tuple(region.past), tuple(_graded(region)), recorder.lane.modes[False][2])
     if region.cuts and _came(region):
         judge(region)
         region.cuts.clear()

@@ -129,16 +129,16 @@ class Before:
         self._versions = [0 if t.is_inference() else t._version for t in flat]
         self._graded = [t.requires_grad for t in flat]
 
-    def read_beside(self, path: Sequence[Node]) -> bool:
-        """Was a plain tensor given to the call and to none of its ops? C++ may have read its numbers, which no key tells: the
-        batch sizes of a packed sequence. (A wrapper has none to read.)"""
-        taken = {value.id for node in path if node.op is not None for value in node.op.inputs}
+    def read_beside(self, path: Sequence[Node]) -> list[tuple[Any, Ref | None]]:
+        """The plain tensors, with values, that the call was given and none of its ops. C++ may have read their numbers, which no
+        key tells: the batch sizes of a packed sequence. (A wrapper has none to read.)"""
+        taken, beside = {value.id for node in path if node.op is not None for value in node.op.inputs}, []
         for tensor, known in zip(self._flat, self._refs, strict=True):
             cell = None if type(tensor) is LazyTensor else cell_in(tensor, self._region)
             value = None if cell is None else known or cell.came
             if type(tensor) is not LazyTensor and (value is None or value.id not in taken):
-                return True
-        return False
+                beside.append((tensor, value))
+        return beside
 
     def written(self) -> tuple[tuple[tuple[int, Ref], ...], tuple[int, ...]] | None:
         """The tensors that have been written since, as an Edge has them; None if one of them is of another kind now."""

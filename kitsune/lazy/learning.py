@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kitsune.lazy.call_keys import with_floats
+from kitsune.lazy.casts import are_kept_casts
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.cuts import Absent
 from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between, viewed_operands
@@ -172,7 +173,9 @@ class Learner:
             return None
         arrivals = arrivals_of(path, list(call.fresh.values()), region)
         written = sight.before.written()
-        if arrivals is None or written is None or not returned.fits or (path and sight.before.read_beside(path)):
+        if arrivals is None or written is None or not returned.fits:
+            return None
+        if path and not are_kept_casts(sight.before.read_beside(path), path, sight.start, sight.modes[2]):
             return None
         rewrites, bumps = written
         if bumps and not returned.graded:

@@ -54,6 +54,7 @@ class Walk:
     def __init__(self, region: Any) -> None:
         self.region = region
         self.path: list[Node] = []
+        self.start = region.node
         self.held: dict[int, LazyTensor] = {}
         self.weights = Weights(region)
 
@@ -62,11 +63,14 @@ class Walk:
         path = path_between(call.edge.start, call.edge.node)
         assert path is not None
         path.reverse()
-        self.path = path
+        self.path, self.start = path, call.edge.start
         self.held = {made.born: tensor for made, tensor in zip(call.edge.made, call.made, strict=True)}
 
     def take(self, row: Any, tensors: list[Any]) -> Any:
         """The results of an op."""
+        if row.target is CAST and (node := self.weights.made_before(tensors[0], self.path, self.start)) is not None:
+            # Autocast had kept the cast of a call that is not made again: one without a gradient, or whose backward has been.
+            return self._result(row, self._is_done(node), *node.results[0])
         node = self.path.pop() if self.path else None
         # Of the weights that were cast when the call was followed, autocast may have kept the casts of another call.
         while (weight := self.weights.cast_by(node)) is not None and (row.target is not CAST or weight is not tensors[0]):
@@ -79,7 +83,7 @@ class Walk:
                 f"instead of {expected}. This is a bug in Kitsune: please report it. KITSUNE_FOLLOW=0 runs the program without "
                 "following."
             )
-        done = self.region.cut is not None and node.depth <= self.region.cut.depth
+        done = self._is_done(node)
         for operand, _, after, _ in node.written:
             cell = self.region.cell(tensors[operand])
             # What the call has made for itself is new; others stand for what they are by now.
@@ -90,6 +94,9 @@ class Walk:
             # What autograd does not count, who records it does.
             increment_version([tensors[operand] for operand, *_ in node.written])
         return fill(node.structure, [self._result(row, done, *result) for result in node.results], tensors)
+
+    def _is_done(self, node: Node) -> bool:
+        return self.region.cut is not None and node.depth <= self.region.cut.depth
 
     def _result(self, row: Any, done: bool, ref: Any, type_: Any, storage: int) -> LazyTensor:
         held = self.held.get(ref.id)
@@ -108,6 +115,13 @@ class Walk:
 
 def realize(recorder: Any, region: Any) -> None:
     """Give every followed call of the region its place in the autograd graph."""
+    # Who asks for the graph may be in inference mode, in which none is made: the calls were made outside of it.
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    with outside:
+        _realize(recorder, region)
+
+
+def _realize(recorder: Any, region: Any) -> None:
     recall_results(region)
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
     recount = Recount(region, recorder.lane.twins)
@@ -115,9 +129,7 @@ def realize(recorder: Any, region: Any) -> None:
     walk = Walk(region)
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk
     try:
-        # Who asks for the graph may be in inference mode, in which none is made: the calls were made outside of it.
-        outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-        with torch._C.DisableTorchFunction(), outside, recorder.above_autograd(), _modes(recorder) as adopt:
+        with torch._C.DisableTorchFunction(), recorder.above_autograd(), _modes(recorder) as adopt:
             for n, call in enumerate(calls):
                 recount.before_call(n)
                 adopt(call)

@@ -23,6 +23,7 @@ from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import GENERAL, ONE, SELF, Node
 from kitsune.lazy.used_again import keep
 from kitsune.lazy.views import RECORD, infers, take_view
+from kitsune.lazy.wrapped_numbers import take_refused
 
 # Constants that compare and hash as they mean. Booleans and floats do not: 1 == True == 1.0.
 CONSTANTS = frozenset({int, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -125,10 +126,10 @@ class Recorder(Recording):
             if node.full:
                 self.flush(Barrier.BOUND)
             return wrapper
-        except BaseException:
+        except BaseException as error:
             # Also an interrupt between two lines of this: nothing of the op may stay in the region.
             self.region.rollback()
-            raise
+            return take_refused(self, error, func, args, kwargs)
         finally:
             if shared:
                 self._release()
@@ -289,8 +290,7 @@ class Recorder(Recording):
         counts, *others = args
         if type(counts) is list:
             # Only where the host reads them: fused optimizers add a plain 1, and their kernel does the reading.
-            many = len(others) == 1 and are_counts(others) and are_counts(counts)
-            return many and not any(map(self.takes_part, counts))
+            return len(others) == 1 and are_counts(others) and are_counts(counts) and not any(map(self.takes_part, counts))
         return are_counts([counts]) and all(type(a) in (int, float) for a in others) and not self.takes_part(counts)
 
     def run_outside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -72,8 +72,8 @@ class Recording:
         self.watcher: Any = None
         # The ids of the counts on the host that belong to the update that is being made.
         self.counting: frozenset[int] = frozenset()
-        # How often autocast has forgotten its casts of weights, after which op of this region, and were weights written since?
-        self.epoch, self.cleared, self.writes_in_block = 0, None, False
+        # How often autocast has forgotten its casts of weights, after which op of this region; see `casts.py` for the rest.
+        self.epoch, self.cleared, self.writes_in_block, self.graphs_in_block = 0, None, False, False
         # What `torch.set_default_device` has set, or a `with torch.device(...)` around the context.
         self.default_device: Any = None
         self.rows: dict[int, OpRow] = {}
@@ -111,7 +111,7 @@ class Recording:
         region = Region(self.roots.setdefault((self.default_device, *settings()), Node()), self)
         if saves_through_python():
             region.real, region.past = True, None
-        begin_anew(self)
+        begin_anew(self, getattr(self, "region", None))
         return region
 
     def restart(self) -> None:
@@ -209,7 +209,7 @@ class Recording:
                 return
             site = user_site()
             self.tally.flushed[(cause, site)] += 1
-            if end and goes_on(self, region, cause):
+            if end and goes_on(region, cause):
                 return go_on(self, region, cause, site)
             if region.calls and self.lane is not None:
                 self.lane.own_up()

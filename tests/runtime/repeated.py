@@ -11,6 +11,7 @@ import torch
 
 import kitsune
 from kitsune.config import config
+from kitsune.dispatch import below_autograd
 from kitsune.ir import Access, Launch, storage_of
 from kitsune.running import Backend
 from kitsune.runtime import SlotTable
@@ -37,7 +38,9 @@ class Repeated:
         assert not self.destroyed
         self.recorder.fail_if("replay")
         self.numbers = []
-        again = self.work([place() for place in self.places], lambda tensors: self.numbers.extend(t.item() for t in tensors))
+        # A graph knows of no autocast that is on where it is launched.
+        with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            again = self.work([place() for place in self.places], lambda tensors: self.numbers.extend(t.item() for t in tensors))
         for storage, fresh in {storage_of(a)._cdata: (storage_of(a), storage_of(b)) for a, b in self._pairs(again)}.values():
             storage.copy_(fresh)
 

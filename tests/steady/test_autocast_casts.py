@@ -57,7 +57,7 @@ def a_region_ends_inside(t: Loop, k: int) -> None:
     t.update()
 
 
-@case()
+@case(3)
 def regions_end_between_backwards(t: Loop, k: int) -> None:
     with block():
         for n in range(3):
@@ -286,18 +286,61 @@ def looks_many_times_in_a_block(t: Loop, k: int) -> None:
     t.update()
 
 
+@case()
+def a_number_is_read_between_three_passes(t: Loop, k: int) -> None:
+    """The gradients of all three are added up in bfloat16, at one cast, also where the read has ended a region."""
+    with block():
+        losses = [twice(t, k, 0), twice(t, k, 1)]
+        if k != 6:
+            t.found.append(losses[1].item())
+        losses.append(twice(t, k, 0) * 0.7)
+    sum(losses).backward()  # type: ignore[union-attr]
+    t.found.append(t.net.head.weight.grad.tolist())  # type: ignore[union-attr]
+    t.update()
+
+
+@case()
+def regions_end_between_passes(t: Loop, k: int) -> None:
+    with block():
+        losses = [twice(t, k, 0), twice(t, k, 1)]
+        t.found.append(losses[1].tolist())
+        with torch.no_grad():
+            t.found += [(t.xs[k, n] * 2).sum().item() for n in (0, 1)]
+        losses.append(twice(t, k, 0) * 0.7)
+    sum(losses).backward()  # type: ignore[union-attr]
+    t.found.append(t.net.head.weight.grad.tolist())  # type: ignore[union-attr]
+    t.update()
+
+
+@case()
+def another_thread_ends_the_region_between_three_passes(t: Loop, k: int) -> None:
+    with block():
+        losses = [twice(t, k, 0), twice(t, k, 1)]
+        t.found.append(READER.submit(losses[1].detach().tolist).result())
+        losses.append(twice(t, k, 0) * 0.7)
+    sum(losses).backward()  # type: ignore[union-attr]
+    t.found.append(t.net.head.weight.grad.tolist())  # type: ignore[union-attr]
+    t.update()
+
+
+def as_in_eager(step: Step, way: str) -> int:
+    """Both runs are the same; returns how many backwards were followed in the last step."""
+    with warnings.catch_warnings(), kitsune.config.patch(gate=False):
+        warnings.simplefilter("ignore")
+        expected, _ = run(step, contextlib.nullcontext())
+        kitsune.reset()
+        with graphs(kernels=False) if way == "replayed" else contextlib.nullcontext():
+            got, counts = run(step, kitsune.accelerate(device="cpu"))
+    assert got == expected
+    assert torch.is_autocast_cache_enabled()
+    return counts[-1][1]
+
+
 @pytest.mark.parametrize("way", ["op by op", "replayed"])
 @pytest.mark.parametrize("name", CASES)
 def test_casts_of_weights_are_eagers(name: str, way: str) -> None:
-    with warnings.catch_warnings(), kitsune.config.patch(gate=False):
-        warnings.simplefilter("ignore")
-        expected, _ = run(CASES[name], contextlib.nullcontext())
-        kitsune.reset()
-        with graphs(kernels=False) if way == "replayed" else contextlib.nullcontext():
-            got, counts = run(CASES[name], kitsune.accelerate(device="cpu"))
-    assert got == expected
-    assert torch.is_autocast_cache_enabled()
-    assert name not in FOLLOWED or counts[-1][1] == FOLLOWED[name]
+    followed = as_in_eager(CASES[name], way)
+    assert name not in FOLLOWED or followed == FOLLOWED[name]
 
 
 def a_new_call_comes(t: Loop, k: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import kitsune
 from tests.runtime.repeated import graphs
@@ -277,6 +278,16 @@ def test_losses_without_a_backward_are_regions_of_their_own_soon() -> None:
     assert all(replayed for *_, replayed in counts[6:]) and kitsune.counters()["regions"] <= 4
 
 
+def test_where_backwards_have_not_come_none_is_waited_for() -> None:
+    t, cuts = Loop(), []
+    with kitsune.accelerate(device="cpu"):
+        for k in range(8):
+            t.loss(k).item()
+            pipeline = next(iter(kitsune.contexts.here.depth))
+            cuts.append(pipeline.recorder.region.cut is not None)
+    assert cuts == [True, *[False] * 7]
+
+
 def test_a_backward_that_comes_after_all_is_expected_again() -> None:
     def step(t: Loop, k: int) -> None:
         loss = t.loss(k)
@@ -316,6 +327,23 @@ def test_nothing_is_kept_behind_the_end_of_a_step() -> None:
         loss.backward()
         t.update()
         assert not region.kept and not region.calls and pipeline.recorder.region is not region
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_profiler_sees_the_step_as_it_is_without_it(name: str) -> None:
+    counts, seen = {}, set()
+    for profiled in (False, True):
+        kitsune.reset()
+        t = Loop()
+        with kitsune.accelerate(device="cpu"):
+            for k in range(7):
+                LOOPS[name](t, k)
+            before = kitsune.counters()
+            with profile(activities=[ProfilerActivity.CPU]) if profiled else contextlib.nullcontext() as trace:
+                LOOPS[name](t, 7)
+            counts[profiled] = [kitsune.counters()[counted] - before[counted] for counted in COUNTED]
+        seen = {event.name for event in trace.events()} if trace is not None else seen
+    assert counts[True] == counts[False] and seen >= {"aten::item", "aten::_local_scalar_dense"}
 
 
 def test_an_error_behind_a_cut_leaves_the_program_as_in_eager() -> None:
