@@ -192,10 +192,7 @@ class Pipeline:
     def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
         """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
         memory_changed()
-        if region.is_bare:
-            return region.replay(values, scalars)
-        with below_autograd():
-            return region.replay(values, scalars)
+        return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
         """A region ended. One that was observed is made ready for its first run, and for the thread that will run it: its
