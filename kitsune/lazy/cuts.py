@@ -11,6 +11,7 @@ from typing import Any
 
 from kitsune.ir import Barrier, Handover
 from kitsune.lazy.cell import Cell, numbers_of, serial_of
+from kitsune.lazy.holds import Holds
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
@@ -60,13 +61,12 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     if observed:
         live = numbers_of(computed_since(region))
     else:
+        left: list[Any] = []
         if region.calls:
             saved = (node.saved or {}).get(key)
-            leave_results(region)
-            if saved is None or not _had_graph(region, saved):
-                recorder.lane.own_up()
+            left = _left_by_calls(recorder, region, saved)
         recorder.tally.recorded += node.depth - depth_of(since)
-        live = recorder.run_so_far(region, saved or frozenset())
+        live = recorder.run_so_far(region, saved or frozenset(), left)
     here = {cell.ref.id: cell.real for seen in region.seen if (cell := seen()) is not None}
     wanted = frozenset(here).union(saved or ())
     if region.real:
@@ -77,6 +77,24 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     region.cut = node
     region.cuts.append((node, len(region.past)))
     recorder.closed(node, live, cause, site, observed, since)
+
+
+def _left_by_calls(recorder: Any, region: Any, saved: frozenset[int] | None) -> list[Any]:
+    """What the owed calls have made and nobody holds, as far as they still refer to it. If the program holds something without
+    the graph that it had, all calls are made again for theirs."""
+    node, past, known = region.node, region.past, region.node.holds
+    if known is not None and saved is not None and known[0] is saved and known[1] == past:
+        left = known[2].left_again(region.calls)
+        if left is not None:
+            return left  # type: ignore[no-any-return]
+    holds, past = Holds(region.calls), list(past)
+    leave_results(region)
+    if saved is None or not _had_graph(region, saved):
+        recorder.lane.own_up()
+    elif holds.is_sure:
+        holds.found(region.calls)
+        node.holds = saved, past, holds
+    return []
 
 
 def _came(region: Any) -> bool:
@@ -177,6 +195,11 @@ def recall_results(region: Any) -> None:
     region.handover = None
     absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
     first = 0 if region.cut is None else region.cut.n_values
+    # Of what was left by them, but not taken from them.
+    for cell in [t.cell for t, _ in _made(region) if type(t) is LazyTensor and t.cell.region is region and t.cell.real is None]:
+        if cell.ref.id < first:
+            cell.real = region.kept.get(cell.ref.id)
+            region.see([cell])
     wrappers: dict[int, Any] = {}
     for number, token in absent.items():
         wrapper, cell = token.made.make(), token.cell

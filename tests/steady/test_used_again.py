@@ -25,13 +25,13 @@ STEPS = 12
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many wrappers were given back each time."""
     counts: list[int] = []
-    holds = used_again._holds
+    holds = used_again.counts_of
 
     def counting(wrappers: list[Any]) -> Any:
         counts.append(len(wrappers))
         return holds(wrappers)
 
-    monkeypatch.setattr(used_again, "_holds", counting)
+    monkeypatch.setattr(used_again, "counts_of", counting)
     kitsune.reset()
     with kitsune.config.patch(gate=False, fuse=False):
         yield counts
