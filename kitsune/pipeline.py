@@ -197,6 +197,7 @@ class Pipeline:
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
         """A region ended. One that was observed is made ready for its first run, and for the thread that will run it: its
         backward has run in autograd's, the next time it is this one."""
+        self.lane.unused.give_back()
         close(graph, cause, site, self.runner.options)
         if observed:
             with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():

@@ -106,6 +106,11 @@ def living(cells: list[Cell], left: Sequence[Any] = ()) -> list[Cell]:
     return [cell for cell, count in pairs if count > alone and cell.region is not None and id(cell) not in nobodys]
 
 
+def is_left(region: Any, cell: Cell) -> bool:
+    """Was a cell of the region left by all but owed calls when it was cut, so that nothing was computed for it?"""
+    return cell.real is None and cell.region is region and region.cut is not None and cell.ref.id < region.cut.n_values
+
+
 def numbers_of(cells: Iterable[Cell]) -> tuple[int, ...]:
     """What the cells stand for now, in order."""
     return tuple(sorted({cell.ref.id for cell in cells}))

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kitsune.ir import Barrier, Handover
-from kitsune.lazy.cell import Cell, numbers_of, serial_of
-from kitsune.lazy.holds import Holds
+from kitsune.lazy.cell import Cell, is_left, numbers_of, serial_of
+from kitsune.lazy.holds import Holds, graded_leaves
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
@@ -53,24 +53,25 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     """Run what is pending; the region goes on."""
     region.unfold()
     node, since, observed = region.node, region.cut, region.observed_from is not None
-    key = (tuple(region.past), tuple(_graded(region)))
     if region.cuts and _came(region):
         judge(region)
         region.cuts.clear()
-    saved: frozenset[int] | None = frozenset()
+    # Before calls are made again: it is what is known of them.
+    key = (region.past, graded_leaves(region))
+    saved: frozenset[int] = frozenset()
     if observed:
         live = numbers_of(computed_since(region))
     else:
         left: list[Any] = []
         if region.calls:
-            saved = (node.saved or {}).get(key)
-            left = _left_by_calls(recorder, region, saved)
+            saved, left = _left_by_calls(recorder, region, key)
         recorder.tally.recorded += node.depth - depth_of(since)
-        live = recorder.run_so_far(region, saved or frozenset(), left)
+        live = recorder.run_so_far(region, saved, left)
     here = {cell.ref.id: cell.real for seen in region.seen if (cell := seen()) is not None}
-    wanted = frozenset(here).union(saved or ())
+    wanted = frozenset(here).union(saved)
     if region.real:
-        node.saved = {**(node.saved or {}), key: wanted}
+        node.saved = {**(node.saved or {}), _hashed(key): wanted}
+        node.holds = None
     kept = {number: tensor for number, tensor in region.kept.items() if number in wanted}
     # What was written since the last cut is known by another number now.
     region.kept = kept | {number: tensor for number, tensor in here.items() if tensor is not None}
@@ -79,22 +80,28 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     recorder.closed(node, live, cause, site, observed, since)
 
 
-def _left_by_calls(recorder: Any, region: Any, saved: frozenset[int] | None) -> list[Any]:
-    """What the owed calls have made and nobody holds, as far as they still refer to it. If the program holds something without
-    the graph that it had, all calls are made again for theirs."""
-    node, past, known = region.node, region.past, region.node.holds
-    if known is not None and saved is not None and known[0] is saved and known[1] == past:
-        left = known[2].left_again(region.calls)
+def _left_by_calls(recorder: Any, region: Any, key: tuple[list[Any], list[int]]) -> tuple[frozenset[int], list[Any]]:
+    """What autograd saves of the owed calls, and what they have made and nobody holds, as far as they still refer to it. If it is
+    not known, or the program holds something without the graph that it had, all calls are made again for theirs."""
+    node = region.node
+    if node.holds is not None and node.holds[0] == key:
+        _, saved, holds = node.holds
+        left = holds.left_again(region.calls)
         if left is not None:
-            return left  # type: ignore[no-any-return]
-    holds, past = Holds(region.calls), list(past)
+            return saved, left
+    saved, holds = (node.saved or {}).get(_hashed(key)), Holds(region.calls)
     leave_results(region)
     if saved is None or not _had_graph(region, saved):
         recorder.lane.own_up()
-    elif holds.is_sure:
+        return saved or frozenset(), []
+    if holds.is_sure:
         holds.found(region.calls)
-        node.holds = saved, past, holds
-    return []
+        node.holds = ([*key[0]], key[1]), saved, holds
+    return saved, []
+
+
+def _hashed(key: tuple[list[Any], list[int]]) -> Any:
+    return tuple(map(tuple, key))
 
 
 def _came(region: Any) -> bool:
@@ -163,12 +170,6 @@ def calls_behind(calls: list[Any], tensors: list[Any]) -> set[int] | None:
     return found
 
 
-def _graded(region: Any) -> Iterator[int]:
-    for cell in region.plain.values():
-        if cell.real.requires_grad and is_leaf(cell.real):
-            yield cell.came.id
-
-
 def leave_results(region: Any) -> None:
     """Let go of what the owed calls have made and the program does not hold: it need not be computed for their sake."""
     wrappers = [t for t, _ in _made(region) if type(t) is LazyTensor]
@@ -195,11 +196,10 @@ def recall_results(region: Any) -> None:
     region.handover = None
     absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
     first = 0 if region.cut is None else region.cut.n_values
-    # Of what was left by them, but not taken from them.
-    for cell in [t.cell for t, _ in _made(region) if type(t) is LazyTensor and t.cell.region is region and t.cell.real is None]:
-        if cell.ref.id < first:
-            cell.real = region.kept.get(cell.ref.id)
-            region.see([cell])
+    # Of what was left, but not taken from them.
+    for cell in [t.cell for t, _ in _made(region) if type(t) is LazyTensor and is_left(region, t.cell)]:
+        cell.real = region.kept.get(cell.ref.id)
+        region.see([cell])
     wrappers: dict[int, Any] = {}
     for number, token in absent.items():
         wrapper, cell = token.made.make(), token.cell

@@ -49,6 +49,22 @@ def give_back(wrappers: list[Any]) -> list[Any]:
     return rest
 
 
+class Unused:
+    """Wrappers that nobody holds, until there is time to give them back."""
+
+    def __init__(self) -> None:
+        self._wrappers: list[Any] = []
+
+    def add(self, wrappers: list[Any]) -> None:
+        """There are more."""
+        self._wrappers += wrappers
+
+    def give_back(self) -> None:
+        """There is time: what they stood for has been started."""
+        wrappers, self._wrappers = self._wrappers, []
+        give_back(wrappers)
+
+
 def are_held(wrappers: list[Any]) -> list[bool]:
     """Does anybody besides this list hold each?"""
     holds = zip(wrappers, *counts_of(wrappers), strict=True)
