@@ -140,8 +140,9 @@ def spend(recorder: Any, region: Any, spent: frozenset[int], leaves: list[Any]) 
     wrappers = [t for t in chain.from_iterable([calls[k][MADE] for k in spent]) if type(t) is LazyTensor]
     if region.cut is not None:
         # It has time until the next graph was started: since the cut the device has nothing to do.
-        recorder.lane.unused.add([t for t in wrappers if is_left(region, t.cell)])
-        wrappers = [t for t in wrappers if not is_left(region, t.cell)]
+        are_left = [is_left(region, t.cell) for t in wrappers]
+        recorder.lane.unused.add([*compress(wrappers, are_left)])
+        wrappers = [t for t, is_unused in zip(wrappers, are_left, strict=True) if not is_unused]
     region.calls = [call for k, call in enumerate(calls) if k not in spent]
     left = [k for k in range(len(calls)) if k not in spent]
     region.counted = [(bisect_left(left, n), tensors) for n, tensors in region.counted] if left else []

@@ -245,12 +245,15 @@ def _swapped(tree: Any, by_id: dict[int, Any]) -> Any:
 def keeping(region: Any, cells: list[Cell], saved: Iterable[int]) -> tuple[int, ...]:
     """The numbers of what a part before a cut leaves: what cells stand for, and what is saved of its results."""
     first = 0 if region.cut is None else region.cut.n_values
-    held = numbers_of(cells)
-    kept = frozenset(number for number in saved if number >= first).difference(held)
+    node, held = region.node, numbers_of(cells)
+    if node.keeps is None or node.keeps[0] is not saved or node.keeps[1] != (first, held):
+        kept = frozenset(number for number in saved if number >= first).difference(held)
+        node.keeps = saved, (first, held), kept, tuple(sorted(kept.union(held)))
+    *_, kept, live = node.keeps
     if kept and region.cut is None and region.recorder.watcher is None:
         # Nobody else sees it.
         region.handover = Handover(kept)
-    return tuple(sorted(kept.union(held)))
+    return live  # type: ignore[no-any-return]
 
 
 def restore(region: Any) -> None:
@@ -274,13 +277,10 @@ def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
         if not is_last:
             region.handover = None
     carried = region.handover.kept if region.handover is not None and region.handover.carried is not None else frozenset()
-    before: dict[int, int] = {}
-    for value in graph.inputs:
+    lacking = [value for value in graph.inputs if values[value.id] is None and value.id not in carried]
+    before = {after.id: old for node in region.cut.path() for _, old, after, _ in node.written} if lacking else {}
+    for value in lacking:
         number = value.id
-        if number in carried:
-            continue
-        if values[number] is None and not before:
-            before = {after.id: old for node in region.cut.path() for _, old, after, _ in node.written}
         while values[number] is None:
             if number not in before:
                 raise RuntimeError(
