@@ -106,9 +106,10 @@ def living(cells: list[Cell], left: Sequence[Any] = ()) -> list[Cell]:
     return [cell for cell, count in pairs if count > alone and cell.region is not None and id(cell) not in nobodys]
 
 
-def is_left(region: Any, cell: Cell) -> bool:
-    """Was a cell of the region left by all but owed calls when it was cut, so that nothing was computed for it?"""
-    return cell.real is None and cell.region is region and region.cut is not None and cell.ref.id < region.cut.n_values
+def left_in(region: Any, wrappers: Iterable[Any]) -> list[bool]:
+    """Was each left by all but owed calls when the region was cut, so that nothing was computed for it?"""
+    n = 0 if region.cut is None else region.cut.n_values
+    return [(cell := t.cell).real is None and cell.region is region and cell.ref.id < n for t in wrappers]
 
 
 def numbers_of(cells: Iterable[Cell]) -> tuple[int, ...]:

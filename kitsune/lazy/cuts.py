@@ -7,10 +7,11 @@ calls in which autograd had them. What of it nobody else sees may be handed over
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import compress
 from typing import Any
 
 from kitsune.ir import Barrier, Handover
-from kitsune.lazy.cell import Cell, is_left, numbers_of, serial_of
+from kitsune.lazy.cell import Cell, left_in, numbers_of, serial_of
 from kitsune.lazy.holds import Holds, graded_leaves
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
@@ -70,7 +71,7 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     here = {cell.ref.id: cell.real for seen in region.seen if (cell := seen()) is not None}
     wanted = frozenset(here).union(saved)
     if region.real:
-        node.saved = {**(node.saved or {}), _hashed(key): wanted}
+        node.saved = {**(node.saved or {}), tuple(map(tuple, key)): wanted}
         node.holds = None
     kept = {number: tensor for number, tensor in region.kept.items() if number in wanted}
     # What was written since the last cut is known by another number now.
@@ -89,7 +90,7 @@ def _left_by_calls(recorder: Any, region: Any, key: tuple[list[Any], list[int]])
         left = holds.left_again(region.calls)
         if left is not None:
             return saved, left
-    saved, holds = (node.saved or {}).get(_hashed(key)), Holds(region.calls)
+    saved, holds = (node.saved or {}).get(tuple(map(tuple, key))), Holds(region.calls)
     leave_results(region)
     if saved is None or not _had_graph(region, saved):
         recorder.lane.own_up()
@@ -98,10 +99,6 @@ def _left_by_calls(recorder: Any, region: Any, key: tuple[list[Any], list[int]])
         holds.found(region.calls)
         node.holds = ([*key[0]], key[1]), saved, holds
     return saved, []
-
-
-def _hashed(key: tuple[list[Any], list[int]]) -> Any:
-    return tuple(map(tuple, key))
 
 
 def _came(region: Any) -> bool:
@@ -196,10 +193,12 @@ def recall_results(region: Any) -> None:
     region.handover = None
     absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
     first = 0 if region.cut is None else region.cut.n_values
-    # Of what was left, but not taken from them.
-    for cell in [t.cell for t, _ in _made(region) if type(t) is LazyTensor and is_left(region, t.cell)]:
+    # What was left, but not taken from them.
+    ours = [t for t, _ in _made(region) if type(t) is LazyTensor]
+    left = [t.cell for t in compress(ours, left_in(region, ours))]
+    region.see(left)
+    for cell in left:
         cell.real = region.kept.get(cell.ref.id)
-        region.see([cell])
     wrappers: dict[int, Any] = {}
     for number, token in absent.items():
         wrapper, cell = token.made.make(), token.cell
@@ -292,8 +291,7 @@ def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
 
 def keep(region: Any, live: tuple[int, ...], cells: list[Cell], values: list[Any]) -> None:
     """Keep what was computed up to the cut that is made now."""
-    handover = region.handover
-    carried = handover.kept if handover is not None and handover.carried is not None else frozenset()
+    carried = region.handover.kept if region.handover is not None and region.handover.carried is not None else frozenset()
     region.kept.update((number, values[number]) for number in live if number not in carried)
     for cell in cells:
         # Who reaches their memory by a plain tensor is to be known.
