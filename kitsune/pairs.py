@@ -24,6 +24,8 @@ from kitsune.shown import show_pair, shows
 
 # Times that what was kept had to be made again, from which on the parts go separate ways if that is one run in so many.
 MOST_RESTORED, RESTORED_OF = 3, 16
+# Runs of a first part with which a second one is known, after which plans are made of both.
+ASK_AFTER = 3
 # Times in a row that another part comes second until it is the one that is expected, and how often that may change.
 IN_A_ROW, MOST_CHANGES = 2, 3
 
@@ -39,6 +41,8 @@ class Known:
     # Times in a row that something else has followed the first, and those that it was taken for the second from then on.
     n_others: int = 0
     n_changes: int = 0
+    # Runs of the first part. The runner, which asks for plans, does not see those that are but replays.
+    n_firsts: int = 0
 
     def to_try(self) -> list[Op]:
         """What is to be tried out before what has come may be run."""
@@ -81,9 +85,13 @@ class Pairs:
                 known.n_others = 0
             elif known is None or not known.refused:
                 self._meet(known, handover, graph, values)
-        elif known is not None and (joined := known.joined) is not None and ran is joined.first:
-            joined.n_runs += 1
-            handover.carried = Left(joined, values, scalars, lambda: self.stands(joined), lambda: self.runner.relieve(True))
+        elif known is not None:
+            known.n_firsts += 1
+            if (joined := known.joined) is not None and ran is joined.first:
+                joined.n_runs += 1
+                handover.carried = Left(joined, values, scalars, lambda: self.stands(joined), lambda: self.runner.relieve(True))
+            elif known.n_firsts == ASK_AFTER and not known.refused:
+                self._ask(known)
         if known is not None and (to_try := known.to_try()):
             self.runner.thread_plans.go_on(to_try)
 

@@ -192,14 +192,12 @@ class Pipeline:
     def again(self, region: Standing, values: list[Any], scalars: tuple[float, ...]) -> bool:
         """The same as `run` with less to look at, where no mode of torch and no profiler is on. False: `run` it."""
         memory_changed()
-        if region.is_bare:
-            return region.replay(values, scalars)
-        with below_autograd():
-            return region.replay(values, scalars)
+        return region.replay(values, scalars)
 
     def closed(self, graph: Graph, cause: Barrier, site: Site | None, observed: bool) -> None:
         """A region ended. One that was observed is made ready for its first run, and for the thread that will run it: its
         backward has run in autograd's, the next time it is this one."""
+        self.lane.unused.give_back()
         close(graph, cause, site, self.runner.options)
         if observed:
             with below_autograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():

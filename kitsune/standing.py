@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from kitsune.config import config
+from kitsune.dispatch import below_autograd
 from kitsune.ir import Graph
 from kitsune.ready import Ready
 from kitsune.running import Runner
-from kitsune.runtime import Captured, Steady, numeric_settings
+from kitsune.runtime import Captured, Steady, adopt_views, numeric_settings
 
 _data_ptr = torch._C.TensorBase.data_ptr
 # Graphs that a thread has a short way to; a program with more of them than this goes the long way.
@@ -30,14 +31,20 @@ class Standing:
         self._region, self._captured = region, captured
         self._unsure = [(number, address) for number, address in captured.fixed().items() if number not in sure]
         self._knows_some = bool(sure)
-        # Needs a replay no modes of torch to be off? And is no other tile to be tried after it?
-        self.is_bare = captured.is_bare
+        # Is no other tile to be tried after a replay?
         is_tried = ready.subject is not None and ready.subject.is_over
         self.answers = captured.answers
         self.is_settled = runner.tuner is None or config.tuning != "on" or ready.plan is None or is_tried
 
     def replay(self, values: list[Any], scalars: tuple[float, ...]) -> bool:
-        """Replay, below autograd. False if the runner has to be asked, since something is not as usual: nothing has happened."""
+        """Replay, beneath all modes of Python. False if the runner has to be asked, since something is not as usual: nothing has
+        happened."""
+        if self._captured.is_bare:
+            return self._replay(values, scalars)
+        with below_autograd():
+            return self._replay(values, scalars)
+
+    def _replay(self, values: list[Any], scalars: tuple[float, ...]) -> bool:
         captured, region, steady = self._captured, self._region, self._steady
         if region.captured is not captured or self._ready.coming is not None or not steady.recorder.follow_stream():
             return False
@@ -54,8 +61,9 @@ class Standing:
                 raise
             # The runner will meet it again, and says what there is to say.
             return False
-        steady.was_replayed(region)
         ready = self._ready
+        adopt_views(ready.views, values)
+        steady.was_replayed(region)
         self._runner.tally.ran(ready.n_ops, ready.n_dead, ready.plan)
         return True
 
@@ -64,7 +72,7 @@ def standing(runner: Runner, graph: Graph, values: list[Any], sure: Collection[i
     """A region that was replayed at its last run, and has nothing else coming; None for any other. `values` has the inputs
     that are `sure`."""
     ready = runner.ready.get(runner.key(graph))
-    if ready is None or ready.steady is None or ready.views:
+    if ready is None or ready.steady is None:
         return None
     if ready.waits or ready.coming is not None:
         return None
@@ -86,7 +94,7 @@ class Replays:
         self._known: dict[Graph, tuple[Any, Standing, tuple[float, ...]]] = {}
 
     def replay(self, graph: Graph, values: list[Any], scalars: Sequence[float]) -> Standing | None:
-        """Replay, beneath all modes of Python. None if the region has to be run at length: nothing has happened."""
+        """The same as `Standing.replay`. None if the region has to be run at length: nothing has happened."""
         known = self._known.get(graph)
         if known is None:
             return None
@@ -105,7 +113,7 @@ class Replays:
     def learn(self, graph: Graph) -> None:
         """A region has been run at length: is it to be replayed from now on?"""
         region = None if config.check else standing(self._runner, graph, [], ())
-        if region is not None and region.is_bare and region.is_settled:
+        if region is not None and region.is_settled:
             if len(self._known) >= MAX_REPLAYS:
                 self._known.clear()
             self._known[graph] = _stamp(), region, ()

@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         "tuning",
         *STAGES,
     },
-    "standing": {"config", "ir", "ready", "running", "runtime"},
+    "standing": {"config", "dispatch", "ir", "ready", "running", "runtime"},
     "gate": set(),
     "checking": {"backends", "config", "ir", "planning", "ready", "running", "shown", *STAGES},
     "verifying": {"accepts", "checking", "config", "pipeline", "session"},

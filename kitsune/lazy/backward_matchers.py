@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from kitsune.lazy.cell import Cell
+from kitsune.lazy.cell import Cell, left_in
 from kitsune.lazy.edges import Edge, Incoming, Made
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import MADE
@@ -138,6 +138,11 @@ def spend(recorder: Any, region: Any, spent: frozenset[int], leaves: list[Any]) 
     """The graph of these calls, which leads to these leaves, is used up; what the program still holds of them is remembered."""
     calls, gone = region.calls, []
     wrappers = [t for t in chain.from_iterable([calls[k][MADE] for k in spent]) if type(t) is LazyTensor]
+    if region.cut is not None:
+        # It has time until the next graph was started: since the cut the device has nothing to do.
+        are_left = left_in(region, wrappers)
+        recorder.lane.unused.add([*compress(wrappers, are_left)])
+        wrappers = [t for t, is_unused in zip(wrappers, are_left, strict=True) if not is_unused]
     region.calls = [call for k, call in enumerate(calls) if k not in spent]
     left = [k for k in range(len(calls)) if k not in spent]
     region.counted = [(bisect_left(left, n), tensors) for n, tensors in region.counted] if left else []

@@ -44,7 +44,7 @@ from kitsune.lazy.spent_views import written_views
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.twins import settle
-from kitsune.lazy.used_again import keep
+from kitsune.lazy.used_again import Unused, keep
 from kitsune.lazy.words import in_eagers_words
 from kitsune.lazy.write_counts import count_writes
 
@@ -58,6 +58,7 @@ class CallLane(Learner):
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self.spent: list[weakref.ref[LazyTensor]] = []  # wrappers whose graph a followed backward has used up
+        self.unused = Unused()
         # Calls of torch's API that torch is making now, with what; and is one of them an update that is learned as a whole?
         self.inside, self.given, self.part_of_update = 0, tuple[Any, ...](), False
         self.thread, self.known_modes = threading.get_ident(), dict[Any, Any]()

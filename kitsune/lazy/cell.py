@@ -1,7 +1,7 @@
 """What a wrapper stands for, and the numbers by which storages and values are known."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from sys import getrefcount
 from typing import Any
 
@@ -93,15 +93,23 @@ class Moved(list[Any]):
         self.region, self.ref, self.storage = cell.region, cell.ref, cell.storage
 
 
-def living(cells: list[Cell]) -> list[Cell]:
+def living(cells: list[Cell], left: Sequence[Any] = ()) -> list[Cell]:
     """The cells that something besides the list holds: a wrapper. (A weak reference to each would cost 0.3 us per op.) Those
-    whose wrapper waits for another region are nobody's."""
+    whose wrapper waits for another region are nobody's, and so are those of the wrappers in `left`."""
     # What a cell's count is when only the list holds it depends on the interpreter: ask one that is surely alone.
     cells.append(Cell(None, ref(0), _NO_TYPE, -1))
     counts = [getrefcount(cell) for cell in cells]
     cells.pop()
     alone = counts.pop()
-    return [cell for cell, count in zip(cells, counts, strict=True) if count > alone and cell.region is not None]
+    nobodys = {id(wrapper.cell) for wrapper in left}
+    pairs = zip(cells, counts, strict=True)
+    return [cell for cell, count in pairs if count > alone and cell.region is not None and id(cell) not in nobodys]
+
+
+def left_in(region: Any, wrappers: Iterable[Any]) -> list[bool]:
+    """Was each left by all but owed calls when the region was cut, so that nothing was computed for it?"""
+    n = 0 if region.cut is None else region.cut.n_values
+    return [(cell := t.cell).real is None and cell.region is region and cell.ref.id < n for t in wrappers]
 
 
 def numbers_of(cells: Iterable[Cell]) -> tuple[int, ...]:

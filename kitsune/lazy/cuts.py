@@ -7,10 +7,12 @@ calls in which autograd had them. What of it nobody else sees may be handed over
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import compress
 from typing import Any
 
 from kitsune.ir import Barrier, Handover
-from kitsune.lazy.cell import Cell, numbers_of, serial_of
+from kitsune.lazy.cell import Cell, left_in, numbers_of, serial_of
+from kitsune.lazy.holds import Holds, graded_leaves
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
@@ -50,32 +52,55 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     """Run what is pending; the region goes on."""
     region.unfold()
     node, since, observed = region.node, region.cut, region.observed_from is not None
-    # And where a block is open, what autocast has cast is kept for whoever comes next.
-    key = (tuple(region.past), tuple(_graded(region)), recorder.lane.modes[False][2])
     if region.cuts and _came(region):
         judge(region)
         region.cuts.clear()
-    saved: frozenset[int] | None = frozenset()
+    # Before calls are made again: it is what is known of them. In an open block, autocast keeps casts for whoever comes next.
+    key = (region.past, graded_leaves(region), recorder.lane.modes[False][2])
+    saved: frozenset[int] = frozenset()
     if observed:
         live = numbers_of(computed_since(region))
     else:
+        left: list[Any] = []
         if region.calls:
-            saved = (node.saved or {}).get(key)
-            leave_results(region)
-            if saved is None or not _had_graph(region, saved):
-                recorder.lane.own_up()
+            saved, left = _left_by_calls(recorder, region, key)
         recorder.tally.recorded += node.depth - depth_of(since)
-        live = recorder.run_so_far(region, saved or frozenset())
+        live = recorder.run_so_far(region, saved, left)
     here = {cell.ref.id: cell.real for seen in region.seen if (cell := seen()) is not None}
-    wanted = frozenset(here).union(saved or ())
+    wanted = frozenset(here).union(saved)
     if region.real:
-        node.saved = {**(node.saved or {}), key: wanted}
+        node.saved = {**(node.saved or {}), _hashable(*key): wanted}
+        node.holds = None
     kept = {number: tensor for number, tensor in region.kept.items() if number in wanted}
     # What was written since the last cut is known by another number now.
     region.kept = kept | {number: tensor for number, tensor in here.items() if tensor is not None}
     region.cut = node
     region.cuts.append((node, len(region.past)))
     recorder.closed(node, live, cause, site, observed, since)
+
+
+def _left_by_calls(recorder: Any, region: Any, key: tuple[list[Any], list[int], Any]) -> tuple[frozenset[int], list[Any]]:
+    """What autograd saves of the owed calls, and what they have made and nobody holds, as far as they still refer to it. If it is
+    not known, or the program holds something without the graph that it had, all calls are made again for theirs."""
+    node = region.node
+    if node.holds is not None and node.holds[0] == key:
+        _, saved, holds = node.holds
+        left = holds.left_again(region.calls)
+        if left is not None:
+            return saved, left
+    saved, holds = (node.saved or {}).get(_hashable(*key)), Holds(region.calls)
+    leave_results(region)
+    if saved is None or not _had_graph(region, saved):
+        recorder.lane.own_up()
+        return saved or frozenset(), []
+    if holds.is_sure:
+        holds.found(region.calls)
+        node.holds = ([*key[0]], *key[1:]), saved, holds
+    return saved, []
+
+
+def _hashable(past: list[Any], leaves: list[int], casts: Any) -> Any:
+    return tuple(past), tuple(leaves), casts
 
 
 def _came(region: Any) -> bool:
@@ -144,12 +169,6 @@ def calls_behind(calls: list[Any], tensors: list[Any]) -> set[int] | None:
     return found
 
 
-def _graded(region: Any) -> Iterator[int]:
-    for cell in region.plain.values():
-        if cell.real.requires_grad and is_leaf(cell.real):
-            yield cell.came.id
-
-
 def leave_results(region: Any) -> None:
     """Let go of what the owed calls have made and the program does not hold: it need not be computed for their sake."""
     wrappers = [t for t, _ in _made(region) if type(t) is LazyTensor]
@@ -176,6 +195,12 @@ def recall_results(region: Any) -> None:
     region.handover = None
     absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
     first = 0 if region.cut is None else region.cut.n_values
+    # What was left, but not taken from them.
+    ours = [t for t, _ in _made(region) if type(t) is LazyTensor]
+    left = [t.cell for t in compress(ours, left_in(region, ours))]
+    region.see(left)
+    for cell in left:
+        cell.real = region.kept.get(cell.ref.id)
     wrappers: dict[int, Any] = {}
     for number, token in absent.items():
         wrapper, cell = token.made.make(), token.cell
@@ -221,12 +246,15 @@ def _swapped(tree: Any, by_id: dict[int, Any]) -> Any:
 def keeping(region: Any, cells: list[Cell], saved: Iterable[int]) -> tuple[int, ...]:
     """The numbers of what a part before a cut leaves: what cells stand for, and what is saved of its results."""
     first = 0 if region.cut is None else region.cut.n_values
-    held = numbers_of(cells)
-    kept = frozenset(number for number in saved if number >= first).difference(held)
+    node, held = region.node, numbers_of(cells)
+    if node.keeps is None or node.keeps[0] is not saved or node.keeps[1] != (first, held):
+        kept = frozenset(number for number in saved if number >= first).difference(held)
+        node.keeps = saved, (first, held), kept, tuple(sorted(kept.union(held)))
+    *_, kept, live = node.keeps
     if kept and region.cut is None and region.recorder.watcher is None:
         # Nobody else sees it.
         region.handover = Handover(kept)
-    return tuple(sorted(kept.union(held)))
+    return live  # type: ignore[no-any-return]
 
 
 def restore(region: Any) -> None:
@@ -250,13 +278,10 @@ def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
         if not is_last:
             region.handover = None
     carried = region.handover.kept if region.handover is not None and region.handover.carried is not None else frozenset()
-    before: dict[int, int] = {}
-    for value in graph.inputs:
+    lacking = [value for value in graph.inputs if values[value.id] is None and value.id not in carried]
+    before = {after.id: old for node in region.cut.path() for _, old, after, _ in node.written} if lacking else {}
+    for value in lacking:
         number = value.id
-        if number in carried:
-            continue
-        if values[number] is None and not before:
-            before = {after.id: old for node in region.cut.path() for _, old, after, _ in node.written}
         while values[number] is None:
             if number not in before:
                 raise RuntimeError(
@@ -268,8 +293,7 @@ def put_kept(region: Any, graph: Any, values: list[Any], is_last: bool) -> None:
 
 def keep(region: Any, live: tuple[int, ...], cells: list[Cell], values: list[Any]) -> None:
     """Keep what was computed up to the cut that is made now."""
-    handover = region.handover
-    carried = handover.kept if handover is not None and handover.carried is not None else frozenset()
+    carried = region.handover.kept if region.handover is not None and region.handover.carried is not None else frozenset()
     region.kept.update((number, values[number]) for number in live if number not in carried)
     for cell in cells:
         # Who reaches their memory by a plain tensor is to be known.

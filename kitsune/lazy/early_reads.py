@@ -185,9 +185,11 @@ class EarlyReads:
         return run
 
     def ran(self, node: Node, run: Run, values: list[Any], answers: Any) -> None:
-        """A region was run: what is known of its results, and of what may come next."""
+        """A region was run, or a part of one: what is known of its results, and of what may come next."""
         memory_changed()
         self.answers, self._stamp = answers, _last_change
+        # What was foreseen before it does not know what it has written; and what is held until the next replay is moved then.
+        self._before = self._foreseen = None
         reads = node.reads
         if not run.n_values or reads is None:
             return

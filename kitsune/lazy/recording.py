@@ -1,7 +1,7 @@
 """What is recorded and pending, and how it ends: the barriers, the flush, and who may ask for a value."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -235,13 +235,13 @@ class Recording:
             # A program that never repeats (1,000 batch sizes) would keep a path for each of its regions.
             self.forget()
 
-    def run_so_far(self, region: Region, saved: frozenset[int] | None = None) -> tuple[int, ...]:
-        """Compute what is pending; returns the numbers of what can still be read. With `saved`, kept too, it goes on."""
+    def run_so_far(self, region: Region, saved: frozenset[int] | None = None, left: Sequence[Any] = ()) -> tuple[int, ...]:
+        """Compute what is pending; returns the numbers of what can be read, not by `left`. With `saved`, kept too, it goes on."""
         # Wider than the path: at a divergence the next op has brought its operands in already.
         values: list[Any] = [None] * (region.node.n_values + len(region.admitted))
         cells: list[Cell] = []
         try:
-            cells = living(region.produced)
+            cells = living(region.produced, left)
             live = keeping(region, cells, saved) if saved else numbers_of(cells)
             region.put_inputs(values)
             self.running = True

@@ -53,6 +53,9 @@ class Node:
     # expected, where a number is read here? See `cuts.py`.
     saved: Any = None
     expects: int = 1
+    # How the program held what was made, when a number was read here (see `holds.py`), and what was kept then.
+    holds: Any = None
+    keeps: Any = None
     children: dict[Any, "Node"] = field(default_factory=dict)
     # Whole calls of torch's API that begin here, by key; see `edges.py`.
     calls: dict[Any, Any] = field(default_factory=dict)

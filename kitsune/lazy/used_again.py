@@ -14,13 +14,13 @@ from kitsune.lazy.tensor import LazyTensor
 _use_count, _version = torch._C.TensorBase._use_count, torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 
 
-def _holds(wrappers: list[Any]) -> tuple[list[int], list[int], list[int]]:
+def counts_of(wrappers: list[Any]) -> tuple[list[int], list[int], list[int]]:
     """How many places in Python and in C++ refer to each, and how many do so weakly."""
     return list(map(getrefcount, wrappers)), list(map(_use_count, wrappers)), list(map(weakref.getweakrefcount, wrappers))
 
 
 # Of a tensor that is in the list that is asked about, and nowhere else.
-((_IN_PYTHON,), (_IN_C,), _) = _holds([torch.empty(0)])
+((_IN_PYTHON,), (_IN_C,), _) = counts_of([torch.empty(0)])
 
 
 def give_back(wrappers: list[Any]) -> list[Any]:
@@ -30,7 +30,7 @@ def give_back(wrappers: list[Any]) -> list[Any]:
     """
     rest, written = [], []
     # A hundred in a step: each look counts.
-    for wrapper, n, n_in_c, n_weak, version in zip(wrappers, *_holds(wrappers), list(map(_version, wrappers)), strict=True):
+    for wrapper, n, n_in_c, n_weak, version in zip(wrappers, *counts_of(wrappers), list(map(_version, wrappers)), strict=True):
         cell = wrapper.cell
         made = cell.home
         if made is None or n != _IN_PYTHON or n_in_c != _IN_C or n_weak or wrapper.__dict__:
@@ -49,9 +49,25 @@ def give_back(wrappers: list[Any]) -> list[Any]:
     return rest
 
 
+class Unused:
+    """Wrappers that nobody holds, until there is time to give them back."""
+
+    def __init__(self) -> None:
+        self._wrappers: list[Any] = []
+
+    def add(self, wrappers: list[Any]) -> None:
+        """There are more."""
+        self._wrappers += wrappers
+
+    def give_back(self) -> None:
+        """There is time: what they stood for has been started."""
+        wrappers, self._wrappers = self._wrappers, []
+        give_back(wrappers)
+
+
 def are_held(wrappers: list[Any]) -> list[bool]:
     """Does anybody besides this list hold each?"""
-    holds = zip(wrappers, *_holds(wrappers), strict=True)
+    holds = zip(wrappers, *counts_of(wrappers), strict=True)
     return [n != _IN_PYTHON or n_in_c != _IN_C or n_weak > 0 or bool(t.__dict__) for t, n, n_in_c, n_weak in holds]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.lazy import cuts
 from tests.runtime.repeated import graphs
 from tests.steady.test_cuts import Loop, Step, as_in_eager, run
 
@@ -78,6 +80,64 @@ def a_value_in_the_middle_is_used_again(t: Loop, k: int) -> None:
 
 
 @case
+def a_list_that_was_given_is_kept_later_on(t: Loop, k: int) -> None:
+    parts = [t.net.first(t.xs[k, 0]).exp()]
+    parts.append(parts[0].sin())
+    loss = torch.cat(parts).cos().mean()
+    kept = parts if k >= 5 else []
+    del parts
+    t.found.append(loss.item())
+    _stepped(t, loss if k < 5 else loss + (kept[1] * kept[0].tanh()).mean())
+
+
+@case
+def a_tuple_that_was_given_is_kept_later_on(t: Loop, k: int) -> None:
+    first = t.net.first(t.xs[k, 0]).exp()
+    parts = (first, first.sin())
+    del first
+    loss = torch.mul(*parts).cos().mean()
+    kept = parts if k >= 5 else ()
+    del parts
+    t.found.append(loss.item())
+    _stepped(t, loss if k < 5 else loss + (kept[1] * kept[0].tanh()).mean())
+
+
+@case
+def one_is_given_where_another_was_and_kept(t: Loop, k: int) -> None:
+    first = t.net.first(t.xs[k, 0]).sigmoid()
+    again = first.view_as(first)
+    loss = (again * (first if k >= 5 else again)).sin().mean()
+    kept = again if k >= 5 else None
+    del first, again
+    t.found.append(loss.item())
+    _stepped(t, loss if kept is None else loss + kept.tanh().mean())
+
+
+@case
+def one_is_known_weakly_later_on(t: Loop, k: int) -> None:
+    first = t.net.first(t.xs[k, 0]).exp()
+    loss = first.sin().mean()
+    known = weakref.ref(first) if k >= 5 else None
+    if k < 8:
+        del first
+    t.found.append(loss.item())
+    _stepped(t, loss if k < 8 or known is None else loss + known().tanh().mean())  # type: ignore[union-attr]
+
+
+@case
+def the_graph_is_asked_for_between_two_reads(t: Loop, k: int) -> None:
+    loss = t.loss(k)
+    t.found.append(loss.item())
+    if k == 6:
+        t.found.append(loss.grad_fn.name())  # type: ignore[union-attr]
+    loss = loss * loss
+    t.found.append(loss.item())
+    if k == 8:
+        t.found.append(loss.grad_fn.name())  # type: ignore[union-attr]
+    _stepped(t, loss)
+
+
+@case
 def a_number_is_written_between_reads(t: Loop, k: int) -> None:
     loss = t.loss(k)
     total = torch.zeros(())
@@ -95,6 +155,27 @@ def a_number_is_written_between_reads(t: Loop, k: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_held_at_a_read_changes(name: str, way: str) -> None:
     assert as_in_eager(CASES[name], way)[1] == 1
+
+
+def test_calls_are_taken_apart_where_something_else_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in a step that is like the one before."""
+    apart: list[int] = []
+    leave_results = cuts.leave_results
+    monkeypatch.setattr(cuts, "leave_results", lambda region: (apart.append(at[0]), leave_results(region))[1])
+    at = [0]
+
+    def step(t: Loop, k: int) -> None:
+        at[0] = k
+        loss, *terms = _two_more(t, k)
+        del terms[: 2 if k < 8 else 1]
+        for _ in range(1 + (k >= 11)):
+            t.found.append(loss.item())
+        _stepped(t, loss)
+
+    expected, _ = run(step, contextlib.nullcontext())
+    got, _ = run(step, kitsune.accelerate(device="cpu"))
+    assert got == expected
+    assert max(k for k in apart if k < 8) < 4 and [k for k in apart if k >= 8] == [8, 9]
 
 
 def test_two_terms_in_turn_are_followed() -> None:
@@ -142,8 +223,6 @@ def test_a_static_function_that_reads_is_run_as_in_eager() -> None:
 
 @pytest.mark.parametrize("look", ["give_back", "are_held"])
 def test_an_interrupt_while_it_is_looked_who_holds_what(monkeypatch: pytest.MonkeyPatch, look: str) -> None:
-    from kitsune.lazy import cuts
-
     def interrupted(_: list[Tensor]) -> list[Tensor]:
         raise KeyboardInterrupt
 
@@ -153,9 +232,12 @@ def test_an_interrupt_while_it_is_looked_who_holds_what(monkeypatch: pytest.Monk
             for k in range(4):
                 loss = t.loss(k)
                 if interrupt and k == 3:
+                    # It is looked, since one more holds it than in the steps before.
+                    held = loss
                     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                         patch.setattr(cuts, look, interrupted)
-                        loss.item()
+                        held.item()
+                    del held
                 loss.item()
                 # The calls are made again for it, and the loss is to have their graph.
                 loss.backward(retain_graph=True)

@@ -258,6 +258,42 @@ def test_a_second_question_is_answered_for_what_it_is_asked_of(mostly: str, some
     assert got == [program(k) for k in range(18)]
 
 
+def test_what_was_foreseen_before_a_part_that_writes_it_is_forgotten(kernels: bool) -> None:
+    def step(training: Training, k: int) -> None:
+        training.optimizer.zero_grad()
+        with torch.no_grad():
+            total = training.forward() * 1
+        training.numbers.append(total.item())
+        if k < STEPS - 1:
+            training.numbers.append(bool(torch.isnan(total)))
+        loss = training.forward()
+        with torch.no_grad():
+            total += 0.0 if k < STEPS - 1 else float("nan")
+        # The region goes on behind this one.
+        training.numbers.append(loss.item())
+        loss.backward()
+        training.optimizer.step()
+        training.numbers.append(bool(torch.isnan(total)))
+
+    counts = same(step)
+    assert [foreseen for _, foreseen, _ in counts[-4:]] == [1, 1, 1, 0] and kitsune.counters()["backwards_followed"] > 8
+
+
+def test_of_a_part_only_what_the_program_holds_is_moved_before_the_next_replay(kernels: bool) -> None:
+    def step(training: Training, k: int) -> None:
+        training.optimizer.zero_grad()
+        loss = training.forward()
+        scale = loss.exp()
+        training.numbers.append(scale.item())
+        (loss * scale).backward()
+        training.optimizer.step()
+        moved.append(kitsune.counters()["moved"])
+
+    moved: list[int] = []
+    same(step)
+    assert moved[-1] == moved[-5] and kitsune.counters()["backwards_followed"] > 8
+
+
 def test_a_second_question_of_several_operators_is_answered(kernels: bool) -> None:
     def program(x: torch.Tensor) -> list[bool]:
         y = x.abs().sum()

@@ -25,13 +25,13 @@ STEPS = 12
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many wrappers were given back each time."""
     counts: list[int] = []
-    holds = used_again._holds
+    holds = used_again.counts_of
 
     def counting(wrappers: list[Any]) -> Any:
         counts.append(len(wrappers))
         return holds(wrappers)
 
-    monkeypatch.setattr(used_again, "_holds", counting)
+    monkeypatch.setattr(used_again, "counts_of", counting)
     kitsune.reset()
     with kitsune.config.patch(gate=False, fuse=False):
         yield counts
@@ -100,6 +100,32 @@ def test_they_are_used_again(used: list[int]) -> None:
         listeners.pop()
     # As many values as in eager outlive a step: none because its wrapper waits for the next.
     assert len(set(ids[-9:])) == 3 and used and len(set(made[-5:-1])) == 1 and made[-2] < 12
+
+
+def test_so_they_are_behind_a_read(used: list[int]) -> None:
+    alive: list[set[int]] = []
+
+    def look(t: Training, h: Tensor, out: Tensor, loss: Tensor) -> None:
+        del h, out
+        t.seen.append(loss.item())
+        alive.append({id(it) for it in gc.get_objects() if type(it) is LazyTensor})
+
+    assert_same(look)
+    assert alive[-1] == alive[-2] == alive[-3] and len(alive[-1]) > 4
+
+
+def test_the_graph_of_one_that_is_held_at_a_read_is_used_up_by_the_backward(used: list[int]) -> None:
+    def look(t: Training, h: Tensor, out: Tensor, loss: Tensor) -> None:
+        t.kept["h"] = h if t.at % 4 else None
+        del h, out
+        t.seen.append(loss.item())
+
+    def after(t: Training) -> None:
+        if t.kept["h"] is not None:
+            with pytest.raises(RuntimeError, match="a second time"):
+                t.kept["h"].sum().backward()
+
+    assert_same(look, after)
 
 
 def test_one_that_is_held_keeps_its_value(used: list[int]) -> None:
