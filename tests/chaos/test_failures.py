@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kitsune
+from kitsune.runtime.calls import call_of
 from tests.chaos.counting import Counts, Loop, lazily, many
 
 STEPS = 4
@@ -31,15 +32,15 @@ def train(loop: Loop) -> list[torch.Tensor]:
 def test_at_each_operator_of_a_region(kind: type[Exception], counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is the program's, and what is trained afterwards, in the same and in another context, is eager's."""
     expected = train(Loop())
-    call, n_calls, fails_at = replay.call, [0], [0]
+    n_calls, fails_at = [0], [0]
 
     def failing(op: Any, *rest: Any) -> None:
         n_calls[0] += 1
         if n_calls[0] == fails_at[0]:
             raise kind("injected")
-        call(op, *rest)
+        call_of(op)(op, *rest)
 
-    monkeypatch.setattr(replay, "call", failing)
+    monkeypatch.setattr(replay, "call_of", lambda op: failing)
     with lazily():
         train(Loop())
     total = n_calls[0]
@@ -63,15 +64,15 @@ def test_at_each_operator_of_a_region(kind: type[Exception], counts: Counts, mon
 
 def test_what_was_done_before_the_failure_is_done_once(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes in place of a region that fails: each was made wholly or not at all, in order."""
-    call, left = replay.call, [0]
+    left = [0]
 
     def failing(op: Any, *rest: Any) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise Injected("injected")
-        call(op, *rest)
+        call_of(op)(op, *rest)
 
-    monkeypatch.setattr(replay, "call", failing)
+    monkeypatch.setattr(replay, "call_of", lambda op: failing)
     for k in range(1, 9):
         kitsune.reset()
         xs = [torch.zeros(3) for _ in range(4)]
