@@ -127,6 +127,23 @@ def test_memory_that_others_may_write_is_not_read_later_than_in_eager() -> None:
     assert got == expected
 
 
+def test_memory_of_a_result_from_before_a_read_is_let_out_when_all_has_read_it() -> None:
+    def step(t: Loop, k: int) -> None:
+        loss = t.loss(k)
+        with torch.no_grad():
+            held = t.net.hidden.sin()
+        t.found.append(loss.item())
+        with torch.no_grad():
+            doubled = held * 2
+        held.numpy()[:] = 0
+        t.found += [doubled, held]
+        _stepped(t, loss)
+
+    expected, _ = run(step, contextlib.nullcontext())
+    got, _ = run(step, kitsune.accelerate(device="cpu"))
+    assert got == expected
+
+
 def test_a_static_function_that_reads_is_run_as_in_eager() -> None:
     def step(t: Loop, k: int) -> None:
         loss = t.loss(0)
