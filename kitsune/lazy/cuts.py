@@ -51,7 +51,7 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     region.unfold()
     node, since, observed = region.node, region.cut, region.observed_from is not None
     # And where a block is open, what autocast has cast is kept for whoever comes next.
-    key = (tuple(region.past), tuple(_graded(region)), recorder.lane.modes[False][2])
+    key = (tuple(region.past), recorder.lane.modes[False][2])
     if region.cuts and _came(region):
         judge(region)
         region.cuts.clear()
@@ -142,12 +142,6 @@ def calls_behind(calls: list[Any], tensors: list[Any]) -> set[int] | None:
             found.add(k)
             waiting += given[k]
     return found
-
-
-def _graded(region: Any) -> Iterator[int]:
-    for cell in region.plain.values():
-        if cell.real.requires_grad and is_leaf(cell.real):
-            yield cell.came.id
 
 
 def leave_results(region: Any) -> None:

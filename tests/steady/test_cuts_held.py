@@ -91,6 +91,17 @@ def a_number_is_written_between_reads(t: Loop, k: int) -> None:
     _stepped(t, loss * total.detach())
 
 
+@case
+def a_part_is_without_gradients_now_and_then(t: Loop, k: int) -> None:
+    """The ops before the read are the same; what autograd saves of them is not."""
+    with torch.set_grad_enabled(k // 3 % 2 == 0):
+        hidden = F.gelu(t.net.first(t.xs[k, 0]))
+    loss = F.cross_entropy(t.net.head(F.gelu(t.net.second(hidden))), t.ys[k, 0])
+    del hidden
+    t.found.append(loss.item())
+    _stepped(t, loss)
+
+
 @pytest.mark.parametrize("way", ["op by op", "replayed"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_held_at_a_read_changes(name: str, way: str) -> None:
