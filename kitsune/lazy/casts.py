@@ -20,6 +20,7 @@ clear_casts, set_enabled, set_dtype = torch.clear_autocast_cache, torch.set_auto
 set_kept = torch.set_autocast_cache_enabled
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 CAST = torch.ops.aten._to_copy.default
+_here = threading.local()
 
 
 class Casts(NamedTuple):
@@ -68,6 +69,25 @@ def forgotten(lane: Any) -> None:
     recorder.writes_in_block = recorder.graphs_in_block = False
     recorder.cleared = node if node.depth else None
     lane.read_modes()
+
+
+def opens(lane: Any) -> None:
+    """A lane of this thread opens: what of the casts has been forgotten since it was closed?"""
+    recorder = lane.recorder
+    if (recorder.writes_in_block or recorder.graphs_in_block) and lane.n_forgotten != n_forgotten():
+        forgotten(lane)
+    else:
+        lane.read_modes()
+
+
+def n_forgotten() -> int:
+    """How often autocast has forgotten its casts in this thread, as far as the doors were there to see."""
+    return getattr(_here, "n_forgotten", 0)
+
+
+def note_forgotten() -> None:
+    """Autocast has forgotten its casts in this thread."""
+    _here.n_forgotten = n_forgotten() + 1
 
 
 def begin_anew(recorder: Any, ended: Any) -> None:

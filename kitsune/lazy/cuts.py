@@ -12,7 +12,7 @@ from typing import Any
 
 from kitsune.ir import Barrier, Handover
 from kitsune.lazy.cell import Cell, left_in, numbers_of, serial_of
-from kitsune.lazy.holds import Holds, graded_leaves
+from kitsune.lazy.holds import Holds
 from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
@@ -56,7 +56,7 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
         judge(region)
         region.cuts.clear()
     # Before calls are made again: it is what is known of them. In an open block, autocast keeps casts for whoever comes next.
-    key = (region.past, graded_leaves(region), recorder.lane.modes[False][2])
+    key = (region.past, recorder.lane.modes[False][2])
     saved: frozenset[int] = frozenset()
     if observed:
         live = numbers_of(computed_since(region))
@@ -69,7 +69,7 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     here = {cell.ref.id: cell.real for seen in region.seen if (cell := seen()) is not None}
     wanted = frozenset(here).union(saved)
     if region.real:
-        node.saved = {**(node.saved or {}), _hashable(*key): wanted}
+        node.saved = {**(node.saved or {}), (tuple(key[0]), key[1]): wanted}
         node.holds = None
     kept = {number: tensor for number, tensor in region.kept.items() if number in wanted}
     # What was written since the last cut is known by another number now.
@@ -79,7 +79,7 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     recorder.closed(node, live, cause, site, observed, since)
 
 
-def _left_by_calls(recorder: Any, region: Any, key: tuple[list[Any], list[int], Any]) -> tuple[frozenset[int], list[Any]]:
+def _left_by_calls(recorder: Any, region: Any, key: tuple[list[Any], Any]) -> tuple[frozenset[int], list[Any]]:
     """What autograd saves of the owed calls, and what they have made and nobody holds, as far as they still refer to it. If it is
     not known, or the program holds something without the graph that it had, all calls are made again for theirs."""
     node = region.node
@@ -88,19 +88,15 @@ def _left_by_calls(recorder: Any, region: Any, key: tuple[list[Any], list[int], 
         left = holds.left_again(region.calls)
         if left is not None:
             return saved, left
-    saved, holds = (node.saved or {}).get(_hashable(*key)), Holds(region.calls)
+    saved, holds = (node.saved or {}).get((tuple(key[0]), key[1])), Holds(region.calls)
     leave_results(region)
     if saved is None or not _had_graph(region, saved):
         recorder.lane.own_up()
         return saved or frozenset(), []
     if holds.is_sure:
         holds.found(region.calls)
-        node.holds = ([*key[0]], *key[1:]), saved, holds
+        node.holds = ([*key[0]], key[1]), saved, holds
     return saved, []
-
-
-def _hashable(past: list[Any], leaves: list[int], casts: Any) -> Any:
-    return tuple(past), tuple(leaves), casts
 
 
 def _came(region: Any) -> bool:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
-from kitsune.lazy.casts import forgotten
+from kitsune.lazy.casts import forgotten, n_forgotten, note_forgotten, opens
 from kitsune.lazy.door_set import Door, DoorSet
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.module_calls import at_first
@@ -32,7 +32,7 @@ _lock = threading.Lock()
 def open_graph_doors(lane: CallLane) -> None:
     """Watch for a lane of this thread."""
     lanes().append(lane)
-    lane.read_modes()
+    opens(lane)
     with _lock:
         _open.add(lane)
         _DOORS.put_on()
@@ -42,6 +42,7 @@ def close_graph_doors(lane: CallLane, for_good: bool = False) -> None:
     """Stop watching; see `close_doors`."""
     if lane in lanes():
         lanes().remove(lane)
+        lane.n_forgotten = n_forgotten()
     with _lock:
         _open.discard(lane)
         if not _open:
@@ -120,6 +121,7 @@ def _casts(original: Any) -> Any:
     @functools.wraps(original)
     def door() -> None:
         original()
+        note_forgotten()
         for lane in lanes():
             forgotten(lane)
 

@@ -5,21 +5,16 @@ calls it is the same as then if everything they have made is referred to as ofte
 """
 
 from collections.abc import Iterator
-from itertools import chain, compress
-from operator import attrgetter, itemgetter
+from itertools import chain
+from operator import itemgetter
 from sys import getrefcount
 from typing import Any
 
-import torch
-
-from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.used_again import counts_of
 
 # Of calls as `Followed` has them.
 _flat, _made = itemgetter(3), itemgetter(4)
-_real, _base = attrgetter("real"), torch._C.TensorBase
-_requires_grad, _is_leaf = _base.requires_grad.__get__, _base.is_leaf.__get__  # type: ignore[attr-defined]
 # References to what is in one place and in the list that is asked about.
 _somewhere: tuple[Any, ...] = ([],)
 (_ALONE,) = map(getrefcount, [_somewhere[0]])
@@ -63,18 +58,6 @@ class Holds:
         for k in self._deep:
             holders += _inside(calls[k][1:3])
         return {*map(getrefcount, holders)} <= {_ALONE}
-
-
-def graded_leaves(region: Any) -> list[int]:
-    """The leaves that have come in and collect gradients, by number."""
-    cells = [*region.plain.values()]
-    graded = [*compress(cells, map(_requires_grad, map(_real, cells)))]
-    try:
-        are_leaves = [*map(_is_leaf, map(_real, graded))]
-    except RuntimeError:
-        # Of some views autograd refuses to tell.
-        are_leaves = [is_leaf(cell.real) for cell in graded]
-    return [cell.came.id for cell in compress(graded, are_leaves)]
 
 
 def _wrappers(calls: list[Any]) -> list[Any]:

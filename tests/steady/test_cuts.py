@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import kitsune
+from kitsune.lazy.cuts import MAX_CUTS
 from tests.runtime.repeated import graphs
 
 STEPS = 12
@@ -286,6 +287,40 @@ def test_where_backwards_have_not_come_none_is_waited_for() -> None:
             pipeline = next(iter(kitsune.contexts.here.depth))
             cuts.append(pipeline.recorder.region.cut is not None)
     assert cuts == [True, *[False] * 7]
+
+
+def test_a_step_that_reads_on_and_on_is_cut_a_few_times() -> None:
+    """What only one of the questions was about is not kept for those behind it."""
+    n_cuts, n_kept = list[int](), list[int]()
+
+    def step(t: Loop, k: int) -> None:
+        loss = t.loss(k)
+        for n in range(MAX_CUTS + 3):
+            t.found.append((loss * n).item())
+            for pipeline in kitsune.contexts.here.depth:
+                n_cuts.append(len(pipeline.recorder.region.cuts))
+                n_kept.append(len(pipeline.recorder.region.kept))
+        loss.backward()
+        t.update()
+
+    expected, _ = run(step, contextlib.nullcontext())
+    got, _ = run(step, kitsune.accelerate(device="cpu"))
+    assert got == expected and max(n_cuts) == MAX_CUTS
+    assert n_kept[:MAX_CUTS] == [n_kept[0]] * MAX_CUTS and n_kept[0] > 0
+
+
+def test_behind_a_backward_a_region_begins_anew_to_wait_for_one() -> None:
+    t = Loop()
+    with kitsune.accelerate(device="cpu"):
+        for k in range(6):
+            before(t, k)
+            t.loss(k).item()
+            t.loss(k, 1).backward()
+            for n in range(3):
+                t.loss(k, n % 2).item()
+            pipeline = next(iter(kitsune.contexts.here.depth))
+            assert len(pipeline.recorder.region.cuts) <= 1
+            t.update()
 
 
 def test_a_backward_that_comes_after_all_is_expected_again() -> None:

@@ -151,6 +151,17 @@ def a_number_is_written_between_reads(t: Loop, k: int) -> None:
     _stepped(t, loss * total.detach())
 
 
+@case
+def a_part_is_without_gradients_now_and_then(t: Loop, k: int) -> None:
+    """The ops before the read are the same; what autograd saves of them is not."""
+    with torch.set_grad_enabled(k // 3 % 2 == 0):
+        hidden = F.gelu(t.net.first(t.xs[k, 0]))
+    loss = F.cross_entropy(t.net.head(F.gelu(t.net.second(hidden))), t.ys[k, 0])
+    del hidden
+    t.found.append(loss.item())
+    _stepped(t, loss)
+
+
 @pytest.mark.parametrize("way", ["op by op", "replayed"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_held_at_a_read_changes(name: str, way: str) -> None:
@@ -201,6 +212,23 @@ def test_memory_that_others_may_write_is_not_read_later_than_in_eager() -> None:
         doubled = x * 2
         shared[:] = 0
         t.found.append(doubled)
+        _stepped(t, loss)
+
+    expected, _ = run(step, contextlib.nullcontext())
+    got, _ = run(step, kitsune.accelerate(device="cpu"))
+    assert got == expected
+
+
+def test_memory_of_a_result_from_before_a_read_is_let_out_when_all_has_read_it() -> None:
+    def step(t: Loop, k: int) -> None:
+        loss = t.loss(k)
+        with torch.no_grad():
+            held = t.net.hidden.sin()
+        t.found.append(loss.item())
+        with torch.no_grad():
+            doubled = held * 2
+        held.numpy()[:] = 0
+        t.found += [doubled, held]
         _stepped(t, loss)
 
     expected, _ = run(step, contextlib.nullcontext())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import kitsune
 from tests.steady.test_autocast_casts import as_in_eager, block, lost, twice
-from tests.steady.test_cuts import Loop, Step
+from tests.steady.test_cuts import STEPS, Loop, Step
 
 CASES: dict[str, tuple[Step, int]] = {}
 
@@ -153,3 +156,68 @@ def the_program_has_cast_them_itself(t: Loop, k: int) -> None:
 def test_passes_in_a_block_are_eagers_and_are_followed(name: str, way: str) -> None:
     step, backwards = CASES[name]
     assert as_in_eager(step, way) == backwards
+
+
+def in_contexts_of_its_own(t: Loop, k: int, context: Callable[[], Any]) -> None:
+    with block(), context():
+        loss = twice(t, k)
+        loss.backward()
+    t.update()
+
+
+def test_a_block_around_each_context_is_another_one_each_time() -> None:
+    """Of what autocast forgets between contexts, the doors tell that stay where contexts are opened often."""
+    found = []
+    for context in (contextlib.nullcontext, lambda: kitsune.accelerate(device="cpu")):
+        kitsune.reset()
+        t = Loop()
+        with kitsune.config.patch(gate=False):
+            for k in range(STEPS):
+                before = kitsune.counters()["backwards_followed"]
+                in_contexts_of_its_own(t, k, context)
+        found.append([p.tolist() for p in t.net.parameters()])
+    assert found[0] == found[1] and kitsune.counters()["backwards_followed"] == before + 1
+
+
+def test_a_context_is_left_in_the_middle_of_a_block() -> None:
+    found = []
+    for context in (contextlib.nullcontext, lambda: kitsune.accelerate(device="cpu")):
+        kitsune.reset()
+        t = Loop()
+        with kitsune.config.patch(gate=False):
+            for k in range(STEPS):
+                opened = block()
+                opened.__enter__()
+                with context():
+                    losses = [twice(t, k, 0), twice(t, k, 1)]
+                with context():
+                    losses.append(twice(t, k, 0) * 0.7)
+                    opened.__exit__(None, None, None)
+                    sum(losses).backward()  # type: ignore[union-attr]
+                t.update()
+        found.append([p.tolist() for p in t.net.parameters()])
+    assert found[0] == found[1]
+
+
+AWAY: dict[str, Callable[[], Any]] = {
+    "disabled": kitsune.disable,
+    "another context": lambda: kitsune.accelerate(device="cpu"),
+    "another block": block,
+    "contexts of another kind": lambda: kitsune.accelerate(device="cpu", warmup=2),
+}
+
+
+@pytest.mark.parametrize("away", AWAY)
+def test_what_is_kept_in_a_block_stays_there_while_somebody_else_is_asked(away: str) -> None:
+    def step(t: Loop, k: int) -> None:
+        with block():
+            losses = [twice(t, k, 0), twice(t, k, 1)]
+            t.found.append(losses[1].tolist())
+            with AWAY[away]():
+                t.found.append(t.xs[k, 0].sum())
+            losses.append(twice(t, k, 0) * 0.7)
+        sum(losses).backward()  # type: ignore[union-attr]
+        t.found.append(t.net.head.weight.grad.tolist())  # type: ignore[union-attr]
+        t.update()
+
+    as_in_eager(step, "op by op")
