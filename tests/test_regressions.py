@@ -462,3 +462,41 @@ def test_a_write_that_is_followed_is_counted_once(write: Any, graded: bool) -> N
     for _ in range(5):
         with kitsune.accelerate(device="cpu", warmup=0):
             assert count() == expected
+
+
+def test_a_view_of_a_leaf_taken_without_gradients_beside_a_backward() -> None:
+    """It wants a gradient and has no node for it."""
+    leaf, weight = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        view = leaf.expand_as(leaf).transpose(0, -1)
+    assert view.requires_grad and view.grad_fn is None
+    with kitsune.config.patch(gate=False), lazily():
+        for _ in range(5):
+            weight.grad = None
+            (weight * view.sqrt()).sum().backward()
+            kitsune.flush()
+        loss = view.detach().sum()
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            loss.backward()
+    assert weight.grad is not None and weight.grad.tolist() == [1.0, 1.0, 1.0]
+    assert leaf.grad is None and view.grad is None
+
+
+def split_by_names(whole: torch.Tensor, places: Any) -> Any:
+    return torch.tensor_split(input=whole, tensor_indices_or_sections=torch.as_tensor(places))
+
+
+@pytest.mark.parametrize("split", [torch.tensor_split, torch.Tensor.tensor_split, split_by_names])
+def test_integers_that_are_split_share_the_count_of_writes_with_their_parts(split: Any) -> None:
+    """They were taken for the places at which to split: numbers that are looked at, and passed on as a tensor of their own."""
+    weight = torch.ones(4, 3, requires_grad=True)
+    with lazily():
+        found = []
+        for places in (2, torch.tensor([1, 2])):
+            bits = weight.view(torch.int32)
+            part = split(bits, places)[1]
+            before = weight._version
+            part.mul_(1)
+            found.append((weight._version - before, bits._version == part._version))
+    assert found == [(1, True), (1, True)]
+    assert weight.tolist() == torch.ones(4, 3).tolist()

@@ -42,6 +42,7 @@ from kitsune.lazy.replaced import DOORS, is_untouched, original_of
 from kitsune.lazy.spent_views import written_views
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
+from kitsune.lazy.twins import settle
 from kitsune.lazy.used_again import Unused, keep
 from kitsune.lazy.words import in_eagers_words
 from kitsune.lazy.write_counts import count_writes
@@ -55,9 +56,8 @@ class CallLane(Learner):
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self.spent: list[weakref.ref[LazyTensor]] = []  # wrappers whose graph a followed backward has used up
-        self.unused = Unused()
         # Calls of torch's API that torch is making now; and is one of them an update that is learned as a whole?
-        self.inside, self.part_of_update = 0, False
+        self.inside, self.part_of_update, self.unused = 0, False, Unused()
         self.thread, self.known_modes = threading.get_ident(), dict[Any, Any]()
         self.read_modes()
 
@@ -222,8 +222,9 @@ class CallLane(Learner):
         keep((args, kwargs))
         recorder = self.recorder
         hook, inside, site = recorder.hook, self.inside, sites.call.site
-        # Within, since an interrupt may come between any two lines.
-        try:
+        if self.twins and not recorder.region.calls:  # Writes beside calls that are owed count when these are made again.
+            settle(self.twins)
+        try:  # Within, since an interrupt may come between any two lines.
             recorder.hook, self.inside, sites.call.site = None, inside + 1, sites.UNKNOWN
             return func(*args, **kwargs) if kwargs else func(*args)
         except RuntimeError as error:

@@ -36,8 +36,8 @@ from kitsune.lazy.function_doors import (
     eager_door,
     host_door,
     lengths_door,
-    numbers_door,
     operator_door,
+    places_door,
     product_door,
     range_door,
     recurrent_door,
@@ -151,7 +151,7 @@ _GENERATOR: Table = (
     ),
 )
 _RECURRENT: Table = ((torch, "lstm gru rnn_tanh rnn_relu"), (torch._VF, "lstm gru rnn_tanh rnn_relu"))
-_NUMBERS: Table = ((torch, "tensor_split"), (torch.Tensor, "tensor_split"))
+_PLACES: Table = ((torch, "tensor_split"), (torch.Tensor, "tensor_split"))
 _PACKED = "_pack_padded_sequence _pad_packed_sequence"
 _ON_HOST: Table = (
     (torch._VF, _PACKED),
@@ -173,7 +173,7 @@ _OF_NORMS: Table = ((torch.linalg, "matrix_norm norm"),)
 _QUANTILES: Table = ((torch, "quantile nanquantile"), (torch.Tensor, "quantile nanquantile"))
 _FUNCTIONS: tuple[tuple[Table, Callable[[Any], Any]], ...] = (
     (_RECURRENT, recurrent_door),
-    (_NUMBERS, numbers_door),
+    (_PLACES, places_door),
     (_ON_HOST, host_door),
     (_CLASSES, classes_door),
     (_OF_VALUES, eager_door()),

@@ -41,12 +41,13 @@ def not_compiled(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 @not_compiled
-def numbers_door(original: Any) -> Any:
-    """The integers that it is given say where it cuts: places, and the sizes of a packed batch."""
+def places_door(original: Any) -> Any:
+    """The integers behind what it is to split say where."""
 
     def door(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _with_numbers(args, kwargs)
-        return original(*args, **kwargs)
+        named = {name: kwargs.pop(name) for name in ("input", "self") if name in kwargs}
+        places, kwargs = _with_numbers(args[1:], kwargs)
+        return original(*args[:1], *places, **named, **kwargs)
 
     return door
 
@@ -74,12 +75,12 @@ def lengths_door(original: Any) -> Any:
 def recurrent_door(original: Any) -> Any:
     """C++ has the dispatcher make a tensor over all weights for cuDNN, under autocast one that they are cast into, and asks for
     places in its memory: as in `disable()`. Recorded, they were packed at each call, or written where there was no memory."""
-    opened = numbers_door(original)
 
     def door(*args: Any, **kwargs: Any) -> Any:
         on_cuda = any(t.device.type == "cuda" for t in tensors_in((args, kwargs)))
         with _unrecorded("cuda") if on_cuda else contextlib.nullcontext():
-            return opened(*args, **kwargs)
+            args, kwargs = _with_numbers(args, kwargs)
+            return original(*args, **kwargs)
 
     return door
 
@@ -87,11 +88,11 @@ def recurrent_door(original: Any) -> Any:
 @not_compiled
 def host_door(original: Any) -> Any:
     """C++ has the dispatcher make tensors on the host, and fills or reads their memory: as in `disable()`."""
-    opened = numbers_door(original)
 
     def door(*args: Any, **kwargs: Any) -> Any:
         with _unrecorded("cpu"):
-            return opened(*args, **kwargs)
+            args, kwargs = _with_numbers(args, kwargs)
+            return original(*args, **kwargs)
 
     return door
 

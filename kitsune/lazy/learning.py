@@ -17,6 +17,7 @@ from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.region import is_strided
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
 from kitsune.lazy.trie import NOTHING, SELF, Node
+from kitsune.lazy.twins import Twin
 
 
 @dataclass(slots=True)
@@ -45,6 +46,8 @@ class Learner:
         self.failures: dict[Any, int] = {}
         # Have weights been written in an autocast block that went on with them? See `casts.py`.
         self.outlive_writes = False
+        # Views that have got their place in the graph, whose count of writes what was detached before does not share.
+        self.twins: list[Twin] = []
         self.hooked = NodeHooks()
 
     def enter(self) -> bool:

@@ -27,7 +27,7 @@ class NodeHooks:
         if self._without.get(ids) == RemovableHandle.next_id:
             return False
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.enable_grad():
-            found = any(map(_has_hooks, leaves))
+            found = any(map(_may_have_hooks, leaves))
         if len(self._without) >= MAX_SETS:
             self._without.clear()
         if not found:
@@ -35,8 +35,11 @@ class NodeHooks:
         return found
 
 
-def _has_hooks(leaf: torch.Tensor) -> bool:
+def _may_have_hooks(leaf: torch.Tensor) -> bool:
     node: Any = leaf.view_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    if node is None:
+        # A view of a leaf that was taken under `no_grad` wants a gradient and has no node to collect it.
+        return True
     # What hooks a node has can only be asked by adding one, which the others share a dictionary with.
     handles = [node.register_hook(_nothing), node.register_prehook(_nothing)]
     found = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)

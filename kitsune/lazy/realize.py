@@ -110,7 +110,7 @@ def realize(recorder: Any, region: Any) -> None:
     """Give every followed call of the region its place in the autograd graph."""
     recall_results(region)
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
-    recount = Recount(region)
+    recount = Recount(region, recorder.lane.twins)
     owed = {id(t) for call in calls for t in call.made if is_owed(t)}
     walk = Walk(region)
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk

@@ -7,6 +7,7 @@ import torch
 
 from kitsune.ir import count_writes_to
 from kitsune.lazy.tensor import LazyTensor
+from kitsune.lazy.twins import Twin
 
 
 def count_writes(region: Any, tensors: list[Any], edge: Any) -> None:
@@ -26,16 +27,17 @@ def is_owed(tensor: Any) -> bool:
 class Recount:
     """Takes back what was counted, and counts it again as the calls are made again: each finds the counts of its time."""
 
-    def __init__(self, region: Any) -> None:
+    def __init__(self, region: Any, twins: list[Twin]) -> None:
         self._left, region.counted = region.counted, []
-        # Views that somebody holds, and what they were before they got their history.
-        self._replaced: list[tuple[Any, Any]] = []
+        self.twins = twins
         for _, tensors in self._left:
             _move(tensors, -1)
+        for twin in twins:
+            twin.look()
 
     def replaced(self, pairs: Iterable[tuple[Any, Any]]) -> None:
-        """(now, before) of wrappers that share the count of their base from here on."""
-        self._replaced += pairs
+        """(now, before) of views that somebody holds, which share the count of their base from here on."""
+        self.twins += [Twin(now, before) for now, before in pairs]
 
     def before_call(self, n: int) -> None:
         """Count what was written before call number `n`."""
@@ -48,12 +50,9 @@ class Recount:
             self._again(tensors)
 
     def _again(self, tensors: list[Any]) -> None:
-        counts = [(now._version, before._version) for now, before in self._replaced]
         _move(tensors, 1)
-        for (now, before), (count, other) in zip(self._replaced, counts, strict=True):
-            # What the program has detached before still shares the count of old.
-            if before._version != other and now._version == count:
-                _move([now], 1)
+        for twin in self.twins:
+            twin.follow()
 
 
 def _move(tensors: list[Any], by: int) -> None:

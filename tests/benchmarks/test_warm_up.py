@@ -73,7 +73,7 @@ def test_many_batch_sizes_run_on_a_cpu(
 
     def in_few_processes(column: str, options: argparse.Namespace, folder: str) -> dict[str, Any]:
         """Only what records in a process of its own: torch's import is nearly all that the others would take."""
-        if column == "kitsune":
+        if column in ("turns", "kitsune"):
             return in_new_process(column, options, folder)
         return bench_batch_sizes.measure(argparse.Namespace(**{**vars(options), "column": column}))
 
@@ -83,8 +83,14 @@ def test_many_batch_sizes_run_on_a_cpu(
     monkeypatch.setattr(sys, "argv", command)
     bench_batch_sizes.main()
     rows = json.loads(target.read_text())["rows"]
-    assert [row["column"] for row in rows] == [*("eager", "kitsune", "again") * 2, "largest"]
-    assert [len(row["ms"]) for row in rows] == [6] * 6 + [8]
-    assert [bool(row["decided"]) for row in rows] == [False, True, False] * 2 + [False], "a CPU's steps are left to eager"
-    assert bench_batch_sizes.per_step([{"ms": [1.0, 9.0]}, {"ms": [3.0, 2.0]}, {"ms": [8.0, 4.0]}]) == [3.0, 4.0]
+    assert [row["column"] for row in rows] == ["turns", "turns", "eager", "kitsune", "largest"]
+    assert [{name: len(ms) for name, ms in row["ms"].items()} for row in rows] == [
+        *({"eager": 6, "kitsune": 6, "again": 6},) * 2,
+        {"eager": 6},
+        {"kitsune": 6},
+        {"eager": 8},
+    ]
+    assert [bool(row["decided"]) for row in rows] == [True, True, False, True, False], "a CPU's steps are left to eager"
+    ms = [{"eager": [9.0, 1.0, 2.0], "kitsune": [9.0, *taken]} for taken in ([3.0, 2.0], [2.0, 3.0], [4.0, 8.0])]
+    assert bench_batch_sizes.ratios_of("kitsune", [{"ms": of_process} for of_process in ms], 1) == [1.5, 3.0]
     assert "kitsune: step, times eager's of the same size" in capsys.readouterr().out

@@ -82,6 +82,12 @@ class Builder:
         tensor = self.world.tensors.get(name)
         return tensor is not None and not tensor.untyped_storage().resizable()
 
+    def is_trained(self, name: str) -> bool:
+        """Is a tensor an optimizer's?"""
+        optimizers = [value for value in self.world.names.values() if isinstance(value, torch.optim.Optimizer)]
+        trained = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+        return any(parameter is self.world.tensors.get(name) for parameter in trained)
+
     def optimizer(self, i: int) -> str | None:
         names = [name for name, value in self.world.names.items() if isinstance(value, torch.optim.Optimizer)]
         return names[i % len(names)] if names else None
@@ -97,8 +103,12 @@ class Builder:
     def add(self, line: str, where: list[str]) -> None:
         # Where torch may not resize what is to be written, it says so when the tensor is larger than its memory already, and
         # whatever touches that tensor afterwards reads or writes what belongs to others.
-        if any(self.is_shared(name) for name in re.findall(r"out=(\w+)", line)):
+        if any(self.is_shared(name) or self.is_trained(name) for name in re.findall(r"out=(\w+)", line)):
             line = "pass"
+        # Nor does a fused optimizer look whether its state is as large as the parameter.
+        for name, other in re.findall(r"(\w+)(?:\.data = |\.set_\()(\w+)", line):
+            if self.is_trained(name) and self.world.tensors[name].shape != self.world.tensors[other].shape:
+                line = "pass"
         where.append(line)
         self.world.execute(line)
 
