@@ -58,9 +58,8 @@ class CallLane(Learner):
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
         self.spent: list[weakref.ref[LazyTensor]] = []  # wrappers whose graph a followed backward has used up
-        self.unused = Unused()
         # Calls of torch's API that torch is making now, with what; and is one of them an update that is learned as a whole?
-        self.inside, self.given, self.part_of_update = 0, tuple[Any, ...](), False
+        self.inside, self.given, self.part_of_update, self.unused = 0, tuple[Any, ...](), False, Unused()
         # By what modes of calls are told apart, and how often autocast had forgotten its casts when the lane was closed.
         self.thread, self.known_modes, self.n_forgotten = threading.get_ident(), dict[Any, Any](), 0
         self.read_modes()
