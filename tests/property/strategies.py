@@ -107,7 +107,8 @@ class Builder:
             line = "pass"
         # Nor does a fused optimizer look whether its state is as large as the parameter.
         for name, other in re.findall(r"(\w+)(?:\.data = |\.set_\()(\w+)", line):
-            if self.is_trained(name) and self.world.tensors[name].shape != self.world.tensors[other].shape:
+            new = self.world.tensors.get(other)
+            if self.is_trained(name) and new is not None and self.world.tensors[name].shape != new.shape:
                 line = "pass"
         where.append(line)
         self.world.execute(line)
