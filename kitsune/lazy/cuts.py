@@ -48,7 +48,6 @@ def goes_on(region: Any, cause: Barrier) -> bool:
 
 def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     """Run what is pending; the region goes on."""
-    region.unfold()
     node, since, observed = region.node, region.cut, region.observed_from is not None
     # And where a block is open, what autocast has cast is kept for whoever comes next.
     key = (tuple(region.past), recorder.lane.modes[False][2])
