@@ -50,7 +50,6 @@ def goes_on(region: Any, cause: Barrier) -> bool:
 
 def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     """Run what is pending; the region goes on."""
-    region.unfold()
     node, since, observed = region.node, region.cut, region.observed_from is not None
     if region.cuts and _came(region):
         judge(region)

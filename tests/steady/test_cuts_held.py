@@ -162,6 +162,15 @@ def a_part_is_without_gradients_now_and_then(t: Loop, k: int) -> None:
     _stepped(t, loss)
 
 
+@case
+def another_question_is_asked_now_and_then(t: Loop, k: int) -> None:
+    """It is new: what the calls before it, made again, leave with autograd is wanted behind its read, too."""
+    loss = t.loss(k)
+    t.found.append(loss.item())
+    t.found.append((loss.sin() if k % 4 == 2 else loss * 2).item())
+    _stepped(t, loss)
+
+
 @pytest.mark.parametrize("way", ["op by op", "replayed"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_held_at_a_read_changes(name: str, way: str) -> None:
