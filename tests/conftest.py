@@ -15,6 +15,8 @@ os.environ.setdefault("KITSUNE_NUMERICS", "bitwise")
 # What is timed differs from run to run; the tests of tuning have a timer of their own.
 os.environ.setdefault("KITSUNE_TUNING", "off")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -49,3 +51,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def afresh() -> Iterator[None]:
+    """Nothing is known before, and nothing is left for others."""
+    import kitsune
+
+    kitsune.reset()
+    yield
+    kitsune.reset()

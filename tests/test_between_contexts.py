@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,16 +14,10 @@ import kitsune
 from kitsune.lazy import door_set
 from kitsune.session import trace_regions
 
+pytestmark = pytest.mark.usefixtures("afresh")
+
 STEPS = 12
 CHANGED = 7
-
-
-@pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
-    kitsune.reset()
-    with kitsune.config.patch(gate=False):
-        yield
-    kitsune.reset()
 
 
 class Loop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,16 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import kitsune
 from kitsune.lazy.realize import realize
 
+pytestmark = pytest.mark.usefixtures("afresh")
+
 STEPS = 8
 Seen = list[Any]
-
-
-@pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
-    kitsune.reset()
-    with kitsune.config.patch(gate=False):
-        yield
-    kitsune.reset()
 
 
 class Doubled(torch.autograd.Function):

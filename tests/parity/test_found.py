@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,16 +14,10 @@ from torch.nn import functional as F
 import kitsune
 from tests.parity.sweep import work
 
+pytestmark = pytest.mark.usefixtures("afresh")
+
 STEPS = 5
 Step = Callable[[], Any]
-
-
-@pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
-    kitsune.reset()
-    with kitsune.config.patch(gate=False):
-        yield
-    kitsune.reset()
 
 
 def same_in_each_step(step: Step) -> None:

@@ -364,6 +364,7 @@ def test_nothing_is_kept_behind_the_end_of_a_step() -> None:
         assert not region.kept and not region.calls and pipeline.recorder.region is not region
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_profiler_sees_the_step_as_it_is_without_it(name: str) -> None:
     counts, seen = {}, set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,16 +13,10 @@ from torch import Tensor, nn
 import kitsune
 from tests.runtime.repeated import graphs
 
+pytestmark = pytest.mark.usefixtures("afresh")
+
 STEPS = 9
 WRITTEN = (5, 7)
-
-
-@pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
-    kitsune.reset()
-    with kitsune.config.patch(gate=False):
-        yield
-    kitsune.reset()
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {

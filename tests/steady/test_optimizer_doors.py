@@ -40,6 +40,7 @@ def test_gradients_are_dropped_or_zeroed(to_none: bool) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 def test_who_profiles_sees_the_marks() -> None:
     expected = marks()
     assert expected == {("Optimizer.step#SGD.step", True): 6, ("Optimizer.zero_grad#SGD.zero_grad", True): 6}
