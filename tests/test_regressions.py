@@ -527,3 +527,22 @@ def test_integers_that_are_split_share_the_count_of_writes_with_their_parts(spli
             found.append((weight._version - before, bits._version == part._version))
     assert found == [(1, True), (1, True)]
     assert weight.tolist() == torch.ones(4, 3).tolist()
+
+
+def refused(into: torch.Tensor) -> str:
+    with warnings.catch_warnings(), pytest.raises(RuntimeError) as caught:
+        warnings.simplefilter("ignore")
+        torch.matmul(into, into, out=into)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_what_was_resized_for_a_result_that_was_refused_then_has_that_shape(inside: bool) -> None:
+    """As in eager, which makes room first."""
+    plain = torch.ones(3)
+    expected = refused(plain), plain.shape
+    with lazily():
+        result = torch.ones(3) * 1
+        found = (refused(result), result.shape) if inside else None
+    assert (found or (refused(result), result.shape)) == expected
+    assert result.sum().item() == plain.sum().item()

@@ -48,7 +48,11 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER) and not counts:
         recorder.n_unrecorded += 1
     early = recorder.early.answer(row, tensors[0]) if reason is Barrier.ITEM and tensors else None
-    result, reals = call(recorder, row, args, kwargs, tensors) if early is None else (early, tensors)
+    try:
+        result, reals = call(recorder, row, args, kwargs, tensors) if early is None else (early, tensors)
+    except RuntimeError:
+        _take_geometry(recorder, row, tensors)
+        raise
     if recorder.watcher is not None and not counts:
         recorder.watcher.passed(row, args, kwargs, reason)
     return hand_out(recorder, row, result, tensors, reals, reason)
@@ -77,13 +81,17 @@ def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], r
     if reason not in (Barrier.PROFILER, Barrier.INPUT_VIEW):
         recorder.tally.passed_through[(reason, str(row.target))] += 1
     back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
+    _take_geometry(recorder, row, tensors)
+    return replace_tensors(result, back) if back else result
+
+
+def _take_geometry(recorder: Recording, row: OpRow, tensors: list[Any]) -> None:
+    """The op may have given its operands another geometry, also if it was refused then."""
     if row.moves_metadata:
         recorder.known.forget()
-        for wrapper in back.values():
-            # The op may have given the tensor another geometry.
-            if type_of(real := _real(wrapper)) is not wrapper.cell.type:
+        for wrapper in tensors:
+            if type(wrapper) is LazyTensor and type_of(real := _real(wrapper)) is not wrapper.cell.type:
                 recorder.stand_for(wrapper, real)
-    return replace_tensors(result, back) if back else result
 
 
 def _real(tensor: LazyTensor) -> Any:
