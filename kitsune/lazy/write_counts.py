@@ -33,7 +33,7 @@ class Recount:
         for _, tensors in self._left:
             _move(tensors, -1)
         for twin in twins:
-            twin.look()
+            twin.follow()
 
     def replaced(self, pairs: Iterable[tuple[Any, Any]]) -> None:
         """(now, before) of views that somebody holds, which share the count of their base from here on."""
