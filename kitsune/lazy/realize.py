@@ -124,7 +124,7 @@ def realize(recorder: Any, region: Any) -> None:
 def _realize(recorder: Any, region: Any) -> None:
     recall_results(region)
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
-    recount = Recount(region, recorder.lane.twins)
+    recount = Recount(region, [t for call in calls for t in call.made], recorder.lane.twins)
     owed = {id(t) for call in calls for t in call.made if is_owed(t)}
     walk = Walk(region)
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk

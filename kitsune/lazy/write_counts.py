@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kitsune.ir import count_writes_to
+from kitsune.lazy.cell import living
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.twins import Twin
 
@@ -27,9 +28,13 @@ def is_owed(tensor: Any) -> bool:
 class Recount:
     """Takes back what was counted, and counts it again as the calls are made again: each finds the counts of its time."""
 
-    def __init__(self, region: Any, twins: list[Twin]) -> None:
+    def __init__(self, region: Any, made: list[Any], twins: list[Twin]) -> None:
         self._left, region.counted = region.counted, []
         self.twins = twins
+        # The memory of what no call has made that is made again: there may be something detached in it.
+        mine = {id(t.cell) for t in made}
+        seen = [cell for known in region.seen if (cell := known()) is not None]
+        self._shared = {cell.storage for cell in (*living(region.produced), *seen) if id(cell) not in mine}
         for _, tensors in self._left:
             _move(tensors, -1)
         for twin in twins:
@@ -37,7 +42,9 @@ class Recount:
 
     def replaced(self, pairs: Iterable[tuple[Any, Any]]) -> None:
         """(now, before) of views that somebody holds, which share the count of their base from here on."""
-        self.twins += [Twin(now, before) for now, before in pairs]
+        for now, before in pairs:
+            if now.cell.storage in self._shared:
+                self.twins.append(Twin(now, before))
 
     def before_call(self, n: int) -> None:
         """Count what was written before call number `n`."""

@@ -183,3 +183,20 @@ def test_the_counts_go_with_the_graph() -> None:
             aliased.tolist()
             del h, loss
     assert there[-1] == 1 and max(there) <= 2, "the step before is forgotten with its graph"
+
+
+def test_where_nothing_was_detached_nothing_is_compared() -> None:
+    """A program that keeps its losses keeps their graphs, and has each call compare what these have."""
+    layer, x = nn.Linear(4, 4), torch.ones(4, 4)
+    kept = []
+    with kitsune.accelerate(device="cpu"):
+        (pipeline,) = kitsune.contexts.here.depth
+        for _ in range(6):
+            h = torch.tanh(layer(x)).view(-1)
+            loss = (h * h).sum()
+            assert loss.grad_fn is not None
+            loss.backward()
+            kept.append((h, loss))
+            kitsune.flush()
+            assert pipeline.recorder.lane.twins == []
+        assert kitsune.counters()["followed"] > 0
