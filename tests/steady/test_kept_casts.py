@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import kitsune
@@ -25,6 +26,14 @@ def case(backwards: int) -> Callable[[Step], Step]:
         return step
 
     return add
+
+
+def end(t: Loop, loss: Tensor, asked: bool) -> None:
+    """The rest of a step, whose graph is asked for now and then."""
+    if asked:
+        t.found.append(type(loss.grad_fn).__name__)
+    loss.backward()
+    t.update()
 
 
 @case(1)
@@ -64,10 +73,7 @@ def a_pass_without_gradients_and_two_with_them(t: Loop, k: int) -> None:
         with torch.no_grad():
             target = t.net(t.xs[k, 1])
         loss = (twice(t, k) - target.float().mean()) + twice(t, k, 1)
-    if k in (7, 9):
-        t.found.append(type(loss.grad_fn).__name__)
-    loss.backward()
-    t.update()
+    end(t, loss, k in (7, 9))
 
 
 @case(1)
@@ -79,10 +85,7 @@ def a_read_behind_a_pass_without_gradients(t: Loop, k: int) -> None:
         t.found.append(loss.item())
         for n in range(2):
             loss = loss + F.linear(t.xs[k, n], t.net.second.weight).float().sin().mean()
-    if k in (7, 9):
-        t.found.append(type(loss.grad_fn).__name__)
-    loss.backward()
-    t.update()
+    end(t, loss, k in (7, 9))
 
 
 @case(1)
@@ -93,10 +96,7 @@ def a_read_where_casts_are_not_kept(t: Loop, k: int) -> None:
         loss = torch.mm(t.xs[k, 0], weight).float().sin().mean()
         t.found.append(loss.item())
         loss = loss + torch.mm(F.linear(t.xs[k, 1], t.net.first.weight), weight).float().cos().mean()
-    if k in (7, 9):
-        t.found.append(type(loss.grad_fn).__name__)
-    loss.backward()
-    t.update()
+    end(t, loss, k in (7, 9))
 
 
 @case(2)
@@ -132,10 +132,7 @@ def casts_are_kept_of_the_first_pass_or_not(t: Loop, k: int) -> None:
         with block(cache_enabled=k % 2 > 0):
             loss = twice(t, k)
         loss = loss + twice(t, k, 1)
-    if k in (8, 9):
-        t.found.append(type(loss.grad_fn).__name__)
-    loss.backward()
-    t.update()
+    end(t, loss, k in (8, 9))
 
 
 @case(1)
@@ -145,10 +142,7 @@ def the_program_has_cast_them_itself(t: Loop, k: int) -> None:
         x = t.xs[k, 0].bfloat16()
         first = torch.mm(x, weight.bfloat16() if k % 2 else weight)
         loss = (first + torch.mm(x * 2, weight)).float().sin().mean()
-    if k in (8, 9):
-        t.found.append(type(loss.grad_fn).__name__)
-    loss.backward()
-    t.update()
+    end(t, loss, k in (8, 9))
 
 
 @pytest.mark.parametrize("way", ["op by op", "replayed"])
