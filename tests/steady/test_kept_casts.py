@@ -28,11 +28,16 @@ def case(backwards: int) -> Callable[[Step], Step]:
     return add
 
 
-def end(t: Loop, loss: Tensor, asked: bool) -> None:
-    """The rest of a step, whose graph is asked for now and then."""
+def backward(t: Loop, loss: Tensor, asked: bool) -> None:
+    """Go backward from a loss whose graph is asked for now and then."""
     if asked:
         t.found.append(type(loss.grad_fn).__name__)
     loss.backward()
+
+
+def end(t: Loop, loss: Tensor, asked: bool) -> None:
+    """The rest of such a step."""
+    backward(t, loss, asked)
     t.update()
 
 
@@ -104,9 +109,7 @@ def a_pass_behind_a_backward(t: Loop, k: int) -> None:
     with block():
         twice(t, k).backward()
         loss = twice(t, k, 1)
-        if k in (7, 9):
-            t.found.append(type(loss.grad_fn).__name__)
-        loss.backward()
+        backward(t, loss, k in (7, 9))
     t.update()
 
 
