@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, TypeVar
 
 from kitsune.hearing import hearing
@@ -67,7 +67,7 @@ class PacedThread:
 
     def submit(self, call: Callable[[], None], rank: int = 0, in_idle_moments: bool = False) -> None:
         """Call it soon, before what has a higher rank. It must not raise. `in_idle_moments`: during a step only while an operator
-        of the program takes long."""
+        of the program takes long; it says itself where it may rest, by `breathe`."""
         heapq.heappush(self._calls, (rank, next(self._numbers), in_idle_moments, call))
         self._tokens.put(None)
         with self._lock:
@@ -97,8 +97,9 @@ class PacedThread:
                     self._patient_until = time.perf_counter() + PATIENCE_S if in_idle_moments else 0.0
                     if in_idle_moments:
                         self._rest(0.0)
-                    # It hears of every function that this thread begins, so that no stage has to offer places to rest.
-                    with hearing(pace):
+                    # It hears of every function that this thread begins, so that no stage has to offer places to rest. To be told
+                    # of them takes 4 ms (CPU host) the first time: too long for a first step.
+                    with nullcontext() if in_idle_moments else hearing(pace):
                         call()
                     del call
 

@@ -10,7 +10,7 @@ import torch
 from kitsune.backends import Backend
 from kitsune.background import soon
 from kitsune.ir import Graph, Op
-from kitsune.plan_files import make_ready, pair_paths, plan_path
+from kitsune.plan_files import pair_paths, plan_path
 from kitsune.planning import Planner
 from kitsune.ready import Ready, by_plan
 from kitsune.runtime import PlanExecutor, Prepared
@@ -28,10 +28,6 @@ class Coming:
     device: torch.device
     # Which operators of a region that is to come are to be run once before.
     to_try: Callable[[Graph], list[Op]]
-
-    def make_ready(self) -> None:
-        """Have made what the first plan of a process needs, while the first step waits for libraries."""
-        soon(make_ready, in_idle_moments=True)
 
     def planned(self, graph: Graph, planner: Planner) -> Ready:
         """A region by the plan that it has on disk, or that is made now."""

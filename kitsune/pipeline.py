@@ -99,7 +99,7 @@ class Pipeline:
             on_plans=self.runner.thread_plans.seen,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
-        write = partial(self.lane.write_matchers, thread.breathe)
+        write = partial(self.lane.write_ahead, thread.breathe)
         self.lane.ask_to_write = partial(soon, write, True) if self.runner.in_background() else None
         self.follows, self.porter = False, Porter()
         # Does it take this thread's ops now? Not while the steps of an open context are left to eager. Or is it ending that? Or

@@ -84,12 +84,6 @@ def pair_paths(pair: Pair, planner: Planner) -> tuple[Path, ...]:
     return tuple(path for path in paths if path is not None)
 
 
-def make_ready() -> None:
-    """What the names of files need is made once in a process: 4 ms (CPU host)."""
-    versions()
-    _code()
-
-
 def kept_plan(graph: Graph, planner: Planner) -> Plan | None:
     """The same, if it need not be made."""
     path = plan_path(graph, planner)

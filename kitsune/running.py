@@ -82,8 +82,6 @@ class Runner:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
             if backend.warm is not None:
                 self.coming = Coming(self.executor, backend, device, self.thread_plans.needed)
-                if self.in_background() and options.fuses:
-                    self.coming.make_ready()
         elif device.type == "cuda":
             self.sentences.append(backend)
 

@@ -13,6 +13,7 @@ from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, RMSprop
 
 import kitsune
 from kitsune.ir import Barrier
+from kitsune.lazy import new_state
 from kitsune.lazy.new_state import collect
 from kitsune.lazy.recorders import OPEN
 from kitsune.running import Runner
@@ -207,3 +208,19 @@ def test_recording_that_is_switched_off_by_who_collects_stays_off() -> None:
         off.__exit__()
     counters = kitsune.counters()
     assert not counters["observed"] and not counters["recorded"] and not n_apart()
+
+
+@pytest.mark.parametrize("torchs_own", [True, False])
+def test_state_that_torchs_own_make_in_an_observed_step_does_not_come_by(torchs_own: bool, monkeypatch: Any) -> None:
+    """Three operators for each parameter, of which nothing is learned."""
+    came, made = [], new_state.make_state
+    monkeypatch.setattr("kitsune.lazy.recorder.make_state", lambda *call: (came.append(1), made(*call))[1])
+    original = Adam._init_group.__wrapped__ if hasattr(Adam._init_group, "__wrapped__") else Adam._init_group
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer, others = AdamW(model.parameters(), fused=True), AdamW(nn.Linear(2, 2).parameters())
+    with kitsune.accelerate(device="cpu"):
+        model(torch.ones(2, 3)).sum().backward()
+        if not torchs_own:
+            monkeypatch.setattr(original, "__module__", "somebodys.optimizers")
+        optimizer.step()
+    assert len(optimizer.state) == 4 and not others.state and bool(came) is not torchs_own

@@ -67,7 +67,7 @@ def test_written_by_another_thread_they_take_the_same_calls(late: bool) -> None:
 
         def write() -> None:
             context = lane()
-            asked.append(other.submit(lambda: (time.sleep(0.01 * late), context.write_matchers())[1]))
+            asked.append(other.submit(lambda: (time.sleep(0.01 * late), context.write_ahead(lambda: None))[1]))
             if not late:
                 asked[-1].result()
 
@@ -106,6 +106,20 @@ class Meddling:
 
     def __exit__(self, *_: Any) -> None:
         self.lock.release()
+
+
+def test_what_the_background_writes_is_taken_at_the_end_and_asks_for_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock is held while an operator runs: the program's next one would wait for the background to be done with it."""
+    x = torch.randn(4, 4)
+    with kitsune.accelerate(device="cpu"):
+        y = forward(x)
+        (first, *_), recorder, breaths = lane().unwritten, lane().recorder, []
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder, "lock", Meddling(recorder.lock, [lambda: pytest.fail("the lock was asked for")]))
+            lane().write_ahead(lambda: breaths.append(1))
+        assert len(breaths) == 4 and not lane().unwritten and not first[0].start.matchers
+        y.sum().item()
+        assert first[0].start.matchers.keys() == {first[0].func}
 
 
 @pytest.mark.parametrize(("takes", "forgets"), [(True, False), (False, True), (True, True)])

@@ -58,6 +58,8 @@ class Learner:
         self.hooked = NodeHooks()
         # Of matchers to be written: the edge, the key of its call, what its arguments are like, and what says if its floats move.
         self.unwritten: deque[tuple[Any, ...]] = deque()
+        # Those that the background has written: each with its edge.
+        self._written: deque[tuple[Any, Edge]] = deque()
         # Has them written in the background, if there is one.
         self.ask_to_write: Callable[[], None] | None = None
 
@@ -75,6 +77,7 @@ class Learner:
         self.proven.clear()
         self.failures.clear()
         self.unwritten.clear()
+        self._written.clear()
         self.outlive_writes = False
 
     def learn(self, key: Any, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
@@ -134,31 +137,41 @@ class Learner:
             if len(self.unwritten) == MANY and self.ask_to_write is not None:
                 self.ask_to_write()
 
-    def write_matchers(self, breathe: Callable[[], None] = lambda: None) -> None:
-        """Write those that are to be written: at the end of the region, since the next one needs them, or before that in the
-        background, while the program waits for something else. `breathe` is called behind each."""
+    def write_matchers(self) -> None:
+        """Have all matchers of the region's calls, which the next one needs: it has ended."""
+        self._write(self.take_by)
+        while self._written:
+            self.take_by(*self._written.popleft())
+
+    def write_ahead(self, breathe: Callable[[], None]) -> None:
+        """Write them before that, in the background, while the program waits for something else; `breathe` is called behind each.
+
+        They are taken when the region ends. To take one here needs the recorder's lock, which is held while an operator runs:
+        the program's next operator would wait for this thread, which waits for Python's lock, once for each matcher.
+        """
+
+        def keep(matcher: Any, edge: Edge) -> None:
+            self._written.append((matcher, edge))
+            breathe()
+
+        self._write(keep)
+
+    def _write(self, then: Callable[[Any, Edge], None]) -> None:
         while self.unwritten:
             try:
                 edge, *known = self.unwritten.popleft()
             except IndexError:  # another thread has taken the last one
                 return
             if (matcher := matcher_for(edge, *known)) is not None:
-                self.take_by(matcher, edge)
-            breathe()
+                then(matcher, edge)
 
     def take_by(self, matcher: Any, edge: Edge) -> None:
         """From now on a matcher takes the calls of an edge, if these are still known."""
-        matchers, func = edge.start.matchers, edge.func
-        while not edge.forgotten:
-            known = matchers.get(func)
-            # Two calls at one place: a GAN's real and false batch. More are left to their keys.
-            both = matcher if known is None else either(matcher, known)
-            with self.recorder.lock:
-                # Nothing is called in here: the thread that works in the background might rest at that.
-                as_before = matchers[func] is known if func in matchers else known is None
-                if as_before and not edge.forgotten:
-                    matchers[func] = both
-                    return
+        with self.recorder.lock:
+            if not edge.forgotten:
+                matchers, func = edge.start.matchers, edge.func
+                # Two calls at one place: a GAN's real and false batch. More are left to their keys.
+                matchers[func] = either(matcher, matchers[func]) if func in matchers else matcher
 
     def _edge(self, func: Any, kwargs: Any, sight: Sight) -> Edge | None:
         region, call, flat = self.recorder.region, sight.call, sight.call.flat

@@ -15,10 +15,19 @@ from kitsune.lazy.rebuild import tensors_in
 from kitsune.lazy.recording import PLAIN
 
 
-def collect(recorder: Any, collected: Callable[[], Any]) -> Any:
-    """Have an optimizer collect what it updates; returns what `collected` does."""
+def collect(recorder: Any, collected: Callable[[], Any], only_makes: bool = False) -> Any:
+    """Have an optimizer collect what it updates; returns what `collected` does. `only_makes`: it writes to none of the tensors
+    that were there before."""
     if recorder.paused or recorder.collecting:
         return collected()
+    if only_makes and recorder.region.observed_from is not None and recorder.is_on_top():
+        # Nothing is pending, and nothing of it would be learned.
+        recorder.n_unrecorded += 1
+        recorder.leave()
+        try:
+            return collected()
+        finally:
+            recorder.enter()
     rows, recorder.rows, recorder.collecting = recorder.rows, {}, True
     try:
         return collected()

@@ -4,6 +4,7 @@ Torch's loop takes 1.1 us a parameter; comparing ids and picking by position 0.5
 """
 
 import weakref
+from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -113,14 +114,15 @@ def _pick(made: list[Any], grads: list[Any], places: dict[int, int]) -> Any:
 
 def make_lists(recorder: Any, original: Any, optimizer: Any, group: Any, lists: tuple[list[Any], ...]) -> Any:
     """What an optimizer's `_init_group`, the `original`, would put into the lists and return."""
+    makes = partial(collect, recorder, lambda: original(optimizer, group, *lists), original.__module__.startswith("torch.optim."))
     if len(group["params"]) < 2 or any(type(made) is not list or made for made in lists):
-        return collect(recorder, lambda: original(optimizer, group, *lists))
+        return makes()
     groups = recorder.known.groups.setdefault(optimizer, {})
     memo = groups.get(id(group))
     contents = None if memo is None else memo.fill(optimizer, group, lists)
     if contents is not None:
         recorder.filled = memo, contents
         return memo.returned
-    returned = collect(recorder, lambda: original(optimizer, group, *lists))
+    returned = makes()
     groups[id(group)] = GroupLists(optimizer, group, lists, returned)
     return returned

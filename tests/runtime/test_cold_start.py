@@ -397,14 +397,6 @@ def test_a_plan_on_disk_is_read_when_it_would_be_made(tmp_path: Path, monkeypatc
         read.clear()
 
 
-def test_what_is_made_once_in_a_process_is_made_while_the_first_step_waits_for_libraries() -> None:
-    once = (plan_files._code, plan_files.versions)
-    for made in once:
-        made.cache_clear()
-    with cold(), lazily():
-        assert idle() and [made.cache_info().currsize for made in once] == [1, 1], "before there is a region"
-
-
 def test_lines_of_a_plan_from_disk_are_those_of_today(tmp_path: Path) -> None:
     for line in (10, 20):
         scope: dict[str, Any] = {"torch": torch}
