@@ -70,6 +70,10 @@ class PacedThread:
         of the program takes long; it says itself where it may rest, by `breathe`."""
         heapq.heappush(self._calls, (rank, next(self._numbers), in_idle_moments, call))
         self._tokens.put(None)
+        self.start()
+
+    def start(self) -> None:
+        """To be called between regions before anything is submitted in the middle of one: a thread that starts ends one."""
         with self._lock:
             # A forked child has none of its parent's threads.
             if not self._closing and (self._thread is None or not self._thread.is_alive()):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kitsune.backends import Backend, backend_of, pool_budget, reader_of, recorder_of, workers
-from kitsune.background import later
+from kitsune.background import later, thread
 from kitsune.benefits import gains_enough
 from kitsune.codegen import WorkerFailed
 from kitsune.coming import Coming
@@ -82,6 +82,8 @@ class Runner:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
             if backend.warm is not None:
                 self.coming = Coming(self.executor, backend, device, self.thread_plans.needed)
+                if self.in_background():
+                    thread.start()
         elif device.type == "cuda":
             self.sentences.append(backend)
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import kitsune
-from kitsune import coming, plan_files
+from kitsune import background, coming, plan_files, running
 from kitsune.backends import Backend
-from kitsune.background import thread
+from kitsune.background import PacedThread
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph, Launch, Pending
+from kitsune.lazy import learning
 from kitsune.running import PLAN_AFTER
 from kitsune.runtime import ThreadPlans
 from tests.runtime.backends import assert_equal, chain, lazily, loop, runner
@@ -110,7 +111,7 @@ def cold(graphs: bool = False) -> Iterator[tuple[Workers, Repeater]]:
 def idle() -> bool:
     """Wait until the background thread has done what it was asked for."""
     done = threading.Event()
-    thread.submit(done.set, rank=9)
+    background.thread.submit(done.set, rank=9)
     return done.wait(SECONDS)
 
 
@@ -397,6 +398,18 @@ def test_a_plan_on_disk_is_read_when_it_would_be_made(tmp_path: Path, monkeypatc
         read.clear()
 
 
+def test_the_background_begins_between_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that starts ends a region, and matchers are written from the first one's sixteenth call on."""
+    thread = PacedThread()
+    for module in (background, running):
+        monkeypatch.setattr(module, "thread", thread)
+    monkeypatch.setattr(learning, "MANY", 1)
+    with cold():
+        assert torch.equal(step(), chain())
+        assert thread._thread is not None and idle() and kitsune.counters()["flushed"] == {"EXIT": 1}
+    thread.close()
+
+
 def test_lines_of_a_plan_from_disk_are_those_of_today(tmp_path: Path) -> None:
     for line in (10, 20):
         scope: dict[str, Any] = {"torch": torch}
@@ -440,7 +453,7 @@ def test_what_is_forgotten_before_it_is_begun_is_not_made() -> None:
     with cold() as (workers, _):
         step()
         assert idle()
-        thread.submit(lambda: go.wait(SECONDS) and None)
+        background.thread.submit(lambda: go.wait(SECONDS) and None)
         for _ in range(PLAN_AFTER):
             step()
         (ready,) = runner().ready.values()
