@@ -1,6 +1,6 @@
 """A training whose batches have a hundred sizes in random order: each step beside eager's of the same size, and peak memory.
 
-    python -m benchmarks.bench_batch_sizes [--sizes 100] [--rounds 4] [--processes 3] [--no-gate] [--json FILE]
+    python -m benchmarks.bench_batch_sizes [--sizes 100] [--rounds 4] [--processes 5] [--no-gate] [--json FILE]
 
 Three equal trainings take turns in one process, step by step, each the first as often as the others: eager, Kitsune by its
 decorator, and eager again, for what is noise. All steps of one eager process may take 1.2 times as long as those of another. A
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--warm", type=int, default=1, help="rounds that are a warm-up (%(default)s)")
-    parser.add_argument("--processes", type=int, default=3, help="in which they take turns (%(default)s)")
+    parser.add_argument("--processes", type=int, default=5, help="in which they take turns (%(default)s)")
     parser.add_argument("--no-gate", action="store_true", help="record every step, whatever it costs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json")

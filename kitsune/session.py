@@ -237,12 +237,12 @@ def trace_regions() -> Iterator[list[Graph]]:
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device to record for: by default the current CUDA device or, without one, the CPU."""
-    if device is None and torch.cuda.is_initialized():
-        # To ask all that is asked below takes 10 us.
+    resolved = None if device is None else torch.device(device)
+    if torch.cuda.is_initialized() and (resolved is None or (resolved.type == "cuda" and resolved.index is None)):
+        # To ask all that is asked below takes 10 us, and a decorated step asks each time.
         return torch.device("cuda", torch.cuda.current_device())
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
+    if resolved is None:
+        resolved = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if resolved.type == "cpu":
         return torch.device("cpu")
     if resolved.type != "cuda":
