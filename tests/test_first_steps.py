@@ -213,6 +213,7 @@ def test_recording_that_is_switched_off_by_who_collects_stays_off() -> None:
 @pytest.mark.parametrize("torchs_own", [True, False])
 def test_state_that_torchs_own_make_in_an_observed_step_does_not_come_by(torchs_own: bool, monkeypatch: Any) -> None:
     """Three operators for each parameter, of which nothing is learned."""
+    kitsune.reset()
     came, made = [], new_state.make_state
     monkeypatch.setattr("kitsune.lazy.recorder.make_state", lambda *call: (came.append(1), made(*call))[1])
     original = Adam._init_group.__wrapped__ if hasattr(Adam._init_group, "__wrapped__") else Adam._init_group
@@ -224,3 +225,21 @@ def test_state_that_torchs_own_make_in_an_observed_step_does_not_come_by(torchs_
             monkeypatch.setattr(original, "__module__", "somebodys.optimizers")
         optimizer.step()
     assert len(optimizer.state) == 4 and not others.state and bool(came) is not torchs_own
+
+
+def test_an_interrupt_at_that_moment_finds_recording_on_again(monkeypatch: Any) -> None:
+    kitsune.reset()
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = AdamW(model.parameters(), fused=True)
+    with kitsune.accelerate(device="cpu"):
+        model(torch.ones(2, 3)).sum().backward()
+        leave = OPEN[-1].leave
+
+        def interrupted() -> None:
+            leave()
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(OPEN[-1], "leave", interrupted)
+            optimizer.step()
+        assert OPEN[-1].is_on_top() and not optimizer.state

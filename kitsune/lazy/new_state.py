@@ -23,8 +23,8 @@ def collect(recorder: Any, collected: Callable[[], Any], only_makes: bool = Fals
     if only_makes and recorder.region.observed_from is not None and recorder.is_on_top():
         # Nothing is pending, and nothing of it would be learned.
         recorder.n_unrecorded += 1
-        recorder.leave()
-        try:
+        try:  # Within, since an interrupt may come between any two lines.
+            recorder.leave()
             return collected()
         finally:
             recorder.enter()
