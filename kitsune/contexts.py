@@ -156,7 +156,9 @@ def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
         try:
             try:
                 pipeline.on, pipeline.closing = False, True
-                if not pipeline.leave(for_good) and not pipeline.left_behind:
+                # Torch puts the modes of a backward back after each node.
+                gone = pipeline.leave(for_good) and torch._C._current_graph_task_id() == -1
+                if not gone and not pipeline.left_behind:
                     pipeline.left_behind = True
                     pipeline.recorder.pause()
             finally:
