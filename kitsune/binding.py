@@ -118,8 +118,8 @@ class Binding:
         return bool(kinds) and (self.device is None or torch.device(self.device).type in kinds)
 
     def close(self) -> None:
-        """Ends what this thread has open, unless a backward is running, whose hooks may step: torch puts its modes back after each
-        node, without the doors, and the rest of it is one of the step, too."""
+        """Ends what this thread has open, unless a backward is running, whose hooks may step: torch puts its modes back after
+        each node, without the doors, and the rest of it is one of the step, too."""
         if torch._C._current_graph_task_id() == -1:
             self.end()
         elif self.amp is not None:

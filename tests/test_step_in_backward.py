@@ -43,7 +43,7 @@ def model_of(wrap: Callable[[Any], Any], closes: bool) -> Made:
 
 
 def trained(made: Made, n_steps: int) -> list[Any]:
-    net, optimizers = made
+    net, _ = made
     found: list[Any] = []
     for _ in range(n_steps):
         loss = net(X).square().mean()
@@ -95,8 +95,8 @@ def test_a_context_that_ends_inside_of_a_backward_takes_nothing_any_more() -> No
         assert found == expected
         assert taken() == before
     net = nn.Linear(4, 2)
-    with kitsune.accelerate():
-        for _ in range(6):
+    for _ in range(6):
+        with kitsune.accelerate():
             net.zero_grad()
             net(X).square().mean().backward()
     assert taken()["backwards_followed"] > before["backwards_followed"]
