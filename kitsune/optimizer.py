@@ -46,8 +46,8 @@ class KitsuneOptimizer(Optimizer):
         opt = KitsuneOptimizer(torch.optim.AdamW, model.parameters(), lr=1e-3, enable_fusion=True)
 
     Recording begins with the first forward, gradients enabled, of a module that owns one of the parameters, and ends
-    with `step()`, or with `close()` where steps are taken in the hooks of gradients. Hooks live on the wrapped optimizer: they run
-    once and are given that one. In a context that the program has opened itself (`with kitsune.accelerate():`) that context's
+    with `step()`, or with `close()` where steps are taken in the hooks of gradients. Hooks live on the wrapped optimizer: they
+    run once and are given that one. In a context that the program has opened itself (`with kitsune.accelerate():`) that context's
     options hold, and fusion, graphs and pool are its own.
 
     - `enable_amp`: forwards run under autocast, and what they return is float32. `amp_config` says in which precision; without

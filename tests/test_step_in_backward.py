@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import kitsune
@@ -22,7 +23,7 @@ def recorded() -> Iterator[None]:
     kitsune.reset()
     with kitsune.config.patch(gate=False, device="cpu"):
         yield
-    assert not _get_current_dispatch_mode_stack()
+    assert not _get_current_dispatch_mode_stack() and not _get_current_function_mode_stack()
     kitsune.reset()
 
 
@@ -95,10 +96,11 @@ def test_a_context_that_ends_inside_of_a_backward_takes_nothing_any_more() -> No
         assert found == expected
         assert taken() == before
     net = nn.Linear(4, 2)
-    for _ in range(6):
-        with kitsune.accelerate():
+    with kitsune.accelerate():
+        for _ in range(6):
             net.zero_grad()
             net(X).square().mean().backward()
+            kitsune.flush()
     assert taken()["backwards_followed"] > before["backwards_followed"]
 
 
