@@ -1,5 +1,5 @@
-"""What a call that is followed does to its region: it lets tensors in, writes to some, and makes placeholders; and what an op does
-that lets a wrapper in."""
+"""What a call that is followed does to its region: it lets tensors in, writes to some, and makes placeholders; and what an op
+does that lets a wrapper in."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from kitsune.lazy.tensor import LazyTensor
 
 def adopt(region: Any, wrapper: LazyTensor) -> Any:
     """A wrapper that is new to the region comes in; returns its key."""
-    if wrapper.cell.owed is None and wrapper.requires_grad:
-        # A leaf that was made in a context, or a result with a graph, of which backwards that are followed know nothing. Nor do
-        # the keys of calls behind this op, which may be one without gradients.
+    if wrapper.cell.owed is None and wrapper.requires_grad and wrapper.is_leaf:
+        # A leaf that was made in a context, of which backwards that are followed know nothing. Nor do the keys of calls behind this
+        # op, which may be one without gradients.
         region.real, region.past = True, None
     return region.adopt(wrapper.cell)
 
