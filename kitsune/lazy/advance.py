@@ -11,8 +11,8 @@ from kitsune.lazy.tensor import LazyTensor
 def adopt(region: Any, wrapper: LazyTensor) -> Any:
     """A wrapper that is new to the region comes in; returns its key."""
     if wrapper.cell.owed is None and wrapper.requires_grad and wrapper.is_leaf:
-        # A leaf that was made in a context, of which backwards that are followed know nothing. Nor do the keys of calls behind this
-        # op, which may be one without gradients.
+        # A leaf that was made in a context, of which backwards that are followed know nothing. Nor do the keys of calls behind
+        # this op, which may be one without gradients.
         region.real, region.past = True, None
     return region.adopt(wrapper.cell)
 
