@@ -3,14 +3,14 @@ does that lets a wrapper in."""
 
 from typing import Any
 
-from kitsune.lazy.cell import Cell
+from kitsune.lazy.cell import Cell, is_leaf
 from kitsune.lazy.edges import Edge, Made, cell_in
 from kitsune.lazy.tensor import LazyTensor
 
 
 def adopt(region: Any, wrapper: LazyTensor) -> Any:
     """A wrapper that is new to the region comes in; returns its key."""
-    if wrapper.cell.owed is None and wrapper.requires_grad and wrapper.is_leaf:
+    if wrapper.cell.owed is None and wrapper.requires_grad and is_leaf(wrapper):
         # A leaf that was made in a context, of which backwards that are followed know nothing. Nor do the keys of calls behind
         # this op, which may be one without gradients.
         region.real, region.past = True, None

@@ -83,3 +83,25 @@ def test_an_optimizer_updates_what_was_made_in_the_context(kind: Any, replayed: 
     with kitsune.config.patch(gate=False), graphs(kernels=False) if replayed else contextlib.nullcontext():
         assert multiplier(kitsune.accelerate(device="cpu"), kind) == expected
         assert kitsune.counters()["followed"] > 12
+
+
+def looked_at(context: Any) -> list[Any]:
+    """A view whose base was written is looked at without gradients; of its history torch refuses to tell."""
+    found = []
+    with context:
+        w = torch.ones(3, 4, requires_grad=True)
+        for _ in range(6):
+            t = w.t()
+            (t * 2).sum().backward()
+            with torch.no_grad():
+                w.add_(w.grad, alpha=0.1)
+            kitsune.flush()
+            found += [t.detach().mean(), w.detach().sum()]
+            w.grad = None
+    return [t.item() for t in found]
+
+
+def test_a_view_of_a_leaf_that_was_written_is_looked_at() -> None:
+    expected = looked_at(contextlib.nullcontext())
+    with kitsune.config.patch(gate=False):
+        assert looked_at(kitsune.accelerate(device="cpu")) == expected
