@@ -20,6 +20,7 @@ LEAVES: dict[str, Callable[[Tensor], Tensor]] = {
     "made so": lambda like: torch.ones(like.shape, requires_grad=True),
     "made one": lambda like: torch.ones(like.shape).requires_grad_(),
     "detached": lambda like: (like * 2).detach().requires_grad_(),
+    "a view": lambda like: torch.ones(2, *like.shape)[1].requires_grad_(),
 }
 # What a step begins with.
 LOOKS: dict[str, Callable[[Tensor], Any]] = {
@@ -85,23 +86,25 @@ def test_an_optimizer_updates_what_was_made_in_the_context(kind: Any, replayed: 
         assert kitsune.counters()["followed"] > 12
 
 
-def looked_at(context: Any) -> list[Any]:
-    """A view whose base was written is looked at without gradients; of its history torch refuses to tell."""
-    found = []
+def kept_view(inside: bool, context: Any) -> list[Any]:
+    """A view of a weight is kept from step to step, and looked at without gradients."""
+    torch.manual_seed(0)
+    x, found = torch.randn(8, 2, 3), []
+    weight = nn.Parameter(torch.ones(4, 3))
     with context:
-        w = torch.ones(3, 4, requires_grad=True)
-        for _ in range(6):
-            t = w.t()
-            (t * 2).sum().backward()
-            with torch.no_grad():
-                w.add_(w.grad, alpha=0.1)
-            kitsune.flush()
-            found += [t.detach().mean(), w.detach().sum()]
-            w.grad = None
-    return [t.item() for t in found]
+        w = torch.ones(4, 3, requires_grad=True) if inside else weight
+        optimizer, t = torch.optim.SGD([w], 0.1), w.t()
+        for k in range(8):
+            loss = (x[k] @ t).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append((loss.detach(), t.detach().sum()))
+    return [[t.item() for t in step] for step in found]
 
 
-def test_a_view_of_a_leaf_that_was_written_is_looked_at() -> None:
-    expected = looked_at(contextlib.nullcontext())
+@pytest.mark.parametrize("inside", [False, True], ids=["of a weight", "of a leaf that was made there"])
+def test_a_view_that_is_kept_sees_each_update(inside: bool) -> None:
+    expected = kept_view(inside, contextlib.nullcontext())
     with kitsune.config.patch(gate=False):
-        assert looked_at(kitsune.accelerate(device="cpu")) == expected
+        assert kept_view(inside, kitsune.accelerate(device="cpu")) == expected
