@@ -108,3 +108,27 @@ def test_a_view_that_is_kept_sees_each_update(inside: bool) -> None:
     expected = kept_view(inside, contextlib.nullcontext())
     with kitsune.config.patch(gate=False):
         assert kept_view(inside, kitsune.accelerate(device="cpu")) == expected
+
+
+MADE: dict[str, Callable[[], Tensor]] = {
+    "fresh": lambda: torch.zeros(3),
+    "written": lambda: torch.zeros(3).add_(1),
+    "drawn": lambda: torch.empty(3).normal_().mul_(2),
+    "of a view": lambda: torch.ones(4).add_(1)[1:],
+    "of a weight": lambda: nn.Linear(3, 1).weight.t(),
+}
+
+
+def counted(make: Callable[[], Tensor], context: Any) -> list[int]:
+    with context:
+        p = nn.Parameter(make())
+        counts = [p._version]
+        with torch.no_grad():
+            p.add_(1)
+        return [*counts, p._version]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_parameter_has_been_written_as_often_as_what_it_is_made_of(name: str) -> None:
+    expected = counted(MADE[name], contextlib.nullcontext())
+    assert counted(MADE[name], kitsune.accelerate(device="cpu")) == expected
