@@ -24,6 +24,7 @@ def recorded() -> Iterator[None]:
     with kitsune.config.patch(gate=False, device="cpu"):
         yield
     assert not _get_current_dispatch_mode_stack() and not _get_current_function_mode_stack()
+    assert not torch._C._is_view_replay_enabled()
     kitsune.reset()
 
 
