@@ -118,6 +118,14 @@ class Binding:
         return bool(kinds) and (self.device is None or torch.device(self.device).type in kinds)
 
     def close(self) -> None:
+        """Ends what this thread has open, unless a backward is running, whose hooks may step: torch puts its modes back after
+        each node, without the doors, and the rest of it is one of the step, too."""
+        if torch._C._current_graph_task_id() == -1:
+            self.end()
+        elif self.amp is not None:
+            self.amp.close()
+
+    def end(self) -> None:
         """Ends what this thread has open; a recording of another thread can only be ended there."""
         if self.amp is not None:
             self.amp.close()
@@ -214,7 +222,7 @@ def unwatch(binding: Binding) -> None:
         if binding in _bindings:
             _bindings.remove(binding)
         _place_hook()
-    binding.close()
+    binding.end()
 
 
 def _place_hook() -> None:

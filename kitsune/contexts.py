@@ -141,7 +141,8 @@ def _turn_on(pipeline: Pipeline) -> None:
     open_doors(pipeline.recorder)
     if first:
         # A view of a view is replayed from its base's ops: as_strided on a wrapper without memory would be refused.
-        here.view_replay = torch._C._is_view_replay_enabled()
+        if here.view_replay is None:
+            here.view_replay = torch._C._is_view_replay_enabled()
         torch._C._set_view_replay_enabled(True)
     if pipeline.left_behind:
         pipeline.left_behind = False
@@ -156,7 +157,8 @@ def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
         try:
             try:
                 pipeline.on, pipeline.closing = False, True
-                if not pipeline.leave(for_good) and not pipeline.left_behind:
+                gone = pipeline.leave(for_good) and not _in_backward()
+                if not gone and not pipeline.left_behind:
                     pipeline.left_behind = True
                     pipeline.recorder.pause()
             finally:
@@ -169,10 +171,16 @@ def _turn_off(pipeline: Pipeline, for_good: bool = False) -> None:
     pipeline.closing = False
 
 
+def _in_backward() -> bool:
+    """Will torch put modes and flags back as they were, after the node of a backward that is running now?"""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _restore_views() -> None:
     if here.view_replay is not None and not any(other.on for other in here.depth):
         torch._C._set_view_replay_enabled(here.view_replay)
-        here.view_replay = None
+        if not _in_backward():
+            here.view_replay = None
 
 
 def _wanted(pipeline: Pipeline) -> bool:
@@ -238,7 +246,7 @@ def _may_turn(pipeline: Pipeline) -> bool:
         or recorder.inferring
         or recorder.region.node.depth
         or lane.inside
-        or torch._C._current_graph_task_id() != -1
+        or _in_backward()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or (recorder.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )

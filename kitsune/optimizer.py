@@ -46,8 +46,9 @@ class KitsuneOptimizer(Optimizer):
         opt = KitsuneOptimizer(torch.optim.AdamW, model.parameters(), lr=1e-3, enable_fusion=True)
 
     Recording begins with the first forward, gradients enabled, of a module that owns one of the parameters, and ends
-    with `step()`. Hooks live on the wrapped optimizer: they run once and are given that one. In a context that the program
-    has opened itself (`with kitsune.accelerate():`) that context's options hold, and fusion, graphs and pool are its own.
+    with `step()`, or with `close()` where steps are taken in the hooks of gradients. Hooks live on the wrapped optimizer: they
+    run once and are given that one. In a context that the program has opened itself (`with kitsune.accelerate():`) that context's
+    options hold, and fusion, graphs and pool are its own.
 
     - `enable_amp`: forwards run under autocast, and what they return is float32. `amp_config` says in which precision; without
       one it is bfloat16 where the device has it. Gradients of float16 forwards are computed times a scale, and divided by it
@@ -149,7 +150,8 @@ class KitsuneOptimizer(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Ends a recording that no `step()` will end, after an interrupted training step for instance."""
+        """Ends a recording that no `step()` will end, after an interrupted training step for instance. A step or a `close()`
+        inside of a backward, in a hook, ends none: the next one outside does."""
         self._binding.close()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -103,7 +103,7 @@ class Pipeline:
         self.lane.ask_to_write = partial(soon, write, True) if self.runner.in_background() else None
         self.follows, self.porter = False, Porter()
         # Does it take this thread's ops now? Not while the steps of an open context are left to eager. Or is it ending that? Or
-        # could the mode not be taken off the stack when its context closed? See RecordMode.leave.
+        # could the mode not be taken off the stack when its context closed? See RecordMode.leave and `_turn_off`.
         self.on = self.closing = self.left_behind = False
         # A static function is being learned: its steps are recorded, whatever the gate says of those that Python goes through.
         self.insists = False

@@ -9,8 +9,9 @@ class CallMode(TorchFunctionMode):
 
     def enter(self) -> bool:
         """Put this mode on top of the calling thread's stack; False if others are there that are to see every call."""
-        stack = _get_current_function_mode_stack()
-        if self in stack or any(type(mode) is not DeviceContext for mode in stack):
+        # Left inside of a backward, it has been put back.
+        self.leave()
+        if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
             return False
         _push_mode(self)
         return True

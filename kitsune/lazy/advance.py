@@ -1,10 +1,26 @@
-"""What a call that is followed does to its region: it lets tensors in, writes to some, and makes placeholders."""
+"""What a call that is followed does to its region: it lets tensors in, writes to some, and makes placeholders; and what an op
+does that lets a wrapper in."""
 
 from typing import Any
 
-from kitsune.lazy.cell import Cell
+from kitsune.lazy.cell import Cell, is_leaf
 from kitsune.lazy.edges import Edge, Made, cell_in
 from kitsune.lazy.tensor import LazyTensor
+
+
+def adopt(region: Any, wrapper: LazyTensor) -> Any:
+    """A wrapper that is new to the region comes in; returns its key."""
+    if wrapper.cell.owed is None and wrapper.requires_grad and _is_leaf(wrapper):
+        # A leaf that was made in a context, of which backwards that are followed know nothing. Nor do the keys of calls behind
+        # this op, which may be one without gradients.
+        region.real, region.past = True, None
+    return region.adopt(wrapper.cell)
+
+
+def _is_leaf(wrapper: Any) -> bool:
+    # Of a view whose base has a gradient, to ask would have autograd take it again.
+    base = wrapper._base
+    return (base is None or not base.requires_grad) and is_leaf(wrapper)
 
 
 def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]]) -> None:

@@ -8,11 +8,11 @@ import torch
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward_matchers import BackwardMatcher, spend
 from kitsune.lazy.call_keys import key_of
+from kitsune.lazy.cell import is_leaf
 from kitsune.lazy.cuts import calls_behind, regret
 from kitsune.lazy.edges import Edge, Incoming, Made, Returned, begin_of
 from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
-from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
 from kitsune.lazy.wholes import Mark
 from kitsune.lazy.write_counts import count_writes

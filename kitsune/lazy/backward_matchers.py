@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from kitsune.lazy.cell import Cell, left_in
+from kitsune.lazy.cell import Cell, is_leaf, left_in
 from kitsune.lazy.edges import Edge, Incoming, Made
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import MADE
-from kitsune.lazy.region import is_leaf
 from kitsune.lazy.replaced import is_untouched
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.used_again import give_back

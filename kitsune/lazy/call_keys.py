@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kitsune.ir import type_of
-from kitsune.lazy.cell import serial_of
+from kitsune.lazy.cell import is_leaf, serial_of
 from kitsune.lazy.edges import Incoming
 from kitsune.lazy.recorder import CONSTANTS, FALSE, FLOAT, TRUE
 from kitsune.lazy.recording import PLAIN
-from kitsune.lazy.region import is_leaf
 from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kitsune.lazy.cell import serial_of
+from kitsune.lazy.cell import is_leaf, serial_of
 from kitsune.lazy.edges import path_between
-from kitsune.lazy.region import is_leaf, is_strided
+from kitsune.lazy.region import is_strided
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 

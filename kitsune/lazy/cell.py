@@ -22,6 +22,14 @@ def serial_of(tensor: torch.Tensor) -> int:
     return serial
 
 
+def is_leaf(tensor: torch.Tensor) -> bool:
+    """Has this tensor no history? Of a view among several of a base that was written since, autograd refuses to tell."""
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        return False
+
+
 def may_defer(tensor: torch.Tensor) -> bool:
     """May a read of this memory wait? Not if others write it unseen: NumPy, another process, who imported it by DLPack."""
     storage: Any = storage_of(tensor)

@@ -11,9 +11,8 @@ from itertools import compress
 from typing import Any
 
 from kitsune.ir import Barrier, Handover
-from kitsune.lazy.cell import Cell, left_in, numbers_of, serial_of
+from kitsune.lazy.cell import Cell, is_leaf, left_in, numbers_of, serial_of
 from kitsune.lazy.holds import Holds
-from kitsune.lazy.region import is_leaf
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 from kitsune.lazy.used_again import are_held, give_back

@@ -161,7 +161,9 @@ def parameter_door(original: Any) -> Any:
         if type(data) is LazyTensor:
             # A Parameter outlives the region, and optimizers and modules look at its type.
             data.cell.region.recorder.flush(Barrier.PARAMETER)
-            data = as_plain(data, requires_grad=False)
+            count, data = 0 if data.is_inference() else data._version, as_plain(data, requires_grad=False)
+            if count:
+                torch._C._autograd._unsafe_set_version_counter((data,), (count,))  # type: ignore[attr-defined]
         return new(cls, data, *args, **kwargs)
 
     return staticmethod(door)

@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from kitsune.ir import Barrier, OpRow
+from kitsune.lazy.advance import adopt
 from kitsune.lazy.at_once import pass_through
 from kitsune.lazy.cell import Cell, serial_of
 from kitsune.lazy.constants import MOVES, UNKNOWN, constant
@@ -73,7 +74,7 @@ class Recorder(Recording):
                 cls = type(a)
                 if cls is LazyTensor:
                     cell = a.cell
-                    append(cell.ref if cell.region is region else region.adopt(cell))
+                    append(cell.ref if cell.region is region else adopt(region, a))
                 elif cls is Tensor or cls is Parameter:
                     known = region.plain.get(id(a))
                     append(known.ref if known is not None else region.admit(a))
@@ -194,7 +195,7 @@ class Recorder(Recording):
         cls = type(a)
         region = self.region
         if cls is LazyTensor:
-            return a.cell.ref if a.cell.region is region else region.adopt(a.cell)
+            return a.cell.ref if a.cell.region is region else adopt(region, a)
         if cls in PLAIN:
             known = region.plain.get(id(a))
             return known.ref if known is not None else region.admit(a)
@@ -215,10 +216,8 @@ class Recorder(Recording):
             return (cls, *[self._key_of(x, row) for x in a])
         if cls is complex:
             return ("complex", a.real.hex(), a.imag.hex())
-        if isinstance(a, torch.Tensor):
-            region.refuse(Barrier.FOREIGN_TENSOR)
-        else:
-            region.refuse(Barrier.GENERATOR if isinstance(a, torch.Generator) else Barrier.UNSUPPORTED)
+        special = Barrier.GENERATOR if isinstance(a, torch.Generator) else Barrier.UNSUPPORTED
+        region.refuse(Barrier.FOREIGN_TENSOR if isinstance(a, torch.Tensor) else special)
         return None
 
     def _row_of(self, func: Any) -> OpRow:

@@ -9,7 +9,7 @@ import torch
 
 from kitsune.ir import Barrier, Handover, TensorType, type_of
 from kitsune.lazy.advance import arrive, rewrite
-from kitsune.lazy.cell import Cell, Moved, Ref, may_defer, ref, serial_of
+from kitsune.lazy.cell import Cell, Moved, Ref, is_leaf, may_defer, ref, serial_of
 from kitsune.lazy.edges import begin_of, bytes_before
 from kitsune.lazy.growing import Values
 from kitsune.lazy.tensor import LazyTensor
@@ -284,14 +284,6 @@ class Region:
         if not self.is_target(tensor.device) and (tensor.dim() or tensor.device.type != "cpu"):
             return Barrier.OTHER_DEVICE
         return None if may_defer(tensor) else Barrier.FOREIGN_MEMORY
-
-
-def is_leaf(tensor: torch.Tensor) -> bool:
-    """Has this tensor no history? Of a view among several of a base that was written since, autograd refuses to tell."""
-    try:
-        return tensor.is_leaf
-    except RuntimeError:
-        return False
 
 
 def is_strided(tensor: torch.Tensor) -> bool:

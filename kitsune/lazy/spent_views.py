@@ -33,7 +33,8 @@ def view_again(recorder: Any, tensor: LazyTensor, leaves: list[Any]) -> bool:
         # Of several leaves in one memory it is not known which.
         return False
     made, nodes = memory[0], _views_to(origin)
-    recorder.walk = Retaken(recorder, nodes)
+    # Mostly calls are being made again, and one of them is given this view: those behind it are, too.
+    walk, recorder.walk = recorder.walk, Retaken(recorder, nodes)
     try:
         for k, node in enumerate(nodes, 1):
             op: Any = node.op
@@ -45,7 +46,7 @@ def view_again(recorder: Any, tensor: LazyTensor, leaves: list[Any]) -> bool:
         # Somebody else refers to it.
         return False
     finally:
-        recorder.walk = None
+        recorder.walk = walk
     return True
 
 

@@ -220,6 +220,7 @@ def main() -> int:
     parser.add_argument("--shard", default="1/1")
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--on", help="how Kitsune is switched on in all of them, as 'all inside'; else the seed says it")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further program after these")
     parser.add_argument("--out", type=Path, help="write a line of JSON for each program to this file")
     options = parser.parse_args()
@@ -229,7 +230,7 @@ def main() -> int:
     for seed in range(options.first + k - 1, options.first + options.runs, n):
         if time.monotonic() > until:
             break
-        kind, told = apart(tried, seed) or ("crashed", ["the process died or did not end"])
+        kind, told = apart(tried, seed, options.on) or ("crashed", ["the process died or did not end"])
         kinds.update(("run", kind))
         if options.out:
             row = {"seed": seed, "run": 1, "verdict": kind, "told": told[:4], "parts": str(Parts(seed))}
@@ -241,9 +242,11 @@ def main() -> int:
     return int(bool(kinds["different"] + kinds["crashed"]))
 
 
-def tried(seed: int) -> tuple[str, list[str]]:
+def tried(seed: int, on: str | None = None) -> tuple[str, list[str]]:
     try:
-        return verdict(Parts(seed))
+        parts = Parts(seed)
+        parts.on = on or parts.on
+        return verdict(parts)
     except Exception as error:
         return "crashed", [f"{type(error).__name__}: {error}", traceback.format_exc()[-1500:]]
 

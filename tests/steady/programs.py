@@ -44,8 +44,13 @@ class Run:
     def tell(self, make: Program, reads: bool) -> dict[str, Any]:
         """What each step gives, and what all of them leave; if `reads`, what they leave after each step, too."""
         found: dict[str, Any] = {}
-        step, left = make(self)
-        call = kitsune.accelerate(device="cpu")(step) if self.way == "decorator" else step
+        with self.context("all inside"):
+            step, left = make(self)
+            call = kitsune.accelerate(device="cpu")(step) if self.way == "decorator" else step
+            self.run(call, left, reads, found)
+        return found | _named(left, "left") | {"generator": torch.get_rng_state(), "random": random.random()}
+
+    def run(self, call: Step, left: list[Any], reads: bool, found: dict[str, Any]) -> None:
         with self.context("context"):
             for k in range(self.steps):
                 with self.context("a context each"):
@@ -53,7 +58,6 @@ class Run:
                 if reads:
                     found |= {name: _taken(held) for name, held in _named(left, f"after {k}").items()}
                     found[f"generator after {k}"] = torch.get_rng_state()
-        return found | _named(left, "left") | {"generator": torch.get_rng_state(), "random": random.random()}
 
 
 def differences(expected: dict[str, Any], got: dict[str, Any]) -> list[str]:

@@ -95,3 +95,30 @@ def test_of_two_leaves_in_one_memory_none_is_taken_for_the_other() -> None:
                     (t * 3).sum().backward()
             found.append(leaves[0].grad.tolist())  # type: ignore[union-attr]
     assert found[:4] == found[4:]
+
+
+def used_again(view: View, context: Callable[[], Any]) -> list[Any]:
+    """A view is kept from the step before, and the graph of what is calculated from it is asked for."""
+    torch.manual_seed(0)
+    w, found = nn.Parameter(torch.arange(16.0).view(4, 4) / 16), list[Any]()
+    for _ in range(6):
+        with context():
+            w.grad = None
+            t = view(w)
+            (t * t).mean().backward()
+            h = nn.functional.dropout((t * 3).exp(), 0.5)
+            h.add_(1)
+            told_of(h)
+            h.sum().backward()
+            found += [h.tolist(), w.grad.tolist(), torch.get_rng_state().tolist()]  # type: ignore[union-attr]
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in VIEWS if name != "of a result"])
+def test_calls_behind_a_view_that_is_used_again_are_made_once(name: str) -> None:
+    expected = used_again(VIEWS[name], contextlib.nullcontext)
+    kitsune.reset()
+    with kitsune.config.patch(gate=False):
+        assert used_again(VIEWS[name], lambda: kitsune.accelerate(device="cpu")) == expected
+        followed, realized = kitsune.counters()["backwards_followed"], kitsune.counters()["realized"]
+    assert followed and realized

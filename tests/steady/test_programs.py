@@ -9,15 +9,16 @@ import pytest
 
 import kitsune
 from tests.runtime.repeated import counts, graphs
-from tests.steady import programs_of_sequences, programs_of_states, programs_of_two
+from tests.steady import programs_of_recipes, programs_of_sequences, programs_of_states, programs_of_two, programs_of_weights
 from tests.steady.programs import PROGRAMS, STEPS, Run, differences
 
 pytestmark = pytest.mark.usefixtures("repeatable")
-MODULES = programs_of_sequences, programs_of_states, programs_of_two
+MODULES = programs_of_recipes, programs_of_sequences, programs_of_states, programs_of_two, programs_of_weights
 # How Kitsune is switched on, and whether all that a step leaves is read after it.
-WAYS = [("context", False), ("a context each", True), ("decorator", False), ("optimizer", False)]
+WAYS = [("context", False), ("a context each", True), ("decorator", False), ("optimizer", False), ("all inside", False)]
 # No model is called with gradients that belong to the optimizer: nothing begins.
-NOT_BEGUN = {("beam_search", "optimizer"), ("cached_attention", "optimizer"), ("evolution", "optimizer")}
+WITHOUT_A_MODEL = "flat_parameters", "kept_views", "master_weights", "merged_adapters", "optimizers_in_hooks", "pictures"
+NOT_BEGUN = {(name, "optimizer") for name in ("beam_search", "cached_attention", "evolution", *WITHOUT_A_MODEL)}
 
 
 def test_all_of_them_are_here() -> None:
