@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier
-from kitsune.lazy.casts import written
+from kitsune.lazy.casts import will_write, written
 from kitsune.lazy.cell import share
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recorders import EVERY, listening
@@ -147,6 +147,7 @@ def data_door(original: Any) -> Any:
             recorder.before_door(tensor, Barrier.DOOR)
             recorder.known.forget()
             if recorder.lane is not None:
+                will_write(recorder.lane)
                 written(recorder.lane)
         original.__set__(tensor, plain(value))
 

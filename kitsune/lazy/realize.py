@@ -222,6 +222,16 @@ def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
         recorder.hook = hook
 
 
+def settle_spent(lane: Any) -> None:
+    """Let autograd know which wrappers of a lane had a graph that is used up."""
+    # Taken first: to attach one makes a graph, and whatever does that comes by here.
+    spent, lane.spent = lane.spent, []
+    for reference in spent:
+        tensor = reference()
+        if tensor is not None and tensor_is_spent(tensor):
+            attach_spent(lane.recorder, tensor)
+
+
 @contextlib.contextmanager
 def _modes(recorder: Any) -> Iterator[Any]:
     """Brings back the grad mode and the autocast of each call, with the casts of weights that it shared with others."""
