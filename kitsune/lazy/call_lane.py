@@ -16,7 +16,7 @@ from kitsune.lazy import sites
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
-from kitsune.lazy.casts import before_call, hand_over, let_pass, may_cast, need_casts, read_modes, written
+from kitsune.lazy.casts import before_call, let_pass, may_cast, need_casts, read_modes, written
 from kitsune.lazy.early_reads import ITEM
 from kitsune.lazy.edges import Before, Edge, Incoming, begin_of
 from kitsune.lazy.hands_off import (
@@ -142,7 +142,6 @@ class CallLane(Learner):
             self.own_up()
             settle_spent(self)
             self.recorder.region.real, self.recorder.region.past = True, None
-            hand_over(self)
 
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         kind = READS.get(func)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from kitsune.lazy.call_keys import key_of, with_floats
-from kitsune.lazy.casts import will_write
 from kitsune.lazy.edges import Edge, Incoming, begin_of
 from kitsune.lazy.host_counts import HostCounts, host_counts
 from kitsune.lazy.tensor import LazyTensor
@@ -23,7 +22,6 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     recorder = lane.recorder
     filled, recorder.filled = recorder.filled, None
     if recorder.paused or lane.inside or torch.is_grad_enabled():
-        will_write(lane)
         return func(*args, **kwargs)
     matcher = recorder.region.node.matchers.get(func)
     if matcher is not None:
@@ -38,7 +36,6 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     n_failures = lane.failures.get(name, 0)
     if n_failures >= TRIES and n_failures % AGAIN:
         lane.failures[name] = n_failures + 1
-        will_write(lane)
         return func(*args, **kwargs)
     with torch._C.DisableTorchFunction(), recorder.lock:
         recorder.region.unfold()
@@ -60,7 +57,6 @@ def take_update(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
         recorder.counting = frozenset(map(id, counts.counts))
         if recorder.watcher is not None:
             recorder.watcher.counted(counts)
-    will_write(lane)
     lane.part_of_update = mark is not None
     try:
         result = func(*args, **kwargs)

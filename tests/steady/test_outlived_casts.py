@@ -46,6 +46,7 @@ BEHIND: dict[str, Callable[[Loop, int], Any]] = {
     "plain PyTorch": kitsune.disable(lambda t, k: lost(t, k, 1).backward()),
     "a graph of before": lambda t, k: checkpoint(lambda x: lost(t, k, 1), t.xs[k, 1], use_reentrant=False).backward(),
     "another thread's pass": lambda t, k: READER.submit(lambda: in_a_block(t, k)).result(),
+    "a library's function": lambda t, k: librarys(t.xs[k, 1], t.net.second.weight).float().sum(),
     "a function of the program's own": lambda t, k: Own.apply(t.xs[k, 1], t.net.second.weight).float().sum(),
 }
 
@@ -53,6 +54,13 @@ BEHIND: dict[str, Callable[[Loop, int], Any]] = {
 def in_a_block(t: Loop, k: int) -> None:
     with block():
         lost(t, k, 1).backward()
+
+
+def librarys(x: Tensor, weight: Tensor) -> Tensor:
+    """A function that asks as torch's do; of what it calls then nobody hears."""
+    if torch.overrides.has_torch_function((x, weight)):
+        return torch.overrides.handle_torch_function(librarys, (x, weight), x, weight)  # type: ignore[no-any-return]
+    return F.linear(x, weight)
 
 
 class Own(torch.autograd.Function):
@@ -105,6 +113,7 @@ WRITES: dict[str, Callable[[Loop], Any]] = {
     "many": averaged,
     "loaded": loaded,
     "plain PyTorch": kitsune.disable(scaled),
+    "other memory in plain PyTorch": kitsune.disable(replaced),
     "a mode of others": seen_by_others,
 }
 
@@ -160,6 +169,21 @@ def weights_are_written_before_the_block(t: Loop, k: int) -> None:
 
 
 @case
+def weights_are_updated_by_hand(t: Loop, k: int) -> None:
+    """Nothing ends a region at that: what is cast in the block is still to be written by the update before it."""
+    with block():
+        lost(t, k).backward()
+        if k >= LATE:
+            scaled(t)
+            lost(t, k, 1).backward()
+    with torch.no_grad():
+        for p in t.net.parameters():
+            if p.grad is not None:
+                p.sub_(0.1 * p.grad)
+                p.grad = None
+
+
+@case
 def only_some_weights_were_cast_before(t: Loop, k: int) -> None:
     with block():
         F.linear(t.xs[k, 0], t.net.second.weight).float().square().mean().backward()
@@ -186,6 +210,24 @@ def casts_were_not_kept(t: Loop, k: int) -> None:
             first(t, k)
         if k >= LATE:
             lost(t, k, 1).backward()
+    t.update()
+
+
+def halved(weight: Tensor) -> None:
+    weight.data.mul_(0.5)
+
+
+@case
+def hooks_write_in_a_backward(t: Loop, k: int) -> None:
+    """As of programs that step in the backward."""
+    with block():
+        t.found.append(looked(t, k))
+        weight = t.net.second.weight
+        hook = weight.register_post_accumulate_grad_hook(halved)
+        F.linear(t.xs[k, 0], weight).float().square().mean().backward()
+        hook.remove()
+        if k >= LATE:
+            t.found.append(looked(t, k))
     t.update()
 
 
@@ -244,9 +286,10 @@ def another_context(t: Loop, k: int, context: Callable[[], Any]) -> None:
 
 
 def an_update_between_contexts(t: Loop, k: int, context: Callable[[], Any]) -> None:
-    """Known calls come behind a write that nobody has seen."""
+    """Known calls come behind a write that nobody has seen: as long as nothing had cast weights before, they were followed."""
     with context():
-        lost(t, k).backward()
+        if k >= LATE:
+            lost(t, k).backward()
     if k >= LATE:
         t.update()
     with context():
