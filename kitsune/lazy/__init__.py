@@ -2,7 +2,7 @@
 
 from kitsune.lazy.by_doors import ByDoors
 from kitsune.lazy.call_lane import CallLane
-from kitsune.lazy.casts import casts, outlive_calls
+from kitsune.lazy.casts import casts_down, outlive_calls
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.doors import close_doors, open_doors
 from kitsune.lazy.early_reads import memory_changed
@@ -29,7 +29,7 @@ __all__ = [
     "ScalarSources",
     "as_plain",
     "attach_spent",
-    "casts",
+    "casts_down",
     "close_doors",
     "close_graph_doors",
     "count_steps",

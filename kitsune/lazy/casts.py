@@ -71,7 +71,7 @@ def outlive_calls() -> bool:
     return _n_blocks() > 0 and torch.is_autocast_cache_enabled()
 
 
-def casts(graph: Graph) -> bool:
+def casts_down(graph: Graph) -> bool:
     """Does a region cast what comes in to fewer bits?"""
     return any(op.target is CAST and op.inputs[0] in graph.inputs and op.results[0].type.dtype in HALVES for op in graph.ops)
 

@@ -95,6 +95,17 @@ class Walk:
             increment_version([tensors[operand] for operand, *_ in node.written])
         return fill(node.structure, [self._result(row, done, *result) for result in node.results], tensors)
 
+    def wants(self) -> frozenset[int]:
+        """What is to be kept if all that is pending is run now, for calls that are still to be made again."""
+        region = self.region
+        path = region.node.path(region.cut)
+        made = {value.id for node in path for value, *_ in node.results}
+        for node in path:
+            made |= {after.id for _, _, after, _ in node.written}
+            # What was written has another number since.
+            made -= {before for _, before, _, _ in node.written}
+        return frozenset(region.kept).union(made)
+
     def _is_done(self, node: Node) -> bool:
         return self.region.cut is not None and node.depth <= self.region.cut.depth
 
