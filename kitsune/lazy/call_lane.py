@@ -36,7 +36,7 @@ from kitsune.lazy.hands_off import (
 )
 from kitsune.lazy.learning import Learner, Sight
 from kitsune.lazy.matcher_steps import MISS
-from kitsune.lazy.realize import attach_spent, realize, settle_spent, tensor_is_spent
+from kitsune.lazy.realize import attach_bases, attach_spent, realize, settle_spent, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.replaced import DOORS, is_untouched, original_of
@@ -236,7 +236,9 @@ class CallLane(Learner):
             recorder.known.forget()
         graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
         writes = may_write(func, args, kwargs)
-        targets = tensors_in((args[:1], kwargs.get("out"))) if writes or graph else []
+        targets = tensors_in((args[:1] or kwargs, kwargs.get("out"))) if writes or graph else []
+        if writes and modes[0]:
+            attach_bases(recorder, targets)
         wrong = writes and self.spoils(targets)
         owes = writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)
         if graded or wrong or owes or (region.calls and may_cast(modes, flat)):
@@ -244,7 +246,7 @@ class CallLane(Learner):
         region.real = region.real or graded
         start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
         rewrites = before_call(self, modes, flat, targets)
-        learns = key is not None and not (graph or wrong or self.part_of_update or rewrites)
+        learns = key is not None and not (graph or wrong or self.part_of_update or rewrites is not None)
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS

@@ -142,9 +142,9 @@ def will_write(lane: Any) -> None:
         lane.recorder.outlived.make(lane.recorder)
 
 
-def written(lane: Any, are_weights: bool = True) -> None:
+def written(lane: Any, weights: bool | None = True) -> None:
     """Weights have been written: behind that, in the same block, casts of before are used."""
-    casts = lane.modes[False][2] if are_weights else None
+    casts = lane.modes[False][2] if weights else None
     if casts is not None and not casts.are_real and lane.thread == threading.get_ident():
         lane.recorder.writes_in_block = True
         lane.read_modes()
@@ -159,24 +159,48 @@ def let_pass(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """Make a call that nobody takes."""
     modes = lane.modes[torch.is_grad_enabled()]
     if modes[2] is not None:
-        targets = tensors_in((args[:1], kwargs.get("out"))) if may_write(func, args, kwargs) else []
+        targets = tensors_in((args[:1] or kwargs, kwargs.get("out"))) if may_write(func, args, kwargs) else []
         written(lane, before_call(lane, modes, tensors_in((args, kwargs)), targets))
     return DOORS.get(func, func)(*args, **kwargs)
 
 
-def before_call(lane: Any, modes: Any, flat: list[Any], targets: list[Any]) -> bool:
-    """A call is about to be made that may cast what it is given, or writes these; returns whether it writes weights."""
+def before_call(lane: Any, modes: Any, flat: list[Any], targets: list[Any]) -> bool | None:
+    """A call is about to be made that may cast what it is given, or writes these; returns whether it writes weights. None: surely
+    not, however the weights come in."""
     if modes[2] is None:
-        return False
+        return None
     if may_cast(modes, flat):
         hand_over(lane)
-    # By their memory: it may be through an alias.
-    reals: list[Any] = [real for t in targets if _has_memory(real := t.cell.real if type(t) is LazyTensor else t)]
-    weights = {serial_of(leaf) for leaf in lane.recorder.leaves.living() if _has_memory(leaf)} if reals else ()
-    writes = any(serial_of(real) in weights for real in reals)
-    if writes:
+    floats = [t for t in targets if t.dtype is torch.float32]
+    if are_weights(lane.recorder, floats):
         will_write(lane)
-    return writes
+        return True
+    # What came from outside may be an alias of a weight that has not come in yet.
+    return False if any(type(t) is not LazyTensor for t in floats) else None
+
+
+def are_weights(recorder: Any, tensors: list[Any]) -> bool:
+    """Is one of these a weight, or an alias of one that has come in?"""
+    if not tensors:
+        return False
+    region = recorder.region
+    serials = {serial_of(leaf) for leaf in recorder.leaves.living() if _has_memory(leaf)}
+    inside = {region.storages.get(serial) for serial in serials}
+    for tensor in tensors:
+        if type(tensor) is LazyTensor and tensor.cell.region is region and tensor.cell.storage in inside:
+            return True
+        real = tensor.cell.real if type(tensor) is LazyTensor else tensor
+        if _has_memory(real) and (serial_of(real) in serials or _is_weight(real)):
+            return True
+    return False
+
+
+def lets_out(recorder: Any, tensor: Any) -> None:
+    """Somebody gets at the memory of a tensor, and may write it."""
+    lane = recorder.lane
+    if lane is not None and lane.modes[False][2] is not None and are_weights(recorder, [tensor]):
+        will_write(lane)
+        written(lane)
 
 
 def hand_over(lane: Any) -> None:

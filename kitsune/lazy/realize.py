@@ -215,6 +215,7 @@ class Gone(torch.autograd.Function):
         raise RuntimeError(TWICE)
 
 
+_base_of: Any = torch._C.TensorBase._base.__get__  # type: ignore[union-attr]
 _anchor = torch.zeros((), requires_grad=True)
 
 
@@ -231,6 +232,13 @@ def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
                     Gone.apply(_anchor, tensor, *leaves)
     finally:
         recorder.hook = hook
+
+
+def attach_bases(recorder: Any, written: list[Any]) -> None:
+    """Autograd lets nobody write a view that was taken without gradients of what has a history, also where that is used up."""
+    for tensor in written:
+        if tensor_is_spent(base := _base_of(tensor)):
+            attach_spent(recorder, base)
 
 
 def settle_spent(lane: Any) -> None:
