@@ -100,12 +100,14 @@ def goes(lane: Any) -> None:
 def comes(lane: Any) -> None:
     """It sees calls again: what of the casts has been forgotten since then, and has a weight been written?"""
     recorder = lane.recorder
-    were_written = recorder.outlived.were_written()
+    were_there, were_written = recorder.outlived.look_again()
     if lane.n_forgotten != n_forgotten():
         forgotten(lane)
-    elif were_written and _n_blocks():
-        # Or the block has ended since, and nobody has heard of it: then it is no more than slow.
-        recorder.writes_in_block = recorder.outlived.outside = True
+    elif were_there and _n_blocks():
+        # Others may have left graphs. (Or the block has ended, and nobody has heard of it: then it is no more than slow.)
+        recorder.graphs_in_block = True
+        if were_written:
+            recorder.writes_in_block = recorder.outlived.outside = True
     lane.read_modes()
 
 

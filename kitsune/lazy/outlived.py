@@ -41,11 +41,11 @@ class Outlived:
         self.nodes.clear()
         self.before.clear()
 
-    def were_written(self) -> bool:
-        """Has one of them been written since?"""
+    def look_again(self) -> tuple[bool, bool]:
+        """Were there weights, in a block; and has one of them been written since?"""
         seen, self._seen = self._seen, []
         leaves = [(leaf(), memory) for leaf, memory in seen]
-        return any(leaf is not None and _memory_of(leaf) != memory for leaf, memory in leaves)
+        return bool(seen), any(leaf is not None and _memory_of(leaf) != memory for leaf, memory in leaves)
 
     def forget(self) -> None:
         """The block has been left."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -117,6 +117,11 @@ WRITES: dict[str, Callable[[Loop], Any]] = {
     "an alias": lambda t: t.net.head.weight.data.mul_(0.5),
     "many": averaged,
     "loaded": loaded,
+    "by its name": lambda t: torch._foreach_mul_(self=[t.net.head.weight.detach()], scalar=0.5),
+    "made anew": lambda t: nn.init.normal_(t.net.head.weight, generator=torch.Generator().manual_seed(1)),
+    "numpy": lambda t: t.net.head.weight.detach().numpy().fill(0.5),
+    "its storage": lambda t: t.net.head.weight.untyped_storage().copy_((t.net.head.weight * 0.5).untyped_storage()),
+    "another storage": lambda t: t.net.head.weight.detach().set_(t.net.head.weight.detach() * 0.5),
     "plain PyTorch": kitsune.disable(scaled),
     "other memory in plain PyTorch": kitsune.disable(replaced_where_nothing_is_cast),
     "a mode of others": seen_by_others,
@@ -186,6 +191,20 @@ def weights_are_updated_by_hand(t: Loop, k: int) -> None:
             if p.grad is not None:
                 p.sub_(0.1 * p.grad)
                 p.grad = None
+
+
+@case
+def a_weight_is_written_before_it_is_known(t: Loop, k: int) -> None:
+    """As long as nothing has been cast before, what comes behind the write casts its own."""
+    if k >= LATE:
+        lost(t, k)
+        kitsune.flush()
+    with block():
+        if k >= LATE:
+            t.found.append(looked(t, k).tolist())
+        t.net.head.weight.data.mul_(0.5)
+        t.found.append(looked(t, k).sum())
+    t.update()
 
 
 @case
@@ -301,7 +320,17 @@ def an_update_between_contexts(t: Loop, k: int, context: Callable[[], Any]) -> N
         t.found.append(looked(t, k).tolist())
 
 
-INSIDE = [updated_inside, updated_outside, another_context, an_update_between_contexts]
+def a_pass_between_contexts(t: Loop, k: int, context: Callable[[], Any]) -> None:
+    """Its graph and that of the next one meet at the casts."""
+    with context():
+        one: Any = lost(t, k).detach() if k >= LATE else 0.0
+    if k >= LATE:
+        one = lost(t, k, 1)
+    with context():
+        (one + lost(t, k) * 0.7).backward()
+
+
+INSIDE = [updated_inside, updated_outside, another_context, an_update_between_contexts, a_pass_between_contexts]
 
 
 @pytest.mark.parametrize("inside", INSIDE, ids=lambda f: f.__name__)
