@@ -61,6 +61,13 @@ def _modes_of(lane: Any, autocast: Any, are_kept: bool | None) -> Any:
     return known
 
 
+def _renew_modes(lane: Any) -> None:
+    """Something else is known of casts. Of autocast itself nothing has changed, and it is not to be asked: who ends a region may
+    be another thread, with an autocast of its own, or an operator that is being handled, for which torch has it switched off."""
+    _, autocast, casts = lane.modes[False]
+    lane.modes = _modes_of(lane, autocast, None if casts is None else casts.are_kept)
+
+
 def _n_blocks() -> int:
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
@@ -130,11 +137,7 @@ def begin_anew(recorder: Any, ended: Any) -> None:
     if recorder.cleared is None and graphs == recorder.graphs_in_block:
         return
     recorder.cleared, recorder.graphs_in_block = None, graphs
-    if lane.thread == threading.get_ident():
-        lane.read_modes()
-    else:  # Another thread that ends a region has an autocast of its own.
-        _, autocast, casts = lane.modes[False]
-        lane.modes = _modes_of(lane, autocast, None if casts is None else casts.are_kept)
+    _renew_modes(lane)
 
 
 def will_write(lane: Any) -> None:
@@ -149,7 +152,7 @@ def written(lane: Any, weights: bool | None = True) -> None:
     casts = lane.modes[False][2] if weights else None
     if casts is not None and not casts.are_real and lane.thread == threading.get_ident():
         lane.recorder.writes_in_block = True
-        lane.read_modes()
+        _renew_modes(lane)
 
 
 def may_cast(modes: Any, flat: list[Any]) -> bool:

@@ -313,6 +313,18 @@ def regions_end_between_passes(t: Loop, k: int) -> None:
 
 
 @case()
+def an_operator_ends_the_region_and_the_rest_is_cast_or_not(t: Loop, k: int) -> None:
+    """While an operator is handled, torch has autocast switched off: what it is for the calls is not to be asked then."""
+    with block():
+        one = twice(t, k)
+        t.found.append((t.xs[k, 0] > 0).nonzero())
+        with torch.autocast("cpu", enabled=False) if k % 2 else contextlib.nullcontext():
+            seen = torch.mm(t.xs[k, 1], t.net.second.weight)
+    (one + seen.float().square().mean()).backward()
+    t.update()
+
+
+@case()
 def another_thread_ends_the_region_between_three_passes(t: Loop, k: int) -> None:
     with block():
         losses = [twice(t, k, 0), twice(t, k, 1)]
