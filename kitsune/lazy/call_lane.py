@@ -241,11 +241,11 @@ class CallLane(Learner):
             attach_bases(recorder, targets)
         wrong = writes and self.spoils(targets)
         owes = writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)
+        rewrites = before_call(self, modes, flat, targets)
         if graded or wrong or owes or (region.calls and may_cast(modes, flat)):
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
-        rewrites = before_call(self, modes, flat, targets)
         learns = key is not None and not (graph or wrong or self.part_of_update or rewrites is not None)
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []

@@ -174,8 +174,8 @@ def before_call(lane: Any, modes: Any, flat: list[Any], targets: list[Any]) -> b
     not, however the weights come in."""
     if modes[2] is None:
         return None
-    if may_cast(modes, flat):
-        hand_over(lane)
+    if may_cast(modes, flat) and not hand_over(lane) and lane.recorder.outlived.nodes:
+        lane.recorder.outlived.share(lane.recorder)
     floats = [t for t in targets if t.dtype is torch.float32]
     if are_weights(lane.recorder, floats):
         will_write(lane)
@@ -194,7 +194,7 @@ def are_weights(recorder: Any, tensors: list[Any]) -> bool:
     for tensor in tensors:
         if type(tensor) is LazyTensor and tensor.cell.region is region and tensor.cell.storage in inside:
             return True
-        real = tensor.cell.real if type(tensor) is LazyTensor else tensor
+        real: Any = tensor.cell.real if type(tensor) is LazyTensor else tensor
         if _has_memory(real) and (serial_of(real) in serials or _is_weight(real)):
             return True
     return False
@@ -208,10 +208,11 @@ def lets_out(recorder: Any, tensor: Any) -> None:
         written(lane)
 
 
-def hand_over(lane: Any) -> None:
-    """Whoever comes next may cast: behind a write, autocast is to have the casts of before it."""
+def hand_over(lane: Any) -> bool:
+    """Whoever comes next may cast: behind a write, autocast is to have the casts of before it. Is it behind one?"""
     if lane.recorder.writes_in_block and lane.thread == threading.get_ident():
         lane.recorder.outlived.hand_over(lane.recorder)
+    return lane.recorder.writes_in_block  # type: ignore[no-any-return]
 
 
 def need_casts(lane: Any, modes: Any, flat: list[Any], start: Node) -> bool:

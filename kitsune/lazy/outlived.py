@@ -72,7 +72,7 @@ class Outlived:
             return
         self.casts = [(weight, _cast(recorder, weight, dtype)) for weight, dtype in self.before.values()]
         if self.nodes:
-            done = region.observed_from if region.observed_from is not None else getattr(region.cut, "depth", 0)
+            done = _n_done(region)
             for weight, node in _first_casts(self.nodes, region):
                 if id(weight) not in self.before:
                     made = _result(region, node) if node.depth > done else _cast(recorder, weight, node.results[0][1].dtype)
@@ -82,8 +82,26 @@ class Outlived:
         """A call comes that may cast, behind a write: autocast is to have what it has in eager."""
         self.make(recorder)
         casts, self.casts = self.casts, []
-        if not casts:
-            return
+        _hand(recorder, casts or [])
+
+    def share(self, recorder: Any) -> None:
+        """One comes where none was written, beside calls that were followed: of what is still to be made, it has their casts, so
+        that gradients meet there."""
+        region = recorder.region
+        pending = [node for node in self.nodes if node.depth > _n_done(region)]
+        self.nodes = [node for node in self.nodes if node.depth <= _n_done(region)]
+        _hand(recorder, [(weight, _result(region, node)) for weight, node in _first_casts(pending, region)])
+
+
+def _n_done(region: Any) -> int:
+    """How many operators of a region have been run."""
+    depth: int = region.observed_from if region.observed_from is not None else getattr(region.cut, "depth", 0)
+    return depth
+
+
+def _hand(recorder: Any, casts: list[tuple[Any, Cell]]) -> None:
+    """Put casts where autocast looks for them."""
+    if casts:
         walk = _Cast({id(weight): cell for weight, cell in casts})
         before = recorder.hook, recorder.rows, recorder.paused
         try:
