@@ -13,6 +13,7 @@ from kitsune.ir import Graph
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.edges import path_between
 from kitsune.lazy.hands_off import may_write
+from kitsune.lazy.outlived import numbers_of_plain
 from kitsune.lazy.rebuild import tensors_in
 from kitsune.lazy.region import is_leaf, is_strided
 from kitsune.lazy.replaced import DOORS
@@ -176,12 +177,11 @@ def before_call(lane: Any, modes: Any, flat: list[Any], targets: list[Any]) -> b
         return None
     if may_cast(modes, flat) and not hand_over(lane) and lane.recorder.outlived.nodes:
         lane.recorder.outlived.share(lane.recorder)
-    floats = [t for t in targets if t.dtype is torch.float32]
-    if are_weights(lane.recorder, floats):
+    if are_weights(lane.recorder, targets):
         will_write(lane)
         return True
     # What came from outside may be an alias of a weight that has not come in yet.
-    return False if any(type(t) is not LazyTensor for t in floats) else None
+    return False if any(type(t) is not LazyTensor and t.dtype is torch.float32 for t in targets) else None
 
 
 def are_weights(recorder: Any, tensors: list[Any]) -> bool:
@@ -270,13 +270,12 @@ class Weights:
     """Which weights of a region its operators cast."""
 
     def __init__(self, region: Any) -> None:
-        came = {cell.came.id: cell.real for cell in region.plain.values()}
+        came = numbers_of_plain(region)
         self._by_number = {number: real for number, real in came.items() if _is_weight(real)}
         self._ids = set(map(id, self._by_number.values()))
 
     def cast_by(self, node: Node | None) -> Any:
-        """The weight that an operator casts, if that is what it does. Not of one that the region has written: casts that autocast
-        has kept from before are not used then, or the call is made for real."""
+        """The weight that an operator casts, if that is what it does."""
         return self._by_number.get(node.op.inputs[0].id) if is_cast(node) else None  # type: ignore[union-attr]
 
     def made_before(self, weight: Any, path: list[Node], start: Node) -> Node | None:

@@ -146,13 +146,18 @@ def _memory_of(weight: Any) -> list[int]:
         return [_version(weight), _address(weight)]
 
 
-def _first_casts(nodes: list[Any], region: Any) -> Iterator[tuple[Any, Any]]:
-    """(weight, operator) of the first cast of each weight."""
-    weights = {cell.came.id: cell.real for cell in region.plain.values()}
+def numbers_of_plain(region: Any) -> dict[int, Any]:
+    """What has come in, by all the numbers that it has had."""
+    found = {cell.came.id: cell.real for cell in region.plain.values()}
     if region.dirty:
         for node in region.node.path():
-            weights |= {after.id: weights[old] for _, old, after, _ in node.written if old in weights}
-    seen = set()
+            found |= {after.id: found[old] for _, old, after, _ in node.written if old in found}
+    return found
+
+
+def _first_casts(nodes: list[Any], region: Any) -> Iterator[tuple[Any, Any]]:
+    """(weight, operator) of the first cast of each weight."""
+    weights, seen = numbers_of_plain(region), set()
     for node in nodes:
         weight = weights[node.op.inputs[0].id]
         if id(weight) not in seen:

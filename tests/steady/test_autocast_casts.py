@@ -329,6 +329,21 @@ def a_new_call_has_the_cast_of_one_whose_backward_has_been(t: Loop, k: int) -> N
     t.update()
 
 
+@case(2)
+def weights_are_written_between_blocks_and_the_graph_is_asked_for(t: Loop, k: int) -> None:
+    """What the second block casts is not what the first one has cast."""
+    with block():
+        twice(t, k).backward()
+    with torch.no_grad():
+        t.net.head.weight.mul_(0.5)
+    with block():
+        loss = twice(t, k, 1)
+    if k in (6, 9):
+        t.found.append(type(loss.grad_fn).__name__)
+    loss.backward()
+    t.update()
+
+
 @case()
 def an_operator_ends_the_region_and_the_rest_is_cast_or_not(t: Loop, k: int) -> None:
     """While an operator is handled, torch has autocast switched off: what it is for the calls is not to be asked then."""

@@ -170,6 +170,9 @@ def a_number_is_read_in_between(t: Loop, k: int) -> None:
 
 @case
 def weights_are_written_before_the_block(t: Loop, k: int) -> None:
+    """That is still to be done when those of the block are."""
+    with block():
+        lost(t, k).backward()
     scaled(t)
     with block():
         first(t, k)
@@ -205,6 +208,90 @@ def a_weight_is_written_before_it_is_known(t: Loop, k: int) -> None:
         t.net.head.weight.data.mul_(0.5)
         t.found.append(looked(t, k).sum())
     t.update()
+
+
+@case
+def another_block_had_cast_them(t: Loop, k: int) -> None:
+    with block():
+        lost(t, k).backward()
+    with block():
+        if k >= LATE:
+            scaled(t)
+            lost(t, k, 1).backward()
+    t.update()
+
+
+@case
+def another_block_had_cast_them_in_another_region(t: Loop, k: int) -> None:
+    with block():
+        t.found.append(looked(t, k).sum().tolist())
+        lost(t, k).backward()
+    with block():
+        if k >= LATE:
+            scaled(t)
+            lost(t, k, 1).backward()
+    t.update()
+
+
+@case
+def a_known_pass_comes_behind_what_others_have_seen(t: Loop, k: int) -> None:
+    with block():
+        if k >= LATE:
+            lost(t, k).backward()
+            seen_by_others(t)
+        t.found.append(looked(t, k).sum())
+    t.update()
+
+
+@case
+def others_write_where_nothing_is_cast(t: Loop, k: int) -> None:
+    with block():
+        lost(t, k).backward()
+        if k >= LATE:
+            with torch.autocast("cpu", enabled=False):
+                seen_by_others(t)
+            lost(t, k, 1).backward()
+    t.update()
+
+
+@case
+def casts_are_not_kept_behind(t: Loop, k: int) -> None:
+    with block():
+        first(t, k)
+        if k >= LATE:
+            with block(cache_enabled=False):
+                lost(t, k, 1).backward()
+            lost(t, k, 1).backward()
+    t.update()
+
+
+def odd_weight(t: Loop, k: int, make: Callable[[Tensor], Tensor], use: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """One of which autocast keeps no cast, or made none."""
+    if not k:
+        t.last = make(torch.linspace(-1, 1, 64))
+    with block():
+        use(t.xs[k, 0], t.last).float().square().mean().backward()
+        with torch.no_grad():
+            t.last.mul_(0.9)
+        if k >= LATE:
+            t.found.append(F.linear(t.xs[k, 1], t.last).sum())
+    t.last.grad = None
+    t.update()
+
+
+@case
+def a_weight_that_is_a_view(t: Loop, k: int) -> None:
+    odd_weight(t, k, lambda w: w.view(8, 8).requires_grad_(), F.linear)
+
+
+@case
+def a_weight_of_another_type(t: Loop, k: int) -> None:
+    odd_weight(t, k, lambda w: nn.Parameter(w.view(8, 8).half()), F.linear)
+
+
+@case
+def an_operator_was_told_a_type(t: Loop, k: int) -> None:
+    odd_weight(t, k, lambda w: nn.Parameter(w.view(8, 8)), lambda x, w: F.softmax(w, -1, dtype=torch.bfloat16))
 
 
 @case
