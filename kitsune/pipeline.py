@@ -30,6 +30,7 @@ from kitsune.lazy import (
     in_a_step,
     memory_changed,
     open_graph_doors,
+    settle_spent,
     where_in_step,
 )
 from kitsune.planning import planner_for
@@ -143,7 +144,7 @@ class Pipeline:
         """Take ops alone: another pipeline has been opened inside, or none is open any more."""
         self.porter.leave()
         if self.follows:
-            self.lane.settle_spent()
+            settle_spent(self.lane)
             self.recorder.known.leave()
             self.lane.leave()
             close_graph_doors(self.lane, for_good)

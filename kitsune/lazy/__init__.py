@@ -2,12 +2,13 @@
 
 from kitsune.lazy.by_doors import ByDoors
 from kitsune.lazy.call_lane import CallLane
+from kitsune.lazy.casts import casts_down, outlive_calls
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.doors import close_doors, open_doors
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.graph_doors import close_graph_doors, open_graph_doors
 from kitsune.lazy.host_counts import HostCounts, count_steps, numbers_of, read_steps
-from kitsune.lazy.realize import attach_spent
+from kitsune.lazy.realize import attach_spent, settle_spent
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import in_a_step, renew_lock, where_in_step
 from kitsune.lazy.region import is_strided
@@ -28,6 +29,7 @@ __all__ = [
     "ScalarSources",
     "as_plain",
     "attach_spent",
+    "casts_down",
     "close_doors",
     "close_graph_doors",
     "count_steps",
@@ -38,10 +40,12 @@ __all__ = [
     "numbers_of",
     "open_doors",
     "open_graph_doors",
+    "outlive_calls",
     "read_steps",
     "renew_lock",
     "serial_of",
     "settle_grads",
+    "settle_spent",
     "settle_state",
     "user_site",
     "where_in_step",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier, OpRow, list_writes_counted, own, type_of
+from kitsune.lazy.casts import lets_out
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
@@ -45,6 +46,8 @@ def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason
     tensors = tensors_in((args, kwargs))
     flush_for(recorder, row, args, kwargs, tensors, reason)
     counts = bool(recorder.counting) and _only_counts(recorder.counting, row, args, tensors)
+    if row.moves_metadata and tensors:
+        lets_out(recorder, tensors[0])
     if reason not in (Barrier.INPUT_VIEW, Barrier.PROFILER) and not counts:
         recorder.n_unrecorded += 1
     early = recorder.early.answer(row, tensors[0]) if reason is Barrier.ITEM and tensors else None

@@ -16,7 +16,7 @@ from kitsune.lazy import sites
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
-from kitsune.lazy.casts import may_cast, need_casts, read_modes, write_weights, written
+from kitsune.lazy.casts import before_call, let_pass, may_cast, need_casts, read_modes, written
 from kitsune.lazy.early_reads import ITEM
 from kitsune.lazy.edges import Before, Edge, Incoming, begin_of
 from kitsune.lazy.hands_off import (
@@ -36,7 +36,7 @@ from kitsune.lazy.hands_off import (
 )
 from kitsune.lazy.learning import Learner, Sight
 from kitsune.lazy.matcher_steps import MISS
-from kitsune.lazy.realize import attach_spent, realize, tensor_is_spent
+from kitsune.lazy.realize import attach_bases, attach_spent, realize, settle_spent, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.replaced import DOORS, is_untouched, original_of
@@ -81,7 +81,7 @@ class CallLane(Learner):
         if (original := original_of(func)) is not None:
             return self.call(original, types, args, kwargs)
         if recorder.paused:
-            return DOORS.get(func, func)(*args, **(kwargs or {}))
+            return let_pass(self, func, args, kwargs or {})
         if stays(func, args, kwargs):
             return args[0]
         kwargs = kwargs or {}
@@ -140,17 +140,8 @@ class CallLane(Learner):
         """Something begins that builds or reads a graph where calls do not show it."""
         if not self.inside:
             self.own_up()
-            self.settle_spent()
+            settle_spent(self)
             self.recorder.region.real, self.recorder.region.past = True, None
-
-    def settle_spent(self) -> None:
-        """Let autograd know which wrappers had a graph that is used up."""
-        # Taken first: to attach one makes a graph, and whatever does that comes by here.
-        spent, self.spent = self.spent, []
-        for reference in spent:
-            tensor = reference()
-            if tensor is not None and tensor_is_spent(tensor):
-                attach_spent(self.recorder, tensor)
 
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         kind = READS.get(func)
@@ -207,6 +198,7 @@ class CallLane(Learner):
             if edge.graded:
                 region.past.append(edge)
                 region.calls.append((edge, args, kwargs, flat, wrappers, recorder.epoch))
+            recorder.outlived.nodes.extend(edge.casts)
             if edge.bumps:
                 count_writes(region, [flat[k] for k in edge.bumps], edge)
             recorder.tally.followed += 1
@@ -244,15 +236,17 @@ class CallLane(Learner):
             recorder.known.forget()
         graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
         writes = may_write(func, args, kwargs)
-        targets = tensors_in((args[:1], kwargs.get("out"))) if writes or graph else []
+        targets = tensors_in((args[:1] or kwargs, kwargs.get("out"))) if writes or graph else []
+        if writes and modes[0]:
+            attach_bases(recorder, targets)
         wrong = writes and self.spoils(targets)
         owes = writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)
+        rewrites = before_call(self, modes, flat, targets)
         if graded or wrong or owes or (region.calls and may_cast(modes, flat)):
             self.own_up(flat)
         region.real = region.real or graded
         start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
-        rewrites = write_weights(recorder, modes, targets)
-        learns = key is not None and not (graph or wrong or self.part_of_update or rewrites)
+        learns = key is not None and not (graph or wrong or self.part_of_update or rewrites is not None)
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS

@@ -120,6 +120,11 @@ def left_in(region: Any, wrappers: Iterable[Any]) -> list[bool]:
     return [(cell := t.cell).real is None and cell.region is region and cell.ref.id < n for t in wrappers]
 
 
+def walks(region: Any) -> bool:
+    """Are calls of a region being made again? Whoever asks for a value then is a finalizer."""
+    return getattr(region.recorder.walk, "region", None) is region
+
+
 def numbers_of(cells: Iterable[Cell]) -> tuple[int, ...]:
     """What the cells stand for now, in order."""
     return tuple(sorted({cell.ref.id for cell in cells}))

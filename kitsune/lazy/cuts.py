@@ -11,7 +11,7 @@ from itertools import compress
 from typing import Any
 
 from kitsune.ir import Barrier, Handover
-from kitsune.lazy.cell import Cell, is_leaf, left_in, numbers_of, serial_of
+from kitsune.lazy.cell import Cell, is_leaf, left_in, numbers_of, serial_of, walks
 from kitsune.lazy.holds import Holds
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
@@ -40,7 +40,9 @@ class Absent:
 
 
 def goes_on(region: Any, cause: Barrier) -> bool:
-    """Does a region go on behind the read of a number? It does where a backward of its calls may come."""
+    """Does a region go on behind a read? It does where a backward of its calls may come, or they are just being made again."""
+    if walks(region):
+        return True
     past, cuts = region.past, region.cuts
     if cause is not Barrier.ITEM or not past or past[-1].is_backward or not region.node.expects:
         return False
@@ -50,7 +52,7 @@ def goes_on(region: Any, cause: Barrier) -> bool:
 def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     """Run what is pending; the region goes on."""
     node, since, observed = region.node, region.cut, region.observed_from is not None
-    if region.cuts and _came(region):
+    if region.cuts and region.past and _came(region):
         judge(region)
         region.cuts.clear()
     # Before calls are made again: it is what is known of them. In an open block, autocast keeps casts for whoever comes next.
@@ -60,7 +62,9 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
         live = numbers_of(computed_since(region))
     else:
         left: list[Any] = []
-        if region.calls:
+        if walks(region):
+            saved = recorder.walk.wants()
+        elif region.calls:
             saved, left = _left_by_calls(recorder, region, key)
         recorder.tally.recorded += node.depth - depth_of(since)
         live = recorder.run_so_far(region, saved, left)
@@ -73,7 +77,7 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
     # What was written since the last cut is known by another number now.
     region.kept = kept | {number: tensor for number, tensor in here.items() if tensor is not None}
     region.cut = node
-    region.cuts.append((node, len(region.past)))
+    region.cuts.append((node, len(region.past or ())))
     recorder.closed(node, live, cause, site, observed, since)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier
-from kitsune.lazy.casts import written
+from kitsune.lazy.casts import lets_out, will_write, written
 from kitsune.lazy.cell import share
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recorders import EVERY, listening
@@ -100,6 +100,7 @@ def memory_door(original: Any) -> Any:
                 recorder.before_door(tensor, Barrier.DOOR)
                 if not tells:
                     recorder.known.forget()
+                    lets_out(recorder, tensor)
         if type(tensor) not in PLAIN:
             return original(tensor, *args, **kwargs)
         # Some doors dispatch ops on the way (numpy() detaches): with the mode on they would get a wrapper, and no memory.
@@ -147,6 +148,7 @@ def data_door(original: Any) -> Any:
             recorder.before_door(tensor, Barrier.DOOR)
             recorder.known.forget()
             if recorder.lane is not None:
+                will_write(recorder.lane)
                 written(recorder.lane)
         original.__set__(tensor, plain(value))
 

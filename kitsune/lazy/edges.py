@@ -86,8 +86,8 @@ class Edge:
     # Inputs of the region that it takes views of, and where each begins in its memory, since a view says where it is in that: by
     # the position among all tensors of a call, by the number of the value for a backward.
     begins: tuple[tuple[int, int], ...] = ()
-    # Of a backward or an update: where its numbers come from.
-    sources: Any = None
+    casts: tuple[Node, ...] = ()  # the operators by which autocast casts weights for it, and keeps what they make
+    sources: Any = None  # of a backward or an update: where its numbers come from
     floats: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:

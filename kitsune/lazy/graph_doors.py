@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitsune.ir import Barrier
 from kitsune.lazy.call_lane import CallLane
-from kitsune.lazy.casts import forgotten, n_forgotten, note_forgotten, opens
+from kitsune.lazy.casts import comes, forgotten, goes, note_forgotten
 from kitsune.lazy.door_set import Door, DoorSet
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.module_calls import at_first
@@ -32,7 +32,7 @@ _lock = threading.Lock()
 def open_graph_doors(lane: CallLane) -> None:
     """Watch for a lane of this thread."""
     lanes().append(lane)
-    opens(lane)
+    comes(lane)
     with _lock:
         _open.add(lane)
         _DOORS.put_on()
@@ -41,8 +41,8 @@ def open_graph_doors(lane: CallLane) -> None:
 def close_graph_doors(lane: CallLane, for_good: bool = False) -> None:
     """Stop watching; see `close_doors`."""
     if lane in lanes():
+        goes(lane)
         lanes().remove(lane)
-        lane.n_forgotten = n_forgotten()
     with _lock:
         _open.discard(lane)
         if not _open:
@@ -92,6 +92,7 @@ def _mode_entered(original: Any) -> Any:
         aside: list[tuple[Any, Any]] = []
         for lane in open_lanes:
             lane.lose_track()
+            goes(lane)
             aside += [(lane, lane)] * lane.leave()
             # Torch's own (fake tensors, tracing) stand below all others, and would see no op that is recorded.
             if getattr(mode, "_mode_key", None) is not None and lane.recorder.is_on_top():
@@ -113,6 +114,8 @@ def _mode_left(original: Any) -> Any:
             for lane, one in aside.pop() if aside else ():
                 if lane in lanes():
                     one.enter()
+                    if one is lane:
+                        comes(lane)
 
     return door
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kitsune.lazy.call_keys import with_floats
-from kitsune.lazy.casts import are_kept_casts
+from kitsune.lazy.casts import are_kept_casts, kept_casts
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.cuts import Absent
 from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between, viewed_operands
@@ -222,6 +222,7 @@ class Learner:
             graded=returned.graded or (torch.is_grad_enabled() and bool(dirty) and any(t.requires_grad for t in flat)),
             floats=list(call.floats),
             begins=viewed_operands(path, flat, region),
+            casts=kept_casts(kwargs, path, flat, region, sight.modes),
         )
 
 

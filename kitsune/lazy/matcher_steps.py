@@ -76,6 +76,7 @@ def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], 
         debt = w.name(f"({name}, {args}, {kwargs}, {tuple_of(w.flat)}, {tuple_of(made)}, recorder.epoch)")
         then += [f"region.past.append({name})", f"region.calls.append({debt})"]
         w.n_debts += 1
+    then += [f"recorder.outlived.nodes.extend({w.bind(edge.casts)})"] * bool(edge.casts)
     if edge.moves:
         numbers = w.name(tuple_of(w.floats))
         then.append(f"region.scalars.extend({numbers})")

@@ -95,6 +95,17 @@ class Walk:
             increment_version([tensors[operand] for operand, *_ in node.written])
         return fill(node.structure, [self._result(row, done, *result) for result in node.results], tensors)
 
+    def wants(self) -> frozenset[int]:
+        """What is to be kept if all that is pending is run now, for calls that are still to be made again."""
+        region = self.region
+        path = region.node.path(region.cut)
+        made = {value.id for node in path for value, *_ in node.results}
+        for node in path:
+            made |= {after.id for _, _, after, _ in node.written}
+            # What was written has another number since.
+            made -= {before for _, before, _, _ in node.written}
+        return frozenset(region.kept).union(made)
+
     def _is_done(self, node: Node) -> bool:
         return self.region.cut is not None and node.depth <= self.region.cut.depth
 
@@ -204,6 +215,7 @@ class Gone(torch.autograd.Function):
         raise RuntimeError(TWICE)
 
 
+_base_of: Any = torch._C.TensorBase._base.__get__  # type: ignore[union-attr]
 _anchor = torch.zeros((), requires_grad=True)
 
 
@@ -220,6 +232,23 @@ def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
                     Gone.apply(_anchor, tensor, *leaves)
     finally:
         recorder.hook = hook
+
+
+def attach_bases(recorder: Any, written: list[Any]) -> None:
+    """Autograd lets nobody write a view that was taken without gradients of what has a history, also where that is used up."""
+    for tensor in written:
+        if tensor_is_spent(base := _base_of(tensor)):
+            attach_spent(recorder, base)
+
+
+def settle_spent(lane: Any) -> None:
+    """Let autograd know which wrappers of a lane had a graph that is used up."""
+    # Taken first: to attach one makes a graph, and whatever does that comes by here.
+    spent, lane.spent = lane.spent, []
+    for reference in spent:
+        tensor = reference()
+        if tensor is not None and tensor_is_spent(tensor):
+            attach_spent(lane.recorder, tensor)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from kitsune.lazy.cell import Cell, living, numbers_of, ref, serial_of
 from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, judge, keep, keeping, put_kept
 from kitsune.lazy.early_reads import EarlyReads, Run, memory_changed
 from kitsune.lazy.graphs import Graphs
+from kitsune.lazy.outlived import Outlived
 from kitsune.lazy.recorders import EVERY, OPEN
 from kitsune.lazy.region import Region, is_strided
 from kitsune.lazy.settings import device_beneath, saves_through_python, settings
@@ -30,9 +31,8 @@ class Recording:
 
     The stages before and after come in as functions: `describe(func)` gives an op's row; `infer(...)` the OutputSpec of a call
     without making it; `below_autograd()` is a context for running kernels; `run(graph, values, scalars, handover)` runs a closed
-    region, or a part of one that has two, and returns what it can answer before its end; `tally` counts; `on_close` hears of each
-    region, and whether it was observed; `on_growth` of how many more ops are known, now and then; `on_plans` of each new op that
-    leaves plans in its thread.
+    region, or a part of one that has two, and returns what it can answer early; `tally` counts; `on_close` hears of each region,
+    and if it was observed; `on_growth` of how many more ops are known; `on_plans` of each new op that leaves plans in its thread.
     """
 
     def __init__(
@@ -61,19 +61,18 @@ class Recording:
         # While torch infers for the recorder, or a region runs, its Python may pass a door: a region is not to be run twice.
         self.inferring = self.running = False
         # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
-        self.lane: Any = None
-        self.hook: Any = None
-        self.walk: Any = None
+        nobody: Any = None
+        self.lane = self.hook = self.walk = nobody
         # What becomes of ops that are not known at their place: "record", or leave them to "eager", or "fail".
         self.on_new = "record"
         # Counts the ops that ran beside the region: what they tell may be in the calls' later arguments, unseen by any key.
         self.n_unrecorded = 0
         # Hears of all that the program does besides recording, while a static function is learned.
-        self.watcher: Any = None
+        self.watcher = nobody
         # The ids of the counts on the host that belong to the update that is being made.
         self.counting: frozenset[int] = frozenset()
         # How often autocast has forgotten its casts of weights, after which op of this region; see `casts.py` for the rest.
-        self.epoch, self.cleared, self.writes_in_block, self.graphs_in_block = 0, None, False, False
+        self.epoch, self.cleared, self.writes_in_block, self.graphs_in_block, self.outlived = 0, None, False, False, Outlived()
         # What `torch.set_default_device` has set, or a `with torch.device(...)` around the context.
         self.default_device: Any = None
         self.rows: dict[int, OpRow] = {}
@@ -207,6 +206,7 @@ class Recording:
             self.filled = None
             if not node.depth:
                 return
+            self.outlived.before_run(self)
             site = user_site()
             self.tally.flushed[(cause, site)] += 1
             if end and goes_on(region, cause):

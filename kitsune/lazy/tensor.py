@@ -9,6 +9,7 @@ from torch import _tensor_str
 
 from kitsune.ir import Barrier, TensorType, own
 from kitsune.lazy.cell import Cell, share
+from kitsune.lazy.words import in_eagers_words
 
 
 class LazyTensor(torch.Tensor):
@@ -78,12 +79,12 @@ class LazyTensor(torch.Tensor):
 
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]
-        return self.cell.owed is None and _is_leaf.__get__(self)
+        return self.cell.owed is None and _told(_is_leaf, self)  # type: ignore[no-any-return]
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
         self._own_up()
-        return _grad_fn.__get__(self)
+        return _told(_grad_fn, self)
 
     @property
     def grad(self) -> Any:
@@ -148,6 +149,15 @@ def _try_data(tensor: LazyTensor, real: torch.Tensor) -> None:
         like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         can = like.dtype.is_floating_point or like.dtype.is_complex
         _data.__set__(like.requires_grad_(can and tensor.requires_grad), real)
+
+
+def _told(attribute: Any, tensor: torch.Tensor) -> Any:
+    """What autograd tells of a tensor's history."""
+    try:
+        return attribute.__get__(tensor)
+    except RuntimeError as error:
+        in_eagers_words(error)
+        raise
 
 
 _data: Any = torch._C.TensorBase.data  # type: ignore[attr-defined]

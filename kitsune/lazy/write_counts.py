@@ -10,6 +10,8 @@ from kitsune.lazy.cell import living
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.twins import Twin
 
+_wants_gradients = torch._C.TensorBase.requires_grad_
+
 
 def count_writes(region: Any, tensors: list[Any], edge: Any) -> None:
     """A call that was followed writes these tensors."""
@@ -45,6 +47,9 @@ class Recount:
         for now, before in pairs:
             if now.cell.storage in self._shared:
                 self.twins.append(Twin(now, before))
+                # Views of it that were taken without gradients are still views of what it was; of one that wants gradients,
+                # autograd refuses to have them written.
+                _wants_gradients(before)
 
     def before_call(self, n: int) -> None:
         """Count what was written before call number `n`."""

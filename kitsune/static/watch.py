@@ -8,7 +8,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kitsune.ir import Barrier, Graph, OpRow
-from kitsune.lazy import HostCounts, is_strided, serial_of, user_site
+from kitsune.lazy import HostCounts, casts_down, is_strided, outlive_calls, serial_of, user_site
 from kitsune.static.origins import Origins, Results, Unclear, is_constant, leaves_in, place_of, real_of, version_of
 from kitsune.static.record import KEPT, Argument, Counted, Counter, Leaf, Made, Outside, Record, Run
 from kitsune.static.surroundings import Surroundings
@@ -112,6 +112,8 @@ class Watch:
                 self._describe(record, returned)
             except Unclear as reason:
                 self._refuse(str(reason))
+            if outlive_calls() and any(casts_down(run.graph) for run in self._runs):
+                self._refuse("autocast keeps its casts for the block around the call: a block of its own, inside, ends with it")
             record.complete = all(run.wiring is not None for run in self._runs) and self._before.knew(record)
         record.reason = self.reason
         return record

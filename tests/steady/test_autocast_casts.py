@@ -313,6 +313,50 @@ def regions_end_between_passes(t: Loop, k: int) -> None:
 
 
 @case()
+def a_new_call_has_the_cast_of_one_whose_backward_has_been(t: Loop, k: int) -> None:
+    """In which order the gradients of a weight are added up depends on when it was cast."""
+    with block():
+        twice(t, k).backward()
+        with torch.autocast("cpu", enabled=False):
+            loss = twice(t, k, 1)
+        if k % 2:
+            with block(cache_enabled=False):
+                loss = loss + twice(t, k, 1) * 0.7
+        if k >= 6:
+            loss = loss + F.linear(t.xs[k, 1], t.net.second.weight).float().sin().mean()
+    loss.backward()
+    t.found.append(t.net.second.weight.grad.tolist())  # type: ignore[union-attr]
+    t.update()
+
+
+@case(2)
+def weights_are_written_between_blocks_and_the_graph_is_asked_for(t: Loop, k: int) -> None:
+    """What the second block casts is not what the first one has cast."""
+    with block():
+        twice(t, k).backward()
+    with torch.no_grad():
+        t.net.head.weight.mul_(0.5)
+    with block():
+        loss = twice(t, k, 1)
+    if k in (6, 9):
+        t.found.append(type(loss.grad_fn).__name__)
+    loss.backward()
+    t.update()
+
+
+@case()
+def an_operator_ends_the_region_and_the_rest_is_cast_or_not(t: Loop, k: int) -> None:
+    """While an operator is handled, torch has autocast switched off: what it is for the calls is not to be asked then."""
+    with block():
+        one = twice(t, k)
+        t.found.append((t.xs[k, 0] > 0).nonzero())
+        with torch.autocast("cpu", enabled=False) if k % 2 else contextlib.nullcontext():
+            seen = torch.mm(t.xs[k, 1], t.net.second.weight)
+    (one + seen.float().square().mean()).backward()
+    t.update()
+
+
+@case()
 def another_thread_ends_the_region_between_three_passes(t: Loop, k: int) -> None:
     with block():
         losses = [twice(t, k, 0), twice(t, k, 1)]

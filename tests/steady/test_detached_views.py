@@ -168,6 +168,45 @@ def test_a_write_just_before_calls_are_made_again_is_not_lost(view: str) -> None
     assert told_by(forward, kitsune.accelerate(device="cpu")) == expected
 
 
+def with_no_gradients(alias: Tensor) -> None:
+    with torch.no_grad():
+        alias.add_(1)
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "added to": lambda alias: alias.add_(1),
+    "zeroed": lambda alias: alias.zero_(),
+    "indexed": lambda alias: alias.__setitem__(0, 1),
+    "many": lambda alias: torch._foreach_add_([alias], 1),
+    "as out": lambda alias: torch.add(alias, 1, out=alias),
+    "a view of it": lambda alias: torch.no_grad()(lambda: alias[:1])().add_(1),
+    "with no gradients": with_no_gradients,
+    "nothing": lambda alias: None,
+}
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["", "behind the backward"])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_that_was_taken_without_gradients_may_not_be_written_with_them(view: str, write: str, behind: bool) -> None:
+    def forward(training: Training, y: Tensor, written: bool) -> Tensor:
+        h = VIEWS[view](y)
+        alias = torch.no_grad()(lambda: h[..., 1:])()
+        loss = (h * h).sum()
+        if behind:
+            loss.backward()
+        try:
+            if written:
+                WRITES[write](alias)
+            training.told += [h._version, alias._version, alias.requires_grad, alias.is_leaf]
+        except RuntimeError as error:
+            training.told.append(str(error)[:90])
+        return (y * y).sum() if behind and written else loss
+
+    expected = told_by(forward, contextlib.nullcontext())
+    assert told_by(forward, kitsune.accelerate(device="cpu")) == expected
+
+
 def test_the_counts_go_with_the_graph() -> None:
     layer, x = nn.Linear(4, 4), torch.ones(4, 4)
     there = []

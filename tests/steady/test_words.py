@@ -60,3 +60,29 @@ def test_a_view_that_was_written_is_told_in_eagers_words(name: str, of_result: b
     expected = told(VIEWS[name], of_result, asks, contextlib.nullcontext)
     kitsune.reset()
     assert told(VIEWS[name], of_result, asks, lambda: kitsune.accelerate(device="cpu")) == expected
+
+
+HISTORY: dict[str, Callable[[Tensor], Any]] = {
+    "a sum": lambda t: t.sum(),
+    "its node": lambda t: t.grad_fn,
+    "is it a leaf": lambda t: t.is_leaf,
+}
+
+
+@pytest.mark.parametrize("ask", HISTORY)
+def test_a_history_that_torch_cannot_tell_is_a_sentence(ask: str) -> None:
+    """Eager has a history for it that leads nowhere."""
+    for context in (contextlib.nullcontext, lambda: kitsune.accelerate(device="cpu")):
+        for _ in range(4):
+            w, refused = nn.Parameter(torch.ones(4, 4)), None
+            with context():
+                t = w[..., ::2]
+                (w * 2).sum().backward()
+                with torch.no_grad():
+                    w.mul_(2)
+                w.requires_grad_(False)
+                try:
+                    HISTORY[ask](t)
+                except RuntimeError as error:
+                    refused = str(error)
+            assert refused is None if context is contextlib.nullcontext else str(refused).startswith("this is a view of a tensor")
