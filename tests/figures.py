@@ -2,8 +2,7 @@
 
     make test ARGS=--junitxml=results/tests-cpu.xml
     python -m pytest -m gpu --junitxml=results/tests-gpu.xml tests     on a GPU
-    make chaos ARGS=--junitxml=results/tests-of-chaos.xml
-    make test-full SHARD=1/4; make schedules; make mutants; make coverage; make crossref; make memory-check
+    make test-full SHARD=1/4; make chaos; make schedules; make mutants; make coverage; make crossref; make memory-check
     python -m tests.property.programs_cuda --shard 1/8 --out programs-1-of-8.jsonl    on a GPU
     make figures                       the table of all that lies in results/ and in this folder
 
