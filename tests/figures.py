@@ -203,8 +203,8 @@ ANCHORS = (
     Anchor("chaos", "doors of Python on pending tensors", (passed(r"tests/test_doors"),)),
     Anchor(
         "chaos",
-        "operators of others, users' functions",
-        (swept("", "custom/|function/"), passed(r"tests/test_interop")),
+        "operators of others, users' functions and kernels",
+        (swept("", "custom/|function/"), passed(r"tests/test_interop", f"{CHAOS}users")),
     ),
     Anchor(
         "chaos",
