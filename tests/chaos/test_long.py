@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import kitsune
+from kitsune.backends import program_of
 from kitsune.lazy.trie import Node
 from tests.chaos.counting import Counts, Loop, lazily, many
+from tests.plan.recorded import plan_of
 
 
 def test_operators_without_a_read(counts: Counts) -> None:
@@ -107,6 +109,33 @@ def test_batches_of_ever_new_sizes(counts: Counts) -> None:
     counts.check(f"{n} sizes", program)
     gc.collect()
     assert sum(type(thing) is Node for thing in gc.get_objects()) < 12 * kitsune.config.max_pending_ops
+
+
+ROW = torch.zeros(48)
+# What a batch of n goes through.
+PATTERNS: dict[str, Callable[[Tensor], Any]] = {
+    "activation": lambda x: nn.functional.gelu(x + ROW, approximate="tanh"),
+    "softmax": lambda x: (x * 2).softmax(1),
+    "layer norm": lambda x: nn.functional.layer_norm(x + 1, (48,), ROW, ROW),
+    "sum over the batch": lambda x: (x * 2).sum(0),
+    "mean of all": lambda x: (x * 2).mean(),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_batches_of_ever_new_sizes_share_kernels(name: str, counts: Counts) -> None:
+    """At most eight for each kernel of a plan, with all the tiles that they have."""
+    every = many(41, 1)
+    found: dict[int, set[tuple[str, Any]]] = {}
+    for n in range(1, 1001, every):
+        kitsune.reset()
+        plan = plan_of(lambda n=n: PATTERNS[name](torch.zeros(n, 48)), numerics="strict")
+        programs = [program_of(launch) for launch in plan.launches if launch.kernels]
+        for place, program in enumerate(programs):
+            found.setdefault(place, set()).add((program.text, program.tile))
+    assert found, "no kernel is planned at all"
+    for place, kinds in found.items():
+        counts.compare(f"kernel {place} of {name}: {len(kinds)}", True, len(kinds) <= 8)
 
 
 def test_two_sizes_in_turns_are_both_followed(counts: Counts) -> None:
