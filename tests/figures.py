@@ -253,11 +253,14 @@ def read(paths: Iterable[Path]) -> Results:
             for name in LINES:
                 if path.name.startswith(name):
                     getattr(results, name.replace("-", "_")).extend(found)
+    # Of several runs of an entry the last counts.
+    results.sweep = list({(row["entry"], row["part"]): row for row in results.sweep}.values())
     return results
 
 
 def _add_tests(results: Results, path: Path) -> None:
-    """A test that is skipped on one machine may have run on another, and one that counts more in another run."""
+    """A test that is skipped on one machine may have run on another, and one may count more in another run. What fails in one of
+    them fails."""
     root = ElementTree.parse(path).getroot()
     examples = {name: found for suite in root.iter("testsuite") for name, found in _examples(suite)}
     for case in root.iter("testcase"):
@@ -268,8 +271,10 @@ def _add_tests(results: Results, path: Path) -> None:
             counted = json.loads(said.get("value", ""))
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         known = results.tests.get(name, "skipped")
-        if known == "skipped" or (outcome == "passed" and (counted or [0]) > results.counted.get(name, [0])):
+        more = outcome == "passed" == known and (counted or [0]) > results.counted.get(name, [0])
+        if outcome in ("failure", "error") or known == "skipped" or more:
             results.tests[name] = outcome
+            results.counted.pop(name, None)
             if counted:
                 results.counted[name] = counted
 
@@ -293,7 +298,7 @@ def table(results: Results) -> str:
         asked = f"{anchor.least:10d}" if anchor.least else ""
         fewer = "  fewer" if 0 < counts["run"] < anchor.least else ""
         lines.append(f"{anchor.name:8s}{anchor.says:66s}{numbers}{asked}{fewer}")
-    return "\n".join([*lines, _mutants(results), *_covered(results)])
+    return "\n".join([*lines, _mutants(results), *_covered(results), _minutes(results)])
 
 
 def counted(anchor: Anchor, results: Results) -> Counts:
@@ -306,6 +311,13 @@ def _mutants(results: Results) -> str:
         return "mutants of the planner: not run"
     found, of = verdicts["killed"] + verdicts["timed out"], verdicts.total() - verdicts["equivalent"]
     return f"mutants of the planner: {found} of {of} found ({found / max(of, 1):.1%}), {verdicts['equivalent']} equivalent"
+
+
+def _minutes(results: Results) -> str:
+    """What the longest of all of them took: so many shards are needed where each is to end in time."""
+    swept, tried = (sum(row.get("seconds", 0) for row in rows) / 60 for rows in (results.sweep, results.mutants))
+    entries = len({row["entry"] for row in results.sweep})
+    return f"minutes of one core: {swept:.1f} for samples of {entries} entries, {tried:.1f} for mutants"
 
 
 FOLDERS = ("dispatch", "lazy", "planning.py", "scheduler", "fusion", "memory", "codegen")

@@ -60,6 +60,20 @@ def test_of_two_runs_the_one_that_counts_more_is_shown(tmp_path: Path) -> None:
     assert lines(tmp_path)["chaos   100,000 operators, 10,000 layers, 1,000 batch sizes"] == "70 70 0 0 0 0".split()
 
 
+def test_what_fails_once_is_no_success(tmp_path: Path) -> None:
+    whole = JUNIT.replace("<failure/>", "").replace("[7, 6, 1, 0]", "[70, 70, 0, 0]")
+    for names in ("ab", "ba"):
+        for name, text in zip(names, (JUNIT, whole), strict=True):
+            (tmp_path / f"tests-{name}.xml").write_text(text)
+        assert lines(tmp_path)["chaos   100,000 operators, 10,000 layers, 1,000 batch sizes"] == "7 6 1 0 0 0".split()
+
+
+def test_of_two_sweeps_of_an_entry_the_last_counts(tmp_path: Path) -> None:
+    (tmp_path / "sweep-1-of-2.jsonl").write_text(json.dumps(ROW))
+    (tmp_path / "sweep-again.jsonl").write_text(json.dumps({**ROW, "equal": 5, "different": 0}))
+    assert lines(tmp_path)["1       every sample of every operator, eight dtypes, on the CPU"] == "5 5 0 0 0 7".split()
+
+
 def test_what_one_machine_skips_another_may_run(tmp_path: Path) -> None:
     (tmp_path / "tests-cpu.xml").write_text(JUNIT)
     (tmp_path / "tests-gpu.xml").write_text(JUNIT.replace("<skipped/>", ""))
@@ -117,6 +131,14 @@ def test_trainings_are_judged_by_their_grades(tmp_path: Path) -> None:
 def test_of_several_runs_of_a_mutant_the_last_counts(tmp_path: Path) -> None:
     (tmp_path / "mutants.jsonl").write_text("\n".join(map(json.dumps, MUTANTS)))
     assert "mutants of the planner: 2 of 3 found (66.7%), 1 equivalent" in figures.table(figures.read(tmp_path.iterdir()))
+
+
+def test_minutes_are_added_up(tmp_path: Path) -> None:
+    (tmp_path / "sweep-1-of-2.jsonl").write_text(json.dumps({**ROW, "seconds": 90}))
+    (tmp_path / "sweep-2-of-2.jsonl").write_text(json.dumps({**ROW, "part": "bool", "seconds": 30}))
+    (tmp_path / "mutants.jsonl").write_text("\n".join(json.dumps({**row, "seconds": 6}) for row in MUTANTS))
+    said = figures.table(figures.read(tmp_path.iterdir())).splitlines()[-1]
+    assert said == "minutes of one core: 2.0 for samples of 1 entries, 0.5 for mutants"
 
 
 def test_lines_are_counted_by_folder(tmp_path: Path) -> None:
