@@ -40,6 +40,21 @@ def traced(trace: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Of an interrupt in a weak reference's callback Python itself only says that it came."""
+
+    def unraisable(told: Any) -> None:
+        if told.exc_type is not KeyboardInterrupt:
+            before(told)
+
+    before, sys.unraisablehook = sys.unraisablehook, unraisable
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextlib.contextmanager
 def after_lines(n: int) -> Iterator[None]:
     """An interrupt once that many lines of Python have been run, wherever that is."""
     left = n
@@ -53,17 +68,8 @@ def after_lines(n: int) -> Iterator[None]:
                 raise KeyboardInterrupt
         return trace
 
-    def unraisable(told: Any) -> None:
-        # Of an interrupt in a weak reference's callback Python itself only says that it came.
-        if told.exc_type is not KeyboardInterrupt:
-            before(told)
-
-    before, sys.unraisablehook = sys.unraisablehook, unraisable
-    try:
-        with traced(trace):
-            yield
-    finally:
-        sys.unraisablehook = before
+    with unheard(), traced(trace):
+        yield
 
 
 def lines_of_a_training() -> int:
@@ -213,7 +219,8 @@ def test_by_a_signal(counts: Counts) -> None:
         timer = threading.Timer(scattered.random() * 0.03, _thread.interrupt_main)
         timer.start()
         try:
-            yield
+            with unheard():
+                yield
         finally:
             # It may come as late as here.
             with contextlib.suppress(KeyboardInterrupt):
