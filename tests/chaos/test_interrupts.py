@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import kitsune
@@ -98,8 +99,8 @@ def train(loop: Loop) -> None:
 
 
 def leaves_nothing() -> str | None:
-    if _get_current_dispatch_mode_stack() or torch._C._len_torch_function_stack():
-        return "a mode is left"
+    if modes := [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]:
+        return f"modes are left: {[type(mode).__name__ for mode in modes]}, in {len(here.depth)} contexts"
     if here.depth:
         return "a context is left open"
     return None
