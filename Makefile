@@ -8,7 +8,7 @@
 # make coverage   which lines of Kitsune the tests run, on one core
 # make crossref   what is predicted of every operator's results, its tensors in four other layouts; SHARD=1/4 as above
 # make memory-check  every address that kernels of all rules touch in the interpreter
-# make figures    what all of these have found, anchor by anchor, in one table
+# make figures    what all of these have found, anchor by anchor, in one table, beside how many are asked for
 # make chaos   what users do besides training in a straight line, and what may befall a process, at length: tests/chaos, and 2,000
 #              scripts of 2,000 lines in two worlds; SHARD=2/8 runs every eighth of them, MACHINE="--runs 100" fewer
 # make lint    ruff and mypy alone
@@ -75,7 +75,8 @@ figures: $(READY)
 	@$(RUN) -m tests.figures $(ARGS)
 
 chaos: $(READY)
-	@CHAOS=full OMP_NUM_THREADS=1 $(RUN) -m pytest tests/chaos -q $(ARGS)
+	@mkdir -p results
+	@CHAOS=full OMP_NUM_THREADS=1 $(RUN) -m pytest tests/chaos -q --junitxml=results/tests-of-chaos.xml $(ARGS)
 	@OMP_NUM_THREADS=1 $(RUN) -m tests.property.machine --shard $(SHARD) --out machine-$(subst /,-of-,$(SHARD)).jsonl $(MACHINE)
 
 lint: $(READY)

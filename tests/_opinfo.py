@@ -118,6 +118,20 @@ def pending_samples(name: str, device: str, in_place: bool = False) -> Iterator[
     yield from (replace(found, op=of_copies) for found in samples(name, device, dtype))
 
 
+def mapped_samples(name: str, device: str) -> Iterator[Sample]:
+    """The samples of an entry's first dtype, called by ``vmap`` for two operands in the place of the first."""
+    op = _database()[name]
+    dtype = _dtype(op, device)
+
+    def of_two(first: Any, *args: Any, **kwargs: Any) -> Any:
+        two = torch.stack([first, first * 1])
+        return torch.func.vmap(lambda one: op(one, *args, **kwargs), randomness="different")(two)
+
+    for found in samples(name, device, dtype) if dtype is not None else ():
+        if isinstance(found.inputs[0], torch.Tensor):
+            yield replace(found, op=of_two)
+
+
 def ungraded_samples(name: str, device: str) -> Iterator[Sample]:
     """The samples of an entry's first dtype of whose operands no gradient is wanted after all."""
     dtype = _dtype(_database()[name], device)

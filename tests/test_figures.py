@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -10,11 +11,17 @@ import pytest
 from tests import figures
 
 JUNIT = """<testsuites><testsuite>
+  <properties><property name="hypothesis-statistics-tests/property/test_programs.py::test_lazy" value="STATISTICS"/></properties>
   <testcase classname="tests.golden.test_kernels" name="test_kernel[cast]"/>
   <testcase classname="tests.golden.test_kernels" name="test_kernel[mask]"><failure/></testcase>
   <testcase classname="tests.golden.test_kernels" name="test_kernel[gpu]"><skipped/></testcase>
   <testcase classname="tests.chaos.test_threads" name="test_two"><error/></testcase>
-</testsuite></testsuites>"""
+  <testcase classname="tests.chaos.test_long" name="test_sizes">
+    <properties><property name="counts" value="[7, 6, 1, 0]"/></properties><failure/></testcase>
+  <testcase file="tests/property/test_programs.py" classname="any" name="test_lazy"/>
+</testsuite></testsuites>""".replace(
+    "STATISTICS", base64.b64encode(b"- 9 passing, 0 failing, 3 invalid\n- 200 passing, 0 failing").decode()
+)
 ROW = {"entry": "add", "part": "int64", "run": 5, "equal": 3, "different": 2, "crashed": 0, "left_out": 7}
 PLANS = {"graphs": 2, "plans": 4, "needed": 5, "caught": 5, "spare": 1, "implied": 2, "wrong": 1}
 MUTANTS = [
@@ -27,22 +34,50 @@ def lines(folder: Path) -> dict[str, list[str]]:
     """The columns of each row that has run, by the words that it begins with."""
     files = sorted(folder.iterdir())
     rows = figures.table(figures.read(files)).splitlines()
-    return {row[:72].strip(): row[72:].split() for row in rows}
+    return {row[:74].strip(): row[74:].split() for row in rows}
 
 
 def test_outcomes_of_tests_are_counted_by_anchor(tmp_path: Path) -> None:
     (tmp_path / "tests-cpu.xml").write_text(JUNIT)
     found = lines(tmp_path)
-    assert found["16    text of kernels, as it was written down"] == ["2", "1", "1", "0", "0", "1"]
-    assert found["chaos threads"] == ["1", "0", "0", "1", "0", "0"]
-    assert found["14    random programs"] == ["not", "run"]
+    assert found["16      text of kernels, as it was written down"] == ["2", "1", "1", "0", "0", "1", "40", "fewer"]
+    assert found["chaos   threads"] == ["1", "0", "0", "1", "0", "0"]
+    assert found["chaos   compiled modules"] == ["not", "run"]
     assert figures.main([str(tmp_path / "tests-cpu.xml")]) == 1
+
+
+def test_tests_that_count_and_examples_of_hypothesis_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "tests-cpu.xml").write_text(JUNIT)
+    found = lines(tmp_path)
+    assert found["chaos   100,000 operators, 10,000 layers, 1,000 batch sizes"] == "7 6 1 0 0 0".split()
+    assert found["14      random programs, by replay and by plan"] == "209 209 0 0 0 0 400 fewer".split()
+
+
+def test_of_two_runs_the_one_that_counts_more_is_shown(tmp_path: Path) -> None:
+    few = JUNIT.replace("<failure/>", "").replace("[7, 6, 1, 0]", "[7, 7, 0, 0]")
+    (tmp_path / "tests-cpu.xml").write_text(few)
+    (tmp_path / "tests-of-chaos.xml").write_text(few.replace("[7, 7, 0, 0]", "[70, 70, 0, 0]"))
+    assert lines(tmp_path)["chaos   100,000 operators, 10,000 layers, 1,000 batch sizes"] == "70 70 0 0 0 0".split()
+
+
+def test_what_fails_once_is_no_success(tmp_path: Path) -> None:
+    whole = JUNIT.replace("<failure/>", "").replace("[7, 6, 1, 0]", "[70, 70, 0, 0]")
+    for names in ("ab", "ba"):
+        for name, text in zip(names, (JUNIT, whole), strict=True):
+            (tmp_path / f"tests-{name}.xml").write_text(text)
+        assert lines(tmp_path)["chaos   100,000 operators, 10,000 layers, 1,000 batch sizes"] == "7 6 1 0 0 0".split()
+
+
+def test_of_two_sweeps_of_an_entry_the_last_counts(tmp_path: Path) -> None:
+    (tmp_path / "sweep-1-of-2.jsonl").write_text(json.dumps(ROW))
+    (tmp_path / "sweep-again.jsonl").write_text(json.dumps({**ROW, "equal": 5, "different": 0}))
+    assert lines(tmp_path)["1       every sample of every operator, eight dtypes, on the CPU"] == "5 5 0 0 0 7".split()
 
 
 def test_what_one_machine_skips_another_may_run(tmp_path: Path) -> None:
     (tmp_path / "tests-cpu.xml").write_text(JUNIT)
     (tmp_path / "tests-gpu.xml").write_text(JUNIT.replace("<skipped/>", ""))
-    assert lines(tmp_path)["16    text of kernels, as it was written down"] == ["3", "2", "1", "0", "0", "0"]
+    assert lines(tmp_path)["16      text of kernels, as it was written down"] == "3 2 1 0 0 0 40 fewer".split()
 
 
 def test_sweeps_are_added_up_and_expected_differences_are_told_apart(tmp_path: Path) -> None:
@@ -50,8 +85,8 @@ def test_sweeps_are_added_up_and_expected_differences_are_told_apart(tmp_path: P
     (tmp_path / "sweep-1-of-2.jsonl").write_text(json.dumps(ROW))
     (tmp_path / "sweep-2-of-2.jsonl").write_text(json.dumps(expected) + "\n" + json.dumps({**ROW, "part": "errors"}))
     found = lines(tmp_path)
-    assert found["1     every sample of every operator, eight dtypes, on the CPU"] == ["10", "7", "3", "0", "1", "14"]
-    assert found["2     errors of operators: the same type, the same text"] == ["5", "3", "2", "0", "0", "7"]
+    assert found["1       every sample of every operator, eight dtypes, on the CPU"] == ["10", "7", "3", "0", "1", "14"]
+    assert found["2       errors of operators: the same type, the same text"] == ["5", "3", "2", "0", "0", "7"]
 
 
 def test_only_expected_differences_pass(tmp_path: Path) -> None:
@@ -64,8 +99,8 @@ def test_only_expected_differences_pass(tmp_path: Path) -> None:
 
 def test_plans_and_waits_are_counted_together(tmp_path: Path) -> None:
     (tmp_path / "schedules.jsonl").write_text(json.dumps(PLANS))
-    found = lines(tmp_path)["11    plans of random graphs, and of each with a wait left out"]
-    assert found == ["12", "11", "1", "0", "0", "0"]
+    found = lines(tmp_path)["11      plans of random graphs, and of each with a wait left out"]
+    assert found == "12 11 1 0 0 0 10000 fewer".split()
 
 
 def test_predictions_addresses_and_scripts_are_counted(tmp_path: Path) -> None:
@@ -74,15 +109,36 @@ def test_predictions_addresses_and_scripts_are_counted(tmp_path: Path) -> None:
     verdicts = ("equal", "equal", "different", "unstable")
     (tmp_path / "machine-1-of-2.jsonl").write_text("\n".join(json.dumps({"verdict": verdict}) for verdict in verdicts))
     found = lines(tmp_path)
-    assert found["3     what is predicted of results: in tests, and in four layouts"] == ["5", "3", "2", "0", "0", "0"]
-    assert found["12    addresses of interpreted kernels"] == ["5", "3", "2", "0", "0", "0"]
-    assert found["14    random scripts in two worlds, of 2,000 lines"] == ["3", "2", "1", "0", "0", "1"]
+    assert found["3       what is predicted of results: in tests, and in four layouts"] == ["5", "3", "2", "0", "0", "0"]
+    assert found["12      addresses of interpreted kernels"] == ["5", "3", "2", "0", "0", "0"]
+    assert found["14      random scripts in two worlds, of 2,000 lines"] == "3 2 1 0 0 1 2000 fewer".split()
     assert figures.main([str(tmp_path / "machine-1-of-2.jsonl")]) == 1
+
+
+def test_trainings_are_judged_by_their_grades(tmp_path: Path) -> None:
+    rows = [
+        {"model": "a", "precision": "amp", "column": column, "kept": kept}
+        for column, kept in (("bitwise", True), ("strict", False), ("fast", False))
+    ]
+    nudged = {"model": "a", "precision": "amp", "column": "nudged", "beyond_bound": 3}
+    (tmp_path / "convergence-any.json").write_text(json.dumps({"rows": [*rows, nudged]}))
+    name = "7       eight small models, 200 steps, in three grades, on a GPU"
+    assert lines(tmp_path)[name] == "3 1 2 0 1 0 72 fewer".split()
+    (tmp_path / "convergence-any.json").write_text(json.dumps({"rows": [*rows, {**nudged, "beyond_bound": 0}]}))
+    assert lines(tmp_path)[name] == "3 1 2 0 0 0 72 fewer".split()
 
 
 def test_of_several_runs_of_a_mutant_the_last_counts(tmp_path: Path) -> None:
     (tmp_path / "mutants.jsonl").write_text("\n".join(map(json.dumps, MUTANTS)))
     assert "mutants of the planner: 2 of 3 found (66.7%), 1 equivalent" in figures.table(figures.read(tmp_path.iterdir()))
+
+
+def test_minutes_are_added_up(tmp_path: Path) -> None:
+    (tmp_path / "sweep-1-of-2.jsonl").write_text(json.dumps({**ROW, "seconds": 90}))
+    (tmp_path / "sweep-2-of-2.jsonl").write_text(json.dumps({**ROW, "part": "bool", "seconds": 30}))
+    (tmp_path / "mutants.jsonl").write_text("\n".join(json.dumps({**row, "seconds": 6}) for row in MUTANTS))
+    said = figures.table(figures.read(tmp_path.iterdir())).splitlines()[-1]
+    assert said == "minutes of one core: 2.0 for samples of 1 entries, 0.5 for mutants"
 
 
 def test_lines_are_counted_by_folder(tmp_path: Path) -> None:

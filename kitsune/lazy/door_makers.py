@@ -207,6 +207,31 @@ def generator_door(original: Any) -> Any:
     return door
 
 
+def reducer_door(original: Any) -> Any:
+    """C++ that makes buckets of gradients, and tells the ranks of them: tensors of its own, which must not become wrappers."""
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        for recorder in listening():
+            recorder.flush(Barrier.DOOR)
+        with torch._C._DisableTorchDispatch():
+            return original(*args, **kwargs)
+
+    return door
+
+
+def history_door(original: Any) -> Any:
+    """C++ that goes through the graph behind a tensor: calls that are only matched so far have made none."""
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        for tensor in tensors_in((args, kwargs)):
+            _ = tensor.grad_fn  # whoever asks for it has the graph made
+        return original(*args, **kwargs)
+
+    return door
+
+
 def default_door(original: Any) -> Any:
     flushed = flush_door(Barrier.DEFAULTS)(original)
 

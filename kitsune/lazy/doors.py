@@ -20,12 +20,14 @@ from kitsune.lazy.door_makers import (
     dlpack_door,
     flush_door,
     generator_door,
+    history_door,
     kernel_door,
     make_subclass_door,
     memory_door,
     parameter_door,
     property_door,
     random_door,
+    reducer_door,
     subclass_door,
     swap_door,
     thread_door,
@@ -135,6 +137,8 @@ def _doors() -> Iterator[Door]:
         (((threading.Thread, "start join"), (_thread, "start_new_thread")), thread_door),
         (_DEFAULTS, default_door),
         (_GENERATOR, generator_door),
+        (_REDUCER, reducer_door),
+        (_READS_GRAPH, history_door),
     ):
         for owner, names in table:
             yield from ((owner, name, make) for name in names.split() if hasattr(owner, name))
@@ -150,6 +154,12 @@ _GENERATOR: Table = (
         "__reduce__ __setstate__",
     ),
 )
+_REDUCER: Table = ()
+_READS_GRAPH: Table = ()
+if torch.distributed.is_available():
+    _Reducer: Any = torch.distributed.Reducer  # type: ignore[attr-defined]
+    _REDUCER = ((_Reducer, "__init__ _rebuild_buckets"), (torch.distributed, "_verify_params_across_processes"))
+    _READS_GRAPH = ((_Reducer, "prepare_for_backward"),)
 _RECURRENT: Table = ((torch, "lstm gru rnn_tanh rnn_relu"), (torch._VF, "lstm gru rnn_tanh rnn_relu"))
 _PLACES: Table = ((torch, "tensor_split"), (torch.Tensor, "tensor_split"))
 _PACKED = "_pack_padded_sequence _pad_packed_sequence"

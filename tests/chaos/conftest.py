@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,12 @@ from tests.chaos.counting import COUNTS, Counts
 
 
 @pytest.fixture
-def counts(request: pytest.FixtureRequest, record_property: Any) -> Iterator[Counts]:
+def counts(record_property: Any) -> Iterator[Counts]:
     """What a test compares; it fails at its end if anything was different or crashed."""
     kitsune.reset()
     found = Counts()
     yield found
-    record_property("chaos", [request.node.path.stem, [found.numbers[name] for name in COUNTS]])
+    record_property("counts", [found.numbers[name] for name in COUNTS])
     assert found.numbers["run"] > 0
     assert not found.told, "\n".join(found.told[:5])
 
@@ -28,8 +29,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, value in getattr(report, "user_properties", ()):
-                if name == "chaos" and report.when == "teardown":
-                    table.setdefault(value[0], Counter()).update(dict(zip(COUNTS, value[1], strict=True)))
+                if name == "counts" and report.when == "teardown" and "/chaos/" in report.nodeid:
+                    row = Path(report.nodeid.partition("::")[0]).stem
+                    table.setdefault(row, Counter()).update(dict(zip(COUNTS, value, strict=True)))
     if table:
         terminalreporter.write_line(f"{'':34}" + "".join(f"{name:>11}" for name in COUNTS))
     for row, numbers in sorted(table.items()):

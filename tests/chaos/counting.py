@@ -77,6 +77,12 @@ class Loop:
         self.ys = [torch.randint(0, 3, (4,), generator=generator) for _ in range(16)]
         self.losses: list[Tensor] = []
 
+    def on(self, device: str) -> Loop:
+        """The same on a device, before the first step."""
+        self.model.to(device)
+        self.xs, self.ys = ([t.to(device) for t in ts] for ts in (self.xs, self.ys))
+        return self
+
     def loss(self, i: int) -> Tensor:
         return nn.functional.cross_entropy(self.model(self.xs[i % 16]), self.ys[i % 16])
 

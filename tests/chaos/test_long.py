@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import kitsune
+from kitsune.backends import program_of
 from kitsune.lazy.trie import Node
 from tests.chaos.counting import Counts, Loop, lazily, many
+from tests.plan.recorded import plan_of
 
 
 def test_operators_without_a_read(counts: Counts) -> None:
@@ -33,6 +37,38 @@ def test_operators_without_a_read(counts: Counts) -> None:
     # Of 100,000 tensors, wrappers alone would be 100 MB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
     assert kitsune.counters()["flushed"]["BOUND"] >= 2 * (n // 1_000 - 1)
+
+
+def host_bytes() -> int:
+    """What this process has in memory."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says there how much memory a process has")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_many_steps_leave_nothing_behind(device: str, counts: Counts) -> None:
+    """As much memory is in use after all of the steps as after a fifth of them, and they end where eager's do."""
+    n = many(1_000, 100_000)
+    grown = [0]
+
+    def program(context: Callable[[], Any]) -> list[Tensor]:
+        loop = Loop().on(device)
+        with context():
+            for i in range(n):
+                loop.step(i)
+                if i % 100 == 99:
+                    loop.losses[:] = [loop.losses[-1] * 1]
+                    loop.losses[0].item()
+                if i in (n // 5 - 1, n - 1):
+                    of_device = torch.cuda.memory_allocated() if device == "cuda" else 0
+                    grown.append(host_bytes() + of_device)
+        return loop.state()
+
+    counts.check(f"{n} steps", program, lambda: kitsune.accelerate(device=device))
+    assert kitsune.counters()["backwards_followed"] > n - 200
+    # A thousandth of a page for each step would be 0.3 MB.
+    assert grown[-1] - grown[-2] < 4 << 20, grown
 
 
 def test_a_deep_graph(counts: Counts) -> None:
@@ -73,6 +109,32 @@ def test_batches_of_ever_new_sizes(counts: Counts) -> None:
     counts.check(f"{n} sizes", program)
     gc.collect()
     assert sum(type(thing) is Node for thing in gc.get_objects()) < 12 * kitsune.config.max_pending_ops
+
+
+ROW = torch.zeros(48)
+# What a batch of n goes through.
+PATTERNS: dict[str, Callable[[Tensor], Any]] = {
+    "activation": lambda x: nn.functional.gelu(x + ROW, approximate="tanh"),
+    "softmax": lambda x: (x * 2).softmax(1),
+    "layer norm": lambda x: nn.functional.layer_norm(x + 1, (48,), ROW, ROW),
+    "sum over the batch": lambda x: (x * 2).sum(0),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_batches_of_ever_new_sizes_share_kernels(name: str, counts: Counts) -> None:
+    """At most eight for each kernel of a plan, with all the tiles that they have."""
+    every = many(41, 1)
+    found: dict[int, set[tuple[str, Any]]] = {}
+    for n in range(1, 1001, every):
+        kitsune.reset()
+        plan = plan_of(lambda n=n: PATTERNS[name](torch.zeros(n, 48)), numerics="strict")
+        programs = [program_of(launch) for launch in plan.launches if launch.kernels]
+        for place, program in enumerate(programs):
+            found.setdefault(place, set()).add((program.text, program.tile))
+    assert found, "no kernel is planned at all"
+    for place, kinds in found.items():
+        counts.compare(f"kernel {place} of {name}: {len(kinds)}", True, len(kinds) <= 8)
 
 
 def test_two_sizes_in_turns_are_both_followed(counts: Counts) -> None:

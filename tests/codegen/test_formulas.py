@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from kitsune.codegen import differences, render, why_not_lowered
+from kitsune.codegen import differences, lowering, render, why_not_lowered
 from kitsune.codegen.exactness import CANCELS, DISTANCE, _without_toolkit
+from kitsune.codegen.reducers import identity
 from tests.codegen.build import build
 
 aten = torch.ops.aten
@@ -31,6 +32,9 @@ FORMULAS: list[tuple[str, Callable[..., Any], torch.dtype, str]] = [
     ("power of 8", lambda x: aten.pow(x, 8), torch.int64, " * ".join(["x0"] * 8)),
     # Numbers beyond 32 bits keep their last byte.
     ("cast", lambda x: aten._to_copy(x, dtype=torch.uint8), torch.float32, "x0.to(tl.int64).to(tl.uint8)"),
+    ("floor", lambda x: aten.div(x, 4.0, rounding_mode="floor"), torch.float32, "tl.where(s0 == 0, t3, snap(t2, t3))"),
+    ("truncation", lambda x: aten.div(x, 4.0, rounding_mode="trunc"), torch.float32, "libdevice.trunc(x0 * tl.div_rn(1.0, s0))"),
+    ("truncation", lambda x: aten.div(x, 4, rounding_mode="trunc"), torch.int32, "x0 // s0.to(tl.int32)"),
     ("cast", lambda x: aten._to_copy(x, dtype=torch.int8), torch.float32, "x0.to(tl.int32).to(tl.int8)"),
 ]
 
@@ -63,3 +67,25 @@ def test_a_distance_is_said_in_units_or_as_what_cancels() -> None:
     for op, (ulp, _) in inexact.items():
         expected = "what is left after cancellation" if ulp == CANCELS else f"at most {ulp} units in the last place of float32"
         assert measured[op] == expected
+
+
+@pytest.mark.parametrize("kind", ["max", "first max"])
+def test_what_changes_no_result_is_the_least_number_beside_a_maximum_and_the_largest_beside_a_minimum(kind: str) -> None:
+    for dtype in (torch.int32, torch.int64, torch.uint8):
+        limits = torch.iinfo(dtype)
+        assert identity(kind, dtype) == str(limits.min)
+        assert identity(kind.replace("max", "min"), dtype) == str(limits.max)
+    assert identity(kind, torch.float32) == "float('-inf')"
+    assert identity("sum", torch.int64) == "0"
+
+
+@pytest.mark.parametrize(("dtype", "writes"), [(torch.float32, True), (torch.bfloat16, True), (torch.float64, False)])
+def test_the_error_function_is_written_out_where_its_digits_are_known(
+    dtype: torch.dtype, writes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is rendered is kept: of each an own program.
+    for written, program in ((True, torch.erf), (False, lambda x: torch.erf(x).neg())):
+        monkeypatch.setattr(lowering, "writes_erf", lambda written=written: written)
+        text = render(build(program, [torch.zeros(8, dtype=dtype)], "kernel").kernel).text
+        called = "libdevice.erf(" in text
+        assert called is not (writes and written)

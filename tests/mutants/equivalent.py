@@ -32,8 +32,4 @@ EQUIVALENT: dict[str, str] = {
     "kitsune/scheduler/channels_last.py _pointwise: 1 -> 2": (
         "the operators that keep strides have one tensor among their operands"
     ),
-    (
-        'kitsune/codegen/rules_activation.py _elu: f"tl.where({x} > 0, {x} * {scale}, {negative})" -> '
-        "f'tl.where({x} >= 0, {x} * {scale}, {negative})'"
-    ): ("at zero both branches are zero, of the operand's sign"),
 }

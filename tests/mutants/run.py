@@ -37,7 +37,8 @@ from tests.mutants.equivalent import EQUIVALENT
 from tests.mutants.mutate import ROOT, Mutant, all_mutants, chosen
 
 TRACED = (
-    "tests/plan tests/golden tests/codegen tests/api/test_fusion_api.py tests/api/test_optimizer_options.py tests/test_tiny.py "
+    "tests/plan tests/golden tests/codegen tests/corpus/test_regions.py tests/api/test_fusion_api.py "
+    "tests/api/test_optimizer_options.py tests/test_tiny.py "
     "tests/checking/test_kernels.py tests/property/test_schedules.py tests/runtime/test_branch_events.py "
     "tests/runtime/test_layouts.py tests/runtime/test_out_forms.py tests/runtime/test_plan_executor.py "
     "tests/runtime/test_pool.py tests/runtime/test_random_layouts.py tests/runtime/test_real_plans.py"

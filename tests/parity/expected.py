@@ -74,6 +74,8 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("masked.prod", "float16"): "as prod",
     ("masked.prod", "complex64"): "as prod: 2.1e-6 where 1.3e-6 is allowed",
     ("custom/NumpyNonzeroCustomOp", "bool"): "the database cannot make its sample: it multiplies a bool tensor by integers",
+    ("linspace.tensor_overload", "vmap"): "beside a mapped operand torch takes a number for a tensor where any mode is on",
+    ("logspace.tensor_overload", "vmap"): "as linspace",
 }
 
 

@@ -33,7 +33,7 @@ from tests.parity import sights
 from tests.parity.expected import expected_reason, may_be_left
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64", "int64", "uint8", "bool")
-PARTS = (*DTYPES, "no gradient", "pending", "in place", "errors", "gradcheck", "gradgradcheck")
+PARTS = (*DTYPES, "no gradient", "pending", "in place", "vmap", "errors", "gradcheck", "gradgradcheck")
 # What the tests set, and why, is in tests/conftest.py.
 SWITCHES = {"gate": False, "verify": True, "compile_workers": 0, "numerics": "bitwise"}
 COUNTS = ("run", "equal", "different", "crashed")
@@ -60,6 +60,8 @@ def work(name: str, part: str) -> tuple[Check, list[Any]]:
         return sights.four_sights, list(_opinfo.ungraded_samples(name, "cpu"))
     if part in ("pending", "in place"):
         return sights.four_sights, list(_opinfo.pending_samples(name, "cpu", part == "in place"))
+    if part == "vmap":
+        return sights.four_sights, list(_opinfo.mapped_samples(name, "cpu"))
     if part == "errors":
         return sights.raised_alike, list(_opinfo.error_samples(name, "cpu"))
     if part == "gradgradcheck" and not _opinfo.supports_second_gradients(name):
@@ -133,7 +135,8 @@ def surprises(row: Row) -> list[str]:
     where = f"{row['entry']}[{row['part']}]"
     reason = expected_reason(row["entry"], row["part"])
     left = {how: n for how, n in row["took_part"].items() if how not in TOOK_PART}
-    if left and not may_be_left(row["entry"]):
+    # What is mapped is run as in eager, whatever it is.
+    if left and row["part"] != "vmap" and not may_be_left(row["entry"]):
         return [f"{where}: {sum(left.values())} samples were left to eager: {', '.join(left)}"]
     wrong = row["different"] + row["crashed"]
     if wrong and not reason:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import kitsune
 
@@ -57,6 +58,15 @@ def test_first_error_is_eagers(name: str) -> None:
     if sample is None:
         pytest.skip("has no errors on a CPU")
     assert not sights.raised_alike(sample).differences
+
+
+@pytest.mark.parametrize("name", ["index_put", "linalg.solve", "nn.functional.layer_norm", "nn.functional.dropout", "sort"])
+def test_what_vmap_calls_is_as_in_eager(name: str) -> None:
+    sample = next(_opinfo.mapped_samples(name, "cpu"))
+    verdict = sights.four_sights(sample)
+    assert not verdict.differences and not verdict.unstable
+    plain, mapped = (tree_leaves(it.fresh().call())[0] for it in (next(_opinfo.samples(name, "cpu", sample.dtype)), sample))
+    assert mapped.shape == (2, *plain.shape)
 
 
 @dataclasses.dataclass(frozen=True)

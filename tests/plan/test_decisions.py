@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ import kitsune
 import kitsune.planning
 from kitsune.codegen.dtypes import LANGUAGE, MEMORY
 from kitsune.codegen.tiles import _turn
-from kitsune.fusion import FusionConfig, Rules, partition, rules
+from kitsune.fusion import FusionConfig, Rules, in_long_rows, partition, rules
 from kitsune.fusion.group import written
+from kitsune.fusion.grouping import lies_between
 from kitsune.ir import (
     Access,
     Effects,
@@ -24,11 +26,14 @@ from kitsune.ir import (
     Kernel,
     Kind,
     Launch,
+    Load,
+    Local,
     Op,
     Operand,
     Plan,
     Result,
     Step,
+    Store,
     Value,
     default_type,
     happens_before,
@@ -252,3 +257,37 @@ def test_an_update_leaves_its_gradients_as_they_are(update: Any) -> None:
     really = {before.storage for _, before, _ in written(op)}
     assert {op.args[0][0].storage} <= really < set(op.effects.writes)
     assert op.args[1][0].storage not in really
+
+
+def test_a_plan_counts_ops_that_nobody_needs_and_memory_beside_its_arena() -> None:
+    x = torch.ones(64, 64)
+
+    def program() -> Tensor:
+        product = x @ x
+        (x + 1).exp()
+        return product @ x
+
+    plan = plan_of(program)
+    assert plan.n_dead == 2
+    assert (plan.arena, plan.outside) == (x.nbytes, x.nbytes), "the first product lies in the arena, the second is the program's"
+
+
+def test_no_way_leads_from_a_node_to_one_that_it_does_not_come_before() -> None:
+    # The node that was first has been joined with one that comes after node 1; node 2 comes after nothing.
+    nodes: Any = SimpleNamespace(anc=[1 << 1, 0, 0])
+    assert not lies_between(nodes, 1, 2)
+    nodes.anc[2] = 1 << 1
+    assert not lies_between(nodes, 1, 2)
+    nodes.anc[2] = 1 << 1 | 1 << 0
+    assert lies_between(nodes, 1, 2)
+
+
+@pytest.mark.parametrize(("walk", "becomes_one"), [((64, 1), True), ((64, 0), True), ((1, 8), False)])
+def test_long_rows_are_those_along_which_every_tensor_moves_by_one_or_not_at_all(
+    walk: tuple[int, int], becomes_one: bool
+) -> None:
+    value = Value(0, F4, 0)
+    loads = (Access(value, (1, 0)), Access(value, walk))
+    step = Step(Op(aten.add.Tensor, Kind.POINTWISE, (), (), (), Result(0), (value,)), (Load(0), Load(1)))
+    kernel = Kernel("k", (8, 512), loads, (step,), (Store(Local(0, 0), Access(value, (512, 1))),))
+    assert (in_long_rows(kernel) is not None) is becomes_one
