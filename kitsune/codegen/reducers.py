@@ -81,7 +81,9 @@ def begin(s: Reduced) -> list[str]:
             _full(f"{top}_each", "float('-inf')", s.dtype, places),
             _full(f"{total}_each", "0.0", s.dtype, places),
         ]
-    positions = [_full(f"{s.targets[1]}_each", str(NOWHERE), torch.int32)] if s.kind.startswith("first ") else []
+    # As wide as what counts the columns.
+    number = "tl.int64 if WIDE else tl.int32"
+    positions = [f"{s.targets[1]}_each = tl.full([XBLOCK, RBLOCK], {NOWHERE}, {number})"] if s.kind.startswith("first ") else []
     return [_full(f"{s.targets[0]}_each", identity(s.kind, s.dtype), s.dtype), *positions]
 
 

@@ -262,7 +262,9 @@ class Rows(Body):
         ahead = [line for s in reductions for line in first(s)]
         if ahead:
             near = " ".join(s.text for s in reductions if first(s))
-            ahead = [*PLACES_IN_ROW, *columns, *(s.line for s in self._made_of(near)), *ahead]
+            # What the loop carries is as wide before it.
+            wide = [PLACES_IN_ROW[0], "if WIDE:", "    column = column.to(tl.int64)", *_INSIDE]
+            ahead = [*wide, *columns, *(s.line for s in self._made_of(near)), *ahead]
         body = [*columns, *(s.line for s in self._made_of(" ".join(s.text for s in (*reductions, *stores))))]
         body += [line for s in reductions for line in turn(s)] + [s.text for s in stores]
         lines = [*ahead, *(line for s in reductions for line in begin(s))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +101,10 @@ OTHERS |= {"strange_config_matmul_kernel"}
 def kernels() -> dict[str, Any]:
     """Those of torch, by their names; later versions have more of them."""
     pytest.importorskip("triton")
-    from torch.testing._internal import triton_utils
+    with warnings.catch_warnings():
+        # What it imports is deprecated from Python 3.12 on.
+        warnings.simplefilter("ignore")
+        from torch.testing._internal import triton_utils
 
     return {
         name: kernel for name, kernel in vars(triton_utils).items() if hasattr(kernel, "warmup") or hasattr(kernel, "configs")

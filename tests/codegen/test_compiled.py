@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from kitsune.codegen import Compiler, render
 from tests.codegen.build import Built, build, compiled_kernel
 from tests.codegen.samples import SAMPLES, draw
+from tests.codegen.test_tiles import launch_of
 
 triton = pytest.importorskip("triton")
 
@@ -106,3 +108,19 @@ def test_wide_indices_have_64_bits(compiler: Compiler) -> None:
     program = render(build(lambda x: x * 0.5, [torch.randn(64)], "half").kernel)
     wide = compiled_kernel(compiler, program, 90, wide=True)
     assert "mul.wide" in wide.asm["ptx"] or "i64" in wide.asm["ttir"]
+
+
+LOOPED: list[Callable[..., Any]] = [
+    lambda x: x.sum(1),
+    lambda x: [(x * 2).amax(1), x.argmax(1)],
+    lambda x: x.argmin(0),
+    lambda x: x.softmax(1),
+    lambda x: x.var(1),
+]
+
+
+@pytest.mark.parametrize("function", LOOPED, ids=["sum", "argmax", "argmin of columns", "softmax", "var"])
+def test_wide_loops_are_compiled(function: Callable[..., Any], compiler: Compiler) -> None:
+    """What a loop carries keeps its type, where columns are counted in 64 bits, too."""
+    for kernel in launch_of(function, torch.zeros(300, 20000)).kernels:
+        assert compiled_kernel(compiler, render(kernel), 90, wide=True).asm["ptx"]
