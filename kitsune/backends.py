@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kitsune.background import thread
+from kitsune.background import thread, when_done
 from kitsune.codegen import (
     PAGE_PROGRAMS,
     BackgroundCompiler,
@@ -109,7 +109,7 @@ def _after(future: "Future[Any]", call: Callable[[], None]) -> "Future[None]":
             call()
         called.set_result(None)
 
-    future.add_done_callback(lambda _: thread.submit(work))
+    when_done([future], lambda: thread.submit(work))
     return called
 
 

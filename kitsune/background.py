@@ -220,14 +220,15 @@ def n_awaited() -> int:
 
 def when_done(futures: list["Future[Any]"], call: Callable[[], None]) -> None:
     """Call it when all are done, on the thread that ends the last one."""
-    lock, left = threading.Lock(), [len(futures) + 1]
+    # A future keeps its callbacks when they have been called, and those of kernels stay: what is called must not stay with them.
+    lock, left, calls = threading.Lock(), [len(futures) + 1], [call]
 
     def one(_: Any) -> None:
         with lock:
             left[0] -= 1
             last = not left[0]
         if last:
-            call()
+            calls.pop()()
 
     for future in futures:
         future.add_done_callback(one)

@@ -23,6 +23,8 @@ import torch
 if os.environ.get("KITSUNE_CROSSREF"):
     from tests.crossref import predicted  # noqa: F401  (for every test)
 
+from tests.leaks import leaves_no_memory_behind  # noqa: F401  (for every test on a GPU)
+
 try:
     import hypothesis
 except ImportError:  # a machine with torch and pytest alone runs the rest

@@ -168,6 +168,8 @@ class CompilePool:
             with self._lock:
                 self._n_open -= 1
             _settle(future, error)
+            # The next job may be long in coming.
+            del job, future
         if worker is not None:
             worker.close_pipes()
 

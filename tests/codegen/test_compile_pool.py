@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -108,6 +110,20 @@ def test_a_worker_that_cannot_be_started_early_fails_the_first_job() -> None:
     pool.start()
     with pytest.raises(WorkerFailed, match="could not be started"):
         pool.submit(JOB).result(60)
+
+
+def test_a_worker_that_waits_keeps_nothing_of_its_last_job(pools: Any) -> None:
+    pool, told = pools(OBEYS), threading.Event()
+    future = pool.submit(JOB)
+    future.add_done_callback(lambda _: told.set())
+    gone = weakref.ref(future)
+    future.result(60)
+    assert told.wait(60)
+    del future
+    until = time.monotonic() + 60
+    while gone() is not None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert gone() is None
 
 
 def test_the_largest_are_compiled_first(pools: Any, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -291,3 +293,22 @@ def test_what_is_being_made_is_open_before_anything_is_awaited_and_until_that_ha
     assert not wait(0) and n_awaited() == 1
     coming.set_result(None)
     assert made.result(SECONDS) == 1 and wait(SECONDS) and n_awaited() == 0
+
+
+def test_a_future_that_stays_does_not_keep_what_was_called() -> None:
+    class Call:
+        """As that of a plan, which has memory on the device."""
+
+        def __call__(self) -> None:
+            called.append(1)
+
+    called: list[int] = []
+    stays, call = Future[None](), Call()
+    gone = weakref.ref(call)
+    when_done([stays], call)
+    del call
+    gc.collect()
+    assert gone() is not None and not called
+    stays.set_result(None)
+    gc.collect()
+    assert called == [1] and gone() is None
