@@ -23,7 +23,7 @@ import torch
 if os.environ.get("KITSUNE_CROSSREF"):
     from tests.crossref import predicted  # noqa: F401  (for every test)
 
-from tests.leaks import leaves_no_memory_behind  # noqa: F401  (for every test on a GPU)
+from tests.leaks import leaves_no_memory_behind, pytest_runtest_makereport  # noqa: F401  (for every test)
 
 try:
     import hypothesis

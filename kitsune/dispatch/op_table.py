@@ -62,6 +62,8 @@ COUNTS_MASKS = {"index", "_unsafe_index"}
 METADATA = set(
     "set_ set_data resize_ resize_as_ _resize_output_ resize_as_sparse_ detach_ record_stream share_memory_ addbmm_".split()
 )
+# Namespaces of operators that others than the program's own stream go on with.
+COLLECTIVES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "fsdp", "symm_mem"}
 
 
 @cache
@@ -95,6 +97,7 @@ def describe(target: OpOverload) -> OpRow:
         counts_masks=name in COUNTS_MASKS,
         moves_metadata=barrier in (Barrier.METADATA, Barrier.OUT_VARIANT),
         is_foreign=target.namespace != "aten",
+        works_aside=target.namespace in COLLECTIVES,
         makes_plans=name in BACKWARDS_WITH_PLANS,
     )
 

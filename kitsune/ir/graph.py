@@ -215,6 +215,8 @@ class OpRow:
     moves_metadata: bool = False
     # An operator of another library, inside of which Python may run.
     is_foreign: bool = False
+    # A collective, which goes on with its operands on a stream of its own.
+    works_aside: bool = False
     # It leaves a plan in autograd's thread.
     makes_plans: bool = False
 

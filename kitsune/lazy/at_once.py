@@ -17,8 +17,9 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
     """Make a call on real tensors, its writes counted; returns the result and the operands."""
     func = row.target
     reals = [t if type(t) is not LazyTensor else real if (real := t.cell.real) is not None else _real(t) for t in tensors]
-    if row.is_view or row.moves_metadata:
-        # A graph hands the same tensors out at every replay, with the geometry that they were left with.
+    if row.is_view or row.moves_metadata or row.works_aside:
+        # A graph hands the same tensors out at every replay, with the geometry that they were left with; and it moves those that
+        # are held, behind what it knows to be under way.
         for tensor, real in zip(tensors, reals, strict=True):
             if type(tensor) is LazyTensor:
                 own(real)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Barrier
+from kitsune.ir import Barrier, streams
 from kitsune.lazy.casts import lets_out, will_write, written
 from kitsune.lazy.cell import share
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
@@ -273,3 +273,23 @@ def flush_door(cause: Barrier) -> Callable[[Any], Any]:
         return door
 
     return make
+
+
+def stream_door(original: Any) -> Any:
+    """Another stream becomes the current one, of which the owners of memory that is moved are to know."""
+    flushed = flush_door(Barrier.SYNCHRONIZE)(original)
+
+    @functools.wraps(original)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        _use_streams()
+        try:
+            return flushed(*args, **kwargs)
+        finally:
+            _use_streams()
+
+    return door
+
+
+def _use_streams() -> None:
+    if torch.cuda.is_initialized():
+        streams.use(torch.cuda.current_stream())

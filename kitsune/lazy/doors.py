@@ -28,6 +28,7 @@ from kitsune.lazy.door_makers import (
     property_door,
     random_door,
     reducer_door,
+    stream_door,
     subclass_door,
     swap_door,
     thread_door,
@@ -85,6 +86,8 @@ def _lasting_doors() -> Iterator[Door]:
     yield torch.nn.Parameter, "__new__", parameter_door
     yield torch.Tensor, "_make_subclass", make_subclass_door
     yield torch.utils, "swap_tensors", swap_door
+    # What is held of a graph's results lies there between contexts, too, for any stream to read.
+    yield from ((owner, name, stream_door) for owner, names in _STREAMS for name in names.split() if hasattr(owner, name))
     # Functions in C++ take wrappers of former contexts as well.
     yield from ((owner, name, _noted(make)) for owner, name, make in _function_doors())
     DOORS.update(_operator_doors())
@@ -210,11 +213,17 @@ _DEFAULTS: Table = (
     ),
 )
 _SYNCHRONIZE: Table = (
-    (torch.cuda, "synchronize set_stream set_device"),
-    (torch.cuda.Event, "record wait query elapsed_time synchronize"),
-    (torch.cuda.Stream, "wait_event wait_stream record_event query synchronize"),
+    (torch.cuda, "synchronize set_device"),
+    *((event, "record wait query elapsed_time synchronize") for event in (torch.cuda.Event, torch.Event)),
+    *((stream, "wait_event wait_stream record_event query synchronize") for stream in (torch.cuda.Stream, torch.Stream)),
+    (torch.accelerator, "synchronize"),
+)
+# From then on all that runs is on another stream.
+_STREAMS: Table = (
     (torch.cuda.StreamContext, "__enter__ __exit__"),
-    (torch.accelerator, "synchronize set_stream"),
+    (torch.cuda, "set_stream"),
+    (torch.accelerator, "set_stream"),
+    (torch.Stream, "__enter__ __exit__"),
 )
 
 _LASTING, _WATCHED = DoorSet(_lasting_doors), DoorSet(_doors)

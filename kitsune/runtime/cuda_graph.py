@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kitsune.ir import streams
 from kitsune.runtime.idle import WORTH_GIVING_BACK, give_back, reserved_bytes
 from kitsune.runtime.letter import Letter
 
@@ -109,21 +110,20 @@ class CudaGraphs:
         self.index: int = device.index or 0
         self._given_up = 0
         self._stream: torch.cuda.Stream | None = None
-        self._last: tuple[int, torch.cuda.Stream] | None = None
+        # The stream of the last run.
+        self._last: int | None = None
 
     def follow_stream(self) -> bool:
-        """Let the current stream wait for the last run where that was on another one; False if it is being captured."""
+        """Let the current stream wait for all others where the last run was on one of these; False if it is being captured."""
         if torch._C._cuda_isCurrentStreamCapturing():
             return False
         handle = torch._C._cuda_getCurrentRawStream(self.index)
-        if self._last is not None and self._last[0] == handle:
-            return True
-        stream = torch.cuda.current_stream(self.index)
-        if self._last is not None:
-            event = torch.cuda.Event()
-            event.record(self._last[1])
-            event.wait(stream)
-        self._last = (handle, stream)
+        if self._last != handle:
+            streams.use(torch.cuda.current_stream(self.index))
+            if self._last is not None:
+                # Not for the last run alone: a third one may still read what a run before has left, and was waited for there.
+                streams.wait_for_all(self.device)
+            self._last = handle
         return True
 
     def record(self, work: Work, inputs: Sequence[torch.Tensor], n_sent: int = 0, nbytes: int = 0) -> CudaGraph:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._C import DispatchKey, DispatchKeySet
 
-from kitsune.ir import Graph, lent_memory, mark_lent, storage_of
+from kitsune.ir import Graph, lent_memory, mark_lent, storage_of, streams
 from kitsune.ir.page import FEW_BYTES, N_COPIES
 from kitsune.runtime.plan_executor import stream_of
 from kitsune.runtime.raw_copy import is_solid, raw_copy
@@ -133,6 +133,7 @@ class OutputMemory:
             torch._C._ExcludeDispatchKeyGuard(_NO_COUNT),
             torch.inference_mode(False),
             torch.no_grad(),
+            streams.in_order(self._storage.device),
         ):
             # All of it, copied at once.
             nothing = torch.empty(0, dtype=torch.uint8, device=self._storage.device)

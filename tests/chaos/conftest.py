@@ -11,16 +11,7 @@ import pytest
 
 import kitsune
 from tests.chaos.counting import COUNTS, Counts
-
-PASSED = pytest.StashKey[bool]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[Any]:
-    report = yield
-    if call.when == "call":
-        item.stash[PASSED] = report.passed
-    return report
+from tests.leaks import PASSED
 
 
 @pytest.fixture
