@@ -10,9 +10,9 @@ import torch
 
 from kitsune.background import later
 from kitsune.config import KitsuneWarning
-from kitsune.ir import Graph, Op, Plan
+from kitsune.ir import Graph, Op, Plan, streams
 from kitsune.profiler import PlanTally, Tally, plan_tally
-from kitsune.runtime import GraphFacts, PlanExecutor, Prepared, Schedule, Steady, current_stream, prepare, views_of_inputs
+from kitsune.runtime import GraphFacts, PlanExecutor, Prepared, Schedule, Steady, prepare, views_of_inputs
 from kitsune.scheduler import awaited_first, dead_code, run_passes
 from kitsune.tuning import Subject, Tuner
 
@@ -86,7 +86,7 @@ def try_tiles(ready: Ready, tuner: Tuner, executor: PlanExecutor, warm: Warm, un
         return made, made.compiling
 
     ready.subject = ready.subject or Subject(tallied.plan)
-    if tuner.turn(ready.subject, current_stream(work.device), until):
+    if tuner.turn(ready.subject, streams.current_handle(work.device), until):
         ready.coming = later(changed)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Graph, Kind, Launch, Op, Plan, Value, storage_of, storages_of
+from kitsune.ir import Graph, Kind, Launch, Op, Plan, Value, storage_of, storages_of, streams
 from kitsune.ir.graph import OVERWRITES
 from kitsune.memory import MemoryPool
-from kitsune.runtime import PlanExecutor, Prepared, current_stream
+from kitsune.runtime import PlanExecutor, Prepared
 from kitsune.runtime.fallback import tensor_of
 from kitsune.runtime.frame import Frame, storage_offset
 from kitsune.runtime.instructions import Allocate, Drop, Instruction
@@ -48,7 +48,7 @@ class PlanRun:
 
     def __init__(self, executor: PlanExecutor, prepared: Prepared, values: list[Any], scalars: list[float]) -> None:
         self.prepared, self.plan = prepared, prepared.plan
-        self.frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
+        self.frame = Frame(prepared.layout, values, scalars, streams.current_handle(prepared.device))
         self._pool, self._places = executor.pool, prepared.places
         if prepared.layout.arena:
             self.frame.move_in(executor.pool.take(prepared.plan.arena, prepared.device, self.frame.stream))

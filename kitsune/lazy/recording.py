@@ -16,10 +16,10 @@ from kitsune.lazy.cuts import computed_since, depth_of, go_on, goes_on, judge, k
 from kitsune.lazy.early_reads import EarlyReads, Run, memory_changed
 from kitsune.lazy.graphs import Graphs
 from kitsune.lazy.outlived import Outlived
-from kitsune.lazy.recorders import EVERY, OPEN
 from kitsune.lazy.region import Region, is_strided
 from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
+from kitsune.lazy.stream_changes import taking
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 
@@ -85,11 +85,11 @@ class Recording:
         self.early = EarlyReads(tally)
         self.outer_graph = False  # Came a tensor in whose graph was built outside, from leaves that were not seen?
         self.forget()
-        EVERY.add(self)
+        recorders.EVERY.add(self)
 
     def use_lock(self, lock: Any) -> None:
         """The lock that all recorders share; its methods are bound once: `with` costs 0.1 us more per op."""
-        self.lock, self._acquire, self._release = lock, lock.acquire, lock.release
+        self.lock, self._acquire, self._release = lock, taking(self, lock), lock.release
 
     def forget(self) -> None:
         """Drop every region seen so far; to be called between regions."""
@@ -173,7 +173,7 @@ class Recording:
                 self.flush(cause)
             elif cell.real is not None:
                 # Any open region may be about to write this memory, through another tensor.
-                for recording in {self, *OPEN}:
+                for recording in {self, *recorders.OPEN}:
                     recording.before_door(cell.real, cause)
             if cell.real is None:
                 raise RuntimeError(

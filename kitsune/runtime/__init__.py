@@ -10,7 +10,7 @@ from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
 from kitsune.runtime.numeric_settings import library_switches, numeric_settings
 from kitsune.runtime.out_forms import out_form, takes_memory
 from kitsune.runtime.page_reader import PageReader
-from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
+from kitsune.runtime.plan_executor import PlanExecutor, Prepared
 from kitsune.runtime.replay import Schedule, prepare, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.steady import SteadyState
@@ -40,7 +40,6 @@ __all__ = [
     "Work",
     "adopt_views",
     "asked_bytes",
-    "current_stream",
     "device_seconds",
     "give_back",
     "has_room",

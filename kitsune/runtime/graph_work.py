@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Graph, Kind, Launch, Op, Value
+from kitsune.ir import Graph, Kind, Launch, Op, Value, streams
 from kitsune.runtime.branches import reaches_device
 from kitsune.runtime.capturable import GraphFacts
 from kitsune.runtime.captured import Work
 from kitsune.runtime.cuda_graph import Sending
 from kitsune.runtime.frame import Frame, Pool, Startable
 from kitsune.runtime.instructions import Alias, Call, CallInto, Drop, Instruction, Publish, Send, Start, StartInGraph
-from kitsune.runtime.plan_executor import PlanExecutor, Prepared, current_stream
+from kitsune.runtime.plan_executor import PlanExecutor, Prepared
 from kitsune.runtime.replay import Schedule, replay
 from kitsune.runtime.slots import SlotTable
 from kitsune.runtime.tail import Tail, may_stay_outside, needs_of, reads
@@ -98,7 +98,7 @@ def plan_work(
     sends = () if there is None else (Send(awaited, lambda tensors: sending[0](tensors)),)
     inside = replace(prepared, instructions=(*head[:there], *sends, *head[there:]) if sends else head)
     device, layout = prepared.device, prepared.layout
-    arena = arenas.arena(prepared.plan.arena, device, current_stream(device)) if layout.arena else None
+    arena = arenas.arena(prepared.plan.arena, device, streams.current_handle(device)) if layout.arena else None
     left = _LeftOut(rest) if rest else None
 
     def run(values: list[Any], scalars: list[float], send: Sending) -> None:

@@ -10,7 +10,6 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from kitsune.ir import Graph, lent_memory, mark_lent, storage_of, streams
 from kitsune.ir.page import FEW_BYTES, N_COPIES
-from kitsune.runtime.plan_executor import stream_of
 from kitsune.runtime.raw_copy import is_solid, raw_copy
 
 # A tensor with a version counter of its own over the same memory; it does not go through the dispatcher.
@@ -55,7 +54,7 @@ class OutputMemory:
         self._next: list[tuple[int, torch.Tensor]] = []
         # Memory for copies after that, and the stream that it was taken on, whose it is.
         self._spares: list[torch.Tensor] = []
-        self._spares_of, self._stream = 0, stream_of(self._storage.device)
+        self._spares_of, self._stream = 0, streams.handle_of(self._storage.device)
         mark_lent(self._storage, self)
 
     @property

@@ -6,10 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Pending, Program
+from kitsune.ir import Pending, Program, streams
 from kitsune.ir.page import N_COPIES
 from kitsune.runtime.launch_tables import complete_rows, owners_of
-from kitsune.runtime.plan_executor import current_stream
 
 _data_ptr = torch._C.TensorBase.data_ptr
 
@@ -88,7 +87,7 @@ class Reading:
 
     def start(self) -> None:
         """Read the next page and copy what it names, on the current stream."""
-        pages, count, stream = self._pages, _data_ptr(self._words), current_stream(self._device)
+        pages, count, stream = self._pages, _data_ptr(self._words), streams.current_handle(self._device)
         n = len(pages.targets) + N_COPIES
         self._read.launch(1, [pages.first, pages.over, count, self._places, pages.numbers, n, pages.words], stream)
         if pages.targets:
@@ -96,7 +95,7 @@ class Reading:
 
     def copy_out(self, results: Sequence[torch.Tensor]) -> None:
         """Copy these to where the page says, on the current stream: at most `N_COPIES`, of at most `FEW_BYTES` each."""
-        place, stream = self._places + self._words.itemsize * len(self._pages.targets), current_stream(self._device)
+        place, stream = self._places + self._words.itemsize * len(self._pages.targets), streams.current_handle(self._device)
         for k, result in enumerate(results):
             args = [place + self._words.itemsize * k, _data_ptr(result), result.numel() * result.itemsize]
             self._copy_result.launch(1, args, stream)

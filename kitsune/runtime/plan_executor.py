@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 
-from kitsune.ir import Launch, Plan, Value
+from kitsune.ir import Launch, Plan, Value, streams
 from kitsune.runtime.assembly import Assembly
 from kitsune.runtime.branches import Branches
 from kitsune.runtime.fallback import tensor_of
@@ -89,7 +88,7 @@ class PlanExecutor:
 
         Returns what the run has left.
         """
-        frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
+        frame = Frame(prepared.layout, values, scalars, streams.current_handle(prepared.device))
         if prepared.layout.arena:
             assert block is not None
             frame.move_in(block)
@@ -102,7 +101,7 @@ class PlanExecutor:
 
     def _run_planned(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> bool:
         """False if there is not enough memory for the arena or with it, and nothing was done yet that others could see."""
-        frame = Frame(prepared.layout, values, scalars, current_stream(prepared.device))
+        frame = Frame(prepared.layout, values, scalars, streams.current_handle(prepared.device))
         try:
             if not self._move_in(prepared, frame):
                 return False
@@ -204,20 +203,6 @@ def _furnish(prepared: Prepared, frame: Frame) -> dict[int, torch.Tensor]:
 def _device_of(plan: Plan) -> torch.device:
     made = [v.type.device for op in plan.graph.ops for v in op.outputs]
     return next((device for device in made if device.type != "cpu"), torch.device("cpu"))
-
-
-def current_stream(device: torch.device) -> int:
-    """The handle of the current stream of a device; 0 where there are none."""
-    return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
-
-
-@cache
-def stream_of(device: torch.device) -> Callable[[], int]:
-    """The same, for those who ask at every replay."""
-    if device.type != "cuda":
-        return int
-    index, current = device.index or 0, torch._C._cuda_getCurrentRawStream
-    return lambda: current(index)
 
 
 def _enter_device(device: torch.device) -> torch.device:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import BACKWARDS_WITH_PLANS, Op, Value, is_own
+from kitsune.ir import BACKWARDS_WITH_PLANS, Op, Value, is_own, streams
 
 
 class _Request:
@@ -138,12 +138,12 @@ class _Settings:
     def __init__(self, device: torch.device) -> None:
         self._graded = torch.is_grad_enabled()
         self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        self._index = device.index or 0 if device.type == "cuda" else None
-        self._stream = self._before = _current_stream(self._index)
+        self._stream = self._before = streams.current(device.index or 0) if device.type == "cuda" else None
 
     def __enter__(self) -> None:
-        self._before = _current_stream(self._index)
-        _enter(self._stream)
+        if self._stream is not None:
+            self._before = streams.current(self._stream[1])
+            streams.enter(self._stream)
         torch._C._set_grad_enabled(self._graded)
         self._guard = torch._C._ForceDispatchKeyGuard(*self._keys)
         self._guard.__enter__()
@@ -151,17 +151,8 @@ class _Settings:
     def __exit__(self, *raised: Any) -> None:
         self._guard.__exit__(*raised)
         # Of a capture: what is tried out later is no part of one.
-        _enter(self._before)
-
-
-def _current_stream(index: int | None) -> Any:
-    return None if index is None else torch._C._cuda_getCurrentStream(index)
-
-
-def _enter(stream: Any) -> None:
-    if stream is not None:
-        number, index, kind = stream
-        torch._C._cuda_setStream(stream_id=number, device_index=index, device_type=kind)
+        if self._before is not None:
+            streams.enter(self._before)
 
 
 def key_of(op: Op) -> Any:

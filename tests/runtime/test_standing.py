@@ -119,7 +119,7 @@ def test_memory_for_copies_belongs_to_the_stream_that_it_is_used_on(
     replayed: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams, spares = [1], []
-    monkeypatch.setattr(lent_outputs, "stream_of", lambda device: lambda: streams[-1])
+    monkeypatch.setattr(lent_outputs.streams, "handle_of", lambda device: lambda: streams[-1])
     x, held = torch.zeros(3, 2), []
     for k in range(12):
         held.append(total(x))

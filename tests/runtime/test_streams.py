@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import kitsune
-from kitsune.ir import lent_memory
+from kitsune.ir import lent_memory, streams
+from kitsune.lazy.stream_changes import taking
 from tests.runtime.repeated import counts, graphs
 
 N_ROUNDS = 10
@@ -111,3 +112,53 @@ def test_operators_run_on_the_stream_that_they_were_called_on(make: Callable[[],
             torch.cuda.current_stream().wait_event(stream.record_event())
             assert kitsune.counters()["flushed"]["SYNCHRONIZE"] == before + 2
             assert (y + z).sum().item() == 5 << 20
+
+
+class OnGpu:
+    """A recorder of the CPU that says to be one of a CUDA device."""
+
+    device = torch.device("cuda:0")
+
+    def __init__(self, recorder: Any) -> None:
+        self._recorder = recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._recorder, name)
+
+
+class Switched:
+    """A device with streams, as a recorder sees them: numbers, of which one is the current one."""
+
+    def __init__(self) -> None:
+        self.now, self.entered, self.used = 7, [], []  # type: ignore[var-annotated]
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device, handle: int) -> Any:
+        before, self.now = self.now, handle
+        self.entered.append(handle)
+        yield
+        self.now = before
+
+
+def test_what_is_pending_runs_on_its_own_stream_where_no_door_tells_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, x = Switched(), torch.ones(3)
+    monkeypatch.setattr(streams, "handle_of", lambda _: lambda: device.now)
+    monkeypatch.setattr(streams, "on", device.on)
+    monkeypatch.setattr(streams, "use", device.used.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device.now)
+    with kitsune.accelerate(warmup=0, device="cpu"):
+        (pipeline,) = kitsune.contexts.here.depth
+        recorder = pipeline.recorder
+        monkeypatch.setattr(recorder, "shared", True)
+        cuda = OnGpu(recorder)
+        monkeypatch.setattr(recorder, "_acquire", taking(cuda, recorder.lock))
+        y = x + 1
+        z = y * 2
+        assert not kitsune.counters()["flushed"] and device.used == [7]
+        device.now = 9
+        w = z * 3
+        assert kitsune.counters()["flushed"] == {"SYNCHRONIZE": 1} and device.entered == [7] and device.used == [7, 9]
+        v = w + 1
+        assert device.entered == [7]
+        device.now = 7
+        assert v.tolist() == [13.0] * 3
