@@ -42,7 +42,7 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     choices_in.cache_clear()
     with config.patch(cache_dir=str(tmp_path), compile_workers=4, tuning="on", numerics="strict"):
         yield
-    kitsune.wait_for_kernels(SECONDS)
+    assert kitsune.wait_for_kernels(SECONDS)
     forget()
 
 
@@ -89,7 +89,7 @@ def all_tried() -> bool:
 
 def test_kernels_are_tried_beside_a_training_and_named_in_explain() -> None:
     train(kitsune.accelerate(), 4)
-    kitsune.wait_for_kernels(SECONDS)
+    assert kitsune.wait_for_kernels(SECONDS)
     train(kitsune.accelerate(), 6000, all_tried)
     report = kitsune.explain()
     assert counts("tiles_untried") == [0] and not report.mended and not counts("graph_refused")[0]
@@ -99,7 +99,7 @@ def test_kernels_are_tried_beside_a_training_and_named_in_explain() -> None:
     forget()
     choices_in.cache_clear()
     train(kitsune.accelerate(), 4)
-    kitsune.wait_for_kernels(SECONDS)
+    assert kitsune.wait_for_kernels(SECONDS)
     train(kitsune.accelerate(), 20)
     assert counts("tiles_untried") == [0] and all(line.remembered for line in kitsune.explain().tiles)
 
@@ -108,7 +108,7 @@ def test_results_stay_as_near_as_with_the_first_choice() -> None:
     expected = train(contextlib.nullcontext(), 40)
     for _ in range(3):
         got = train(kitsune.accelerate(), 40)
-        kitsune.wait_for_kernels(SECONDS)
+        assert kitsune.wait_for_kernels(SECONDS)
     train(kitsune.accelerate(), 6000, all_tried)
     got = train(kitsune.accelerate(), 40)
     assert counts("tiles_tried")[0] > 0
@@ -125,7 +125,7 @@ def test_with_deterministic_algorithms_bits_do_not_depend_on_what_was_measured(m
             with config.patch(tuning=tuning):
                 for _ in range(4):
                     train(kitsune.accelerate(), 12)
-                    kitsune.wait_for_kernels(SECONDS)
+                    assert kitsune.wait_for_kernels(SECONDS)
                 unfused = counts("unfused")
                 runs.append(train(kitsune.accelerate(), 600))
                 assert counts("unfused") == unfused, "what is run unfused adds up as eager does"
@@ -144,7 +144,7 @@ def test_trials_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         with config.patch(tuning=tuning):
             for _ in range(4):
                 train(kitsune.accelerate(), 10)
-                kitsune.wait_for_kernels(SECONDS)
+                assert kitsune.wait_for_kernels(SECONDS)
             # What earlier trainings have left in cycles is not the trials'.
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
