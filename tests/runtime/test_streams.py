@@ -14,6 +14,7 @@ from kitsune.ir import lent_memory, streams
 from kitsune.lazy.stream_changes import taking
 from tests.runtime.repeated import counts, graphs
 
+pytestmark = pytest.mark.usefixtures("fresh")
 N_ROUNDS = 10
 LATE = 50_000_000  # cycles: some 30 ms, in which the program is far ahead
 
@@ -48,6 +49,21 @@ def test_what_a_collective_has_is_not_moved_by_the_next_replay(door: Callable[[t
         door(result)
         assert (lent_memory(result.cell.real) is memory) == stays
         assert torch.equal(result, (x * 2).sin())
+
+
+def entered(stream: Any) -> None:
+    with stream:
+        pass
+
+
+@pytest.mark.parametrize("door", [entered, lambda s: s.synchronize(), lambda s: s.wait_event(torch.Event(device="cpu"))])
+def test_streams_of_no_device_in_particular_are_doors(door: Callable[[Any], None]) -> None:
+    x = torch.ones(3)
+    with kitsune.accelerate(warmup=0, device="cpu"):
+        y = x * 2
+        door(torch.Stream(device="cpu"))
+        assert kitsune.counters()["flushed"] == {"SYNCHRONIZE": 1}
+        assert y.tolist() == [2.0] * 3
 
 
 @torch.library.custom_op("streams_of_tests::add_late", mutates_args=("x",))
