@@ -9,6 +9,8 @@ import torch
 
 # By the device's index and the stream's handle. Those that torch makes are few, and stay.
 _used: dict[int, dict[int, torch.cuda.Stream]] = {}
+# Of streams that others make, and may take away, what was last known to be under way when the program left them.
+_left: dict[int, dict[int, torch.cuda.Event]] = {}
 
 
 @cache
@@ -25,14 +27,23 @@ def current_handle(device: torch.device) -> int:
 
 
 def use(stream: torch.cuda.Stream) -> None:
-    """The program makes, or has made, this stream the current one of its device."""
-    _used.setdefault(stream.device_index, {}).setdefault(stream.cuda_stream, stream)
+    """The program makes, or has made, this stream the current one of its device, or is about to leave it."""
+    handle, index = stream.cuda_stream, stream.device_index
+    if handle != stream.stream_id or not handle:
+        _used.setdefault(index, {}).setdefault(handle, stream)
+    elif not torch._C._cuda_isCurrentStreamCapturing():
+        wait_for_all(stream.device)
+        _left.setdefault(index, {})[handle] = _event_on(stream)
 
 
 def current(index: int) -> tuple[int, int, int]:
     """The current stream of a device of CUDA's, by its number, the device's, and the kind of device."""
     found: tuple[int, int, int] = torch._C._cuda_getCurrentStream(index)
     return found
+
+
+def place_of(stream: torch.cuda.Stream) -> tuple[int, int, int]:
+    return stream.stream_id, stream.device_index, stream.device_type
 
 
 def enter(stream: tuple[int, int, int]) -> None:
@@ -42,15 +53,25 @@ def enter(stream: tuple[int, int, int]) -> None:
 
 
 @contextlib.contextmanager
-def on(device: torch.device, handle: int) -> Iterator[None]:
-    """A stream that the program has used is the current one once more."""
-    index = device.index or 0
-    stream, before = _used[index][handle], current(index)
-    enter((stream.stream_id, stream.device_index, stream.device_type))
+def entered(stream: torch.cuda.Stream) -> Iterator[None]:
+    """A stream of Kitsune's own, or one that the program has used before, is the current one."""
+    before = current(stream.device_index)
+    enter(place_of(stream))
     try:
         yield
     finally:
         enter(before)
+
+
+@contextlib.contextmanager
+def on(device: torch.device, handle: int) -> Iterator[None]:
+    """The stream with this handle is the current one once more."""
+    stream = _used.get(device.index or 0, {}).get(handle)
+    if stream is None:
+        # One that others may have taken away. What was called on it waits for all.
+        wait_for_all(device)
+    with contextlib.nullcontext() if stream is None else entered(stream):
+        yield
 
 
 def wait_for_all(device: torch.device) -> None:
@@ -58,19 +79,21 @@ def wait_for_all(device: torch.device) -> None:
     here, others = _current_and_others(device)
     for other in others:
         _wait(here, other)
+    for event in _left.get(device.index or 0, {}).values():
+        torch._C._CudaEventBase.wait(event, here)
 
 
 @contextlib.contextmanager
 def in_order(device: torch.device) -> Iterator[None]:
     """What is started inside, on the current stream, comes behind all that was started and ahead of all that comes on any."""
     # Where one stream is all there is, as in most programs, nothing is asked of the device.
-    if len(_used.get(device.index or 0, ())) < 2 or device.type != "cuda" or torch._C._cuda_isCurrentStreamCapturing():
+    n = len(_used.get(device.index or 0, ())) + len(_left.get(device.index or 0, ()))
+    if n < 2 or device.type != "cuda" or torch._C._cuda_isCurrentStreamCapturing():
         yield
         return
-    here, others = _current_and_others(device)
-    for other in others:
-        _wait(here, other)
+    wait_for_all(device)
     yield
+    here, others = _current_and_others(device)
     for other in others:
         _wait(other, here)
 
@@ -81,8 +104,11 @@ def _current_and_others(device: torch.device) -> tuple[Any, list[Any]]:
 
 
 def _wait(one: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
+    torch._C._CudaEventBase.wait(_event_on(other), one)
+
+
+def _event_on(stream: torch.cuda.Stream) -> torch.cuda.Event:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    # Not the methods of its own class, which are doors.
-    methods: Any = super(torch.cuda.Event, event)
-    methods.record(other)
-    methods.wait(one)
+    # Not its own method, which is a door.
+    torch._C._CudaEventBase.record(event, stream)
+    return event

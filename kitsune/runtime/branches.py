@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kitsune.ir import Launch, awaited, meetings
+from kitsune.ir.streams import enter, place_of
 from kitsune.runtime.frame import Frame
 from kitsune.runtime.instructions import Allocate, Call, CallInto, Drop, Instruction, Send, Start, StartInGraph
 
@@ -117,17 +118,12 @@ def reaches_device(instruction: Instruction) -> bool:
 def _on(stream: torch.cuda.Stream, main: torch.cuda.Stream, frame: Frame) -> Iterator[None]:
     """With a side stream as the current one. (torch's own context asks for the stream before each time, and goes by a door.)"""
     before, frame.stream = frame.stream, stream.cuda_stream
-    _enter(stream)
+    enter(place_of(stream))
     try:
         yield
     finally:
-        _enter(main)
+        enter(place_of(main))
         frame.stream = before
-
-
-def _enter(stream: torch.cuda.Stream) -> None:
-    where = {"stream_id": stream.stream_id, "device_index": stream.device_index, "device_type": stream.device_type}
-    torch._C._cuda_setStream(**where)
 
 
 def _sides(device: torch.device, n: int) -> list[torch.cuda.Stream]:

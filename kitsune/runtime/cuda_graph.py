@@ -154,7 +154,7 @@ class CudaGraphs:
         # To begin a capture sets the generator's offset, on the stream that captures: replays that are still under way read it,
         # and the next one sets it to its own.
         self._stream.wait_stream(user)
-        with _one_capture, _no_collection(), torch.cuda.device(self.index), torch.cuda.stream(self._stream), _then(user):
+        with _one_capture, _no_collection(), torch.cuda.device(self.index), streams.entered(self._stream), _then(user):
             # The steps so far have left memory that the graph's pool cannot take.
             give_back(self.device)
             # Not a MemPool, which ends the process if it dies before its graph.

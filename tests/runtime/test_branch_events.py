@@ -69,7 +69,8 @@ def played(n_streams: int) -> Iterator[list[Stream]]:
     streams = [Stream() for _ in range(n_streams)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
-        patch.setattr(branches, "_enter", lambda stream: None)
+        patch.setattr(branches, "place_of", lambda stream: stream)
+        patch.setattr(branches, "enter", lambda stream: None)
         patch.setattr(branches, "_sides", lambda device, n: streams[1 : n + 1])
         yield streams
 

@@ -137,7 +137,8 @@ def test_memory_is_taken_before_a_library_call_of_the_same_time_can_give_back_it
     for kind in (Allocate, Call, CallInto, Start):
         monkeypatch.setattr(kind, "run", lambda self, frame: ran.append(self))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    monkeypatch.setattr("kitsune.runtime.branches._enter", lambda stream: None)
+    monkeypatch.setattr("kitsune.runtime.branches.place_of", lambda stream: stream)
+    monkeypatch.setattr("kitsune.runtime.branches.enter", lambda stream: None)
     monkeypatch.setattr("kitsune.runtime.branches._sides", lambda device, n: [Stream() for _ in range(n)])
     frame = Frame(prepared.layout, [None] * 100, [], 0)
     instructions = [i for i in prepared.instructions if isinstance(i, (Allocate, Call, CallInto, Start))]
