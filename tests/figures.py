@@ -129,8 +129,8 @@ def converged(results: Results) -> Counts:
 
     No sum of anybody's stays near where a training multiplies the least rounding. Eager's own training from weights that are one
     unit in the last place away (the column "nudged") shows where: a row that is lost is an expected one where that one leaves the
-    row's own bound as well. For "strict" that is the bound of each step's loss; for "fast", how far apart seeds of eager end on the
-    same unseen data. Nothing is lost expectedly for "bitwise".
+    row's own bound as well. For "strict" that is the bound of each step's loss; for "fast", how far apart seeds of eager end on
+    unseen data. Nothing is lost expectedly for "bitwise".
     """
     judged = [row for row in results.convergence if "kept" in row]
     lost = [row for row in judged if not row["kept"]]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import figures
+from tests.parity.expected import EXPECTED
 
 JUNIT = """<testsuites><testsuite>
   <properties><property name="hypothesis-statistics-tests/property/test_programs.py::test_lazy" value="STATISTICS"/></properties>
@@ -80,6 +81,12 @@ def test_what_one_machine_skips_another_may_run(tmp_path: Path) -> None:
     assert lines(tmp_path)["16      text of kernels, as it was written down"] == "3 2 1 0 0 0 40 fewer".split()
 
 
+@pytest.fixture
+def one_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPECTED, ("prod", "float16"), "a reason")
+
+
+@pytest.mark.usefixtures("one_is_expected")
 def test_sweeps_are_added_up_and_expected_differences_are_told_apart(tmp_path: Path) -> None:
     expected = {**ROW, "entry": "prod", "part": "float16", "equal": 4, "different": 1}
     (tmp_path / "sweep-1-of-2.jsonl").write_text(json.dumps(ROW))
@@ -89,6 +96,7 @@ def test_sweeps_are_added_up_and_expected_differences_are_told_apart(tmp_path: P
     assert found["2       errors of operators: the same type, the same text"] == ["5", "3", "2", "0", "0", "7"]
 
 
+@pytest.mark.usefixtures("one_is_expected")
 def test_only_expected_differences_pass(tmp_path: Path) -> None:
     file = tmp_path / "sweep.jsonl"
     file.write_text(json.dumps({**ROW, "entry": "prod", "part": "float16"}))
