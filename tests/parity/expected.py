@@ -68,7 +68,7 @@ def may_be_left(entry: str) -> bool:
     return any(entry in table for table in (LEFT_TO_EAGER, PARTLY_LEFT, PASSES_THROUGH, PASSES_THROUGH_ON_CPU))
 
 
-# What differs from eager: (entry, part of the sweep): reason. A row that is equal fails the sweep.
+# What differs from eager: (entry, part of the sweep): reason. A row that is equal fails the sweep; there is none at present.
 EXPECTED: dict[tuple[str, str], str] = {}
 
 
