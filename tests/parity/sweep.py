@@ -192,15 +192,19 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def left_out(rows: Sequence[Row]) -> list[str]:
-    """What could not be judged, and why, by entry and part."""
-    return [f"{row['entry']}[{row['part']}]: {n} left out: {why}" for row in rows for why, n in row["why_left_out"].items()]
+def not_as_in_eager(rows: Sequence[Row]) -> list[str]:
+    """What could not be judged, and why, by entry and part; and the entries that are as under any mode, and not as in eager."""
+    of_any_mode = sorted({row["entry"] for row in rows if row["of_any_mode"]})
+    named = ["as under any mode: " + ", ".join(of_any_mode)] if of_any_mode else []
+    return named + [
+        f"{row['entry']}[{row['part']}]: {n} left out: {why}" for row in rows for why, n in row["why_left_out"].items()
+    ]
 
 
 def told(rows: Sequence[Row]) -> int:
     """Print the table, what could not be judged, and what is wrong; the exit status."""
     wrong = list(chain.from_iterable(map(surprises, rows)))
-    print("\n".join([*left_out(rows), *wrong]))
+    print("\n".join([*not_as_in_eager(rows), *wrong]))
     print(table(rows))
     print(f"{len({row['entry'] for row in rows})} entries; {len(wrong)} lines above are unexpected")
     return 1 if wrong else 0

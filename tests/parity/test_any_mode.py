@@ -88,6 +88,7 @@ def test_what_any_mode_does_otherwise_is_no_difference_of_kitsunes() -> None:
     verdicts = [sights.four_sights(sample) for sample in sights.samples("prod", torch.float16)]
     assert not any(verdict.differences or verdict.left_out for verdict in verdicts)
     assert any(verdict.of_any_mode for verdict in verdicts)
+    assert sweep.not_as_in_eager([sweep.swept("prod", "float16", sys.maxsize)]) == ["as under any mode: prod"]
 
 
 def test_what_torch_refuses_under_any_mode_is_left_out() -> None:
@@ -106,7 +107,7 @@ def test_what_the_database_cannot_make_is_left_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_opinfo._database()["neg"], "sample_inputs_func", unmade)
     row = sweep.swept("neg", "float32", sys.maxsize)
     assert (row["run"], row["left_out"], row["crashed"]) == (0, 1, 0)
-    assert sweep.left_out([row]) == [
+    assert sweep.not_as_in_eager([row]) == [
         "neg[float32]: 1 left out: the database cannot make a sample: ArithmeticError: no such sample"
     ]
 
