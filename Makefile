@@ -46,7 +46,7 @@ demo: $(READY)
 test: lint
 	@flags=""; \
 	if $(call has,xdist); then flags="$$flags -n auto --dist worksteal"; fi; \
-	if $(call has,pytest_timeout); then flags="$$flags --timeout 300"; fi; \
+	if $(call has,pytest_timeout); then flags="$$flags --timeout 60"; fi; \
 	$(RUN) -m pytest tests -q $$flags $(ARGS)
 
 SHARD ?= 1/1

@@ -43,6 +43,10 @@ def _database() -> dict[str, Any]:
     }
 
 
+class Unmade(Exception):
+    """An entry of the database raises where it is to make a sample: there is nothing yet that eager, or Kitsune, could run."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """A call of one entry; ``inputs`` is (input, args, kwargs)."""
@@ -174,7 +178,11 @@ def checked_function(sample: Sample) -> tuple[Callable[..., Any], list[torch.Ten
 
 def _inputs(op: Any, device: str, dtype: torch.dtype) -> Iterator[Any]:
     reseed()
-    return iter(op.sample_inputs(torch.device(device), dtype, requires_grad=_differentiable(op, dtype, device)))
+    grad = _differentiable(op, dtype, device)
+    try:
+        yield from op.sample_inputs(torch.device(device), dtype, requires_grad=grad)
+    except Exception as error:
+        raise Unmade(f"the database cannot make a sample: {type(error).__name__}: {error}") from error
 
 
 def _sample(name: str, dtype: torch.dtype, grad: bool, found: Any) -> Sample:

@@ -41,12 +41,20 @@ if hypothesis is not None:
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+# Some compile many kernels, or run under a sanitizer: up to 120 s beside an H200.
+SECONDS_ON_A_GPU = 900
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "benchmark" not in config.getoption("markexpr"):
         unasked = pytest.mark.skip(reason="measures time: pytest tests/benchmarks -m benchmark")
         for item in items:
             if "benchmark" in item.keywords:
                 item.add_marker(unasked)
+    # Where there is a limit, it is of tests on a CPU.
+    for item in items if config.getoption("timeout", None) else ():
+        if "gpu" in item.keywords and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SECONDS_ON_A_GPU))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")

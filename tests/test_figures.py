@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import figures
+from tests.parity.expected import EXPECTED
 
 JUNIT = """<testsuites><testsuite>
   <properties><property name="hypothesis-statistics-tests/property/test_programs.py::test_lazy" value="STATISTICS"/></properties>
@@ -80,6 +81,12 @@ def test_what_one_machine_skips_another_may_run(tmp_path: Path) -> None:
     assert lines(tmp_path)["16      text of kernels, as it was written down"] == "3 2 1 0 0 0 40 fewer".split()
 
 
+@pytest.fixture
+def one_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPECTED, ("prod", "float16"), "a reason")
+
+
+@pytest.mark.usefixtures("one_is_expected")
 def test_sweeps_are_added_up_and_expected_differences_are_told_apart(tmp_path: Path) -> None:
     expected = {**ROW, "entry": "prod", "part": "float16", "equal": 4, "different": 1}
     (tmp_path / "sweep-1-of-2.jsonl").write_text(json.dumps(ROW))
@@ -89,6 +96,7 @@ def test_sweeps_are_added_up_and_expected_differences_are_told_apart(tmp_path: P
     assert found["2       errors of operators: the same type, the same text"] == ["5", "3", "2", "0", "0", "7"]
 
 
+@pytest.mark.usefixtures("one_is_expected")
 def test_only_expected_differences_pass(tmp_path: Path) -> None:
     file = tmp_path / "sweep.jsonl"
     file.write_text(json.dumps({**ROW, "entry": "prod", "part": "float16"}))
@@ -115,17 +123,47 @@ def test_predictions_addresses_and_scripts_are_counted(tmp_path: Path) -> None:
     assert figures.main([str(tmp_path / "machine-1-of-2.jsonl")]) == 1
 
 
-def test_trainings_are_judged_by_their_grades(tmp_path: Path) -> None:
-    rows = [
-        {"model": "a", "precision": "amp", "column": column, "kept": kept}
-        for column, kept in (("bitwise", True), ("strict", False), ("fast", False))
-    ]
-    nudged = {"model": "a", "precision": "amp", "column": "nudged", "beyond_bound": 3}
-    (tmp_path / "convergence-any.json").write_text(json.dumps({"rows": [*rows, nudged]}))
+SPREAD = 0.25
+# Of one training: eager, and three grades of which two are lost.
+TRAININGS = [
+    {"model": "a", "precision": "amp", **columns}
+    for columns in (
+        {"column": "eager", "held_out": 1.0, "beyond_bound": 0},
+        {"column": "bitwise", "kept": True},
+        {"column": "strict", "kept": False},
+        {"column": "fast", "kept": False, "spread_of_seeds": SPREAD},
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("nudged", "expected"),
+    [
+        ({"beyond_bound": 3, "held_out": 1 + SPREAD}, 1),
+        ({"beyond_bound": 0, "held_out": 1 - 2 * SPREAD}, 1),
+        ({"beyond_bound": 3, "held_out": 1 + 2 * SPREAD}, 2),
+        ({"beyond_bound": 0, "held_out": 1 - SPREAD}, 0),
+        ({"beyond_bound": 3, "held_out": 1 + 2 * SPREAD, "precision": "fp16"}, 0),
+    ],
+    ids=["the losses of its steps", "its last loss", "both", "neither", "another training's"],
+)
+def test_a_training_is_lost_expectedly_where_a_nudge_is_beyond_the_same_bound(
+    nudged: dict[str, float], expected: int, tmp_path: Path
+) -> None:
+    rows = [*TRAININGS, {"model": "a", "precision": "amp", "column": "nudged", **nudged}]
+    file = tmp_path / "convergence-any.json"
+    file.write_text(json.dumps({"rows": rows}))
     name = "7       eight small models, 200 steps, in three grades, on a GPU"
-    assert lines(tmp_path)[name] == "3 1 2 0 1 0 72 fewer".split()
-    (tmp_path / "convergence-any.json").write_text(json.dumps({"rows": [*rows, {**nudged, "beyond_bound": 0}]}))
-    assert lines(tmp_path)[name] == "3 1 2 0 0 0 72 fewer".split()
+    assert lines(tmp_path)[name] == f"3 1 2 0 {expected} 0 72 fewer".split()
+    assert figures.main([str(file)]) == (0 if expected == 2 else 1)
+
+
+def test_bitwise_is_never_lost_expectedly(tmp_path: Path) -> None:
+    wild = {"model": "a", "precision": "amp", "column": "nudged", "beyond_bound": 200, "held_out": 9.0}
+    lost = {"model": "a", "precision": "amp", "column": "bitwise", "kept": False}
+    file = tmp_path / "convergence-any.json"
+    file.write_text(json.dumps({"rows": [TRAININGS[0], lost, wild]}))
+    assert figures.main([str(file)]) == 1
 
 
 def test_of_several_runs_of_a_mutant_the_last_counts(tmp_path: Path) -> None:

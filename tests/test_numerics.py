@@ -19,7 +19,6 @@ from kitsune.planning import Planner
 from kitsune.scheduler import RATES, Costs
 from kitsune.scheduler.formats import ROWS
 from tests.codegen.build import build
-from tests.parity.outcomes import OTHER_FORMULA
 from tests.plan.test_corpus_plans import CORPUS, graph_of
 
 
@@ -40,7 +39,6 @@ def test_every_reduction_that_a_kernel_does_and_every_op_that_is_laid_out_has_a_
     assert REDUCED.keys() <= REDUCTIONS.keys()
     # Pooling by the largest picks the same number in any layout.
     assert ROWS.keys() - {"max_pool2d_with_indices"} <= REDUCTIONS.keys() | ASKED_OTHERWISE.keys()
-    assert {name.removeprefix("masked.") for name in OTHER_FORMULA} <= FORMULAS.keys()
 
 
 def test_a_grade_has_what_stricter_ones_have_and_more() -> None:

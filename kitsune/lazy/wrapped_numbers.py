@@ -12,6 +12,8 @@ from kitsune.lazy.recording import PLAIN
 
 # The tensor that torch makes of a number.
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+# Those that a functorch transform stands behind have no number of their own.
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 _REFUSED = ("Expected a value of type 'Tensor", "Expected a value of type 'List[", "Expected a value of type 'Optional[")
 
 
@@ -39,7 +41,7 @@ class Given:
     """The tensors of a call that may stand behind numbers."""
 
     def __init__(self, tree: Any) -> None:
-        found = {id(t): t for t in tensors_in(tree) if type(t) in PLAIN and t.device.type == "cpu"}
+        found = {id(t): t for t in tensors_in(tree) if type(t) in PLAIN and t.device.type == "cpu" and not _is_transformed(t)}
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             self._numbers = [(repr(t.item()), t) for t in found.values() if not t.dim() and t.dtype in _DTYPES.values()]
         self.is_unclear = False

@@ -16,6 +16,7 @@ from benchmarks.bench_amp import loops
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.timeout(300)
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     target = tmp_path / "amp.json"
     command = [sys.executable, "-m", "benchmarks.bench_amp", "--device", "cpu", "--size", "small", "--models", "mlp"]

@@ -27,6 +27,7 @@ def row(column: str, ms: float, losses: list[float], **more: Any) -> rows.Row:
     return {**key, "step_ms": ms, "quartiles_ms": [ms, ms], "cold": cold, **more}
 
 
+@pytest.mark.timeout(300)
 def test_two_columns_of_a_small_model_are_measured_and_kept(tmp_path: Path) -> None:
     target = tmp_path / "step.json"
     command = [sys.executable, "-m", "benchmarks.train_step", "--models", "mlp", "--columns", "eager,kitsune"]

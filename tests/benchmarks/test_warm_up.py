@@ -54,6 +54,7 @@ def test_of_several_rounds_the_median_of_each_step_is_shown() -> None:
     assert shown["refused"] == ["so"]
 
 
+@pytest.mark.timeout(300)
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     target = tmp_path / "found.json"
     command = [sys.executable, "-m", "benchmarks.bench_warm_up", "--device", "cpu", "--json", str(target)]
@@ -66,6 +67,7 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     assert rows[0]["losses"] == rows[1]["losses"] == rows[2]["losses"]
 
 
+@pytest.mark.timeout(300)
 def test_many_batch_sizes_run_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

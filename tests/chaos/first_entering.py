@@ -1,9 +1,9 @@
 """An interrupt at each line of the first entering of a process: nothing is left, and the next entering finds all as it should be.
 
-    python -m tests.chaos.first_entering [first | last]
+    python -m tests.chaos.first_entering [first | last] [N]
 
-Each line is interrupted the first or the last time that it is run, in a fork of a process that has entered no context yet. It
-prints how many lines there were, and in which something was left.
+Each line, or with N every Nth, is interrupted the first or the last time that it is run, in a fork of a process that has entered
+no context yet. It prints how many lines there were, and in which something was left.
 """
 
 from __future__ import annotations
@@ -148,14 +148,14 @@ def interrupted(at: int, expected: list[torch.Tensor]) -> Any:
 
 def main() -> int:
     torch.set_num_threads(1)
-    which = sys.argv[1] if len(sys.argv) > 1 else "first"
+    which, every = (*sys.argv[1:], *("first", "1")[len(sys.argv) - 1 :])
     loop = Loop()
     train(loop)
     state = loop.state()
     # Or each fork would look at, and copy, all that torch has brought.
     gc.freeze()
     expected = apart(lambda: trained(state))
-    found = apart(lambda: places(which))
+    found = dict(list(apart(lambda: places(which)).items())[:: int(every)])
     wrong = {line: got for line, n in found.items() if (got := apart(lambda n=n: interrupted(n, state))) != expected}
     print(json.dumps({"lines": len(found), "wrong": wrong, "expected": expected}))
     return 0

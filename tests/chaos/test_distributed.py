@@ -15,6 +15,7 @@ from tests.chaos.counting import Counts, many
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_ranks_train_as_in_eager(device: str, counts: Counts) -> None:
     """Every way to share gradients and parameters, by two processes: each loss, parameter, buffer and state."""

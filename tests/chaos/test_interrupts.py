@@ -166,16 +166,19 @@ def in_a_call(line: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("which", ["first", "last"] if FULL else ["first"])
 def test_before_each_line_of_the_first_entering(counts: Counts, which: str) -> None:
-    """Nothing is left, no door is half put on, and the next entering finds all of them to be put on once."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.chaos.first_entering", which]
+    """Nothing is left, no door is half put on, and the next entering finds all of them to be put on once; of hundreds of lines
+    every fifth in a normal run."""
+    every = many(5, 1)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.chaos.first_entering", which, str(every)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     expected = told["expected"]
-    assert (expected["same"], expected["followed"], told["lines"] > 400) == (True, True, True)
+    assert (expected["same"], expected["followed"], told["lines"] > 400 // every) == (True, True, True)
     assert all(expected["doors"])
     for line in range(told["lines"] - len(told["wrong"])):
         counts.compare(str(line), None, None)
@@ -183,6 +186,7 @@ def test_before_each_line_of_the_first_entering(counts: Counts, which: str) -> N
         counts.compare(line, None, str(got))
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("which", ["first", "last"] if FULL else ["first"])
 @pytest.mark.parametrize(("what", "least"), [("leaving", 400), ("disabling", 300), ("enabling", 20)])

@@ -118,6 +118,8 @@ PATTERNS: dict[str, Callable[[Tensor], Any]] = {
     "softmax": lambda x: (x * 2).softmax(1),
     "layer norm": lambda x: nn.functional.layer_norm(x + 1, (48,), ROW, ROW),
     "sum over the batch": lambda x: (x * 2).sum(0),
+    "mean of everything": lambda x: (x * 2).mean(),
+    "loss": lambda x: nn.functional.cross_entropy(x, torch.zeros(len(x), dtype=torch.int64)),
 }
 
 
@@ -126,7 +128,7 @@ def test_batches_of_ever_new_sizes_share_kernels(name: str, counts: Counts) -> N
     """At most eight for each kernel of a plan, with all the tiles that they have."""
     every = many(41, 1)
     found: dict[int, set[tuple[str, Any]]] = {}
-    for n in range(1, 1001, every):
+    for n in {*range(1, 1001, every), *(1 << k for k in range(10))}:
         kitsune.reset()
         plan = plan_of(lambda n=n: PATTERNS[name](torch.zeros(n, 48)), numerics="strict")
         programs = [program_of(launch) for launch in plan.launches if launch.kernels]

@@ -27,6 +27,7 @@ def test_every_rule_has_a_sample() -> None:
     assert not missing
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("what", ["ops", "shapes"])
 def test_kernels_compute_what_aten_does(what: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.codegen.interpret", str(tmp_path), what]

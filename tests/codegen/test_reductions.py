@@ -50,6 +50,7 @@ def only(program: Callable[..., Any], *inputs: torch.Tensor) -> Kernel:
 PARTS = {**{str(dtype).removeprefix("torch."): 75 for dtype in DTYPES}, "layouts": 60, "special": 20, "batched": 6, "gathered": 8}
 
 
+@pytest.mark.timeout(630)
 @pytest.mark.parametrize("what", PARTS)
 def test_results_are_as_near_to_float64_as_eagers(what: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")

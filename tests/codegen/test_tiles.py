@@ -73,6 +73,21 @@ MEASURED = {
 }
 
 
+def test_a_row_alone_has_one_of_few_widths_and_rows_beside_others_their_own() -> None:
+    sizes = (2, 200, 256, 257, 1000, 1025, 4096)
+    alone, beside = (
+        [tile_of(launch_of(lambda x: (x * 2).sum(-1), torch.zeros(*rows, n)).kernels[0]) for n in sizes] for rows in ((), (2,))
+    )
+    assert {tile: sizes[alone.index(tile)] for tile in alone} == {
+        Tile(1, 256, 1): 2,
+        Tile(1, 1024, 4): 257,
+        Tile(1, 4096, 8): 1025,
+    }
+    assert [tile.columns for tile in beside] == [2, 256, 256, 512, 1024, 2048, 4096]
+    tried = [tile for n in sizes for tile in candidates(launch_of(lambda x: (x * 2).sum(), torch.zeros(n)).kernels[0])]
+    assert {tile.columns for tile in tried} == {256, 1024, 4096} and len(set(tried)) > 3
+
+
 @pytest.mark.parametrize("path", LARGE, ids=name_of)
 def test_first_choices_are_what_was_measured(path: Path) -> None:
     model = name_of(path).partition("-")[0]

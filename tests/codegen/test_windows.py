@@ -42,6 +42,7 @@ def kernels(plan: Plan) -> list[Kernel]:
     return [k for launch in plan.launches for k in launch.kernels if k.steps[0].op.kind is Kind.WINDOW]
 
 
+@pytest.mark.timeout(300)
 def test_pooling_computes_what_aten_does(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.codegen.interpret_windows", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2], check=False)

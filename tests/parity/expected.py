@@ -68,15 +68,8 @@ def may_be_left(entry: str) -> bool:
     return any(entry in table for table in (LEFT_TO_EAGER, PARTLY_LEFT, PASSES_THROUGH, PASSES_THROUGH_ON_CPU))
 
 
-# What differs from eager: (entry, part of the sweep): reason. A row that is equal fails the sweep.
-EXPECTED: dict[tuple[str, str], str] = {
-    ("prod", "float16"): "torch's other formula for its gradient is more than a rounding away, 1.2e-3 where 1e-3 is allowed",
-    ("masked.prod", "float16"): "as prod",
-    ("masked.prod", "complex64"): "as prod: 2.1e-6 where 1.3e-6 is allowed",
-    ("custom/NumpyNonzeroCustomOp", "bool"): "the database cannot make its sample: it multiplies a bool tensor by integers",
-    ("linspace.tensor_overload", "vmap"): "beside a mapped operand torch takes a number for a tensor where any mode is on",
-    ("logspace.tensor_overload", "vmap"): "as linspace",
-}
+# What differs from eager: (entry, part of the sweep): reason. A row that is equal fails the sweep; there is none at present.
+EXPECTED: dict[tuple[str, str], str] = {}
 
 
 def expected_reason(entry: str, part: str) -> str | None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests import _compare, _opinfo
@@ -23,29 +24,10 @@ UNINITIALISED: dict[str, str] = {
     "new_empty_strided": "allocates without writing",
 }
 
-# Entries whose gradients torch computes by another formula while any dispatch mode is on: compared to within a few roundings.
-OTHER_FORMULA: dict[str, str] = {
-    "cumprod": "cumprod_backward divides by the input only for plain tensors",
-    "masked.cumprod": "cumprod_backward divides by the input only for plain tensors",
-    "prod": "prod_backward divides the result by the input only for plain tensors",
-    "masked_fill": "masked_fill_backward sums the chosen elements alone only for plain tensors",
-    "masked.prod": "prod_backward divides the result by the input only for plain tensors",
-}
-
-# Entries whose results, too, torch computes by another formula while any dispatch mode is on: compared likewise.
-OTHER_RESULT: dict[str, str] = {
-    "module/nn.LinearCrossEntropyLoss": "cross_entropy_loss sums the weights of ignored classes, too, as zeros",
-}
-
 # Entries that differ from themselves in eager, by what was in memory before: compared to within a few roundings.
 UNREPEATABLE: dict[str, str] = {
     "linalg.lstsq": "LAPACK's gelsy reads pivots that torch does not set: 5 results in 300 calls in eager",
     "linalg.lstsq.grad_oriented": "as linalg.lstsq",
-}
-
-# Entries whose gradients torch computes in another layout for any wrapper subclass: compared in all but strides.
-OTHER_STRIDES: dict[str, str] = {
-    "ormqr": "the backward of householder_product works in place for plain tensors only",
 }
 
 
@@ -101,8 +83,19 @@ def _random(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torc
 def _value_comparison(name: str, field: str) -> _compare.Comparison | None:
     if field == "outputs" and name in UNINITIALISED:
         return None
-    roughly = name in UNREPEATABLE or name in OTHER_RESULT or (field == "grads" and name in OTHER_FORMULA)
-    return _compare.rounding_difference if roughly else _compare.value_difference
+    return _compare.rounding_difference if name in UNREPEATABLE else _compare.value_difference
+
+
+class AnyMode(TorchDispatchMode):
+    """Calls what it is given, and no more: what differs from eager under it, torch does otherwise under any mode."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def is_as_under_any_mode(sample: Any, got: Outcome) -> bool:
+    """Is what differs from eager, in each bit, what torch makes of a fresh sample under a mode that does nothing?"""
+    return not any(differences(sample.name, run(sample, AnyMode()), got))
 
 
 def differences(name: str, expected: Outcome, got: Outcome) -> Iterator[str]:
@@ -112,11 +105,10 @@ def differences(name: str, expected: Outcome, got: Outcome) -> Iterator[str]:
         here, there = getattr(got, field), getattr(expected, field)
         if len(here) != len(there):
             yield f"{len(here)} {field} instead of {len(there)}"
-        known = ("stride",) if field == "grads" and name in OTHER_STRIDES else ()
         compare = _value_comparison(name, field)
         for i, (a, b) in enumerate(zip(there, here, strict=False)):
             # A backward that was followed leaves a node that says so, and no graph of named ones.
-            skip = (*known, "history") if isinstance(b, torch.Tensor) and _compare.history(b) == "GoneBackward" else known
+            skip = ("history",) if isinstance(b, torch.Tensor) and _compare.history(b) == "GoneBackward" else ()
             if difference := _compare.difference(a, b, values=compare, skip=skip):
                 yield f"{field}[{i}]: {difference}"
     if got.aliases != expected.aliases:

@@ -5,7 +5,10 @@
     python -m tests.parity.sweep --only add --parts int64  one entry, one dtype
 
 A shard exits with 1 if a sample differs from eager or crashes and no row of `expected.py` says so, or if one that a row
-says so of is equal. Each entry runs in a process of its own, so that one which takes the interpreter down is counted.
+says so of is equal. What differs from eager is compared with eager under a mode that does nothing, too: to have its every bit is
+equal (column "of_any_mode"), and where torch refuses a sample under such a mode nothing can be shown: it is left out, as is one
+that the database itself cannot make. Each entry runs in a process of its own, so that one which takes the interpreter down is
+counted.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -37,6 +40,8 @@ PARTS = (*DTYPES, "no gradient", "pending", "in place", "vmap", "errors", "gradc
 # What the tests set, and why, is in tests/conftest.py.
 SWITCHES = {"gate": False, "verify": True, "compile_workers": 0, "numerics": "bitwise"}
 COUNTS = ("run", "equal", "different", "crashed")
+# Of those that were run: eager differs from itself; torch differs from eager while any mode is on, and Kitsune not from that.
+NOTED = ("unstable", "of_any_mode")
 # Verdicts of samples of which Kitsune has left nothing to eager; the rest name their reasons.
 TOOK_PART = ("followed", "recorded", "observed", "no operator", "raised", "did not raise", "fails in eager")
 SECONDS = 900  # for one entry; the longest takes a third of it on a busy machine
@@ -50,24 +55,35 @@ def names() -> list[str]:
 Check = Callable[[Any], sights.Verdict]
 
 
-def work(name: str, part: str) -> tuple[Check, list[Any]]:
+def work(name: str, part: str) -> tuple[Check, Iterator[Any]]:
     """What is done with which samples of an entry, in one part of the sweep."""
     if part in DTYPES:
-        return sights.four_sights, list(sights.samples(name, getattr(torch, part)))
+        return sights.four_sights, sights.samples(name, getattr(torch, part))
     if name.partition("/")[0] in ("module", "optimizer"):
-        return sights.four_sights, []
+        return sights.four_sights, iter(())
     if part == "no gradient":
-        return sights.four_sights, list(_opinfo.ungraded_samples(name, "cpu"))
+        return sights.four_sights, _opinfo.ungraded_samples(name, "cpu")
     if part in ("pending", "in place"):
-        return sights.four_sights, list(_opinfo.pending_samples(name, "cpu", part == "in place"))
+        return sights.four_sights, _opinfo.pending_samples(name, "cpu", part == "in place")
     if part == "vmap":
-        return sights.four_sights, list(_opinfo.mapped_samples(name, "cpu"))
+        return sights.four_sights, _opinfo.mapped_samples(name, "cpu")
     if part == "errors":
-        return sights.raised_alike, list(_opinfo.error_samples(name, "cpu"))
+        return sights.raised_alike, _opinfo.error_samples(name, "cpu")
     if part == "gradgradcheck" and not _opinfo.supports_second_gradients(name):
-        return sights.four_sights, []
-    samples = [s for s in _opinfo.samples(name, "cpu", torch.float64) if any(t.requires_grad for t in s.tensors())]
+        return sights.four_sights, iter(())
+    samples = (s for s in _opinfo.samples(name, "cpu", torch.float64) if any(t.requires_grad for t in s.tensors()))
     return partial(sights.checked_gradients, order=1 if part == "gradcheck" else 2), samples
+
+
+def made(samples: Iterator[Any]) -> tuple[list[Any], str]:
+    """All of them, up to one that the database cannot make, and why it cannot."""
+    found = []
+    try:
+        for sample in samples:
+            found.append(sample)
+    except _opinfo.Unmade as error:
+        return found, str(error)
+    return found, ""
 
 
 def swept(name: str, part: str, most: int) -> Row:
@@ -80,24 +96,40 @@ def swept(name: str, part: str, most: int) -> Row:
         "took_part": Counter(),
         "told": [],
         "unstable": 0,
+        "of_any_mode": 0,
         "left_out": 0,
+        "why_left_out": Counter(),
     }
     try:
-        check, samples = work(name, part)
+        check, given = work(name, part)
+        samples, unmade = made(given)
         row["left_out"] = max(0, len(samples) - most)
+        if unmade:
+            _leave_out(row, unmade)
         for index in range(0, len(samples), -(-len(samples) // most) or 1):
-            verdict = check(samples[index])
-            row["run"] += 1
-            row["different" if verdict.differences else "equal"] += 1
-            row["unstable"] += bool(verdict.unstable)
-            row["took_part"][verdict.took_part] += 1
-            if verdict.differences and len(row["told"]) < 5:
-                row["told"].append(f"sample {index}: " + "; ".join(verdict.differences)[:400])
+            _judge(row, check(samples[index]), index)
     except Exception:  # of the harness or out of Kitsune: either way the part is not shown to be equal
         row["crashed"] += 1
         row["told"].append(traceback.format_exc(limit=-4)[-600:])
     row["seconds"] = round(time.perf_counter() - began, 3)
     return row
+
+
+def _judge(row: Row, verdict: sights.Verdict, index: int) -> None:
+    if verdict.left_out:
+        return _leave_out(row, f"torch refuses it under any mode: {verdict.left_out}")
+    row["run"] += 1
+    row["different" if verdict.differences else "equal"] += 1
+    row["unstable"] += bool(verdict.unstable)
+    row["of_any_mode"] += bool(verdict.of_any_mode)
+    row["took_part"][verdict.took_part] += 1
+    if verdict.differences and len(row["told"]) < 5:
+        row["told"].append(f"sample {index}: " + "; ".join(verdict.differences)[:400])
+
+
+def _leave_out(row: Row, reason: str) -> None:
+    row["left_out"] += 1
+    row["why_left_out"][reason.partition("\n")[0][:200]] += 1
 
 
 def in_a_process(name: str, parts: Sequence[str], most: int) -> list[Row]:
@@ -120,7 +152,8 @@ def in_a_process(name: str, parts: Sequence[str], most: int) -> list[Row]:
     if len(rows) < len(parts):
         how = f"ended with {child.exitcode} (negative: by a signal) or took more than {SECONDS} s for one part"
         lost = {"entry": name, "part": parts[len(rows)], **dict.fromkeys(COUNTS, 0), "crashed": 1}
-        rows += [{**lost, "took_part": {}, "told": [how], "unstable": 0, "left_out": 0, "seconds": 0.0}]
+        rows += [{**lost, "took_part": {}, "told": [how], "unstable": 0, "of_any_mode": 0, "left_out": 0}]
+        rows[-1] |= {"why_left_out": {}, "seconds": 0.0}
         rows += in_a_process(name, parts[len(rows) :], most) if len(rows) < len(parts) else []
     return rows
 
@@ -148,23 +181,30 @@ def surprises(row: Row) -> list[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """Counts by part, and how far Kitsune took part."""
-    lines = [
-        f"{'':14s}" + "".join(f"{name:>11s}" for name in (*COUNTS, "unstable", "followed", "recorded", "neither", "minutes"))
-    ]
+    lines = [f"{'':14s}" + "".join(f"{name:>12s}" for name in (*COUNTS, *NOTED, "followed", "recorded", "neither", "minutes"))]
     for part in (*PARTS, "all"):
         here = [row for row in rows if part in (row["part"], "all")]
         took = sum((Counter(row["took_part"]) for row in here), Counter[str]())
-        numbers = [sum(row[name] for row in here) for name in (*COUNTS, "unstable")]
+        numbers = [sum(row[name] for row in here) for name in (*COUNTS, *NOTED)]
         parts = [took["followed"], took["recorded"], took.total() - took["followed"] - took["recorded"]]
         minutes = sum(row["seconds"] for row in here) / 60
-        lines.append(f"{part:14s}" + "".join(f"{number:11d}" for number in (*numbers, *parts)) + f"{minutes:11.1f}")
+        lines.append(f"{part:14s}" + "".join(f"{number:12d}" for number in (*numbers, *parts)) + f"{minutes:12.1f}")
     return "\n".join(lines)
 
 
+def not_as_in_eager(rows: Sequence[Row]) -> list[str]:
+    """What could not be judged, and why, by entry and part; and the entries that are as under any mode, and not as in eager."""
+    of_any_mode = sorted({row["entry"] for row in rows if row["of_any_mode"]})
+    named = ["as under any mode: " + ", ".join(of_any_mode)] if of_any_mode else []
+    return named + [
+        f"{row['entry']}[{row['part']}]: {n} left out: {why}" for row in rows for why, n in row["why_left_out"].items()
+    ]
+
+
 def told(rows: Sequence[Row]) -> int:
-    """Print the table and what is wrong; the exit status."""
+    """Print the table, what could not be judged, and what is wrong; the exit status."""
     wrong = list(chain.from_iterable(map(surprises, rows)))
-    print("\n".join(wrong))
+    print("\n".join([*not_as_in_eager(rows), *wrong]))
     print(table(rows))
     print(f"{len({row['entry'] for row in rows})} entries; {len(wrong)} lines above are unexpected")
     return 1 if wrong else 0

@@ -14,7 +14,7 @@ import torch
 import kitsune
 from kitsune.scheduler import Costs
 from tests.parity.expected import PASSES_THROUGH, PASSES_THROUGH_ON_CUDA
-from tests.parity.outcomes import OTHER_FORMULA, differences, run
+from tests.parity.outcomes import differences, is_as_under_any_mode, run
 from tests.parity.test_op_db import NAMES, UNORDERED_ON_CUDA, eager, sample
 
 pytestmark = pytest.mark.gpu
@@ -41,14 +41,13 @@ def every_op_a_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_kernels_give_eagers_bits(name: str, dtype: torch.dtype) -> None:
     if name in UNORDERED_ON_CUDA:
         pytest.skip("eager itself: two runs may differ")
-    if name in OTHER_FORMULA and dtype is not torch.float32:
-        pytest.skip("torch takes another formula for its gradient while any dispatch mode is on")
     expected, unstable = eager(name, "cuda", dtype)
     if unstable or expected.error:
         pytest.skip(f"eager itself: {(unstable or [expected.error])[0]}"[:200])
     for _ in range(2):
         got = run(sample(name, "cuda", dtype), kitsune.accelerate(warmup=1, device="cuda"))
-        assert not list(differences(name, expected, got))
+        told = list(differences(name, expected, got))
+        assert not told or is_as_under_any_mode(sample(name, "cuda", dtype), got), told
     report = kitsune.explain()
     assert not report.mended, "no kernel may fail to compile or start"
     if not report.counters["kernels"]:

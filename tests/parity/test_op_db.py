@@ -13,7 +13,7 @@ import torch
 import kitsune
 from tests import _opinfo
 from tests.parity.expected import PASSES_THROUGH, PASSES_THROUGH_ON_CPU, PASSES_THROUGH_ON_CUDA
-from tests.parity.outcomes import Outcome, differences, run
+from tests.parity.outcomes import Outcome, differences, is_as_under_any_mode, run
 
 pytest.importorskip("expecttest", reason="torch's operator database needs expecttest")
 
@@ -79,7 +79,8 @@ def check(name: str, device: str, warmup: int) -> None:
         return
     for turn in range(ROUNDS):
         got, why_not = lazily(name, device, warmup)
-        assert not list(differences(name, expected, got)), f"round {turn}"
+        told = list(differences(name, expected, got))
+        assert not told or is_as_under_any_mode(sample(name, device), got), f"round {turn}: {told}"
     if name in PASSES_THROUGH | (PASSES_THROUGH_ON_CUDA if device == "cuda" else PASSES_THROUGH_ON_CPU):
         assert why_not, "is lazy by now: take it out of the table"
     elif name not in MAY_PASS_THROUGH:

@@ -136,7 +136,9 @@ def row(**changed: Any) -> sweep.Row:
         "crashed": 0,
         "told": [],
         "unstable": 0,
+        "of_any_mode": 0,
         "left_out": 0,
+        "why_left_out": {},
     }
     return {**fields, "took_part": {"followed": 4}, "seconds": 1.5, **changed}
 

@@ -263,7 +263,7 @@ def test_a_setting_of_the_libraries_is_another_graph() -> None:
     torch._C._set_cudnn_benchmark(False)
 
 
-@settings(SLOW, max_examples=150)
+@settings(SLOW, max_examples=100)
 @given(program=programs())
 @pytest.mark.parametrize("kernels", [True, False])
 def test_random_programs(program: Program, kernels: bool) -> None:

@@ -289,6 +289,7 @@ def thrice(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torch.ops.ks_steady.thrice
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_function_in_cpp_comes_and_goes(thrice: Any, device: str) -> None:
     def step(t: Training, i: int) -> None:

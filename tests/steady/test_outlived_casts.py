@@ -210,27 +210,25 @@ def a_weight_is_written_before_it_is_known(t: Loop, k: int) -> None:
     t.update()
 
 
-@case
-def another_block_had_cast_them(t: Loop, k: int) -> None:
+def used_behind_a_write_in_a_second_block(t: Loop, k: int, in_the_first: Callable[[Loop, int], Any]) -> None:
     with block():
+        in_the_first(t, k)
         lost(t, k).backward()
     with block():
         if k >= LATE:
             scaled(t)
             lost(t, k, 1).backward()
     t.update()
+
+
+@case
+def another_block_had_cast_them(t: Loop, k: int) -> None:
+    used_behind_a_write_in_a_second_block(t, k, lambda t, k: None)
 
 
 @case
 def another_block_had_cast_them_in_another_region(t: Loop, k: int) -> None:
-    with block():
-        t.found.append(looked(t, k).sum().tolist())
-        lost(t, k).backward()
-    with block():
-        if k >= LATE:
-            scaled(t)
-            lost(t, k, 1).backward()
-    t.update()
+    used_behind_a_write_in_a_second_block(t, k, lambda t, k: t.found.append(looked(t, k).sum().tolist()))
 
 
 @case
