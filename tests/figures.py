@@ -4,6 +4,7 @@
     python -m pytest -m gpu --junitxml=results/tests-gpu.xml tests     on a GPU
     make test-full SHARD=1/4; make chaos; make schedules; make mutants; make coverage; make crossref; make memory-check
     python -m tests.property.programs_cuda --shard 1/8 --out programs-1-of-8.jsonl    on a GPU
+    python -m tests.property.side_streams --runs 200 --out side-streams.jsonl         on a GPU
     make figures                       the table of all that lies in results/ and in this folder
 
 Anchors are the reference systems whose ways of testing are taken over; each row says what is counted, and from which files. Tests
@@ -32,7 +33,7 @@ COUNTS = ("run", "equal", "different", "crashed")
 # Of the different and the crashed, those that tests/parity/expected.py gives reasons for; and what was left out or skipped.
 COLUMNS = (*COUNTS, "expected", "not run")
 # Files of lines of JSON, by how their names begin.
-LINES = ("sweep", "schedules", "mutants", "crossref", "memory-check", "machine", "mixed", "programs")
+LINES = ("sweep", "schedules", "mutants", "crossref", "memory-check", "machine", "mixed", "programs", "side-streams")
 Row = dict[str, Any]
 Counts = Counter[str]
 
@@ -52,6 +53,7 @@ class Results:
     machine: list[Row] = field(default_factory=list)
     mixed: list[Row] = field(default_factory=list)
     programs: list[Row] = field(default_factory=list)
+    side_streams: list[Row] = field(default_factory=list)
     convergence: list[Row] = field(default_factory=list)
     coverage: dict[str, Any] = field(default_factory=dict)
 
@@ -209,6 +211,7 @@ ANCHORS = (
     Anchor("13", "recorded regions and steps, planned again", (passed(r"tests/plan/test_corpus_plans", r"tests/corpus"),), 500),
     Anchor("14", "random programs, by replay and by plan", (passed(r"tests/property/(?!test_schedules)"),), 400),
     Anchor("14", "random programs on a GPU: the bits of replay by kernels", (rows("programs"),), 5_000),
+    Anchor("14", "random training loops on several streams of a GPU", (verdicts("side_streams"),), 200),
     Anchor("14", "random trainings, put together from parts", (verdicts("mixed"), passed("tests/steady/test_mixed")), 2_000),
     Anchor("14", "random scripts in two worlds, of 2,000 lines", (verdicts("machine"),), 2_000),
     Anchor(
