@@ -1,5 +1,6 @@
 """Calls that are made at once, on real tensors: what eager would do, with what it needs flushed first."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import written_operands
+
+_NOTHING: Any = contextlib.nullcontext()
 
 
 def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
@@ -28,16 +31,18 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
     foreign = row.is_foreign or not PLAIN.issuperset(map(type, reals))
     if row.writes or foreign:
         memory_changed()
+    # By the table, since the list kernels of a CPU count none where they are called below autograd.
+    written = [list(written_operands(row, *given)) for given in ((args, kwargs), (real_args, real_kwargs)) if row.bumps]
+    counted = list_writes_counted(*written) if written else _NOTHING
     if foreign:
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
-        with recorder.with_bits():
+        with recorder.with_bits(), counted:
             return func(*real_args, **real_kwargs), reals
     with recorder.below_autograd(recorder.casts_inside(row), row.bumps), torch._C.DisableTorchFunction():
         if not row.bumps:
             # What the overload itself calls, and nothing else.
             return func._op(*real_args, **real_kwargs), reals
-        written = list(written_operands(row, args, kwargs)), list(written_operands(row, real_args, real_kwargs))
-        with list_writes_counted(*written):
+        with counted:
             return func(*real_args, **real_kwargs), reals
 
 
