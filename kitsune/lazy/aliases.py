@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+from kitsune.ir import storage_of
 from kitsune.lazy.tensor import LazyTensor, as_plain
 from kitsune.lazy.used_again import keep
 
@@ -44,8 +45,10 @@ def with_count_of(wrapper: LazyTensor, plain: torch.Tensor) -> torch.Tensor:
     """The plain tensor, which has no history and shares the wrapper's count of writes from here on."""
     # One that is used again has its count begin at zero.
     keep([wrapper])
-    if plain.is_inference() or wrapper.is_inference():
-        # They have none.
+    if wrapper.is_inference():
+        # It has none.
+        return plain if plain.is_inference() else for_inference(plain)
+    if plain.is_inference():
         return plain
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     answer = Answer(plain)
@@ -56,3 +59,14 @@ def with_count_of(wrapper: LazyTensor, plain: torch.Tensor) -> torch.Tensor:
         finally:
             if answer in _get_current_dispatch_mode_stack():
                 _pop_mode()
+
+
+def for_inference(tensor: torch.Tensor) -> torch.Tensor:
+    """An inference tensor on the memory of one that is none."""
+    storage = storage_of(tensor)
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.inference_mode():
+        made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        made.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+        torch._C._set_conj(made, tensor.is_conj())
+        torch._C._set_neg(made, tensor.is_neg())
+    return made

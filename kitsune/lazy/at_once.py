@@ -6,10 +6,13 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier, OpRow, list_writes_counted, own, type_of
+from kitsune.lazy.aliases import for_inference
 from kitsune.lazy.casts import lets_out
+from kitsune.lazy.cell import serial_of
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
+from kitsune.lazy.region import is_strided
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import written_operands
 
@@ -91,7 +94,23 @@ def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], r
         recorder.tally.passed_through[(reason, str(row.target))] += 1
     back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
     _take_geometry(recorder, row, tensors)
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
+        back |= _made_for_inference(result, tensors, reals)
     return replace_tensors(result, back) if back else result
+
+
+def _made_for_inference(result: Any, tensors: list[Any], reals: list[Any]) -> dict[int, torch.Tensor]:
+    """The inference tensors that stand for results: kernels run outside of the mode, where they make none. What is on the memory
+    of an operand is of its kind."""
+    operands = {serial_of(real): t.is_inference() for t, real in zip(tensors, reals, strict=True) if _is_plain(real)}
+    infers = torch.is_inference_mode_enabled()
+    mine = {*map(id, tensors), *map(id, reals)}
+    made = [t for t in tensors_in(result) if id(t) not in mine and _is_plain(t) and not t.is_inference()]
+    return {id(t): for_inference(t) for t in made if operands.get(serial_of(t), infers)}
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in PLAIN and is_strided(tensor)
 
 
 def _take_geometry(recorder: Recording, row: OpRow, tensors: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""A Parameter, and whatever else is made a plain tensor of a wrapper, shares its count of writes: a backward is refused as in eager."""
+"""A Parameter, or whatever else is made of a wrapper, shares its count of writes: a backward is refused as in eager."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ MAKE: dict[str, Callable[[Tensor], Any]] = {
     "of a Parameter": lambda t: nn.Parameter(nn.Parameter(t)),
     "of a part": lambda t: nn.Parameter(t[:, :]),
     "of what is detached": lambda t: nn.Parameter(t.detach()),
+    "what is detached": lambda t: t.detach().requires_grad_(),
     "of its data": lambda t: nn.Parameter(t.data),
     "a subclass": lambda t: t.as_subclass(Marked),
     "with dispatch off": torch_dispatch_off,
@@ -78,6 +79,9 @@ WRITE: dict[str, Callable[[Tensor, Any], Any]] = {
 class Training:
     """Tells of each step what a program sees, and what became of the weight."""
 
+    # For the graph.
+    asks = False
+
     def __init__(self, make: str, of: str, write: str) -> None:
         torch.manual_seed(0)
         self.make, self.of, self.write = MAKE[make], OF[of], WRITE[write]
@@ -90,7 +94,9 @@ class Training:
         before = (t * self.weight).sum()
         p = self.make(t)
         loss = (p * p * self.weight).sum() + before
-        if k in WRITTEN:
+        if self.asks:
+            self.told.append(type(loss.grad_fn).__name__)
+        if k in (WRITTEN[2:] if self.asks else WRITTEN):
             with torch.no_grad():
                 self.write(t, p)
         try:
@@ -141,9 +147,14 @@ def test_so_does_whatever_is_made_of_it(make: str, of: str, write: str) -> None:
     assert all(trained(way, make, of, write) == expected for way in WAYS)
 
 
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("make", ["what is detached", "of what is detached"])
 @pytest.mark.parametrize("write", ["of the tensor", "of the other", "of both"])
-def test_a_view_that_gets_its_place_later_is_counted_with_what_was_detached_from_it(write: str) -> None:
-    names = "of what is detached", "a graded view", write
+def test_a_view_that_gets_its_place_later_is_counted_with_what_was_detached_from_it(
+    write: str, make: str, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Training, "asks", asks)
+    names = make, "a graded view", write
     assert trained("followed", *names) == trained("eager", *names)
 
 
