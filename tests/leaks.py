@@ -16,7 +16,7 @@ from kitsune.runtime import cuda_graph
 PASSED = pytest.StashKey[bool]()
 # What the tests themselves keep of one test for the next.
 CACHES = (("tests.parity.test_op_db", "eager"), ("tests.parity.outcomes", "_random"), ("tests._opinfo", "sample"))
-# A capture that breaks off stays, with its state of the generator: two tensors of a number each, perhaps in a segment of their own.
+# A capture that breaks off stays, with its state of the generator: two tensors of a number each, perhaps in their own segment.
 BROKEN_OFF = {"allocated": 1 << 10, "reserved": 2 << 20}
 _is_settled = False
 

@@ -92,7 +92,7 @@ def flush_for(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: 
 def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], reals: list[Any], reason: Barrier) -> Any:
     if reason not in (Barrier.PROFILER, Barrier.INPUT_VIEW):
         recorder.tally.passed_through[(reason, str(row.target))] += 1
-    back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
+    back: dict[int, torch.Tensor] = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
     _take_geometry(recorder, row, tensors)
     if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
         back |= _made_for_inference(result, tensors, reals)
