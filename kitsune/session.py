@@ -180,7 +180,8 @@ def accelerate(
 
     `warmup` is how often a region is observed, op by op, before it is recorded lazily; `device` what to record for, by
     default the current CUDA device or, without one, the CPU. Contexts nest. What was recorded is run at the latest when
-    the context is left. `numerics` is the knob of that name: "strict" lets reductions be fused, which changes their order of
+    the context is left; one that nobody holds any more is left then, with a ResourceWarning.
+    `numerics` is the knob of that name: "strict" lets reductions be fused, which changes their order of
     summation; "bitwise" does not; "fast" rounds to 16 bits less often, too. Raises TypeError for an unknown option, RuntimeError
     for a CUDA device that is not there.
 
