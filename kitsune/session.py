@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -23,6 +25,12 @@ __all__ = ["accelerate", "counters", "disable", "explain", "flush", "last_plan",
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+_DROPPED = (
+    "a kitsune.accelerate() context that was not left was dropped, and is ended here: write it in a `with` statement, or hold "
+    "what kitsune.accelerate() returned until its __exit__ is called."
+)
 
 
 class Accelerate:
@@ -49,7 +57,7 @@ class Accelerate:
         return entered(self, self.pipeline(), self._stack())
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        # At this line an interrupt finds nothing begun, and the context stays open.
+        # At this line an interrupt finds nothing begun: the context stays open until nobody holds it any more.
         n = len(self._entered.stack)
         try:
             try:
@@ -59,6 +67,17 @@ class Accelerate:
         finally:
             # An interrupt may have come at any line of it.
             left(self._entered.stack, n)
+
+    def __del__(self) -> None:
+        # Another thread's is not ended from here: modes and doors are a thread's own. Nor any when Python itself ends.
+        stack = None if sys.is_finalizing() else getattr(getattr(self, "_entered", None), "stack", None)
+        if stack:
+            try:
+                while stack:
+                    self.__exit__(None, None, None)
+            finally:
+                note(_DROPPED)
+                warnings.warn(_DROPPED, ResourceWarning, stacklevel=2, source=self)
 
     def _finish(self, pipeline: Pipeline | None, error: BaseException | None) -> None:
         """Run what is pending."""
@@ -86,8 +105,14 @@ class Accelerate:
 
         @functools.wraps(fn)
         def accelerated(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self:
-                return fn(*args, **kwargs)
+            n = len(self._stack())
+            try:
+                with self:
+                    return fn(*args, **kwargs)
+            finally:
+                # The function holds the context for good, which an interrupt has left open.
+                if len(self._stack()) > n:
+                    self.__exit__(None, None, None)
 
         return accelerated
 
@@ -155,7 +180,8 @@ def accelerate(
 
     `warmup` is how often a region is observed, op by op, before it is recorded lazily; `device` what to record for, by
     default the current CUDA device or, without one, the CPU. Contexts nest. What was recorded is run at the latest when
-    the context is left. `numerics` is the knob of that name: "strict" lets reductions be fused, which changes their order of
+    the context is left; one that nobody holds any more is left then, with a ResourceWarning.
+    `numerics` is the knob of that name: "strict" lets reductions be fused, which changes their order of
     summation; "bitwise" does not; "fast" rounds to 16 bits less often, too. Raises TypeError for an unknown option, RuntimeError
     for a CUDA device that is not there.
 

@@ -133,3 +133,61 @@ def test_a_number_is_asked_for_in_inference_mode_while_a_backward_is_owed() -> N
     kitsune.reset()
     with kitsune.accelerate(device="cpu"):
         assert losses() == expected
+
+
+class Marked(Tensor):
+    pass
+
+
+MADE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "recorded": lambda w, shared: w * 2,
+    "of memory that NumPy has": lambda w, shared: shared * 2,
+    "of a size that depends on data": lambda w, shared: w.nonzero().float(),
+    "a part of it": lambda w, shared: w.nonzero().float()[1:],
+    "chosen": lambda w, shared: w[w > 0],
+    "once sparse": lambda w, shared: w.to_sparse().to_dense(),
+    "complex and conjugate": lambda w, shared: torch.view_as_real((w[w > 0] * 1j).conj().resolve_conj()),
+    "a view of what is older": lambda w, shared: w[1:],
+    "a view of what NumPy has": lambda w, shared: shared[1:],
+}
+USED: dict[str, Callable[[Tensor, nn.Parameter], Any]] = {
+    "nothing": lambda t, w: t,
+    "saved": lambda t, w: (t * w.sum()).sum().backward(),
+    "a Parameter": lambda t, w: nn.Parameter(t),
+    "a frozen Parameter": lambda t, w: nn.Parameter(t, requires_grad=False),
+    "_make_subclass": lambda t, w: torch.Tensor._make_subclass(nn.Parameter, t),
+    "a subclass": lambda t, w: t.as_subclass(Marked),
+    "a view": lambda t, w: t[:1],
+    "a written view": lambda t, w: t[:1].add_(1),
+    "detached": lambda t, w: t.detach(),
+    "written": lambda t, w: t.add_(1),
+    "written in the mode": torch.inference_mode()(lambda t, w: t.add_(1)),
+    "versions": lambda t, w: t._version,
+}
+
+
+def used(make: str, use: str) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(4):
+        weight, shared = nn.Parameter(torch.ones(2, 3)), torch.ones(2, 3)
+        shared.numpy()
+        with torch.inference_mode():
+            t = MADE[make](weight.detach(), shared)
+            found.append(t.tolist())
+        try:
+            result = USED[use](t, weight)
+        except RuntimeError as error:
+            result = str(error)[:60]
+        seen = [(r.is_inference(), r.requires_grad, r.tolist()) for r in (result, t) if isinstance(r, Tensor)]
+        found += [result if isinstance(result, (str, int)) else None, seen]
+    return found
+
+
+@pytest.mark.parametrize("use", list(USED))
+@pytest.mark.parametrize("make", list(MADE))
+def test_what_is_made_in_the_mode_is_an_inference_tensor(make: str, use: str) -> None:
+    expected = used(make, use)
+    for warmup in (0, 1):
+        kitsune.reset()
+        with kitsune.config.patch(gate=False), kitsune.accelerate(device="cpu", warmup=warmup):
+            assert used(make, use) == expected

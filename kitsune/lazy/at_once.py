@@ -1,16 +1,22 @@
 """Calls that are made at once, on real tensors: what eager would do, with what it needs flushed first."""
 
+import contextlib
 from typing import Any
 
 import torch
 
 from kitsune.ir import Barrier, OpRow, list_writes_counted, own, type_of
+from kitsune.lazy.aliases import for_inference
 from kitsune.lazy.casts import lets_out
+from kitsune.lazy.cell import serial_of
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recording import PLAIN, Recording
+from kitsune.lazy.region import is_strided
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import written_operands
+
+_NOTHING: Any = contextlib.nullcontext()
 
 
 def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) -> tuple[Any, list[Any]]:
@@ -28,16 +34,18 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
     foreign = row.is_foreign or not PLAIN.issuperset(map(type, reals))
     if row.writes or foreign:
         memory_changed()
+    # By the table, since the list kernels of a CPU count none where they are called below autograd.
+    written = [list(written_operands(row, *given)) for given in ((args, kwargs), (real_args, real_kwargs)) if row.bumps]
+    counted = list_writes_counted(*written) if written else _NOTHING
     if foreign:
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
-        with recorder.with_bits():
+        with recorder.with_bits(), counted:
             return func(*real_args, **real_kwargs), reals
     with recorder.below_autograd(recorder.casts_inside(row), row.bumps), torch._C.DisableTorchFunction():
         if not row.bumps:
             # What the overload itself calls, and nothing else.
             return func._op(*real_args, **real_kwargs), reals
-        written = list(written_operands(row, args, kwargs)), list(written_operands(row, real_args, real_kwargs))
-        with list_writes_counted(*written):
+        with counted:
             return func(*real_args, **real_kwargs), reals
 
 
@@ -84,9 +92,25 @@ def flush_for(recorder: Recording, row: OpRow, args: Any, kwargs: Any, tensors: 
 def hand_out(recorder: Recording, row: OpRow, result: Any, tensors: list[Any], reals: list[Any], reason: Barrier) -> Any:
     if reason not in (Barrier.PROFILER, Barrier.INPUT_VIEW):
         recorder.tally.passed_through[(reason, str(row.target))] += 1
-    back = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
+    back: dict[int, torch.Tensor] = {id(real): t for real, t in zip(reals, tensors, strict=True) if type(t) is LazyTensor}
     _take_geometry(recorder, row, tensors)
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
+        back |= _made_for_inference(result, tensors, reals)
     return replace_tensors(result, back) if back else result
+
+
+def _made_for_inference(result: Any, tensors: list[Any], reals: list[Any]) -> dict[int, torch.Tensor]:
+    """The inference tensors that stand for results: kernels run outside of the mode, where they make none. What is on the memory
+    of an operand is of its kind."""
+    operands = {serial_of(real): t.is_inference() for t, real in zip(tensors, reals, strict=True) if _is_plain(real)}
+    infers = torch.is_inference_mode_enabled()
+    mine = {*map(id, tensors), *map(id, reals)}
+    made = [t for t in tensors_in(result) if id(t) not in mine and _is_plain(t) and not t.is_inference()]
+    return {id(t): for_inference(t) for t in made if operands.get(serial_of(t), infers)}
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in PLAIN and is_strided(tensor)
 
 
 def _take_geometry(recorder: Recording, row: OpRow, tensors: list[Any]) -> None:

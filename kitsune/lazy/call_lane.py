@@ -210,14 +210,18 @@ class CallLane(Learner):
             return flat[edge.structure.index]
         return None if edge.form == NOTHING else fill(edge.structure, wrappers, flat)
 
+    def _settle(self) -> None:
+        """Count for twins what was written; beside calls that are owed, that counts when these are made again."""
+        if self.twins and not self.recorder.region.calls:
+            settle(self.twins)
+
     @sites.makes_calls
     def made(self, func: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Have torch make a call."""
         keep((args, kwargs))
         recorder = self.recorder
         hook, inside, given, site = recorder.hook, self.inside, self.given, sites.call.site
-        if self.twins and not recorder.region.calls:  # Writes beside calls that are owed count when these are made again.
-            settle(self.twins)
+        self._settle()
         try:  # Within, since an interrupt may come between any two lines.
             recorder.hook, self.inside, self.given, sites.call.site = None, inside + 1, (args, kwargs), sites.UNKNOWN
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -247,6 +251,7 @@ class CallLane(Learner):
         region.real = region.real or graded
         start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
         learns = key is not None and not (graph or wrong or self.part_of_update or rewrites is not None)
+        self._settle()  # Or it would count as done by the call.
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier, streams
+from kitsune.lazy.aliases import alias_of
 from kitsune.lazy.casts import lets_out, will_write, written
 from kitsune.lazy.cell import share
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
@@ -50,7 +51,7 @@ class Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, wrapper: LazyTensor) -> torch.Tensor:
-        return as_plain(wrapper, requires_grad=False)
+        return alias_of(wrapper)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -63,7 +64,7 @@ def subclass_door(original: Any) -> Any:
     @functools.wraps(original)
     def door(tensor: Any, cls: Any) -> Any:
         if type(tensor) is LazyTensor:
-            tensor = Plain.apply(tensor) if tensor.requires_grad else as_plain(tensor)
+            tensor = Plain.apply(tensor) if tensor.requires_grad else alias_of(tensor)
         with torch._C._DisableTorchDispatch():
             return original(tensor, cls)
 
@@ -77,7 +78,7 @@ def make_subclass_door(original: Any) -> Any:
     def door(cls: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         if type(data) is not LazyTensor and not listening():
             return original(cls, data, *args, **kwargs)
-        data = plain(data)
+        data = alias_of(data) if type(data) is LazyTensor else data
         with torch._C._DisableTorchDispatch():
             return original(cls, data, *args, **kwargs)
 
@@ -163,9 +164,7 @@ def parameter_door(original: Any) -> Any:
         if type(data) is LazyTensor:
             # A Parameter outlives the region, and optimizers and modules look at its type.
             data.cell.region.recorder.flush(Barrier.PARAMETER)
-            count, data = 0 if data.is_inference() else data._version, as_plain(data, requires_grad=False)
-            if count:
-                torch._C._autograd._unsafe_set_version_counter((data,), (count,))  # type: ignore[attr-defined]
+            data = alias_of(data)
         return new(cls, data, *args, **kwargs)
 
     return staticmethod(door)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier, lent_memory
+from kitsune.lazy.aliases import with_count_of
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.recorders import OPEN
 from kitsune.lazy.tensor import LazyTensor
+from kitsune.lazy.used_again import counts_of
 
 _NOTHING: Any = contextlib.nullcontext()
 # A tensor over the same memory, with a count of writes of its own.
@@ -29,8 +31,28 @@ def settle_grads(parameters: Iterable[torch.Tensor]) -> None:
         if type(grad) is LazyTensor and _can_settle(grad) and (grad.shape, grad.dtype) == (parameter.shape, parameter.dtype):
             wrappers.append(grad)
             owners.append(parameter)
-    for parameter, plain in zip(owners, _settled(wrappers), strict=True):
-        parameter.grad = plain
+    grad = None
+    held = _are_held(wrappers)
+    for k, (parameter, plain) in enumerate(zip(owners, _settled(wrappers), strict=True)):
+        # To share a count takes 25 us.
+        parameter.grad = with_count_of(wrappers[k], plain) if held[k] else plain
+
+
+def _are_held(gradients: list[LazyTensor]) -> list[bool]:
+    """Does somebody besides this list and its parameter hold each: the program, or autograd, which compares counts of writes?"""
+    in_python, in_c, _ = counts_of(gradients)
+    return [(n, n_in_c) != _NOT_HELD for n, n_in_c in zip(in_python, in_c, strict=True)]
+
+
+def _counts_of_a_gradient() -> tuple[int, int]:
+    parameter = torch.zeros((), requires_grad=True)
+    parameter.grad = torch.zeros(())
+    in_python, in_c, _ = counts_of([parameter.grad])
+    return in_python[0], in_c[0]
+
+
+# Of one that only its parameter has. In which of the two a parameter counts depends on torch's version.
+_NOT_HELD = _counts_of_a_gradient()
 
 
 def settle_state(optimizer: torch.optim.Optimizer) -> None:

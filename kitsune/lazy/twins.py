@@ -9,7 +9,6 @@ import weakref
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 
 _detached = torch._C.TensorBase.detach
 _version = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
@@ -35,21 +34,24 @@ class Twin:
 
     def look(self) -> None:
         """Take what has been counted so far as known."""
-        self._seen = _version(self._before)
+        self._seen = _version(self._now), _version(self._before)
 
     def matters(self) -> bool:
         """Is the graph there in which a backward could look at the count?"""
         return self._mark() is not None
 
     def follow(self) -> None:
-        """Count for the view what was written to the others since."""
-        for _ in range(_version(self._before) - self._seen):
-            increment_version([self._now])
+        """Count for each what was written to the other since."""
+        versions = _version(self._now), _version(self._before)
+        here, there = (version - seen for version, seen in zip(versions, self._seen, strict=True))
+        both = tuple(seen + here + there for seen in self._seen)
+        torch._C._autograd._unsafe_set_version_counter((self._now, self._before), both)
         self.look()
 
 
 def settle(twins: list[Twin]) -> None:
     """Count the writes that have come, and let go of the twins whose graph is gone."""
     twins[:] = [twin for twin in twins if twin.matters()]
-    for twin in twins:
+    # Views of one base share a count, and of the later ones' writes the earlier ones hear the second time.
+    for twin in (*twins, *twins):
         twin.follow()
