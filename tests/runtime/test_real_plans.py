@@ -27,8 +27,8 @@ class Walk(FakeLaunch):
     """Runs kernels over their domain, as generated code does: of a value, only the address and the strides are looked at."""
 
     def _run(self, kernel: Kernel, address: Callable[[Access], int], scalars: list[float]) -> None:
-        def memory(access: Access) -> torch.Tensor:
-            return at_address(address(access), access.value.type.dtype, kernel.domain, access.strides)
+        def memory(access: Access, domain: Any = kernel.domain) -> torch.Tensor:
+            return at_address(address(access), access.value.type.dtype, domain, access.strides)
 
         loaded = [memory(access).clone() for access in kernel.loads]
         registers: dict[Local, torch.Tensor] = {}
@@ -36,7 +36,9 @@ class Walk(FakeLaunch):
             for n, result in enumerate(self._step(step, kernel.domain, loaded, registers, scalars)):
                 registers[Local(k, n)] = result.to(step.op.outputs[n].type.dtype).broadcast_to(kernel.domain)
         for store in kernel.stores:
-            memory(store.access).copy_(registers[store.source])
+            # What is one for a whole row is written once. A write that failed would come behind others.
+            once = tuple(min(n, 1) if stride == 0 else n for n, stride in zip(kernel.domain, store.access.strides, strict=True))
+            memory(store.access, once).copy_(registers[store.source][tuple(map(slice, once))])
 
     def _step(self, step: Step, domain: Any, loaded: Any, registers: Any, scalars: list[float]) -> list[torch.Tensor]:
         op, table = step.op, dict[int, torch.Tensor]()
