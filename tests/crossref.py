@@ -109,8 +109,8 @@ def _channels_last(t: torch.Tensor) -> torch.Tensor | None:
 
 
 def _offset(t: torch.Tensor) -> torch.Tensor | None:
-    """One element into its memory."""
-    memory = t.new_empty(t.numel() + 1)
+    """One element into its memory, of which `as_strided` reads the first as well."""
+    memory = t.new_zeros(t.numel() + 1)
     return memory[1:].view(t.shape).copy_(t)
 
 
