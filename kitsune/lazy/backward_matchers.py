@@ -12,6 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from kitsune.lazy.cell import Cell, is_leaf, left_in
+from kitsune.lazy.cuts import Absent
 from kitsune.lazy.edges import Edge, Incoming, Made
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import MADE
@@ -136,7 +137,11 @@ def _new(made: Made) -> Any:
 def spend(recorder: Any, region: Any, spent: frozenset[int], leaves: list[Any]) -> None:
     """The graph of these calls, which leads to these leaves, is used up; what the program still holds of them is remembered."""
     calls, gone = region.calls, []
-    wrappers = [t for t in chain.from_iterable([calls[k][MADE] for k in spent]) if type(t) is LazyTensor]
+    made = [*chain.from_iterable([calls[k][MADE] for k in spent])]
+    wrappers = [t for t in made if type(t) is LazyTensor]
+    for token in [t for t in made if type(t) is Absent]:
+        token.spent = leaves
+    made.clear()
     if region.cut is not None:
         # It has time until the next graph was started: since the cut the device has nothing to do.
         are_left = left_in(region, wrappers)

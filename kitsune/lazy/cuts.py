@@ -25,13 +25,14 @@ SURE = 4
 
 
 class Absent:
-    """Stands in an owed call for what the call has made, which the program does not hold any more."""
+    """Stands in an owed call for what the call has made, which the program does not hold any more; `spent` is as a cell's."""
 
-    __slots__ = ("cell", "made")
+    __slots__ = ("cell", "made", "spent")
     is_leaf = False
 
     def __init__(self, cell: Cell, made: Any) -> None:
         self.cell, self.made = cell, made
+        self.spent: Any = False
 
     @property
     def requires_grad(self) -> bool:
@@ -191,7 +192,8 @@ def recall_results(region: Any) -> None:
     """Undo it: the calls are to be made again for their graph, with wrappers of what they had made."""
     restore(region)
     region.handover = None
-    absent = {id(t): t for t, _ in _made(region) if type(t) is Absent}
+    # Also what calls have been given whose makers are gone: a backward has used these up.
+    absent = {id(t): t for _, _, _, flat, made, _ in region.calls for t in (*flat, *made) if type(t) is Absent}
     first = 0 if region.cut is None else region.cut.n_values
     # What was left, but not taken from them.
     ours = [t for t, _ in _made(region) if type(t) is LazyTensor]
@@ -202,7 +204,7 @@ def recall_results(region: Any) -> None:
     wrappers: dict[int, Any] = {}
     for number, token in absent.items():
         wrapper, cell = token.made.make(), token.cell
-        wrapper.cell, cell.owed = cell, token.made
+        wrapper.cell, cell.owed, cell.spent = cell, token.made, token.spent
         wrappers[number] = wrapper
         if cell.ref.id < first:
             cell.real = region.kept.get(cell.ref.id)
