@@ -17,13 +17,13 @@ def taking(recorder: Any, lock: Any) -> Callable[[], Any]:
     def acquire() -> None:
         nonlocal last
         lock.acquire()
-        if (now := here()) != last:
-            before, last = last, now
-            try:
+        try:  # Of all that follows, since an interrupt may come between any two lines.
+            if (now := here()) != last:
+                before, last = last, now
                 _changed(recorder, before)
-            except BaseException:
-                lock.release()
-                raise
+        except BaseException:
+            lock.release()
+            raise
 
     return acquire
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -178,3 +179,17 @@ def test_what_is_pending_runs_on_its_own_stream_where_no_door_tells_of_another(m
         assert device.entered == [7]
         device.now = 7
         assert v.tolist() == [13.0] * 3
+
+
+@pytest.mark.parametrize("where", ["asking", "running"])
+def test_an_interrupt_while_streams_are_told_apart_leaves_no_lock(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    lock, recorder = threading.Lock(), OnGpu(None)
+    monkeypatch.setattr(streams, "handle_of", lambda _: interrupted if where == "asking" else lambda: 7)
+    monkeypatch.setattr(streams, "use", interrupted)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: 7)
+    with pytest.raises(KeyboardInterrupt):
+        taking(recorder, lock)()
+    assert not lock.locked()
