@@ -98,6 +98,13 @@ def in_order(device: torch.device) -> Iterator[None]:
         _wait(other, here)
 
 
+def used_by_all(tensor: torch.Tensor) -> None:
+    """Whichever stream uses its memory last, whoever gets that next waits for it: the program takes it to be another's."""
+    if len(_used.get(tensor.device.index or 0, ())) > 1 and tensor.is_cuda:
+        for other in _current_and_others(tensor.device)[1]:
+            tensor.record_stream(other)
+
+
 def _current_and_others(device: torch.device) -> tuple[Any, list[Any]]:
     here = torch.cuda.current_stream(device)
     return here, [stream for handle, stream in _used.get(device.index or 0, {}).items() if handle != here.cuda_stream]

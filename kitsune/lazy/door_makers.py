@@ -14,6 +14,7 @@ from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recorders import EVERY, listening
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.settle import settle_grads
+from kitsune.lazy.stream_changes import called_here
 from kitsune.lazy.tensor import LazyTensor, as_plain
 
 
@@ -285,6 +286,8 @@ def stream_door(original: Any) -> Any:
             return flushed(*args, **kwargs)
         finally:
             _use_streams()
+            for recorder in listening():
+                called_here(recorder)
 
     return door
 

@@ -19,7 +19,7 @@ from kitsune.lazy.outlived import Outlived
 from kitsune.lazy.region import Region, is_strided
 from kitsune.lazy.settings import device_beneath, saves_through_python, settings
 from kitsune.lazy.sites import user_site
-from kitsune.lazy.stream_changes import taking
+from kitsune.lazy.stream_changes import as_called, called_here, taking
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 
@@ -60,15 +60,14 @@ class Recording:
         self.shared, self.paused = True, 0
         # While torch infers for the recorder, or a region runs, its Python may pass a door: a region is not to be run twice.
         self.inferring = self.running = False
-        # The call lane, and what takes ops in the recorder's place: strays outside of it, or calls that are made again.
+        # The call lane; what takes ops in the recorder's place: strays outside of it, or calls that are made again; and what
+        # hears of all that the program does besides recording, while a static function is learned.
         nobody: Any = None
-        self.lane = self.hook = self.walk = nobody
+        self.lane = self.hook = self.walk = self.watcher = nobody
         # What becomes of ops that are not known at their place: "record", or leave them to "eager", or "fail".
         self.on_new = "record"
         # Counts the ops that ran beside the region: what they tell may be in the calls' later arguments, unseen by any key.
         self.n_unrecorded = 0
-        # Hears of all that the program does besides recording, while a static function is learned.
-        self.watcher = nobody
         # The ids of the counts on the host that belong to the update that is being made.
         self.counting: frozenset[int] = frozenset()
         # How often autocast has forgotten its casts of weights, after which op of this region; see `casts.py` for the rest.
@@ -116,6 +115,7 @@ class Recording:
     def restart(self) -> None:
         """A context is entered: what a region depends on besides its ops may have changed since the last one."""
         self.default_device = device_beneath(self.lane)
+        called_here(self)
         self.shared = self.device.type != "cpu" or threading.active_count() > 1
         if not self.region.node.depth:
             self.region = self._new_region()
@@ -183,9 +183,8 @@ class Recording:
 
     def take_leaves(self) -> list[torch.Tensor]:
         """Take the leaves that came in since this was last done, and are still alive."""
-        leaves = self.leaves.living()
+        leaves, self.outer_graph = self.leaves.living(), False
         self.leaves.clear()
-        self.outer_graph = False
         return leaves
 
     def stand_for(self, wrapper: LazyTensor, real: torch.Tensor) -> None:
@@ -274,10 +273,11 @@ class Recording:
         graph, scalars, n = run.graph, region.scalars, region.node.n_values
         # The next op's operands are no part of it; a plan, and what is foreseen, have values of their own under their numbers.
         values[n:] = [None] * (len(values) - n)
-        if self.watcher is None:
-            return self.early.ran(region.node, run, values, self.run(graph, values, scalars, region.handover))
-        memory_changed()
-        self.run(graph, values, scalars, None)
+        with as_called(self):
+            if self.watcher is None:
+                return self.early.ran(region.node, run, values, self.run(graph, values, scalars, region.handover))
+            memory_changed()
+            self.run(graph, values, scalars, None)
         self.watcher.ran(graph, [(v.id, values[v.id]) for v in graph.inputs], values, scalars)
 
     def closed(

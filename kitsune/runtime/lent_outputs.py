@@ -136,8 +136,10 @@ class OutputMemory:
         ):
             # All of it, copied at once.
             nothing = torch.empty(0, dtype=torch.uint8, device=self._storage.device)
-            storage: Any = storage_of(_on(nothing, self._storage, 0, (self._storage.nbytes(),), (1,)).clone())
-            del nothing
+            memory = _on(nothing, self._storage, 0, (self._storage.nbytes(),), (1,)).clone()
+            streams.used_by_all(memory)
+            storage: Any = storage_of(memory)
+            del nothing, memory
             for tensor in alive:
                 conj, neg = tensor.is_conj(), tensor.is_neg()
                 # Marked tensors would be computed first.

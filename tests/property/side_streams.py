@@ -2,9 +2,9 @@
 
     python -m tests.property.side_streams --runs 100 --out side-streams.jsonl
 
-runs each loop in eager and under Kitsune on a GPU and prints how many were equal: each loss, weight and result that was held. A
-stream waits for another only where it uses what that has made or will write what that reads; here and there one of them sleeps,
-so that whatever is not ordered comes out wrong.
+runs each loop under Kitsune on a GPU, and in eager on one stream, and prints how many were equal: each loss, weight and result
+that was held. A stream waits for another only where it uses what that has made or will write what that reads; here and there one
+of them sleeps, so that whatever is not ordered comes out wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import json
 import random
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,17 +56,17 @@ class Held:
 
 
 class Streams:
-    """The program's own stream, which is the first, and those beside it."""
+    """The program's own stream, which is the first, and those beside it; `real` if there are any."""
 
-    def __init__(self, device: str, draw: random.Random) -> None:
-        self.real, self.draw, self.device = device == "cuda", draw, device
+    def __init__(self, draw: random.Random, real: bool) -> None:
+        self.draw, self.real = draw, real
         self.all = [torch.cuda.current_stream(), *(torch.cuda.Stream() for _ in range(N_STREAMS - 1))] if self.real else []
 
     def on(self, k: int) -> Any:
+        own_with = self.draw.random() < 0.3
         if not self.real:
             return contextlib.nullcontext()
-        own_with = hasattr(self.all[k], "__enter__") and self.draw.random() < 0.3
-        return self.all[k] if own_with else torch.cuda.stream(self.all[k])
+        return self.all[k] if own_with and hasattr(self.all[k], "__enter__") else torch.cuda.stream(self.all[k])
 
     def wait(self, one: int, other: int) -> None:
         """What comes on the one waits for the other."""
@@ -93,20 +94,20 @@ class Loop:
         self.seed, self.device = seed, device
         self.keeps, self.n_steps = seed % 2 == 0, 6 + seed % 9
 
-    def run(self, context: Any) -> list[Tensor]:
+    def run(self, context: Any, several: bool = True) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         weights = [torch.randn(SIZE, SIZE, generator=generator).div(8).to(self.device) for _ in range(2)]
         batches = [torch.randn(SIZE, SIZE, generator=generator).to(self.device) for _ in range(N_ROUNDS)]
         for w in weights:
             w.requires_grad_()
         found: list[Tensor] = []
-        streams = Streams(self.device, random.Random(self.seed))
+        streams = Streams(random.Random(self.seed), several and self.device == "cuda")
         with context:
             for batch in batches:
                 streams.draw = random.Random(self.seed)
                 found += self._round(streams, weights, batch)
             result = [t.detach().clone() for t in (*found, *weights)]
-        if streams.real:
+        if self.device == "cuda":
             torch.cuda.synchronize()
         return [t.clone() for t in result]
 
@@ -178,19 +179,28 @@ class Loop:
 
 
 def told(seed: int, device: str = "cuda") -> tuple[str, list[str]]:
-    """equal, different, crashed, or unstable where two runs in eager differ; and in which way."""
+    """equal, different, crashed, or unstable where eager on these streams differs as well; and in which way."""
     loop = Loop(seed, device)
-    first, second = (loop.run(contextlib.nullcontext()) for _ in range(2))
-    if any(_compare.difference(a, b) for a, b in zip(first, second, strict=True)):
-        return "unstable", []
+    expected = loop.run(contextlib.nullcontext(), several=False)
     kitsune.reset()
     try:
-        got = loop.run(kitsune.accelerate(warmup=seed % 2, device=device))
+        with warnings.catch_warnings():
+            # Of weights that several streams use.
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+            got = loop.run(kitsune.accelerate(warmup=seed % 2, device=device))
     except Exception as error:
         return "crashed", [f"{type(error).__name__}: {error}"[:300]]
-    found = [(k, _compare.difference(a, b)) for k, (a, b) in enumerate(zip(first, got, strict=True))]
+    found = [(k, _compare.difference(a, b)) for k, (a, b) in enumerate(zip(expected, got, strict=True))]
     words = [f"tensor {k} of {len(got)}: {what}" for k, what in found if what]
-    return ("different", words) if words else ("equal", [])
+    return ("equal", []) if not words else ("unstable" if _is_unstable(loop, expected) else "different", words)
+
+
+def _is_unstable(loop: Loop, expected: list[Tensor]) -> bool:
+    """Torch 2.11 itself makes gradients of one weight on three streams that are not always the same: seed 11 on an H200."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = loop.run(contextlib.nullcontext())
+    return any(_compare.difference(a, b) for a, b in zip(expected, again, strict=True))
 
 
 def main(given: Sequence[str] | None = None) -> int:
