@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kitsune
+from kitsune import background
 from kitsune.runtime import cuda_graph
 
 PASSED = pytest.StashKey[bool]()
@@ -18,6 +19,7 @@ PASSED = pytest.StashKey[bool]()
 CACHES = (("tests.parity.test_op_db", "eager"), ("tests.parity.outcomes", "_random"), ("tests._opinfo", "sample"))
 # A capture that breaks off stays, with its state of the generator: two numbers, perhaps in a segment of their own.
 BROKEN_OFF = {"allocated": 1 << 10, "reserved": 2 << 20}
+SECONDS = 20.0
 _is_settled = False
 
 
@@ -50,6 +52,8 @@ def held() -> dict[str, int]:
         if module in sys.modules:
             getattr(sys.modules[module], name).cache_clear()
     kitsune.reset()
+    # What is being made there holds the step that it is made for.
+    background.wait(SECONDS)
     gc.collect()
     _settle()
     torch.cuda.synchronize()

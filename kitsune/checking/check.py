@@ -49,7 +49,8 @@ def checked_run(runner: Runner, device: torch.device, graph: Graph, values: list
     start, draws = Start(graph, values), Draws(device)
     before, n_replayed = draws.now(), runner.tally.n_replayed
     try:
-        runner.run(graph, values, scalars)
+        with _poisoned(runner):
+            runner.run(graph, values, scalars)
     except Exception as error:
         with contextlib.suppress(KitsuneWarning):
             # Where warnings are errors, none takes the place of the program's own.
@@ -63,6 +64,19 @@ def checked_run(runner: Runner, device: torch.device, graph: Graph, values: list
         )
     finally:
         draws.set(after)
+
+
+@contextlib.contextmanager
+def _poisoned(runner: Runner) -> Iterator[None]:
+    """New memory has no values in it, such as the right ones of an earlier run."""
+    if runner.executor is None:
+        yield
+        return
+    runner.executor.poisons = True
+    try:
+        yield
+    finally:
+        runner.executor.poisons = False
 
 
 def _run_of(runner: Runner, ready: Ready, replayed: bool) -> tuple[Any, ...]:

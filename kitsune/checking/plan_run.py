@@ -12,10 +12,8 @@ from kitsune.memory import MemoryPool
 from kitsune.runtime import PlanExecutor, Prepared
 from kitsune.runtime.fallback import tensor_of
 from kitsune.runtime.frame import Frame, storage_offset
-from kitsune.runtime.instructions import Allocate, Drop, Instruction
+from kitsune.runtime.instructions import Drop
 
-# Every byte of new memory, which else may hold the right values from an earlier run: NaN for floats, -1 for integers.
-POISON = 255
 _set = torch.ops.aten.set_.source_Storage_storage_offset
 
 
@@ -48,13 +46,11 @@ class PlanRun:
 
     def __init__(self, executor: PlanExecutor, prepared: Prepared, values: list[Any], scalars: list[float]) -> None:
         self.prepared, self.plan = prepared, prepared.plan
-        self.frame = Frame(prepared.layout, values, scalars, streams.current_handle(prepared.device))
+        self.frame = Frame(prepared.layout, values, scalars, streams.current_handle(prepared.device), poisoned=True)
         self._pool, self._places = executor.pool, prepared.places
         if prepared.layout.arena:
             self.frame.move_in(executor.pool.take(prepared.plan.arena, prepared.device, self.frame.stream))
             # Not under the plan's own key: what is kept with a block is for ordinary runs.
-            assert self.frame.block is not None
-            self.frame.block.tensor.fill_(POISON)
             self.frame.furnish(self, lambda frame: {v.id: tensor_of(v, prepared.places, frame) for v in prepared.furnish})
         self._views = views_by_base(prepared.plan.graph)
         self._steps = self._run()
@@ -107,7 +103,7 @@ class PlanRun:
             while position < len(instructions) and instructions[position].at == k:
                 if isinstance(instructions[position], Drop):
                     break
-                self._one(instructions[position])
+                instructions[position].run(self.frame)
                 position += 1
             yield made_by(launch, self._views)
             while position < len(instructions) and instructions[position].at == k:
@@ -115,13 +111,6 @@ class PlanRun:
                 position += 1
         for instruction in instructions[position:]:
             instruction.run(self.frame)
-
-    def _one(self, instruction: Instruction) -> None:
-        instruction.run(self.frame)
-        if isinstance(instruction, Allocate):
-            storage = storage_of(self.frame.memory[instruction.number])
-            content = torch.empty(0, dtype=torch.uint8, device=instruction.type.device)
-            _set(content, storage, 0, (storage.nbytes(),), (1,)).fill_(POISON)
 
 
 def views_by_base(graph: Graph) -> dict[int, list[Value]]:

@@ -6,12 +6,15 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Access, TensorType
+from kitsune.ir import Access, TensorType, storage_of
 
 # Not the attributes of torch.Tensor, which are watched while a program is recorded.
 data_ptr = torch._C.TensorBase.data_ptr
 storage_offset = torch._C.TensorBase.storage_offset
 _view, _as_strided = torch._C.TensorBase.view, torch._C.TensorBase.as_strided
+_set = torch.ops.aten.set_.source_Storage_storage_offset
+# Every byte of poisoned memory: NaN for floats, -1 for integers.
+POISON = 255
 # Plans for which a block keeps tensors: the regions of a step may share one.
 MAX_NOTES = 16
 
@@ -72,13 +75,19 @@ def unfilled(type_: TensorType) -> torch.Tensor:
         torch._C._set_deterministic_fill_uninitialized_memory(True)
 
 
+def poison(tensor: torch.Tensor) -> None:
+    """New memory may hold the right values from an earlier run: a kernel that writes nothing would pass."""
+    storage = storage_of(tensor)
+    _set(torch.empty(0, dtype=torch.uint8, device=tensor.device), storage, 0, (storage.nbytes(),), (1,)).fill_(POISON)
+
+
 class Frame:
     """What a run has so far. `values` are tensors by value number, None where there is none or nobody needs one.
 
     `memory` has tensors over memory that kernels fill, by the number of the root value; they are put into `values` once they
     are filled. `bases` are addresses, by slot. `furnished` are the values in the arena that are in `values` from the start;
     `partial`: the instruction that runs may have written something already. `elsewhere` are root values that it
-    has computed into other memory than theirs.
+    has computed into other memory than theirs. New memory is `poisoned`, which shows what is not written.
     """
 
     __slots__ = (
@@ -91,14 +100,15 @@ class Frame:
         "layout",
         "memory",
         "partial",
+        "poisoned",
         "position",
         "scalars",
         "stream",
         "values",
     )
 
-    def __init__(self, layout: Layout, values: list[Any], scalars: list[float], stream: int) -> None:
-        self.layout, self.values, self.scalars, self.stream = layout, values, scalars, stream
+    def __init__(self, layout: Layout, values: list[Any], scalars: list[float], stream: int, poisoned: bool = False) -> None:
+        self.layout, self.values, self.scalars, self.stream, self.poisoned = layout, values, scalars, stream, poisoned
         self.memory: dict[int, torch.Tensor] = {}
         self.furnished: dict[int, torch.Tensor] = {}
         self.block: Block | None = None
@@ -125,6 +135,8 @@ class Frame:
         self.block = block
         self._typed.clear()
         self.bases[0] = block.address
+        if self.poisoned:
+            block.tensor.fill_(POISON)
 
     def furnish(self, key: Any, make: Callable[["Frame"], dict[int, torch.Tensor]]) -> None:
         """Put the tensors in the arena that a plan needs into `values`; a block keeps them for the plan's next run."""

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 from kitsune.ir import Launch, Op, Pending, TensorType
 from kitsune.runtime.calls import call, call_into
 from kitsune.runtime.fallback import may_be_partial, run_by_ops
-from kitsune.runtime.frame import Frame, Startable, data_ptr, unfilled
+from kitsune.runtime.frame import Frame, Startable, data_ptr, poison, unfilled
 from kitsune.runtime.places import Places
 
 
@@ -43,6 +43,8 @@ class Allocate(Instruction):
         tensor = unfilled(self.type)
         frame.memory[self.number] = tensor
         frame.bases[self.slot] = data_ptr(tensor)
+        if frame.poisoned:
+            poison(tensor)
 
 
 @dataclass(eq=False, slots=True)

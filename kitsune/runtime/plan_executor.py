@@ -39,8 +39,10 @@ class PlanExecutor:
     that the plan gives them.
 
     `prepare_launch(launch)` makes kernels ready to start; `pool` lends arenas; `report(sentence)` hears what went wrong and
-    was mended.
+    was mended. With `poisons`, runs begin in memory that has no values in it.
     """
+
+    poisons = False
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class PlanExecutor:
 
     def _run_planned(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> bool:
         """False if there is not enough memory for the arena or with it, and nothing was done yet that others could see."""
-        frame = Frame(prepared.layout, values, scalars, streams.current_handle(prepared.device))
+        frame = Frame(prepared.layout, values, scalars, streams.current_handle(prepared.device), self.poisons)
         try:
             if not self._move_in(prepared, frame):
                 return False

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import kitsune
 from kitsune.checking import CheckReport, Difference, reproduce
+from kitsune.runtime import instructions
 from tests.checking.faults import Draws, LastElement, Nothing, Off, WritesWhatItReads, planner_that
 from tests.runtime.backends import backend
 from tests.runtime.repeated import Repeated, graphs
@@ -70,9 +71,12 @@ def test_what_a_kernel_leaves_out_is_named_by_its_first_operator() -> None:
     assert found.kernel == "mul_exp_add" and "1 of 24 elements differ, the first at [3, 5]" in found.sentence
 
 
-def test_memory_that_a_kernel_has_not_written_is_no_result() -> None:
+def test_memory_that_a_kernel_has_not_written_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     # Even where it holds the right numbers from before.
-    found = assert_found(verify(chain, torch.rand(4, 6), start=Nothing), "aten.mul.Tensor", chain, "first")
+    x = torch.rand(4, 6)
+    right = x.mul(2).exp() + 1
+    monkeypatch.setattr(instructions, "unfilled", lambda _: right.clone())
+    found = assert_found(verify(chain, x, start=Nothing), "aten.mul.Tensor", chain, "first")
     assert "24 of 24 elements differ, the first at [0, 0]: nan instead of" in found.sentence
 
 
