@@ -137,14 +137,32 @@ class Assembly:
             self.furnish[value.id] = value
 
     def _make(self, value: Value) -> None:
+        """One by one, and not each by the one before: there may be thousands of views, each of the last."""
+        waiting = [value]
+        while waiting:
+            value = waiting[-1]
+            sources = self._made_from(value)
+            self._need(v for v in sources if self.places.root[v.id].id in self._arena)
+            missing = [v for v in sources if v.id not in self._ready and self.places.root[v.id].id not in self._arena]
+            if not missing:
+                self._make_now(waiting.pop(), sources)
+            waiting += missing
+
+    def _made_from(self, value: Value) -> tuple[Value, ...]:
         places = self.places
-        if value.id in places.before:
-            before = places.before[value.id]
-            self._need([before])
-            self.instructions.append(Alias(value.id, before.id))
-        elif value.id in places.view_op:
-            op = places.view_op[value.id]
-            self._need(op.inputs)
+        if value.id not in places.before:
+            return places.view_op[value.id].inputs if value.id in places.view_op else ()
+        before = places.before[value.id]
+        # Each write makes a new value of the same tensor, of which nobody may want those in between.
+        while before.id in places.before and before.id not in self._ready:
+            before = places.before[before.id]
+        return (before,)
+
+    def _make_now(self, value: Value, sources: tuple[Value, ...]) -> None:
+        if value.id in self.places.before:
+            self.instructions.append(Alias(value.id, sources[0].id))
+        elif value.id in self.places.view_op:
+            op = self.places.view_op[value.id]
             self.instructions.append(Call(op))
             self._ready.update(v.id for v in op.results)
         else:

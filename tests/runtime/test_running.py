@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -137,3 +139,38 @@ def test_regions_are_forgotten_with_their_plans() -> None:
             chain()
         kitsune.reset()
         assert not runner().ready and runner().executor.pool.statistics.held_bytes == 0
+
+
+def written(n: int) -> tuple[torch.Tensor, ...]:
+    y = torch.ones(8, 8)
+    for _ in range(n):
+        y.mul_(0.999)
+    return (y,)
+
+
+def viewed(n: int) -> tuple[torch.Tensor, ...]:
+    y = torch.ones(8, 8) * 2
+    for k in range(n):
+        y = y.t() if k % 2 else y.view(8, 8)
+    return y + 1, y
+
+
+def written_through_views(n: int) -> tuple[torch.Tensor, ...]:
+    y = view = torch.ones(8, 8) * 2
+    for _ in range(n):
+        view = view.t()
+        view.mul_(0.999)
+    return y + 1, view
+
+
+@pytest.mark.parametrize("program", [written, viewed, written_through_views], ids=lambda p: p.__name__)
+def test_thousands_of_values_each_of_the_last_are_no_recursion(program: Callable[[int], tuple[torch.Tensor, ...]]) -> None:
+    """2,000 writes of one tensor could not be planned: "maximum recursion depth exceeded"."""
+    n = 2 * sys.getrecursionlimit()
+    expected = program(n)
+    with backend():
+        for _ in range(2):
+            with lazily():
+                found = program(n)
+            assert all(map(torch.equal, found, expected))
+        assert counted("planned")[0] >= 2 * n and not kitsune.explain().mended
