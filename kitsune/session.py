@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 import torch
 
 from kitsune.config import checked, config
-from kitsune.contexts import Entry, entered, everyone, here as _thread, left
+from kitsune.contexts import Entry, entered, everyone, here as _thread, is_left, left
 from kitsune.disabling import check_callable, disable
 from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
@@ -105,6 +105,10 @@ class Accelerate:
 
         @functools.wraps(fn)
         def accelerated(*args: P.args, **kwargs: P.kwargs) -> R:
+            if (pipeline := self._left_pipeline()) is not None:
+                returned = fn(*args, **kwargs)
+                pipeline.gate.end_of_left_call(pipeline.n_steps)
+                return returned
             n = len(self._stack())
             try:
                 with self:
@@ -121,6 +125,14 @@ class Accelerate:
             self._entered.stack = []
         stack: list[Entry] = self._entered.stack
         return stack
+
+    def _left_pipeline(self) -> Pipeline | None:
+        """The pipeline that this thread has used last for these options, if its next step is eager's without a context, too."""
+        latest = getattr(self._entered, "latest", None)
+        if latest is None or latest[0] is not _thread.pipelines or not is_left(pipeline := latest[2]):
+            return None
+        stamp = (resolve_device(self._device if self._device is not None else config.device), config.n_changes)
+        return pipeline if stamp == latest[1] else None
 
     def pipeline(self) -> Pipeline | None:
         """This thread's pipeline for these options; None where the program is to run as plain PyTorch."""

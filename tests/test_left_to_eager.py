@@ -305,8 +305,9 @@ def test_a_function_without_an_optimizer_is_left_too() -> None:
     assert kitsune.counters()["gate_left"]
 
 
-def test_a_measured_gate_takes_turns_and_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on a device with kernels, by a clock that makes recorded steps 1.5 times as long as eager's.
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A gate as on a device with kernels, by a clock of ours, which looks again after 6 steps."""
     from kitsune import gate
 
     monkeypatch.setattr(gate, "REVISIT", 6)
@@ -316,15 +317,104 @@ def test_a_measured_gate_takes_turns_and_looks_again(monkeypatch: pytest.MonkeyP
     memory = (lambda: True), (lambda: 0), (lambda: None), (lambda: None)
     made = gate.Gate(True, pipeline.progress, lambda: now[0], *memory, kitsune.ir.quiet, kitsune.pipeline.tally)
     monkeypatch.setattr(pipeline, "gate", made)
+    return now
+
+
+@pytest.mark.parametrize("decorated", [False, True])
+def test_a_measured_gate_takes_turns_and_looks_again(decorated: bool, measured: list[float]) -> None:
+    """Recorded steps take 1.5 times as long as eager's."""
     eager, ours = small(), small()
+    opened: list[bool] = []
+
+    def step(n: int) -> torch.Tensor:
+        opened.append(bool(kitsune.contexts.here.depth))
+        measured[0] += 1.5 if modes() else 1.0
+        return plain_step(*ours, n)
+
     torch.manual_seed(1)
     expected = [plain_step(*eager, n) for n in range(80)]
     torch.manual_seed(1)
-    with kitsune.accelerate():
-        for n in range(80):
-            now[0] += 1.5 if modes() else 1.0
-            assert torch.equal(plain_step(*ours, n), expected[n])
+    run = kitsune.accelerate(step) if decorated else step
+    with contextlib.nullcontext() if decorated else kitsune.accelerate():
+        assert all(torch.equal(run(n), expected[n]) for n in range(80))
     counted = kitsune.counters()
     assert counted["gate_decided"].keys() == {"It took 1.50 times as long as eager's over 12 steps: the step is left to eager"}
     assert counted["gate_revisited"] >= 1
     assert counted["gate_left"] >= 6
+    # Each time it is left, until it looks again.
+    assert decorated == (False in opened)
+    assert not decorated or True in opened[opened.index(False) :]
+
+
+def spied(fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[bool]]:
+    """A decorated function, and whether a context was open in each of its calls."""
+    opened: list[bool] = []
+
+    def call(*args: Any) -> Any:
+        opened.append(bool(kitsune.contexts.here.depth))
+        return fn(*args)
+
+    return kitsune.accelerate(call), opened
+
+
+def test_a_decorated_step_that_is_left_has_no_context() -> None:
+    model, optimizer = small()
+    step, opened = spied(plain_step)
+    for n in range(SHOWN + 20):
+        step(model, optimizer, n)
+    assert opened == [True] * SHOWN + [False] * 20
+    assert kitsune.counters()["gate_left"] == 20
+    with kitsune.config.patch(gate=False):
+        before = kitsune.counters()["recorded"]
+        step(model, optimizer)
+        assert opened[-1] and kitsune.counters()["recorded"] > before
+    step(model, optimizer)
+    step(model, optimizer)
+    assert not opened[-1]
+    with kitsune.config.patch(max_pending_ops=1000):
+        # Of another pipeline nothing is decided.
+        step(model, optimizer)
+        assert opened[-1]
+    step(model, optimizer)
+    with kitsune.accelerate(warmup=0):
+        n_left = kitsune.counters()["gate_left"]
+        step(model, optimizer)
+        # It is not left to eager: the outer context records it.
+        assert kitsune.counters()["gate_left"] == n_left
+    kitsune.reset()
+    step(model, optimizer)
+    assert opened[-1] and kitsune.counters()["observed"]
+
+
+def test_a_decorated_function_of_several_steps_keeps_its_context() -> None:
+    """In the middle of it, it may be time to look again."""
+    model, optimizer = small()
+
+    def epoch() -> None:
+        for n in range(SHOWN + 1):
+            plain_step(model, optimizer, n)
+
+    run, opened = spied(epoch)
+    for _ in range(4):
+        run()
+    assert opened == [True] * 4 and kitsune.counters()["gate_left"] == 3 * (SHOWN + 1) + 1
+
+
+def test_a_decorated_function_without_an_optimizer_has_no_context_once_it_is_left() -> None:
+    double, opened = spied(lambda x: x * 2)
+    found = [double(torch.ones(2)) for _ in range(60)]
+    assert type(found[-1]) is torch.Tensor and not opened[-1] and opened[0]
+    n_left = kitsune.counters()["gate_left"]
+    double(torch.ones(2))
+    assert kitsune.counters()["gate_left"] == n_left + 1
+
+
+def test_an_error_in_a_step_that_is_left_is_the_programs() -> None:
+    model, optimizer = small()
+    step, opened = spied(plain_step)
+    for n in range(SHOWN + 2):
+        step(model, optimizer, n)
+    with pytest.raises(RuntimeError, match="manual_seed expected a long"):
+        step(model, optimizer, "no number")
+    step(model, optimizer, 0)
+    assert not any(opened[-2:]) and not kitsune.contexts.here.depth
