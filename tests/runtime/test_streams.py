@@ -162,6 +162,49 @@ def test_memory_of_what_was_moved_on_another_stream_is_given_away_when_all_have_
     assert all(torch.equal(copies[k], (x * (k + 1.0)).sin()) for k in range(N_ROUNDS))
 
 
+def prefetched(context: Any) -> list[torch.Tensor]:
+    """The next batch is copied to the device beside the step, late, and the program lets go of it while it is still read."""
+    aside, losses = torch.cuda.Stream(), []
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256, device="cuda").div(16).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.05)
+    batches = [torch.randn(256, 256, generator=torch.Generator().manual_seed(k)).pin_memory() for k in range(2 * N_ROUNDS)]
+    torch.cuda.synchronize()
+
+    def fetch(k: int) -> torch.Tensor:
+        with torch.cuda.stream(aside):
+            torch.cuda._sleep(LATE // 10)
+            x = batches[k].to("cuda", non_blocking=True)
+            return x.sub(0.5)
+
+    with context:
+        coming = fetch(0)
+        for k in range(1, 2 * N_ROUNDS):
+            torch.cuda.current_stream().wait_stream(aside)
+            x = coming
+            x.record_stream(torch.cuda.current_stream())
+            coming = fetch(k)
+            torch.cuda._sleep(LATE // 10)
+            loss = (x @ weight).tanh().square().mean()
+            del x
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        losses = [t.clone() for t in losses]
+    torch.cuda.synchronize()
+    return [*losses, weight.detach().clone()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_batches_that_are_copied_beside_the_step(warmup: int) -> None:
+    expected = prefetched(contextlib.nullcontext())
+    kitsune.reset()
+    got = prefetched(kitsune.accelerate(warmup=warmup))
+    assert counts("replayed")[0] > N_ROUNDS and all(map(torch.equal, got, expected))
+
+
 class OnGpu:
     """A recorder of the CPU that says to be one of a CUDA device."""
 
