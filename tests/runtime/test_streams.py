@@ -13,7 +13,7 @@ import torch
 
 import kitsune
 from kitsune.ir import lent_memory, streams
-from kitsune.lazy.stream_changes import taking
+from kitsune.lazy.stream_changes import called_here, taking
 from tests.runtime.repeated import counts, graphs
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -260,3 +260,56 @@ def test_an_interrupt_while_streams_are_told_apart_leaves_no_lock(where: str, mo
     with pytest.raises(KeyboardInterrupt):
         taking(recorder, lock)()
     assert not lock.locked()
+
+
+@contextlib.contextmanager
+def numbered(monkeypatch: pytest.MonkeyPatch, captured: set[int]) -> Any:
+    """Streams 7, which is the current one, and 9 as the real functions see them, some of them being captured; what is waited for."""
+    now, waits, known = [7], [], {n: types.SimpleNamespace(cuda_stream=n, stream_id=0, device_index=0) for n in (7, 9)}
+    monkeypatch.setattr(streams, "_used", {})
+    monkeypatch.setattr(streams, "_left", {0: {11: "event of 11"}})
+    monkeypatch.setattr(streams, "handle_of", lambda _: lambda: now[0])
+    monkeypatch.setattr(streams, "current", lambda _: now[0])
+    monkeypatch.setattr(streams, "place_of", lambda stream: stream.cuda_stream)
+    monkeypatch.setattr(streams, "enter", lambda n: now.__setitem__(0, n))
+    monkeypatch.setattr(streams, "_event_on", lambda stream: f"event on {stream.cuda_stream}")
+    waited: Any = lambda event, stream: waits.append(f"{stream.cuda_stream}: {event}")  # noqa: E731
+    monkeypatch.setattr(torch._C._CudaEventBase, "wait", waited, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: known[now[0]])
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: now[0] in captured)
+    yield types.SimpleNamespace(now=now, waits=waits, known=known)
+
+
+def test_the_stream_that_a_context_is_entered_on_is_one_that_the_program_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No door has told of it: it was the current one before there were any."""
+    with numbered(monkeypatch, set()) as device, kitsune.accelerate(device="cpu"):
+        (pipeline,) = kitsune.contexts.here.depth
+        called_here(OnGpu(pipeline.recorder))
+        assert streams._used == {0: {7: device.known[7]}} and pipeline.recorder.stream == 7
+        pipeline.recorder.stream = -1
+
+
+@pytest.mark.parametrize(
+    ("captured", "waits"), [(set(), ["7: event on 9", "7: event of 11"]), ({7}, []), ({7, 9}, ["7: event on 9"])]
+)
+def test_what_is_captured_waits_for_what_is_captured_alone(
+    captured: set[int], waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with numbered(monkeypatch, captured) as device:
+        streams._used[0] = device.known
+        streams.wait_for_all(torch.device("cuda:0"))
+        assert device.waits == waits and device.now == [7]
+
+
+def test_an_interrupt_at_the_entry_of_a_stream_leaves_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with numbered(monkeypatch, set()) as device:
+
+        def interrupted(n: int) -> None:
+            device.now[0] = n
+            if n == 9:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(streams, "enter", interrupted)
+        with pytest.raises(KeyboardInterrupt), streams.entered(device.known[9]):
+            pass
+        assert device.now == [7]
