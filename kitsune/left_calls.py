@@ -55,10 +55,11 @@ class LeftCalls(threading.local):
         finally:
             here.in_left_call = False
         self._n_unseen += 1
-        # A context that was opened inside has told already. A reset, or a stance, may have come.
-        if here.n_opened == n_opened and is_left(pipeline):
+        # A reset, or a stance, may have come.
+        if is_left(pipeline):
             if self._optimizer is None:
                 pipeline.gate.end_of_context()
-            elif (optimizer := self._optimizer()) is not None:
+            elif here.n_opened == n_opened and (optimizer := self._optimizer()) is not None:
+                # A context that was opened inside has told of its steps already.
                 pipeline.gate.end_of_step(optimizer)
         return returned

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kitsune
 from kitsune.gate import SHOWN
-from kitsune.left_calls import UNSEEN
+from kitsune.left_calls import UNSEEN, LeftCalls
 from tests.test_left_to_eager import gated, measured, plain_step, small, spied
 
 __all__ = ["gated", "measured"]
@@ -148,3 +148,34 @@ def test_a_reset_in_the_middle_of_a_call_begins_anew() -> None:
     for _ in range(SHOWN + 3):
         step()
     assert opened == [True] * SHOWN + [False] * 3
+
+
+def test_blocks_inside_of_a_call_are_no_steps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            with kitsune.accelerate():
+                x = x * 2
+        return x
+
+    found = []
+    for _ in range(2):
+        kitsune.reset()
+        function, opened = spied(call)
+        for _ in range(N):
+            function(torch.ones(2))
+        found.append((kitsune.counters()["gate_left"], opened[-1]))
+        # As it is with a context around each call.
+        monkeypatch.setattr(LeftCalls, "may_be_left", lambda *_: False)
+    assert found == [(found[1][0], False), (found[1][0], True)] and found[0][0]
+
+
+def test_calls_in_the_programs_own_context_tell_nothing_of_others() -> None:
+    pair = small()
+    step, opened = spied(lambda: plain_step(*pair))
+    for _ in range(SHOWN + 3):
+        step()
+    with kitsune.accelerate():
+        plain_step(*pair)
+        step()
+    step()
+    assert opened[-2:] == [True, False]

@@ -13,6 +13,7 @@ import torch
 
 import kitsune
 from kitsune.ir import lent_memory, streams
+from kitsune.lazy import early_reads
 from kitsune.lazy.stream_changes import called_here, taking
 from tests.runtime.repeated import counts, graphs
 
@@ -244,6 +245,12 @@ def test_what_comes_on_another_stream_waits_though_nothing_is_pending(device: Sw
     with recorded_on(monkeypatch, warmup=1):
         y = torch.ones(3) + 1
         device.now = 9
+        before = early_reads._last_change
+        (pipeline,) = kitsune.contexts.here.depth
+        pipeline.recorder._acquire()
+        pipeline.recorder._release()
+        # Nor is a number that was sent early an answer any more.
+        assert early_reads._last_change > before
         _ = y * 2
         assert kitsune.counters()["recorded"] == 0 and "9 waits" in device.since()
 
@@ -286,7 +293,27 @@ def test_the_stream_that_a_context_is_entered_on_is_one_that_the_program_uses(mo
         (pipeline,) = kitsune.contexts.here.depth
         called_here(OnGpu(pipeline.recorder))
         assert streams._used == {0: {7: device.known[7]}} and pipeline.recorder.stream == 7
+        before, device.now[0] = early_reads._last_change, 9
+        other = threading.Thread(target=called_here, args=(OnGpu(pipeline.recorder),))
+        other.start()
+        other.join()
+        # The current stream is each thread's own.
+        assert pipeline.recorder.stream == 7 and early_reads._last_change == before
+        called_here(OnGpu(pipeline.recorder))
+        assert pipeline.recorder.stream == 9 and early_reads._last_change > before
         pipeline.recorder.stream = -1
+
+
+def test_a_recorder_hears_which_stream_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, Any]] = []
+    monkeypatch.setattr("kitsune.lazy.recording.called_here", lambda one: heard.append(("context", one)))
+    monkeypatch.setattr("kitsune.lazy.door_makers.called_here", lambda one: heard.append(("door", one)))
+    with kitsune.accelerate(device="cpu"):
+        (pipeline,) = kitsune.contexts.here.depth
+        assert heard == [("context", pipeline.recorder)]
+        with torch.Stream(device="cpu"):
+            assert heard[1:] == [("door", pipeline.recorder)]
+        assert heard[2:] == [("door", pipeline.recorder)]
 
 
 ON_9, OF_11 = "7: event on 9", "7: event of 11"
