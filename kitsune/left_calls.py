@@ -50,9 +50,13 @@ class LeftCalls(threading.local):
             return fn(*args, **kwargs)
         n_opened = here.n_opened
         try:
-            here.in_left_call = True
-            returned = fn(*args, **kwargs)
+            try:
+                here.in_left_call = True
+                returned = fn(*args, **kwargs)
+            finally:
+                here.in_left_call = False
         finally:
+            # An interrupt may have come at that line.
             here.in_left_call = False
         self._n_unseen += 1
         # A reset, or a stance, may have come.
