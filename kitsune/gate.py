@@ -134,13 +134,6 @@ class Gate:
         else:
             self._others += 1
 
-    def end_of_left_call(self, n_steps: int) -> None:
-        """A call was left to eager without a context, in which an optimizer has taken one step or none."""
-        if not n_steps:
-            return self.end_of_context()
-        self._contexts = 0
-        self._end()
-
     def end_of_context(self) -> None:
         """A context was left: where no optimizer steps inside of contexts, that is the end of a step."""
         self._contexts += 1

@@ -108,8 +108,6 @@ class Pipeline:
         self.on = self.closing = self.left_behind = False
         # A static function is being learned: its steps are recorded, whatever the gate says of those that Python goes through.
         self.insists = False
-        # Steps of optimizers in the context that is open, or in the last one.
-        self.n_steps = 0
         # Regions ended while the collector owes a look at what is new, captures when the last one did; times all was forgotten.
         self.n_closed = self.n_captured = self.n_forgotten = 0
         memory = partial(has_room, device), partial(asked_bytes, device), self.make_way, partial(give_back, device)

@@ -16,6 +16,7 @@ from kitsune.disabling import check_callable, disable
 from kitsune.dispatch import foreign_modes
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
+from kitsune.left_calls import LeftCalls
 from kitsune.numerics import numerics_now
 from kitsune.pipeline import Pipeline, last_plan, listeners, tally, wait_for_kernels
 from kitsune.profiler import Report, report
@@ -103,16 +104,20 @@ class Accelerate:
 
             return static
 
+        calls = LeftCalls()
+
         @functools.wraps(fn)
         def accelerated(*args: P.args, **kwargs: P.kwargs) -> R:
-            if (pipeline := self._left_pipeline()) is not None:
-                returned = fn(*args, **kwargs)
-                pipeline.gate.end_of_left_call(pipeline.n_steps)
-                return returned
-            n = len(self._stack())
+            if (pipeline := self._left_pipeline()) is not None and calls.may_be_left(pipeline):
+                return calls.make(pipeline, fn, args, kwargs)
+            n, is_outermost = len(self._stack()), not _thread.depth
             try:
                 with self:
-                    return fn(*args, **kwargs)
+                    pipeline = self._stack()[-1].pipeline
+                    returned = fn(*args, **kwargs)
+                if is_outermost and pipeline is not None:
+                    calls.seen(pipeline)
+                return returned
             finally:
                 # The function holds the context for good, which an interrupt has left open.
                 if len(self._stack()) > n:
@@ -129,7 +134,7 @@ class Accelerate:
     def _left_pipeline(self) -> Pipeline | None:
         """The pipeline that this thread has used last for these options, if its next step is eager's without a context, too."""
         latest = getattr(self._entered, "latest", None)
-        if latest is None or latest[0] is not _thread.pipelines or not is_left(pipeline := latest[2]):
+        if latest is None or latest[0] is not _thread.pipelines or not is_left(pipeline := latest[2]) or foreign_modes():
             return None
         stamp = (resolve_device(self._device if self._device is not None else config.device), config.n_changes)
         return pipeline if stamp == latest[1] else None

@@ -56,8 +56,8 @@ def enter(stream: tuple[int, int, int]) -> None:
 def entered(stream: torch.cuda.Stream) -> Iterator[None]:
     """A stream of Kitsune's own, or one that the program has used before, is the current one."""
     before = current(stream.device_index)
-    enter(place_of(stream))
-    try:
+    try:  # An interrupt may come as soon as it is the current one.
+        enter(place_of(stream))
         yield
     finally:
         enter(before)
@@ -75,8 +75,17 @@ def on(device: torch.device, handle: int) -> Iterator[None]:
 
 
 def wait_for_all(device: torch.device) -> None:
-    """What comes on the current stream waits for what was started on the others so far."""
+    """What comes on the current stream waits for what was started on the others so far.
+
+    While that is being captured, nothing is started on it: it waits for what is captured on others, which is of the same graph,
+    and to wait for anything else would end the capture.
+    """
     here, others = _current_and_others(device)
+    if torch._C._cuda_isCurrentStreamCapturing():
+        for other in others:
+            if _is_captured(other):
+                _wait(here, other)
+        return
     for other in others:
         _wait(here, other)
     for event in _left.get(device.index or 0, {}).values():
@@ -108,6 +117,11 @@ def used_by_all(tensor: torch.Tensor) -> None:
 def _current_and_others(device: torch.device) -> tuple[Any, list[Any]]:
     here = torch.cuda.current_stream(device)
     return here, [stream for handle, stream in _used.get(device.index or 0, {}).items() if handle != here.cuda_stream]
+
+
+def _is_captured(stream: torch.cuda.Stream) -> bool:
+    with entered(stream):
+        return torch._C._cuda_isCurrentStreamCapturing()
 
 
 def _wait(one: torch.cuda.Stream, other: torch.cuda.Stream) -> None:

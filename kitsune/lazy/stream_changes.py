@@ -57,6 +57,8 @@ def called_here(recorder: Any) -> None:
         return
     now = streams.current_handle(recorder.device)
     if now != recorder.stream:
+        # It may have been made the current one before any door was there.
+        streams.use(torch.cuda.current_stream(recorder.device))
         memory_changed()
         recorder.stream = now
 

@@ -68,23 +68,34 @@ def _bring(step: Step, places: Places, frame: Frame) -> list[int]:
 
 def tensor_of(value: Value, places: Places, frame: Frame) -> torch.Tensor:
     """A tensor for a value of which a kernel needed the address only; it is kept in `frame.values`."""
-    values, number = frame.values, value.id
-    if values[number] is None:
-        place = places.place(value)
-        lent = frame.layout.arena.get(place.root) if place.root not in frame.elsewhere else None
+    values = frame.values
+    lent = frame.layout.arena.get(places.root[value.id].id) if places.root[value.id].id not in frame.elsewhere else None
+    # What it comes from first, and not each by the one before: there may be thousands of writes and views, each of the last.
+    waiting = [value]
+    while values[waiting[-1].id] is None and (source := _source(waiting[-1], places, lent is not None)) is not None:
+        waiting.append(source)
+    for one in reversed(waiting):
+        number = one.id
+        if values[number] is not None:
+            continue
         if number in places.before:
-            values[number] = tensor_of(places.before[number], places, frame)
+            values[number] = values[places.before[number].id]
         elif number not in places.view_op:
             values[number] = frame.memory_of(number)
         elif lent is not None:
             # Not by the op: as_strided counts from the start of the memory, which is here that of the whole arena.
-            values[number] = frame.in_arena(lent[0] + place.nbytes, value.type)
+            values[number] = frame.in_arena(lent[0] + places.place(one).nbytes, one.type)
         else:
-            op = places.view_op[number]
-            tensor_of(op.inputs[0], places, frame)
-            call(op, values, frame.scalars)
-    tensor: torch.Tensor = values[number]
+            call(places.view_op[number], values, frame.scalars)
+    tensor: torch.Tensor = values[value.id]
     return tensor
+
+
+def _source(value: Value, places: Places, in_arena: bool) -> Value | None:
+    """The version before a write, or what a view is of where it is not made from the arena itself."""
+    if value.id in places.before:
+        return places.before[value.id]
+    return places.view_op[value.id].inputs[0] if value.id in places.view_op and not in_arena else None
 
 
 def may_be_partial(op: Op) -> bool:

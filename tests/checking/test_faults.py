@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch.nn import functional as F
 import kitsune
 from kitsune.checking import CheckReport, Difference, reproduce
 from kitsune.runtime import instructions
+from kitsune.runtime.frame import Frame, Layout
 from tests.checking.faults import Draws, LastElement, Nothing, Off, WritesWhatItReads, planner_that
-from tests.runtime.backends import backend
+from tests.runtime.backends import backend, runner
 from tests.runtime.repeated import Repeated, graphs
 from tests.runtime.test_real_plans import Walk
 
@@ -69,6 +71,17 @@ def test_an_operator_inside_of_a_kernel_is_named() -> None:
 def test_what_a_kernel_leaves_out_is_named_by_its_first_operator() -> None:
     found = assert_found(verify(chain, torch.rand(4, 6), start=LastElement), "aten.mul.Tensor", chain, "first")
     assert found.kernel == "mul_exp_add" and "1 of 24 elements differ, the first at [3, 5]" in found.sentence
+
+
+def test_the_arena_of_a_checked_run_has_no_values_in_it_and_that_of_others_is_left_alone() -> None:
+    arenas = [types.SimpleNamespace(tensor=torch.ones(8, dtype=torch.uint8), address=0) for _ in range(2)]
+    for arena, poisoned in zip(arenas, (True, False), strict=True):
+        Frame(Layout({}, {}, (), 1, 0), [], [], 0, poisoned).move_in(arena)
+    assert arenas[0].tensor.tolist() == [255] * 8 and arenas[1].tensor.tolist() == [1] * 8
+    with backend(), kitsune.config.patch(check=True):
+        with kitsune.accelerate(warmup=0, device="cpu"):
+            chain(torch.rand(4, 6))
+        assert kitsune.counters()["checked"] and not runner().executor.poisons
 
 
 def test_memory_that_a_kernel_has_not_written_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ import torch
 import kitsune
 from kitsune.backends import nearest_arch
 from kitsune.config import KitsuneWarning, config
+from kitsune.ir import Launch, Pending
 from kitsune.profiler import Tally
 from kitsune.running import Backend, Runner, backend_of
 from kitsune.session import trace_regions
 from tests.runtime.backends import assert_equal, backend, chain, know_look_up, lazily, look_up, loop, runner
 from tests.runtime.naive import FakeLaunch
+from tests.runtime.test_real_plans import Walk
 
 CUDA = torch.device("cuda", 0)
 EXPECTED = chain()
@@ -163,12 +166,31 @@ def written_through_views(n: int) -> tuple[torch.Tensor, ...]:
     return y + 1, view
 
 
+class LastIsPending(Walk):
+    """Of a plan's kernels, the last one is not there yet."""
+
+    last: Any = None
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__(launch)
+        LastIsPending.last = self
+
+    def start(self, *args: Any) -> None:
+        if self is LastIsPending.last:
+            raise Pending("later")
+        super().start(*args)
+
+
+@pytest.mark.parametrize("kernels", [Walk, LastIsPending])
 @pytest.mark.parametrize("program", [written, viewed, written_through_views], ids=lambda p: p.__name__)
-def test_thousands_of_values_each_of_the_last_are_no_recursion(program: Callable[[int], tuple[torch.Tensor, ...]]) -> None:
-    """2,000 writes of one tensor could not be planned: "maximum recursion depth exceeded"."""
+def test_thousands_of_values_each_of_the_last_are_no_recursion(
+    program: Callable[[int], tuple[torch.Tensor, ...]], kernels: Callable[[Launch], Any]
+) -> None:
+    """2,000 writes of one tensor could not be planned, nor a kernel behind them be run by its operators: "maximum recursion depth
+    exceeded"."""
     n = 2 * sys.getrecursionlimit()
     expected = program(n)
-    with backend():
+    with backend(kernels):
         for _ in range(2):
             with lazily():
                 found = program(n)

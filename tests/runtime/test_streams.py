@@ -13,7 +13,8 @@ import torch
 
 import kitsune
 from kitsune.ir import lent_memory, streams
-from kitsune.lazy.stream_changes import taking
+from kitsune.lazy import early_reads
+from kitsune.lazy.stream_changes import called_here, taking
 from tests.runtime.repeated import counts, graphs
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -287,6 +288,12 @@ def test_what_comes_on_another_stream_waits_though_nothing_is_pending(device: Sw
     with recorded_on(monkeypatch, warmup=1):
         y = torch.ones(3) + 1
         device.now = 9
+        before = early_reads._last_change
+        (pipeline,) = kitsune.contexts.here.depth
+        pipeline.recorder._acquire()
+        pipeline.recorder._release()
+        # Nor is a number that was sent early an answer any more.
+        assert early_reads._last_change > before
         _ = y * 2
         assert kitsune.counters()["recorded"] == 0 and "9 waits" in device.since()
 
@@ -303,3 +310,77 @@ def test_an_interrupt_while_streams_are_told_apart_leaves_no_lock(where: str, mo
     with pytest.raises(KeyboardInterrupt):
         taking(recorder, lock)()
     assert not lock.locked()
+
+
+@contextlib.contextmanager
+def numbered(monkeypatch: pytest.MonkeyPatch, captured: set[int]) -> Any:
+    """Streams 7, which is the current one, and 9 as the real functions see them, some being captured; what is waited for."""
+    now, waits, known = [7], [], {n: types.SimpleNamespace(cuda_stream=n, stream_id=0, device_index=0) for n in (7, 9)}
+    monkeypatch.setattr(streams, "_used", {})
+    monkeypatch.setattr(streams, "_left", {0: {11: "event of 11"}})
+    monkeypatch.setattr(streams, "handle_of", lambda _: lambda: now[0])
+    monkeypatch.setattr(streams, "current", lambda _: now[0])
+    monkeypatch.setattr(streams, "place_of", lambda stream: stream.cuda_stream)
+    monkeypatch.setattr(streams, "enter", lambda n: now.__setitem__(0, n))
+    monkeypatch.setattr(streams, "_event_on", lambda stream: f"event on {stream.cuda_stream}")
+    waited: Any = lambda event, stream: waits.append(f"{stream.cuda_stream}: {event}")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_CudaEventBase", types.SimpleNamespace(wait=waited))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: known[now[0]])
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: now[0] in captured)
+    yield types.SimpleNamespace(now=now, waits=waits, known=known)
+
+
+def test_the_stream_that_a_context_is_entered_on_is_one_that_the_program_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No door has told of it: it was the current one before there were any."""
+    with numbered(monkeypatch, set()) as device, kitsune.accelerate(device="cpu"):
+        (pipeline,) = kitsune.contexts.here.depth
+        called_here(OnGpu(pipeline.recorder))
+        assert streams._used == {0: {7: device.known[7]}} and pipeline.recorder.stream == 7
+        before, device.now[0] = early_reads._last_change, 9
+        other = threading.Thread(target=called_here, args=(OnGpu(pipeline.recorder),))
+        other.start()
+        other.join()
+        # The current stream is each thread's own.
+        assert pipeline.recorder.stream == 7 and early_reads._last_change == before
+        called_here(OnGpu(pipeline.recorder))
+        assert pipeline.recorder.stream == 9 and early_reads._last_change > before
+        pipeline.recorder.stream = -1
+
+
+def test_a_recorder_hears_which_stream_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, Any]] = []
+    monkeypatch.setattr("kitsune.lazy.recording.called_here", lambda one: heard.append(("context", one)))
+    monkeypatch.setattr("kitsune.lazy.door_makers.called_here", lambda one: heard.append(("door", one)))
+    with kitsune.accelerate(device="cpu"):
+        (pipeline,) = kitsune.contexts.here.depth
+        assert heard == [("context", pipeline.recorder)]
+        with torch.Stream(device="cpu"):
+            assert heard[1:] == [("door", pipeline.recorder)]
+        assert heard[2:] == [("door", pipeline.recorder)]
+
+
+ON_9, OF_11 = "7: event on 9", "7: event of 11"
+
+
+@pytest.mark.parametrize(("captured", "waits"), [(set(), [ON_9, OF_11]), ({7}, []), ({7, 9}, [ON_9])])
+def test_what_is_captured_waits_for_what_is_captured_alone(
+    captured: set[int], waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with numbered(monkeypatch, captured) as device:
+        streams._used[0] = device.known
+        streams.wait_for_all(torch.device("cuda:0"))
+        assert device.waits == waits and device.now == [7]
+
+
+def test_an_interrupt_at_the_entry_of_a_stream_leaves_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with numbered(monkeypatch, set()) as device:
+
+        def interrupted(n: int) -> None:
+            device.now[0] = n
+            if n == 9:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(streams, "enter", interrupted)
+        with pytest.raises(KeyboardInterrupt), streams.entered(device.known[9]):
+            pass
+        assert device.now == [7]
