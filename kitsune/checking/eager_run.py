@@ -23,6 +23,8 @@ from kitsune.scheduler import needed_ops
 MEMORY = ("empty", "new_empty")
 WORKSPACES = {"_cudnn_rnn": 3, "mkldnn_rnn_layer": 3, "cudnn_batch_norm": 3, "miopen_batch_norm": 3}
 ATTENTION = 2
+# What these are called where they are given back; the library may write them, which torch declares nowhere.
+GIVEN_BACK = frozenset({"workspace", "reserve", "reserveSpace"})
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +53,12 @@ def workspaces(op: Op) -> set[int]:
         return {v.id for v in op.results}
     keep = ATTENTION if "attention" in name and op.kind is Kind.EXTERN and "backward" not in name else WORKSPACES.get(name)
     return set() if keep is None else {v.id for v in op.results[keep:]}
+
+
+def workspaces_of(op: Op) -> set[int]:
+    """The numbers of operands that are workspaces."""
+    arguments = zip(op.target._schema.arguments, op.args, strict=False)
+    return {a.id for argument, a in arguments if argument.name in GIVEN_BACK and isinstance(a, Value)}
 
 
 class EagerRun:

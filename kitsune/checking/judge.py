@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kitsune.checking.compare import difference, same_bits, too_far
-from kitsune.checking.eager_run import MEMORY, EagerRun, workspaces
+from kitsune.checking.eager_run import MEMORY, EagerRun, workspaces, workspaces_of
 from kitsune.checking.inputs import Start
 from kitsune.checking.search import Fault, Ran, Search
 from kitsune.ir import Graph, Op, Value, storage_of
@@ -80,7 +80,8 @@ def _geometry(ran: Ran, left: list[Any]) -> Fault | None:
 
 def _surroundings(ran: Ran, eager: EagerRun) -> Fault | None:
     """The generator, and inputs that are only read."""
-    if changed := ran.start.changed():
+    spaces = {number for op in ran.graph.ops for number in workspaces_of(op)}
+    if changed := [number for number in ran.start.changed() if number not in spaces]:
         value = next(v for v in ran.graph.inputs if v.id == changed[0])
         reader = next((op for op in ran.graph.ops if value in op.inputs), None)
         return Fault(reader, None, f"its operand {value} ({value.type}) is only read, and has changed")

@@ -214,3 +214,18 @@ def test_a_results_memory_is_not_held_by_the_check() -> None:
         counts = kitsune.counters()
         assert runner().tally.n_replayed > 3 and counts["checked"] == 8
         assert not any("holds a view" in reason for reason in counts["graph_missed"])
+
+
+def test_a_workspace_that_a_library_writes_is_no_difference() -> None:
+    """The backward of an LSTM writes what its forward has left for it, which torch declares nowhere."""
+    lstm = torch.nn.LSTM(4, 5, batch_first=True)
+
+    def step(x: torch.Tensor) -> None:
+        loss = lstm(x)[0].square().mean()
+        # So that the backward is in another region, and the workspace comes in.
+        loss.item()
+        loss.backward()
+        lstm.zero_grad()
+
+    report = kitsune.verify(step, torch.rand(3, 6, 4), device="cpu", steps=4)
+    assert report.equal and report.values > 20, str(report)
