@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
@@ -125,7 +125,7 @@ def a_custom_operator(loop: Loop, i: int) -> Any:
     return (torch.ops.kitsune_chaos.twice(loop.xs[i] * 1) + 1).clone()
 
 
-@torch.library.custom_op("kitsune_chaos::twice", mutates_args=())
+@library.custom_op("kitsune_chaos::twice", mutates_args=())
 def twice(x: Tensor) -> Tensor:
     return x * 2
 

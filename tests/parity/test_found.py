@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 from torch.nn import functional as F
 
 import kitsune
@@ -64,7 +63,7 @@ def test_kernels_that_conjugate_inside_see_the_conjugate(reads: bool) -> None:
     assert wrong < 1e-4
 
 
-@custom_op("kitsune_found::negated_imaginary", mutates_args=())
+@library.custom_op("kitsune_found::negated_imaginary", mutates_args=())
 def negated_imaginary(x: Tensor) -> Tensor:
     return x.conj().imag + 0
 

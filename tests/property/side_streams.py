@@ -24,7 +24,7 @@ from typing import Any
 import tests.conftest  # noqa: F401  (its settings are those of the tests)
 
 import torch  # isort: skip
-from torch import Tensor
+from torch import Tensor, library
 
 import kitsune
 from tests import _compare
@@ -35,12 +35,12 @@ UNARY = (torch.sin, torch.tanh, torch.relu, lambda t: t * 1.5, lambda t: t - 0.2
 BINARY = (torch.add, torch.mul, torch.maximum, torch.mm)
 
 
-@torch.library.custom_op("side_streams::read", mutates_args=())
+@library.custom_op("side_streams::read", mutates_args=())
 def read(x: Tensor) -> Tensor:
     return x.clone()
 
 
-@torch.library.custom_op("side_streams::write", mutates_args=("x",))
+@library.custom_op("side_streams::write", mutates_args=("x",))
 def write(x: Tensor) -> None:
     x.add_(1)
 

@@ -16,6 +16,7 @@ from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Launch, Pending
 from kitsune.profiler import Tally
 from kitsune.running import Backend, Runner, backend_of
+from kitsune.runtime.instructions import Alias
 from kitsune.session import trace_regions
 from tests.runtime.backends import assert_equal, backend, chain, know_look_up, lazily, look_up, loop, runner
 from tests.runtime.naive import FakeLaunch
@@ -196,3 +197,12 @@ def test_thousands_of_values_each_of_the_last_are_no_recursion(
                 found = program(n)
             assert all(map(torch.equal, found, expected))
         assert counted("planned")[0] >= 2 * n and not kitsune.explain().mended
+
+
+def test_versions_of_a_tensor_that_nobody_asks_for_are_passed_over() -> None:
+    with backend():
+        for _ in range(2):
+            with lazily():
+                written(100)
+        (ready,) = runner().ready.values()
+        assert sum(type(instruction) is Alias for instruction in ready.work.instructions) <= 1

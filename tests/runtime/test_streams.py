@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import library
 
 import kitsune
 from kitsune.ir import lent_memory, streams
@@ -31,7 +32,7 @@ def read_by_others(result: torch.Tensor) -> None:
     torch.ops.streams_of_tests.read(result)
 
 
-@torch.library.custom_op("streams_of_tests::read", mutates_args=())
+@library.custom_op("streams_of_tests::read", mutates_args=())
 def read(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
@@ -69,13 +70,13 @@ def test_streams_of_no_device_in_particular_are_doors(door: Callable[[Any], None
         assert y.tolist() == [2.0] * 3
 
 
-@torch.library.custom_op("streams_of_tests::add_late", mutates_args=("x",))
+@library.custom_op("streams_of_tests::add_late", mutates_args=("x",))
 def add_late(x: torch.Tensor) -> None:
     torch.cuda._sleep(LATE)
     x.add_(100)
 
 
-@torch.library.custom_op("streams_of_tests::copy_late", mutates_args=("to",))
+@library.custom_op("streams_of_tests::copy_late", mutates_args=("to",))
 def copy_late(x: torch.Tensor, to: torch.Tensor) -> None:
     torch.cuda._sleep(LATE)
     to.copy_(x)
@@ -133,7 +134,7 @@ def test_operators_run_on_the_stream_that_they_were_called_on(make: Callable[[],
             assert (y + z).sum().item() == 5 << 20
 
 
-@torch.library.custom_op("streams_of_tests::fives", mutates_args=())
+@library.custom_op("streams_of_tests::fives", mutates_args=())
 def fives(x: torch.Tensor) -> torch.Tensor:
     return torch.full_like(x, 5.0)
 
