@@ -27,7 +27,13 @@ MAY_PASS_THROUGH: dict[str, str] = {
 }
 
 # Backward kernels that add in the order in which threads arrive, on CUDA: two eager runs may agree and a third differ.
-UNORDERED_ON_CUDA = {"grid_sampler_2d", "grid_sampler_3d", "nn.functional.grid_sample", "nn.functional.adaptive_avg_pool3d"}
+UNORDERED_ON_CUDA = {
+    "grid_sampler_2d",
+    "grid_sampler_3d",
+    "nn.functional.adaptive_avg_pool2d",
+    "nn.functional.adaptive_avg_pool3d",
+    "nn.functional.grid_sample",
+}
 
 
 @lru_cache(maxsize=2)
