@@ -14,7 +14,7 @@ from kitsune.ir import Site
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # The demo lives in the package but is a user of it.
 _USERS = os.path.join(_HERE, "demo") + os.sep
-_INTERNAL = (_HERE + os.sep, os.path.dirname(os.path.abspath(torch.__file__)) + os.sep, "<frozen", "<string>")
+_INTERNAL = (_HERE + os.sep, os.path.dirname(os.path.abspath(torch.__file__)) + os.sep, "<frozen", "<string>", "<kitsune ")
 _STDLIB = tuple(
     os.path.join(os.path.dirname(os.__file__), name) for name in ("contextlib.py", "functools.py", "copy.py", "pickle.py")
 )

@@ -52,8 +52,10 @@ def _changed(recorder: Any) -> None:
 
 
 def called_here(recorder: Any) -> None:
-    """Nothing is pending, and what comes is called on what is the current stream now, as far as this thread is its own."""
-    if recorder.device.type != "cuda" or recorder.lane is None or recorder.lane.thread != get_ident():
+    """Nothing is pending, and what comes is called on what is the current stream now, as far as this thread is its own and is
+    not running what was called: a capture has a stream of Kitsune's, to be left again past all doors."""
+    own = recorder.running or recorder.lane is None or recorder.lane.thread != get_ident()
+    if own or recorder.device.type != "cuda":
         return
     now = streams.current_handle(recorder.device)
     if now != recorder.stream:

@@ -62,17 +62,21 @@ class Layout:
     n_values: int
 
 
+# Torch's own: what is in its place while a context is open is a door of the program's.
+_set_fills = torch._C._set_deterministic_fill_uninitialized_memory
+
+
 def unfilled(type_: TensorType) -> torch.Tensor:
     """New memory for what is about to be computed. With deterministic algorithms torch fills what is new, which would cost a
     launch, on a stream that may not be the one that writes the result."""
     fills = torch._C._get_deterministic_algorithms() and torch._C._get_deterministic_fill_uninitialized_memory()
     if not fills:
         return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
-    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    _set_fills(False)
     try:
         return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
     finally:
-        torch._C._set_deterministic_fill_uninitialized_memory(True)
+        _set_fills(True)
 
 
 def poison(tensor: torch.Tensor) -> None:

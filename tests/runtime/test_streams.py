@@ -323,6 +323,8 @@ def numbered(monkeypatch: pytest.MonkeyPatch, captured: set[int]) -> Any:
     monkeypatch.setattr(streams, "current", lambda _: now[0])
     monkeypatch.setattr(streams, "place_of", lambda stream: stream.cuda_stream)
     monkeypatch.setattr(streams, "enter", lambda n: now.__setitem__(0, n))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None, raising=False)
     monkeypatch.setattr(streams, "_event_on", lambda stream: f"event on {stream.cuda_stream}")
     waited: Any = lambda event, stream: waits.append(f"{stream.cuda_stream}: {event}")  # noqa: E731
     monkeypatch.setattr(torch._C, "_CudaEventBase", types.SimpleNamespace(wait=waited))
@@ -343,6 +345,11 @@ def test_the_stream_that_a_context_is_entered_on_is_one_that_the_program_uses(mo
         other.join()
         # The current stream is each thread's own.
         assert pipeline.recorder.stream == 7 and early_reads._last_change == before
+        monkeypatch.setattr(pipeline.recorder, "running", True)
+        called_here(OnGpu(pipeline.recorder))
+        # In the middle of a run it may be one of Kitsune's own.
+        assert pipeline.recorder.stream == 7 and early_reads._last_change == before
+        monkeypatch.setattr(pipeline.recorder, "running", False)
         called_here(OnGpu(pipeline.recorder))
         assert pipeline.recorder.stream == 9 and early_reads._last_change > before
         pipeline.recorder.stream = -1
