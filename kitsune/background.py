@@ -3,6 +3,7 @@
 import atexit
 import heapq
 import itertools
+import os
 import queue
 import threading
 import time
@@ -27,7 +28,8 @@ LOOK_S = 0.001
 # An operator that has taken so long takes longer: it waits for the device, or has torch load a library, and needs no lock. Much
 # of a first step is of that kind.
 LONG_S = 0.001
-# What is for such moments waits so long for them: a first step takes 0.4 to 2 s (BERT, H200), and others may wait behind it.
+# What is for such moments waits so long for them, and so long it is waited for: a first step takes 0.4 to 2 s (BERT, H200), and
+# others may wait behind it.
 PATIENCE_S = 2.0
 # Another thread needs some 50 us to wake up and take the lock. Who gets the lock back much later than that was not alone.
 YIELD_S = 0.0001
@@ -56,6 +58,9 @@ class PacedThread:
         self._closing = False
         # How many wait for it and have nothing else to do: it does not rest meanwhile.
         self.n_waiting = 0
+        # Whose turn it is: this thread's, in a call, or that of those who have asked it to `pause`.
+        self._turn, self._pausing, self.n_paused, self._has_paused = threading.Lock(), threading.Lock(), 0, False
+        os.register_at_fork(after_in_child=self._alone_in_child)
         # Is the program in the middle of a step, which this thread makes slower?
         self.in_a_step: Callable[[], bool] = lambda: False
         # Where it is in it, and since when this was seen; None where nobody can tell.
@@ -80,6 +85,30 @@ class PacedThread:
                 self._thread = threading.Thread(target=self._serve, name="kitsune-background", daemon=True)
                 self._thread.start()
 
+    def pause(self) -> Callable[[], None]:
+        """Wait for the end of the call that is being made, and make no other until what is returned is called, in any thread."""
+        # Not for ever: it may be waiting for a lock which the calling thread holds.
+        with self._pausing:
+            self.n_waiting += 1
+            try:
+                if not self.n_paused:
+                    self._has_paused = self._turn.acquire(timeout=PATIENCE_S)
+                self.n_paused += 1
+            finally:
+                self.n_waiting -= 1
+        return self._go_on
+
+    def _go_on(self) -> None:
+        with self._pausing:
+            # In a forked child nobody is paused, who was in its parent.
+            self.n_paused = max(self.n_paused - 1, 0)
+            if not self.n_paused and self._has_paused:
+                self._has_paused = False
+                self._turn.release()
+
+    def _alone_in_child(self) -> None:
+        self._turn, self._pausing, self.n_paused, self._has_paused = threading.Lock(), threading.Lock(), 0, False
+
     def close(self) -> None:
         """End the thread, also in the middle of a call: one that is stopped inside of C++ code by the interpreter's own end
         would end the process with a crash."""
@@ -103,7 +132,7 @@ class PacedThread:
                         self._rest(0.0)
                     # It hears of every function that this thread begins, so that no stage has to offer places to rest. To be told
                     # of them takes 4 ms (CPU host) the first time: too long for a first step.
-                    with nullcontext() if in_idle_moments else hearing(pace):
+                    with self._turn, nullcontext() if in_idle_moments else hearing(pace):
                         call()
                     del call
 
@@ -236,8 +265,10 @@ def when_done(futures: list["Future[Any]"], call: Callable[[], None]) -> None:
 
 
 def wait(timeout: float | None = None) -> bool:
-    """Wait until nothing is open; False if that takes longer than `timeout` seconds."""
+    """Wait until nothing is open; False if that takes longer than `timeout` seconds, or the thread is paused."""
     with _changed:
+        if thread.n_paused:
+            return not _n_open
         thread.n_waiting += 1
         quiet.end()
         try:

@@ -13,7 +13,7 @@ from kitsune.config import config
 from kitsune.dispatch import foreign_modes
 from kitsune.garbage import threshold
 from kitsune.global_hooks import GlobalHook
-from kitsune.ir import Barrier
+from kitsune.ir import Barrier, streams
 from kitsune.lazy import LazyTensor, close_doors, keep, open_doors, renew_lock, settle_grads, settle_state
 from kitsune.pipeline import Pipeline
 
@@ -238,8 +238,8 @@ def _look_at_gate(pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:
 
 
 def free_to_skip() -> bool:
-    """May a call do without Python in this thread? Not inside of a context, nor where the stance asks for plain PyTorch."""
-    return not here.depth and not _forced_eager
+    """May a call do without Python in this thread? Not in a context, nor where plain PyTorch is asked for or captured."""
+    return not here.depth and not _forced_eager and not streams.is_captured()
 
 
 def _turn(pipeline: Pipeline) -> None:
@@ -261,7 +261,7 @@ def _may_turn(pipeline: Pipeline) -> bool:
         or lane.inside
         or _in_backward()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or (recorder.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        or streams.is_captured()
     )
 
 

@@ -38,6 +38,7 @@ from kitsune.profiler import Show, Tally
 from kitsune.running import Runner, runners
 from kitsune.runtime import Answers, asked_bytes, give_back, has_room, would_rise
 from kitsune.standing import Replays, Standing, standing
+from kitsune.standing_aside import stand_aside
 
 tally = Tally()
 tally.n_compiling = n_awaited
@@ -100,6 +101,7 @@ class Pipeline:
             on_plans=self.runner.thread_plans.seen,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
+        self.recorder.stand_aside = partial(stand_aside, self.runner.steady)
         write = partial(self.lane.write_ahead, thread.breathe)
         self.lane.ask_to_write = partial(soon, write, True) if self.runner.in_background() else None
         self.follows, self.porter = False, Porter()

@@ -13,7 +13,7 @@ import torch
 from kitsune.config import checked, config
 from kitsune.contexts import Entry, entered, everyone, here as _thread, is_left, left
 from kitsune.disabling import check_callable, disable
-from kitsune.dispatch import foreign_modes
+from kitsune.dispatch import foreign_modes, kept_out_by
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Barrier, Graph
 from kitsune.left_calls import LeftCalls
@@ -144,8 +144,8 @@ class Accelerate:
         if not config.enabled:
             return None
         device = resolve_device(self._device if self._device is not None else config.device)
-        if modes := foreign_modes():
-            tally.passed_through[(Barrier.FOREIGN_MODE, type(modes[-1]).__name__)] += 1
+        if (reason := kept_out_by()) is not None:
+            tally.passed_through[reason] += 1
             return None
         # To look it up by all options takes 5 us, which a context around each step need not.
         latest, stamp = getattr(self._entered, "latest", None), (device, config.n_changes)

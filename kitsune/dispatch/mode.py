@@ -9,6 +9,8 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
+from kitsune.ir import Barrier, streams
+
 
 class RecordMode(TorchDispatchMode):
     """Sees each op below autograd. What becomes of an op is its subclass's `__torch_dispatch__`, which the pipeline gives it."""
@@ -81,6 +83,13 @@ def keep_out_of_dynamo(code: CodeType) -> None:
 def foreign_modes() -> list[TorchDispatchMode]:
     """Dispatch modes of others that are open in this thread."""
     return [mode for mode in _get_current_dispatch_mode_stack() if not isinstance(mode, RecordMode)]
+
+
+def kept_out_by() -> tuple[Barrier, str] | None:
+    """Why a context that is entered now is to record nothing, if it is not: the barrier, and whose it is."""
+    if modes := foreign_modes():
+        return Barrier.FOREIGN_MODE, type(modes[-1]).__name__
+    return (Barrier.CAPTURE, "accelerate()") if streams.is_captured() else None
 
 
 # An op is recorded below autograd and autocast. Running it later must not meet them again: no second version bump, no cast

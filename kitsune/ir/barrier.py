@@ -34,6 +34,7 @@ class Barrier(enum.Enum):
     FORK = "the process is about to be forked"
     THREAD = "a thread was started or waited for"
     SYNCHRONIZE = "the device was synchronised, or an event or a stream was used"
+    CAPTURE = "the program captures or replays a CUDA graph of its own, or takes memory from a pool of its own"
     PARAMETER = "a tensor became a Parameter"
     UNTRUSTED = "the layout of an operator's result is not known before it has run once"
     METADATA = "an in-place operator changes a tensor's shape or storage"

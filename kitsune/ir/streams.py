@@ -47,20 +47,28 @@ def place_of(stream: torch.cuda.Stream) -> tuple[int, int, int]:
 
 
 def enter(stream: tuple[int, int, int]) -> None:
-    """Make it the current one. Torch's own functions for that are doors."""
+    """Make it, and its device, the current ones. Torch's own functions for that are doors."""
     number, index, kind = stream
     torch._C._cuda_setStream(stream_id=number, device_index=index, device_type=kind)
+
+
+def is_captured() -> bool:
+    """Does the program, in this thread, capture what it starts on the current stream?"""
+    return bool(torch.cuda.is_initialized() and torch._C._cuda_isCurrentStreamCapturing())  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
 def entered(stream: torch.cuda.Stream) -> Iterator[None]:
     """A stream of Kitsune's own, or one that the program has used before, is the current one."""
-    before = current(stream.device_index)
-    try:  # An interrupt may come as soon as it is the current one.
-        enter(place_of(stream))
-        yield
+    before, device = current(stream.device_index), torch._C._cuda_getDevice()
+    try:
+        try:  # An interrupt may come as soon as it is the current one.
+            enter(place_of(stream))
+            yield
+        finally:
+            enter(before)
     finally:
-        enter(before)
+        torch._C._cuda_setDevice(device)
 
 
 @contextlib.contextmanager

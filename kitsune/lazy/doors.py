@@ -13,6 +13,7 @@ import torch
 import torch.utils._python_dispatch as python_dispatch
 
 from kitsune.ir import Barrier
+from kitsune.lazy.captures import capture_begin_door, capture_end_door, pool_begin_door, pool_end_door, replay_door
 from kitsune.lazy.door_makers import (
     data_door,
     deepcopy_door,
@@ -88,6 +89,7 @@ def _lasting_doors() -> Iterator[Door]:
     yield torch.utils, "swap_tensors", swap_door
     # What is held of a graph's results lies there between contexts, too, for any stream to read.
     yield from ((owner, name, stream_door) for owner, names in _STREAMS for name in names.split() if hasattr(owner, name))
+    yield from ((owner, name, make) for owner, name, make in _CAPTURES if hasattr(owner, name))
     # Functions in C++ take wrappers of former contexts as well.
     yield from ((owner, name, _noted(make)) for owner, name, make in _function_doors())
     DOORS.update(_operator_doors())
@@ -224,6 +226,14 @@ _STREAMS: Table = (
     (torch.cuda, "set_stream"),
     (torch.accelerator, "set_stream"),
     (torch.Stream, "__enter__ __exit__"),
+)
+_CAPTURES: tuple[Door, ...] = (
+    (torch.cuda.CUDAGraph, "capture_begin", capture_begin_door),
+    (torch.cuda.CUDAGraph, "capture_end", capture_end_door),
+    (torch.cuda.CUDAGraph, "reset", capture_end_door),
+    (torch.cuda.CUDAGraph, "replay", replay_door),
+    (torch.cuda.memory, "_cuda_beginAllocateCurrentThreadToPool", pool_begin_door),
+    (torch.cuda.memory, "_cuda_endAllocateToPool", pool_end_door),
 )
 
 _LASTING, _WATCHED = DoorSet(_lasting_doors), DoorSet(_doors)

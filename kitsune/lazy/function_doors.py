@@ -3,7 +3,6 @@ they get instead."""
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from kitsune.lazy.call_lane import CallLane
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.rebuild import replace_tensors, tensors_in
 from kitsune.lazy.recorder import Recorder
-from kitsune.lazy.recorders import listening
+from kitsune.lazy.recorders import listening, of_this_thread
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.tensor import LazyTensor, as_plain
 
@@ -238,7 +237,7 @@ def _computed(tensors: list[Any], args: Any, kwargs: Any) -> Any:
 def _unrecorded(device: str) -> Iterator[None]:
     """This thread's recorders for such a device let everything pass."""
     with contextlib.ExitStack() as paused:
-        for recorder in _of_this_thread():
+        for recorder in of_this_thread():
             if recorder.device.type == device:
                 recorder.flush(Barrier.DOOR)
                 recorder.pause()
@@ -259,7 +258,3 @@ def _is_transformed() -> bool:
 
 def _are_known(tensors: Any) -> bool:
     return all(type(t) in PLAIN or type(t) is LazyTensor for t in tensors if isinstance(t, torch.Tensor))
-
-
-def _of_this_thread() -> list[Any]:
-    return [recorder for recorder in listening() if recorder.lane is not None and recorder.lane.thread == threading.get_ident()]

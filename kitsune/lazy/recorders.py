@@ -37,3 +37,13 @@ def where_in_step() -> tuple[Any, ...] | None:
 def listening() -> list[Any]:
     """Those that are to hear of what the calling thread does."""
     return [] if in_own_thread() else OPEN
+
+
+def of_this_thread() -> list[Any]:
+    """Those that take what the calling thread does."""
+    return [recorder for recorder in listening() if is_of_this_thread(recorder)]
+
+
+def is_of_this_thread(recorder: Any) -> bool:
+    """Was it made for the calling thread?"""
+    return recorder.lane is not None and bool(recorder.lane.thread == threading.get_ident())

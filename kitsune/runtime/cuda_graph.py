@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import streams
+from kitsune.ir import streams, workspaces
 from kitsune.runtime.idle import WORTH_GIVING_BACK, give_back, reserved_bytes
 from kitsune.runtime.letter import Letter
 
@@ -135,13 +135,13 @@ class CudaGraphs:
         graphs: list[Any] = []
 
         def begin() -> None:
-            # Instantiated apart, to know what is to be undone where that fails.
-            graphs.append(torch.cuda.CUDAGraph(keep_graph=True))
+            # Instantiated apart, to know what is to be undone where that fails. Not the program's class, whose methods are doors.
+            graphs.append(torch._C._CUDAGraph(True))
             # Not "global", which breaks off when another thread, such as a loader's, pins memory.
             graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
 
         def end() -> None:
-            torch._C._cuda_clearCublasWorkspaces()
+            workspaces.let_go()
             _end(graphs[-1])
 
         def send(tensors: list[torch.Tensor]) -> None:
@@ -159,9 +159,7 @@ class CudaGraphs:
             give_back(self.device)
             # Not a MemPool, which ends the process if it dies before its graph.
             pool, before = torch.cuda.graph_pool_handle(), reserved_bytes(self.device)
-            # A workspace from outside could be in use on another stream when the graph runs, and one from inside must not be
-            # found by others.
-            torch._C._cuda_clearCublasWorkspaces()
+            workspaces.let_go()
             try:
                 begin()
                 # Let go of at once: most of what the work asks for is then cut from one block.
@@ -189,7 +187,7 @@ class CudaGraphs:
             torch.cuda.empty_cache()
 
     def _break_off(self, graph: Any, pool: Any) -> None:
-        torch._C._cuda_clearCublasWorkspaces()
+        workspaces.let_go()
         try:
             _end(graph)
         except RuntimeError:

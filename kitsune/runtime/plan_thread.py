@@ -17,6 +17,9 @@ import torch
 
 from kitsune.ir import BACKWARDS_WITH_PLANS, Op, Value, is_own, streams
 
+# A plan for attention takes 76 ms.
+PATIENCE_S = 2.0
+
 
 class _Request:
     """A call to be made. Who `claims` it first makes it, or sees to it that nobody does; it is `done` when that lock is free."""
@@ -113,6 +116,13 @@ class PlanThread:
             if collects:
                 gc.enable()
         return request.result()
+
+    def settle(self) -> None:
+        """Wait until all that was asked of it so far is over; not for ever, since it might wait for a lock of who asks."""
+        if self._is_alive():
+            request = _Request(lambda: None)
+            self._requests.put(request)
+            request.done.acquire(timeout=PATIENCE_S)
 
     def close(self) -> None:
         """End the thread, which must not be inside of C++ code when the interpreter ends."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import BACKWARDS_WITH_PLANS, Graph, Op, TensorType
+from kitsune.ir import BACKWARDS_WITH_PLANS, Graph, Op, TensorType, streams
 from kitsune.runtime.calls import try_out
 from kitsune.runtime.plan_thread import key_of, plan_thread
 
@@ -44,13 +44,13 @@ class ThreadPlans:
         """An operator that leaves a plan has run in this very thread, which may be autograd's."""
         if threading.get_ident() == self._thread:
             self._is_new(op)
-        elif self._hands_over and not self._knows(op) and not _captured() and self._has_room(op):
+        elif self._hands_over and not self._knows(op) and not streams.is_captured() and self._has_room(op):
             plan_thread.learn(op, partial(_run, op))
 
     def make(self, graph: Graph) -> None:
         """Make those of a region that was observed: its forward has run in this thread, and its backward in another one."""
         self._n_free = 0
-        if _captured():
+        if streams.is_captured():
             # By the program, whose graph would do this as well.
             return
         for op in graph.ops:
@@ -65,13 +65,13 @@ class ThreadPlans:
         90 ms for it, and 9 at the most in this thread afterwards; steps of 33 ms take up to 38 beside that (H200)."""
         ops = [op for op in graph.ops if op.target._opname in BACKWARDS_WITH_PLANS or op.target._opname in FORWARD]
         new = list({key_of(op): op for op in ops if not self._knows(op)}.values())
-        for op in () if _captured() else new:
+        for op in () if streams.is_captured() else new:
             _run_once(op)
         return new
 
     def go_on(self, ops: list[Op]) -> None:
         """Make the plans of a few of these, which are taken off the list."""
-        if _captured():
+        if streams.is_captured():
             return
         now = time.perf_counter()
         until = now + (SECONDS if self._ended is None else min(TIMES * (now - self._ended), MOST))
@@ -83,7 +83,7 @@ class ThreadPlans:
 
     def make_all(self, ops: list[Op]) -> None:
         """Make the plans of all of these now."""
-        if not _captured():
+        if not streams.is_captured():
             for op in filter(self._is_new, ops):
                 _run_once(op)
 
@@ -105,10 +105,6 @@ class ThreadPlans:
         if is_new:
             self._known.add(key_of(op))
         return is_new
-
-
-def _captured() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _run_once(op: Op) -> None:

@@ -28,10 +28,14 @@ class Device:
     def __init__(self) -> None:
         self.streams = {number: Stream(number, is_external=number == 77) for number in (0, 1, 2, 77)}
         self.now, self.captures, self.asked = self.streams[0], False, []  # type: ignore[var-annotated]
+        self.current = 3
         self._recorded: dict[Any, int] = {}
 
-    def enter(self, stream_id: int, **_: int) -> None:
-        self.now = self.streams[stream_id]
+    def enter(self, stream_id: int, device_index: int, **_: int) -> None:
+        self.now, self.current = self.streams[stream_id], device_index
+
+    def set_device(self, index: int) -> None:
+        self.current = index
 
     def record(self, event: Any, stream: Stream) -> None:
         self._recorded[event] = stream.stream_id
@@ -55,6 +59,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         "_cuda_setStream": device.enter,
         "_cuda_getCurrentStream": lambda index: streams.place_of(device.now),  # type: ignore[arg-type]
         "_cuda_isCurrentStreamCapturing": lambda: device.captures,
+        "_cuda_getDevice": lambda: device.current,
+        "_cuda_setDevice": device.set_device,
     }.items():
         monkeypatch.setattr(torch._C, name, there, raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device.now)
@@ -111,4 +117,5 @@ def test_a_stream_that_was_used_is_entered_once_more(device: Device, number: int
         # That of somebody else may be gone: what was to run on it runs here, behind all.
         assert device.now is device.streams[1 if number == 1 else 0]
         assert device.asked == ([] if number == 1 else [(0, 77)])
-    assert device.now is device.streams[0]
+    # The program's own current device is as it was, too: to make a stream the current one makes its device that.
+    assert device.now is device.streams[0] and device.current == 3

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
-from kitsune.ir import Op
+from kitsune.ir import Op, streams
 from kitsune.runtime import ThreadPlans, thread_plans
 from kitsune.runtime.calls import try_out
 from kitsune.runtime.plan_thread import plan_thread
@@ -95,7 +95,7 @@ def test_nothing_is_run_into_a_graph_that_the_program_captures(monkeypatch: pyte
     monkeypatch.setattr(thread_plans, "try_out", lambda op, values: made.append(op.target._opname))
     graph, plans = convolutions(), ThreadPlans()
     with monkeypatch.context() as patch:
-        patch.setattr(thread_plans, "_captured", lambda: True)
+        patch.setattr(streams, "is_captured", lambda: True)
         plans.make(graph)
         plans.go_on(left := plans.needed(graph))
         plans.make_all(left)
