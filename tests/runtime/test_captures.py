@@ -415,34 +415,37 @@ def test_a_graph_of_the_programs_has_its_workspaces_for_good(when: str) -> None:
     """Products write parts of their sums into a workspace of cuBLAS's, of which the graph has the address."""
     workspaces._are_of_others.cache_clear()
     graph, stream, layer, net = torch.cuda.CUDAGraph(), torch.cuda.Stream(), nn.Linear(64, 64, device="cuda"), model()
-    x = torch.randn(32, 64, device="cuda")
+    x, long = torch.randn(32, 64, device="cuda"), torch.randn(64, 1 << 18, device="cuda")
 
-    def step() -> None:
-        (layer.weight.grad,) = torch.autograd.grad(layer(x).square().sum(), [layer.weight])
+    def step() -> torch.Tensor:
+        # Long sums of few elements, and what a layer computes.
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), [layer.weight])
+        return grad + long @ long.T
 
-    def capture() -> None:
+    def capture() -> torch.Tensor:
         # As torch's notes on graphs have it: the first steps on the stream that will capture, which has a workspace from then on.
         with torch.cuda.stream(stream):
             step()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            step()
+            return step()
 
-    if when == "before Kitsune":
-        capture()
+    result = capture() if when == "before Kitsune" else x
     with kitsune.accelerate():
-        if when == "in the context":
-            capture()
+        result = capture() if when == "in the context" else result
         for _ in range(N_ROUNDS):
             net.zero_grad()
             net(torch.randn(32, 64, device="cuda")).square().mean().backward()
             kitsune.flush()
         assert counts("captured")[0] > 0
+    # Whoever asks for memory there now has what was let go of.
+    with torch.cuda.stream(stream):
+        others = [torch.ones(1 << n, device="cuda") for n in range(10, 24) for _ in range(4)]
     torch.cuda.synchronize()
-    # What was let go of is the device's again, and to write there is an error.
-    torch.cuda.empty_cache()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(layer.weight.grad, torch.autograd.grad(layer(x).square().sum(), [layer.weight])[0])
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(result, step())
+    assert all(bool((other == 1).all()) for other in others)
     graph.reset()
     workspaces._are_of_others.cache_clear()
