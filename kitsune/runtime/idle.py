@@ -4,6 +4,8 @@ A graph takes its memory from a pool of its own, and an arena is one block. Neit
 which would be held beside them from then on.
 """
 
+from typing import Any
+
 import torch
 
 # Less than that is not worth waiting for the device.
@@ -21,7 +23,7 @@ def would_rise(device: torch.device, ours: int) -> bool:
     that."""
     if device.type != "cuda":
         return False
-    statistics = torch.cuda.memory_stats_as_nested_dict(device)
+    statistics = _statistics(device)
     if not statistics:
         return False
     reserved, allocated = (statistics[name]["all"] for name in ("reserved_bytes", "allocated_bytes"))
@@ -31,7 +33,7 @@ def would_rise(device: torch.device, ours: int) -> bool:
 
 def idle_bytes(device: torch.device) -> int:
     """Bytes that the allocator holds and has lent to nobody, those of graphs between their replays among them."""
-    statistics = torch.cuda.memory_stats_as_nested_dict(device)
+    statistics = _statistics(device)
     if not statistics:
         return 0
     reserved, allocated = (statistics[name]["all"]["current"] for name in ("reserved_bytes", "allocated_bytes"))
@@ -40,7 +42,7 @@ def idle_bytes(device: torch.device) -> int:
 
 def reserved_bytes(device: torch.device) -> int:
     """Bytes that the allocator holds. (torch's own function for that first puts all that it knows into one list, in order.)"""
-    statistics = torch.cuda.memory_stats_as_nested_dict(device)
+    statistics = _statistics(device)
     return int(statistics["reserved_bytes"]["all"]["current"]) if statistics else 0
 
 
@@ -49,11 +51,22 @@ def has_room(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return free >= torch.cuda.max_memory_allocated(device)
+    statistics = _statistics(device)
+    return not statistics or bool(free >= statistics["allocated_bytes"]["all"]["peak"])
 
 
 def asked_bytes(device: torch.device) -> int:
     """Bytes that were ever asked of the device's allocator."""
     if device.type != "cuda":
         return 0
-    return int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["allocated"])
+    statistics = _statistics(device)
+    return int(statistics["allocated_bytes"]["all"]["allocated"]) if statistics else 0
+
+
+def _statistics(device: torch.device) -> dict[str, Any]:
+    """What the allocator counts; nothing before it was first asked, nor where the program has put another in torch's place, which
+    counts nothing."""
+    try:
+        return torch.cuda.memory_stats_as_nested_dict(device)
+    except RuntimeError:
+        return {}

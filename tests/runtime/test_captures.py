@@ -243,12 +243,18 @@ def test_a_call_that_waits_for_the_program_holds_no_capture_up(monkeypatch: pyte
     thread.close()
 
 
-@pytest.mark.parametrize("others", [False, True], ids=["nobody else", "beside a graph from before"])
-def test_workspaces_are_let_go_of_around_a_capture(doors: Any, others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("others", [False, True, None], ids=["nobody else", "beside a graph from before", "nobody can tell"])
+def test_workspaces_are_let_go_of_around_a_capture(doors: Any, others: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     log, pools = list[str](), [(0, 0), (0, 3)] if others else [(0, 0)]
+
+    def snapshot() -> list[Any]:
+        if others is None:
+            raise RuntimeError("this allocator has no snapshots")
+        return [{"segment_pool_id": pool} for pool in pools]
+
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("let go"), raising=False)
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [{"segment_pool_id": pool} for pool in pools])
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
     workspaces._are_of_others.cache_clear()
     graph = Graph(log)
     try:

@@ -9,7 +9,8 @@ import torch
 
 import kitsune
 from kitsune.ir import lent_memory
-from kitsune.runtime import give_back, would_rise
+from kitsune.runtime import asked_bytes, give_back, has_room, would_rise
+from kitsune.runtime.idle import idle_bytes, reserved_bytes
 from kitsune.runtime.steady import MAX_CAPTURES
 from tests.runtime.backends import lazily
 from tests.runtime.repeated import counts, graphs
@@ -101,3 +102,22 @@ def test_graphs_that_make_way_are_captured_again_as_often_as_it_takes(monkeypatc
             assert repeater.n_alive == 0 and pipeline.runner.pool.statistics.held_bytes == 0
             rises.clear()
         assert counts("graph_refused") == [{}]
+
+
+def test_an_allocator_of_the_programs_that_counts_nothing_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counts_nothing(device: torch.device) -> Any:
+        raise RuntimeError("this allocator does not yet support getDeviceStats")
+
+    asked = allocator(monkeypatch, reserved=(5000, 5000), allocated=(100, 4000))
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", counts_nothing)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (MIB, 2 * MIB))
+    give_back(GPU)
+    assert not asked and not would_rise(GPU, 0) and has_room(GPU)
+    assert asked_bytes(GPU) == idle_bytes(GPU) == reserved_bytes(GPU) == 0
+
+
+@pytest.mark.parametrize(("free", "fits"), [(3999, False), (4000, True)])
+def test_eager_has_room_where_what_it_once_needed_is_free(free: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator(monkeypatch, reserved=(5000, 5000), allocated=(100, 4000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * MIB, 9000 * MIB))
+    assert has_room(GPU) == fits
