@@ -20,5 +20,9 @@ def let_go() -> None:
 @cache
 def _are_of_others() -> bool:
     """Had anybody captured before the first capture that Kitsune makes or hears of? A graph's memory is in a pool of its own."""
-    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    try:
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        # The allocator of the program's choice (cudaMallocAsync, or a plugged in one) cannot tell.
+        return True
     return any(tuple(segment["segment_pool_id"]) != (0, 0) for segment in segments)
