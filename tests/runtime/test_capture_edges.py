@@ -325,6 +325,27 @@ def test_the_background_rests_whichever_thread_captures(doors: Any, monkeypatch:
     assert forgets == [False, True]
 
 
+def test_a_call_that_a_capture_waits_for_does_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    paced, begun, done, rests = PacedThread(), threading.Event(), list[int](), list[bool]()
+    monkeypatch.setattr(paced, "_rest", lambda worked: rests.append(bool(paced.pauses)))
+
+    def call() -> None:
+        begun.set()
+        while not paced.pauses:
+            time.sleep(0.001)
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            sum(divmod(n, 3)[0] for n in range(100))
+        done.append(1)
+
+    paced.submit(call)
+    assert begun.wait(10)
+    paced.pause(1)
+    assert done and not any(rests)
+    paced.go_on(1)
+    paced.close()
+
+
 def test_a_thread_that_is_paused_can_be_closed_and_asked() -> None:
     paced, made = PacedThread(), list[int]()
     paced.pause(1)
@@ -358,6 +379,17 @@ def test_in_a_forked_child_nobody_is_paused() -> None:
         os._exit(0 if done.wait(10) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     paced.go_on(1)
+
+
+def test_what_has_ended_resumes_nobody_again() -> None:
+    with kitsune.accelerate(warmup=0, device="cpu"), contextlib.ExitStack() as disabled:
+        (pipeline,) = here.depth
+        aside = captures.Aside(POOL)
+        aside.of_pool()
+        aside.end()
+        disabled.enter_context(kitsune.disable())
+        aside.end()
+        assert pipeline.recorder.paused == 1
 
 
 def test_what_the_thread_of_plans_was_asked_is_over_before_a_capture(doors: Any) -> None:  # noqa: F811
@@ -458,15 +490,22 @@ class Replayed(Graph):
             self.work()
 
 
+def scale(factor: float, *tensors: torch.Tensor) -> None:
+    """Past all doors."""
+    for tensor in tensors:
+        array = torch._C.TensorBase.numpy(tensor)
+        array *= factor
+
+
 def trained(replay: Callable[[Any], None], context: Any, way: str) -> list[torch.Tensor]:
     """A training in the midst of whose steps a graph writes weights, an input, or what is read as a number."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.125, momentum=0.5)
     losses, static = list[Any](), torch.ones(3, 4)
-    plain = [(p, p.detach()) for p in net.parameters()]
-    writes_input = Replayed(lambda: static.numpy().__imul__(0.5) is None)
-    writes_weights = Replayed(lambda: [t.numpy().__imul__(0.75) for _, t in plain] and None)
+    plain = [p.detach() for p in net.parameters()]
+    writes_input = Replayed(lambda: scale(0.5, static))
+    writes_weights = Replayed(lambda: scale(0.75, *plain))
     autocast = torch.autocast("cpu", torch.bfloat16) if "autocast" in way else contextlib.nullcontext()
     with context:
         for k in range(10):
@@ -526,7 +565,7 @@ def test_behind_a_replay_that_writes_weights_autocast_has_the_casts_of_before(do
         torch.manual_seed(0)
         layer, x, found = nn.Linear(4, 8), torch.randn(3, 4), list[torch.Tensor]()
         weight = layer.weight.detach()
-        writes = Replayed(lambda: weight.numpy().__imul__(0.75) is None)
+        writes = Replayed(lambda: scale(0.75, weight))
         with context, torch.no_grad():
             for _ in range(10):
                 with torch.autocast("cpu", torch.bfloat16):
@@ -545,7 +584,7 @@ def test_behind_a_replay_that_writes_weights_autocast_has_the_casts_of_before(do
 
 def test_what_was_foreseen_of_a_number_does_not_outlive_a_replay(doors: Any) -> None:  # noqa: F811
     x, written = torch.ones(3), list[torch.Tensor]()
-    writes = Replayed(lambda: written[-1].numpy().fill(float("inf")))
+    writes = Replayed(lambda: scale(float("inf"), written[-1]))
     with kitsune.accelerate(warmup=0, device="cpu"):
         for k in range(24):
             loss: Any = (x * (k + 1.0)).sum()

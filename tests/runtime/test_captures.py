@@ -238,6 +238,7 @@ def test_a_call_that_waits_for_the_program_holds_no_capture_up(monkeypatch: pyte
     thread.submit(call)
     assert begun.wait(10)
     thread.pause(1)
+    assert thread._in_call
     go.set()
     thread.submit(done.set)
     # It makes no other call, though.
