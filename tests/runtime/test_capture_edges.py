@@ -20,7 +20,7 @@ from kitsune.background import PacedThread, thread, wait
 from kitsune.config import config
 from kitsune.contexts import here
 from kitsune.ir import plain_times, streams, workspaces
-from kitsune.lazy import captures, doors as table
+from kitsune.lazy import captures, doors as table, early_reads
 from kitsune.runtime import frame
 from kitsune.runtime.plan_thread import PlanThread, _Request, plan_thread
 from tests.runtime.test_captures import Graph, doors, is_recorded, n_recorded  # noqa: F401 (a fixture)
@@ -559,21 +559,30 @@ def test_values_around_a_replay_are_eagers(doors: Any, way: str, warmup: int) ->
     assert all(same), same
 
 
+@pytest.mark.parametrize("reads", [False, True], ids=["pending", "read before"])
+@pytest.mark.parametrize("graded", [False, True], ids=["no_grad", "graded"])
 @pytest.mark.parametrize("warmup", [0, 1])
-def test_behind_a_replay_that_writes_weights_autocast_has_the_casts_of_before(doors: Any, warmup: int) -> None:  # noqa: F811
+def test_behind_a_replay_that_writes_weights_autocast_has_the_casts_of_before(
+    doors: Any,  # noqa: F811
+    warmup: int,
+    graded: bool,
+    reads: bool,
+) -> None:
     def forwards(replay: Callable[[Any], None], context: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
         layer, x, found = nn.Linear(4, 8), torch.randn(3, 4), list[torch.Tensor]()
         weight = layer.weight.detach()
         writes = Replayed(lambda: scale(0.75, weight))
-        with context, torch.no_grad():
+        with context, torch.set_grad_enabled(graded):
             for _ in range(10):
                 with torch.autocast("cpu", torch.bfloat16):
                     found.append(layer(x))
+                    if reads:
+                        found[-1].sum().item()
                     replay(writes)
                     found.append(layer(x))
                 found.append(layer(x))
-            return [t.clone() for t in found]
+            return [t.detach().clone() for t in found]
 
     expected = forwards(lambda graph: graph.replay(), contextlib.nullcontext())
     got = forwards(doors.replay, kitsune.accelerate(warmup=warmup, device="cpu"))
@@ -582,15 +591,9 @@ def test_behind_a_replay_that_writes_weights_autocast_has_the_casts_of_before(do
     assert all(same), same
 
 
-def test_what_was_foreseen_of_a_number_does_not_outlive_a_replay(doors: Any) -> None:  # noqa: F811
-    x, written = torch.ones(3), list[torch.Tensor]()
-    writes = Replayed(lambda: scale(float("inf"), written[-1]))
-    with kitsune.accelerate(warmup=0, device="cpu"):
-        for k in range(24):
-            loss: Any = (x * (k + 1.0)).sum()
-            assert not bool(torch.isnan(loss))
-            if k > 20:
-                written.append(loss.cell.real)
-                doors.replay(writes)
-            assert bool(torch.isinf(loss)) is (k > 20)
-        assert kitsune.counters()["foreseen"] > 3
+def test_what_was_read_early_is_read_again_behind_a_replay(doors: Any) -> None:  # noqa: F811
+    for fails in ("", "replay"):
+        before = early_reads._last_change
+        with contextlib.suppress(RuntimeError):
+            doors.replay(Graph([], fails))
+        assert early_reads._last_change > before
