@@ -58,8 +58,8 @@ class PacedThread:
         self._closing = False
         # How many wait for it and have nothing else to do: it does not rest meanwhile.
         self.n_waiting = 0
-        # Whose turn it is: this thread's, in a call, or that of those who have asked it to `pause`.
-        self._turn, self._pausing, self.n_paused, self._has_paused = threading.Lock(), threading.Lock(), 0, False
+        # Those who have asked it to `pause`, and whether it makes a call.
+        self.pauses, self._in_call = set[object](), False
         os.register_at_fork(after_in_child=self._alone_in_child)
         # Is the program in the middle of a step, which this thread makes slower?
         self.in_a_step: Callable[[], bool] = lambda: False
@@ -85,29 +85,22 @@ class PacedThread:
                 self._thread = threading.Thread(target=self._serve, name="kitsune-background", daemon=True)
                 self._thread.start()
 
-    def pause(self) -> Callable[[], None]:
-        """Wait for the end of the call that is being made, and make no other until what is returned is called, in any thread."""
-        # Not for ever: it may be waiting for a lock which the calling thread holds.
-        with self._pausing:
-            self.n_waiting += 1
-            try:
-                if not self.n_paused:
-                    self._has_paused = self._turn.acquire(timeout=PATIENCE_S)
-                self.n_paused += 1
-            finally:
-                self.n_waiting -= 1
-        return self._go_on
+    def pause(self, who: object) -> None:
+        """Wait for the end of the call that is being made, and have no other made until `go_on` is called with the same object,
+        in any thread; also after an interrupt in the middle of this."""
+        self.pauses.add(who)
+        # Not for ever: it may wait for a lock which the calling thread holds. By no lock, which an interrupt could leave held.
+        until = time.monotonic() + PATIENCE_S
+        while self._in_call and time.monotonic() < until:
+            time.sleep(LOOK_S)
 
-    def _go_on(self) -> None:
-        with self._pausing:
-            # In a forked child nobody is paused, who was in its parent.
-            self.n_paused = max(self.n_paused - 1, 0)
-            if not self.n_paused and self._has_paused:
-                self._has_paused = False
-                self._turn.release()
+    def go_on(self, who: object) -> None:
+        """The opposite of `pause`; may be called again."""
+        self.pauses.discard(who)
+        self._tokens.put(None)
 
     def _alone_in_child(self) -> None:
-        self._turn, self._pausing, self.n_paused, self._has_paused = threading.Lock(), threading.Lock(), 0, False
+        self.pauses, self._in_call = set(), False
 
     def close(self) -> None:
         """End the thread, also in the middle of a call: one that is stopped inside of C++ code by the interpreter's own end
@@ -125,16 +118,32 @@ class PacedThread:
             while not self._closing:
                 self._tokens.get()
                 self._keep_quiet()
-                if self._calls:
-                    *_, in_idle_moments, call = heapq.heappop(self._calls)
-                    self._patient_until = time.perf_counter() + PATIENCE_S if in_idle_moments else 0.0
-                    if in_idle_moments:
-                        self._rest(0.0)
-                    # It hears of every function that this thread begins, so that no stage has to offer places to rest. To be told
-                    # of them takes 4 ms (CPU host) the first time: too long for a first step.
-                    with self._turn, nullcontext() if in_idle_moments else hearing(pace):
-                        call()
-                    del call
+                while self._calls and self._call_next(pace):
+                    self._keep_quiet()
+
+    def _call_next(self, pace: Callable[..., None]) -> bool:
+        """Make the next call, if nobody has this thread paused."""
+        entry = heapq.heappop(self._calls)
+        *_, in_idle_moments, call = entry
+        self._patient_until = time.perf_counter() + PATIENCE_S if in_idle_moments else 0.0
+        if in_idle_moments:
+            self._rest(0.0)
+        # Before it looks: who pauses it looks at this afterwards.
+        self._in_call = True
+        try:
+            if self.pauses:
+                heapq.heappush(self._calls, entry)
+                return False
+            # It hears of every function that this thread begins, so that no stage has to offer places to rest. To be told of
+            # them takes 4 ms (CPU host) the first time: too long for a first step.
+            with nullcontext() if in_idle_moments else hearing(pace):
+                call()
+        finally:
+            self._in_call = False
+        return not self._closing
+
+    def _is_awaited(self) -> bool:
+        return self.n_waiting > 0 or bool(self.pauses)
 
     def _pace(self) -> Callable[..., None]:
         """Rests whenever this thread has computed for WORK_S; waiting does not count."""
@@ -153,7 +162,7 @@ class PacedThread:
             if self._closing:
                 raise _Closing
             if worked >= WORK_S:
-                if not self.n_waiting:
+                if not self._is_awaited():
                     self._rest(worked)
                     self._keep_quiet()
                 start = time.thread_time()
@@ -167,7 +176,7 @@ class PacedThread:
 
     def _keep_quiet(self) -> None:
         """Begin or go on with nothing while steps are timed. Who needs a lock that this thread has waits as long, at the most."""
-        quiet.wait(lambda: self._closing or self.n_waiting > 0)
+        quiet.wait(lambda: self._closing or self._is_awaited())
 
     def _rest(self, worked: float) -> None:
         """Rest after so many seconds of work, if the program has something to do."""
@@ -176,7 +185,7 @@ class PacedThread:
                 time.sleep(worked * REST)
             return
         until = max(self._patient_until, time.perf_counter() + worked * REST_IN_STEP)
-        while self.in_a_step() and not (self._closing or self.n_waiting) and (left := until - time.perf_counter()) > 0:
+        while self.in_a_step() and not (self._closing or self._is_awaited()) and (left := until - time.perf_counter()) > 0:
             if self._is_in_a_long_operator() and _alone():
                 return
             time.sleep(min(LOOK_S, left))
@@ -267,7 +276,7 @@ def when_done(futures: list["Future[Any]"], call: Callable[[], None]) -> None:
 def wait(timeout: float | None = None) -> bool:
     """Wait until nothing is open; False if that takes longer than `timeout` seconds, or the thread is paused."""
     with _changed:
-        if thread.n_paused:
+        if thread.pauses:
             return not _n_open
         thread.n_waiting += 1
         quiet.end()

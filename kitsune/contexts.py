@@ -13,7 +13,7 @@ from kitsune.config import config
 from kitsune.dispatch import foreign_modes
 from kitsune.garbage import threshold
 from kitsune.global_hooks import GlobalHook
-from kitsune.ir import Barrier, streams
+from kitsune.ir import Barrier, plain_times
 from kitsune.lazy import LazyTensor, close_doors, keep, open_doors, renew_lock, settle_grads, settle_state
 from kitsune.pipeline import Pipeline
 
@@ -133,7 +133,7 @@ def _closed(pipeline: Pipeline) -> None:
         outer = next(reversed(here.depth))
         if outer.on:
             outer.follow()
-    elif was_open and not here.in_left_call and _gated() and not pipeline.insists:
+    elif was_open and not (here.in_left_call or pipeline.insists or plain_times.is_plain()) and _gated():
         pipeline.gate.end_of_context()
 
 
@@ -239,7 +239,7 @@ def _look_at_gate(pipeline: Pipeline, optimizer: torch.optim.Optimizer) -> None:
 
 def free_to_skip() -> bool:
     """May a call do without Python in this thread? Not in a context, nor where plain PyTorch is asked for or captured."""
-    return not here.depth and not _forced_eager and not streams.is_captured()
+    return not here.depth and not _forced_eager and not plain_times.is_plain()
 
 
 def _turn(pipeline: Pipeline) -> None:
@@ -261,7 +261,7 @@ def _may_turn(pipeline: Pipeline) -> bool:
         or lane.inside
         or _in_backward()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or streams.is_captured()
+        or plain_times.is_plain()
     )
 
 

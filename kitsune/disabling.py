@@ -10,6 +10,7 @@ import torch
 
 from kitsune.contexts import here as _thread
 from kitsune.ir import Barrier
+from kitsune.lazy import Paused
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,7 +25,7 @@ class Disable:
     def __enter__(self) -> "Disable":
         if not hasattr(self._entered, "stack"):
             self._entered.stack = []
-        n, paused = len(self._entered.stack), Paused([pipeline.recorder for pipeline in _thread.depth])
+        n, paused = len(self._entered.stack), Paused([p.recorder for p in _thread.depth], Barrier.DISABLE)
         try:
             paused.begin()
             self._entered.stack.append(paused)
@@ -47,32 +48,6 @@ class Disable:
         while len(self._entered.stack) >= n:
             self._entered.stack[-1].end()
             self._entered.stack.pop()
-
-
-class Paused:
-    """Recorders that let everything pass for a while. After an interrupt at any line of it, `end` may be called again."""
-
-    def __init__(self, recorders: list[Any]) -> None:
-        # How often each was paused before; once they resume, how often it is to be.
-        self._before = [(recorder, recorder.paused) for recorder in recorders]
-        self._after: list[tuple[Any, int]] | None = None
-        self._has_begun = False
-
-    def begin(self) -> None:
-        """Run what is pending, and let pass what comes."""
-        for recorder, _ in self._before:
-            recorder.flush(Barrier.DISABLE)
-        for recorder, _ in self._before:
-            recorder.pause()
-        self._has_begun = True
-
-    def end(self) -> None:
-        """Record again, unless somebody else has paused them, too."""
-        if self._after is None:
-            now = [(recorder, recorder.paused - 1) for recorder, _ in self._before]
-            self._after = now if self._has_begun else self._before
-        for recorder, n in self._after:
-            recorder.resume(n)
 
 
 @overload

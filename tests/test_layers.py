@@ -86,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     "stance": {"accepts", "config", "contexts"},
     "static": {"config", "contexts", "pipeline", "ir", "lazy", "runtime"},
     "numerics": {"codegen", "config", "ir", "pipeline", "profiler", "scheduler"},
-    "disabling": {"contexts", "ir"},
+    "disabling": {"contexts", "ir", "lazy"},
     "session": {
         "config",
         "contexts",

@@ -9,7 +9,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode, _push_mode
 
-from kitsune.ir import Barrier, streams
+from kitsune.ir import Barrier, plain_times
 
 
 class RecordMode(TorchDispatchMode):
@@ -89,7 +89,7 @@ def kept_out_by() -> tuple[Barrier, str] | None:
     """Why a context that is entered now is to record nothing, if it is not: the barrier, and whose it is."""
     if modes := foreign_modes():
         return Barrier.FOREIGN_MODE, type(modes[-1]).__name__
-    return (Barrier.CAPTURE, "accelerate()") if streams.is_captured() else None
+    return (Barrier.CAPTURE, "accelerate()") if plain_times.is_plain() else None
 
 
 # An op is recorded below autograd and autocast. Running it later must not meet them again: no second version bump, no cast

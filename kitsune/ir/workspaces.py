@@ -23,6 +23,7 @@ def _are_of_others() -> bool:
     try:
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
     except RuntimeError:
-        # Of the driver's own allocator, or one of the program's, nobody can tell.
+        # Of the driver's own allocator, or one of the program's, nobody can tell; and what was taken inside of a capture must not
+        # be found by others.
         return False
     return any(tuple(segment["segment_pool_id"]) != (0, 0) for segment in segments)

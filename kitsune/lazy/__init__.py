@@ -8,6 +8,7 @@ from kitsune.lazy.doors import close_doors, open_doors
 from kitsune.lazy.early_reads import memory_changed
 from kitsune.lazy.graph_doors import close_graph_doors, open_graph_doors
 from kitsune.lazy.host_counts import HostCounts, count_steps, numbers_of, read_steps
+from kitsune.lazy.paused import Paused
 from kitsune.lazy.realize import attach_spent, settle_spent
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import in_a_step, renew_lock, where_in_step
@@ -25,6 +26,7 @@ __all__ = [
     "CallLane",
     "HostCounts",
     "LazyTensor",
+    "Paused",
     "Recorder",
     "ScalarSources",
     "as_plain",

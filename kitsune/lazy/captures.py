@@ -5,18 +5,56 @@ the graph refers to has to stay where it is. And a replay reads and writes memor
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
-from kitsune.ir import Barrier, workspaces
+from kitsune.ir import Barrier, plain_times, workspaces
 from kitsune.lazy.casts import will_write, written
 from kitsune.lazy.early_reads import memory_changed
+from kitsune.lazy.paused import Paused
 from kitsune.lazy.recorders import EVERY, is_of_this_thread, listening, of_this_thread
 
-Ends = list[Callable[[], None]]
-# What is to be done when a capture, or the use of a pool, ends: by the graph or the pool's number. A pool may be used inside of
-# its own use.
-_ends: dict[Any, list[Ends]] = {}
+
+class Aside:
+    """Kitsune out of the way of one capture, or of one use of a pool: `key` tells which. After an interrupt at any line, `end`
+    may be called again; and once it has ended, too."""
+
+    def __init__(self, key: Any) -> None:
+        self.key, self.thread = key, threading.get_ident()
+        self._paused = Paused(of_this_thread(), Barrier.CAPTURE)
+        # Each is there before what it undoes is done, and may be called again.
+        self._ends: list[Callable[[], None]] = []
+
+    def of_capture(self) -> None:
+        """To be called before one."""
+        self._paused.begin()
+        # Results of contexts that are closed may still be held, too; and Kitsune's threads ask the device for things whoever
+        # captures.
+        for recorder in list(EVERY):
+            if recorder.stand_aside is not None:
+                recorder.stand_aside(self._ends, is_of_this_thread(recorder))
+        self._ends.append(workspaces.let_go)
+        workspaces.let_go()
+
+    def of_pool(self) -> None:
+        """To be called before its use."""
+        self._ends.append(functools.partial(plain_times.end, self))
+        plain_times.begin(self)
+        self._paused.begin()
+
+    def end(self) -> None:
+        """It is over: record again."""
+        try:
+            for end in reversed(self._ends):
+                end()
+            self._ends = []
+        finally:
+            self._paused.end()
+
+
+# A pool may be used inside of its own use, and in several threads.
+_under_way: list[Aside] = []
 
 
 def capture_begin_door(original: Any) -> Any:
@@ -24,20 +62,17 @@ def capture_begin_door(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(graph: Any, *args: Any, **kwargs: Any) -> Any:
-        ends: Ends = []
-        # One that was begun and never ended, of a graph that is gone, may have had the same number.
-        _end(id(graph))
+        aside = Aside(id(graph))
         try:
-            _pass_all(ends)
-            # Results of contexts that are closed may still be held, too.
-            ends.extend(recorder.stand_aside() for recorder in list(EVERY) if is_of_this_thread(recorder))
-            ends.append(workspaces.let_go)
-            workspaces.let_go()
-            _ends[id(graph)] = [ends]
-            return original(graph, *args, **kwargs)
+            aside.of_capture()
+            returned = original(graph, *args, **kwargs)
+            # One that was begun and never ended, of a graph that is gone, may have had the same number.
+            for other in [other for other in _under_way if other.key == aside.key]:
+                _end(other)
+            _under_way.append(aside)
+            return returned
         except BaseException:
-            _ends.pop(id(graph), None)
-            _call(ends)
+            _end(aside)
             raise
 
     return door
@@ -48,10 +83,15 @@ def capture_end_door(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(graph: Any, *args: Any, **kwargs: Any) -> Any:
+        aside = _latest(id(graph))
         try:
-            return original(graph, *args, **kwargs)
+            try:
+                return original(graph, *args, **kwargs)
+            finally:
+                _end(aside)
         finally:
-            _end(id(graph))
+            # An interrupt may have come at any line of it.
+            _end(aside)
 
     return door
 
@@ -82,13 +122,13 @@ def pool_begin_door(original: Any) -> Any:
 
     @functools.wraps(original)
     def door(device: Any, pool: Any, *args: Any) -> Any:
-        ends: Ends = []
+        aside = Aside(pool)
         try:
-            _pass_all(ends)
+            aside.of_pool()
             original(device, pool, *args)
-            _ends.setdefault(pool, []).append(ends)
+            _under_way.append(aside)
         except BaseException:
-            _call(ends)
+            _end(aside)
             raise
 
     return door
@@ -97,30 +137,28 @@ def pool_begin_door(original: Any) -> Any:
 def pool_end_door(original: Any) -> Any:
     @functools.wraps(original)
     def door(device: Any, pool: Any, *args: Any) -> Any:
+        aside = _latest(pool)
         try:
-            return original(device, pool, *args)
+            try:
+                return original(device, pool, *args)
+            finally:
+                _end(aside)
         finally:
-            _end(pool)
+            # As above.
+            _end(aside)
 
     return door
 
 
-def _pass_all(ends: Ends) -> None:
-    """This thread's recorders run what is pending, and let all pass until `ends` are called."""
-    for recorder in of_this_thread():
-        recorder.flush(Barrier.CAPTURE)
-        recorder.pause()
-        ends.append(recorder.resume)
+def _latest(key: Any) -> Aside | None:
+    """What was done for the capture or the use that this thread has begun last; by another one, if it has not begun any."""
+    found = [aside for aside in list(_under_way) if aside.key == key]
+    own = [aside for aside in found if aside.thread == threading.get_ident()]
+    return (own or found or [None])[-1]  # type: ignore[list-item]
 
 
-def _end(key: Any) -> None:
-    if begun := _ends.get(key):
-        _call(begun[-1])
-        begun.pop()
-    if not begun:
-        _ends.pop(key, None)
-
-
-def _call(ends: Ends) -> None:
-    while ends:
-        ends.pop()()
+def _end(aside: Aside | None) -> None:
+    if aside is not None:
+        aside.end()
+        if aside in _under_way:
+            _under_way.remove(aside)

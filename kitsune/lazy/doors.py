@@ -227,13 +227,14 @@ _STREAMS: Table = (
     (torch.accelerator, "set_stream"),
     (torch.Stream, "__enter__ __exit__"),
 )
+_GRAPHS: tuple[Any, ...] = (torch.cuda.CUDAGraph, *filter(None, [getattr(torch.accelerator, "Graph", None)]))
 _CAPTURES: tuple[Door, ...] = (
-    (torch.cuda.CUDAGraph, "capture_begin", capture_begin_door),
-    (torch.cuda.CUDAGraph, "capture_end", capture_end_door),
-    (torch.cuda.CUDAGraph, "reset", capture_end_door),
-    (torch.cuda.CUDAGraph, "replay", replay_door),
-    (torch.cuda.memory, "_cuda_beginAllocateCurrentThreadToPool", pool_begin_door),
-    (torch.cuda.memory, "_cuda_endAllocateToPool", pool_end_door),
+    *((graph, "capture_begin", capture_begin_door) for graph in _GRAPHS),
+    *((graph, name, capture_end_door) for graph in _GRAPHS for name in ("capture_end", "reset")),
+    *((graph, "replay", replay_door) for graph in _GRAPHS),
+    # Under the names by which `use_mem_pool` and what Inductor compiles call them.
+    *((owner, "_cuda_beginAllocateCurrentThreadToPool", pool_begin_door) for owner in (torch.cuda.memory, torch._C)),
+    *((owner, "_cuda_endAllocateToPool", pool_end_door) for owner in (torch.cuda.memory, torch._C)),
 )
 
 _LASTING, _WATCHED = DoorSet(_lasting_doors), DoorSet(_doors)

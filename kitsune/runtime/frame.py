@@ -72,8 +72,8 @@ def unfilled(type_: TensorType) -> torch.Tensor:
     fills = torch._C._get_deterministic_algorithms() and torch._C._get_deterministic_fill_uninitialized_memory()
     if not fills:
         return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
-    _set_fills(False)
-    try:
+    try:  # An interrupt may come as soon as it is off.
+        _set_fills(False)
         return torch.empty_strided(type_.shape, type_.stride, dtype=type_.dtype, device=type_.device)
     finally:
         _set_fills(True)

@@ -54,7 +54,7 @@ def doors(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     }
     made = {name: make(lambda graph, name=name: getattr(graph, name)()) for name, make in makers.items()}
     yield type("Doors", (), {name: staticmethod(door) for name, door in made.items()})
-    assert not captures._ends
+    assert not captures._under_way and not background.thread.pauses
     assert wait(20)
 
 
@@ -212,15 +212,17 @@ def test_the_background_thread_rests_meanwhile() -> None:
     thread.submit(call)
     assert begun.wait(10)
     threading.Timer(0.05, go.set).start()
-    ends = [thread.pause(), thread.pause()]
+    for who in (1, 2):
+        thread.pause(who)
     # The call that was being made is over, and the next one is not begun.
     assert made == [1]
     done = threading.Event()
     thread.submit(done.set)
     assert not done.wait(0.1)
-    ends[0]()
+    thread.go_on(1)
+    thread.go_on(1)
     assert not done.wait(0.1)
-    ends[1]()
+    thread.go_on(2)
     assert done.wait(10)
     thread.close()
 
@@ -235,10 +237,13 @@ def test_a_call_that_waits_for_the_program_holds_no_capture_up(monkeypatch: pyte
 
     thread.submit(call)
     assert begun.wait(10)
-    end = thread.pause()
+    thread.pause(1)
+    assert thread._in_call
     go.set()
     thread.submit(done.set)
-    end()
+    # It makes no other call, though.
+    assert not done.wait(0.1)
+    thread.go_on(1)
     assert done.wait(10)
     thread.close()
 
