@@ -19,7 +19,7 @@ import kitsune
 from kitsune.background import PacedThread, thread, wait
 from kitsune.config import config
 from kitsune.contexts import here
-from kitsune.ir import plain_times, streams, workspaces
+from kitsune.ir import plain_times, streams
 from kitsune.lazy import captures, doors as table, early_reads
 from kitsune.runtime import frame
 from kitsune.runtime.plan_thread import PlanThread, _Request, plan_thread
