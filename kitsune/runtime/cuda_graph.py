@@ -215,6 +215,20 @@ class CudaGraphs:
 
 
 @contextlib.contextmanager
+def waits_unwatched() -> Iterator[None]:
+    """`torch.cuda.set_sync_debug_mode` is to tell where the program waits for the device, not where a capture does."""
+    mode = torch._C._cuda_get_sync_debug_mode() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+    if not mode:
+        yield
+        return
+    try:
+        torch._C._cuda_set_sync_debug_mode(0)
+        yield
+    finally:
+        torch._C._cuda_set_sync_debug_mode(mode)
+
+
+@contextlib.contextmanager
 def _then(user: torch.cuda.Stream) -> Iterator[None]:
     """What comes next on a stream waits for the current one, whatever happens on that."""
     stream = torch.cuda.current_stream(user.device)

@@ -11,7 +11,7 @@ from kitsune.ir import Kind, Pending, lent_memory, storage_of
 from kitsune.ir.page import FEW_BYTES
 from kitsune.runtime.capturable import GraphFacts, why_not_moving
 from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, TailFailed
-from kitsune.runtime.cuda_graph import GraphRecorder
+from kitsune.runtime.cuda_graph import GraphRecorder, waits_unwatched
 from kitsune.runtime.page_reader import PageReader
 from kitsune.runtime.slots import SlotTable, bits_of, changed
 from kitsune.runtime.steady_region import MakeWork, Steady
@@ -251,6 +251,7 @@ class SteadyState:
         self.told.captured(len(region.facts.graph.ops), captured.nbytes)
         return True
 
+    @waits_unwatched()
     def _record_twice(self, region: Steady, values: list[Any], scalars: Sequence[float]) -> Captured:
         # What ran in the ordinary way so far has its arenas in memory that the graph may need.
         self.relieve(False)
@@ -283,10 +284,8 @@ class SteadyState:
         self.told.refused(reason)
         if mended:
             n_ops = len(region.facts.graph.ops)
-            self.report(
-                f"A region of {n_ops} operators cannot be replayed as a CUDA graph, so it is launched operator by operator. "
-                f"{reason}"
-            )
+            what = "cannot be replayed as a CUDA graph, so it is launched operator by operator."
+            self.report(f"A region of {n_ops} operators {what} {reason}")
 
 
 def _copies_to_come(region: Steady, values: list[Any]) -> list[int]:

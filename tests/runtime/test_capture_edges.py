@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from kitsune.ir import plain_times, streams
 from kitsune.lazy import captures, doors as table, early_reads
 from kitsune.runtime import frame
 from kitsune.runtime.plan_thread import PlanThread, _Request, plan_thread
+from tests.runtime.repeated import graphs
 from tests.runtime.test_captures import Graph, doors, is_recorded, n_recorded  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -581,3 +583,31 @@ def test_what_was_read_early_is_read_again_behind_a_replay(doors: Any) -> None: 
         with contextlib.suppress(RuntimeError):
             doors.replay(Graph([], fails))
         assert early_reads._last_change > before
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["captured", "breaks off"])
+def test_what_a_capture_waits_for_is_nothing_to_tell_the_program_of(breaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A region whose first capture came under `torch.cuda.set_sync_debug_mode("error")` was launched anew each time for good."""
+    modes, inside, x = [2], list[int](), torch.ones(3)
+    monkeypatch.setattr(torch._C, "_cuda_get_sync_debug_mode", lambda: modes[-1], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_set_sync_debug_mode", modes.append, raising=False)
+    with graphs() as repeater:
+        record = repeater.record
+
+        def watched(*args: Any) -> Any:
+            inside.append(modes[-1])
+            if breaks:
+                raise RuntimeError("the capture breaks off")
+            return record(*args)
+
+        monkeypatch.setattr(repeater, "record", watched)
+        with kitsune.accelerate(device="cpu"):
+            for _ in range(6):
+                _ = (x * 2).sin()
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch.cuda, "is_initialized", lambda: True)
+                    patch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", kitsune.KitsuneWarning)
+                        kitsune.flush()
+    assert inside == [0] and modes == [2, 0, 2]

@@ -460,3 +460,20 @@ def test_a_graph_of_the_programs_has_its_workspaces_for_good(when: str) -> None:
     assert all(bool((other == 1).all()) for other in others)
     graph.reset()
     workspaces._are_of_others.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("warned")
+def test_a_program_that_allows_no_waiting_for_the_device_has_graphs() -> None:
+    x, found = torch.arange(1024.0, device="cuda"), []
+    with kitsune.accelerate():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for k in range(N_ROUNDS):
+                found.append((x * (k + 1.0)).sin())
+                kitsune.flush()
+            assert torch.cuda.get_sync_debug_mode() == 2
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert counts("replayed")[0] > 3 and not kitsune.counters()["graph_refused"]
+    assert all(torch.equal(t, (x * (k + 1.0)).sin()) for k, t in enumerate(found))
