@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kitsune
 from kitsune.gate import SHOWN
 from kitsune.left_calls import UNSEEN, LeftCalls
+from tests.interrupts import interrupted_at
 from tests.test_left_to_eager import gated, measured, plain_step, small, spied
 
 __all__ = ["gated", "measured"]
@@ -182,37 +182,13 @@ def test_calls_in_the_programs_own_context_tell_nothing_of_others() -> None:
     assert opened[-2:] == [True, False]
 
 
-def interrupted_at(k: int, call: Callable[[], Any]) -> bool:
-    """An interrupt comes at the `k`th line of `left_calls.py` that a call goes through, if there are as many."""
-    n_lines = 0
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal n_lines
-        if not frame.f_code.co_filename.endswith("left_calls.py") or "test_" in frame.f_code.co_filename:
-            return None
-        n_lines += event == "line"
-        if event == "line" and n_lines == k:
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
 def test_after_an_interrupt_at_any_line_calls_are_left_as_before() -> None:
     pair = small()
     step, opened = spied(lambda: plain_step(*pair))
     for _ in range(SHOWN + 3):
         step()
     k = 1
-    while interrupted_at(k, step):
+    while interrupted_at(k, step, "left_calls.py"):
         assert not kitsune.contexts.here.in_left_call
         n_left = kitsune.counters()["gate_left"]
         step()

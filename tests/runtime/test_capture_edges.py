@@ -24,15 +24,13 @@ from kitsune.ir import plain_times, streams
 from kitsune.lazy import captures, doors as table, early_reads
 from kitsune.runtime import frame
 from kitsune.runtime.plan_thread import PlanThread, _Request, plan_thread
+from tests.interrupts import interrupted_at
 from tests.runtime.repeated import graphs
 from tests.runtime.test_captures import Graph, doors, is_recorded, n_recorded  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("fresh")
 POOL = (0, 1)
-FILES = tuple(
-    os.path.join("kitsune", *path.split("/"))
-    for path in ("lazy/captures.py", "lazy/paused.py", "standing_aside.py", "ir/plain_times.py", "background.py")
-)
+FILES = ("lazy/captures.py", "lazy/paused.py", "standing_aside.py", "ir/plain_times.py", "background.py")
 
 
 @pytest.fixture
@@ -54,30 +52,6 @@ def pool() -> Iterator[Any]:
     assert not captures._under_way and not plain_times._threads
 
 
-def interrupted_at(k: int, call: Callable[[], Any]) -> bool:
-    """An interrupt comes at the `k`th line that a call goes through of what makes room for a capture, if there are as many."""
-    n_lines = 0
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal n_lines
-        if not frame.f_code.co_filename.endswith(FILES):
-            return None
-        n_lines += event == "line"
-        if event == "line" and n_lines == k:
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
 def nothing_is_left() -> bool:
     paused = [pipeline.recorder.paused for pipeline in here.depth]
     return paused == [0] and not thread.pauses and not captures._under_way and not plain_times.is_plain()
@@ -93,14 +67,14 @@ def test_an_interrupt_at_any_line_leaves_the_program_recording(doors: Any, pool:
     with kitsune.accelerate(warmup=0, device="cpu"):
         _ = torch.ones(3) * 2
         k = 1
-        while interrupted_at(k, begin):
+        while interrupted_at(k, begin, *FILES):
             assert nothing_is_left(), k
             k += 1
         n_lines, k = k, 1
         assert n_lines > 20
         while True:
             n_ended = sum("end" in asked for asked in log)
-            was_interrupted = interrupted_at(k, end)
+            was_interrupted = interrupted_at(k, end, *FILES)
             if sum("end" in asked for asked in log) == n_ended:
                 # Before anything was begun.
                 end()
