@@ -9,11 +9,12 @@ from kitsune.runtime.plan_thread import plan_thread
 
 
 def stand_aside(steady: SteadyState | None, ends: list[Callable[[], None]], forgets: bool) -> None:
-    """To be called before, for each pipeline; `forgets` says whether it is the calling thread's. Its results stay where they are
-    from now on, for what is captured refers to them. No thread asks the device for anything, which could break the capture off,
+    """To be called before, for each pipeline; `forgets` says whether it is the calling thread's. Results stay where they are from
+    now on, for what is captured may refer to them. No thread asks the device for anything, which could break the capture off,
     until what `ends` gets is called."""
-    if forgets and steady is not None:
-        steady.forget()
+    if steady is not None:
+        # Another thread may be in the middle of a replay.
+        (steady.forget if forgets else steady.stay)()
     plan_thread.settle()
     who = object()
     ends.append(partial(thread.go_on, who))

@@ -232,9 +232,14 @@ _CAPTURES: tuple[Door, ...] = (
     *((graph, "capture_begin", capture_begin_door) for graph in _GRAPHS),
     *((graph, name, capture_end_door) for graph in _GRAPHS for name in ("capture_end", "reset")),
     *((graph, "replay", replay_door) for graph in _GRAPHS),
-    # Under the names by which `use_mem_pool` and what Inductor compiles call them.
+)
+# Under the names by which `use_mem_pool` and what Inductor compiles call them.
+_POOLS: tuple[Door, ...] = (
     *((owner, "_cuda_beginAllocateCurrentThreadToPool", pool_begin_door) for owner in (torch.cuda.memory, torch._C)),
     *((owner, "_cuda_endAllocateToPool", pool_end_door) for owner in (torch.cuda.memory, torch._C)),
 )
 
 _LASTING, _WATCHED = DoorSet(_lasting_doors), DoorSet(_doors)
+# From the start: the first context may be opened while a pool is used.
+_FIRST = DoorSet(lambda: ((owner, name, make) for owner, name, make in _POOLS if hasattr(owner, name)))
+_FIRST.put_on()

@@ -109,7 +109,7 @@ class Captured:
         self._statics = {n: place_like(values[n], n in facts.summed) for n in self._copied}
         self._alignments = [(n, alignment(values[n])) for n in self._copied if n in facts.summed]
         self._passing = Passing(self._statics, table, reader)
-        self.n_replays = 0
+        self.n_replays, self.stays = 0, False
         self.has_tail = work.tail is not None
         # The numbers that were found to be those that are baked in.
         self._fitting: Sequence[float] | None = None
@@ -177,7 +177,8 @@ class Captured:
         if scalars is not self._fitting:
             self._fit(scalars)
         if not self._lent.release():
-            raise OutputsHeld("somebody holds a view of a result of the replay before")
+            who = "a graph of the program's may refer to" if self.stays else "somebody holds a view of"
+            raise OutputsHeld(f"{who} a result of the replay before")
         # Before the launch: what fails from there on could not be run again.
         for value in self._aliases:
             self._alias(value, values, scalars)
@@ -243,6 +244,11 @@ class Captured:
 
     def _take_few(self, values: list[Any]) -> list[Any]:
         return [values[n] for n in self._fixed]
+
+    def stay(self) -> None:
+        """To be replayed no more; what was handed out last stays where it is. Any thread may say so."""
+        self.stays = True
+        self._lent.stay()
 
     def destroy(self, may_move: bool) -> None:
         """Let go of the graph. What others hold of its outputs stays; it is moved to other memory if it may be, and can be."""

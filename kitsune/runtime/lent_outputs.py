@@ -32,6 +32,9 @@ class OutputMemory:
     """One storage of outputs. `lent` has, by value number, the tensors that are handed out at each replay, those on this storage
     among others; `release` moves those of this storage that are still held."""
 
+    # Is it to be moved no more? A graph of the program's may have its address, and this one is not replayed again.
+    stays = False
+
     def __init__(self, outputs: dict[int, torch.Tensor], lent: dict[int, torch.Tensor], moved: Callable[[int], None]) -> None:
         # Never given to anybody, so that they count the storage's use and keep its geometry.
         self._outputs = {number: _alias(tensor) for number, tensor in outputs.items()}
@@ -112,6 +115,8 @@ class OutputMemory:
 
         Raises torch.OutOfMemoryError, and nothing has moved.
         """
+        if self.stays:
+            return False
         adopted = [tensor for ref in self._adopted.values() if (tensor := ref()) is not None]
         if 0 <= self.own_count < _count(self.key) - len(adopted):
             return False
@@ -233,12 +238,18 @@ class Lent:
         self._counts: list[int] = []
         self._nobody = [_ALONE] * len(self._tensors), [_NOBODY[1]] * len(self._tensors)
         # Those of which copies are handed out.
-        self._copying: list[OutputMemory] = []
+        self._copying, self.stays = list[OutputMemory](), False
+
+    def stay(self) -> None:
+        """Move nothing from now on, and write nothing: there is to be no other replay."""
+        self.stays = True
+        for memory in self.memories:
+            memory.stays = True
 
     def release(self) -> bool:
         """Move what is still held of the replay before. False if somebody holds what cannot be moved."""
-        if not self._counts:
-            return True
+        if self.stays or not self._counts:
+            return not self.stays
         if self._copying:
             self._copying = [memory for memory in self._copying if memory.still_copies()]
             for memory in self._copying:

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import Kind, Pending, lent_memory, storage_of
-from kitsune.ir.page import FEW_BYTES
+from kitsune.ir import Kind, Pending, lent_memory
 from kitsune.runtime.capturable import GraphFacts, why_not_moving
 from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, TailFailed
 from kitsune.runtime.cuda_graph import GraphRecorder, waits_unwatched
@@ -122,10 +121,18 @@ class SteadyState:
         return region.captured if outcome is Outcome.DONE else None
 
     def forget(self) -> None:
-        """Destroy every graph. That its region is captured again, once it comes back, is no sign that it does not fit."""
+        """Destroy every graph."""
         for region in [*self._kept]:
-            region.n_captures -= 1
-            self._drop(region)
+            self._forget(region)
+
+    def stay(self) -> None:
+        """Replay none of the graphs again, and leave their results where they are. Any thread may say so."""
+        for captured in list(self._kept.values()):
+            captured.stay()
+
+    def _forget(self, region: Steady) -> None:
+        region.n_captures -= 1  # to be captured again, once it comes back, is no sign that it does not fit
+        self._drop(region)
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +149,8 @@ class SteadyState:
                 return self._inputs_moved(region, values, miss.numbers)
             if isinstance(miss, NumberChanged):
                 return self._number_changed(region, miss)
+            if region.captured.stays:
+                self._forget(region)
             return Outcome.ORDINARY
         except TailFailed as failed:
             self._drop(region)
@@ -222,7 +231,7 @@ class SteadyState:
             self._refuse(region, f"The region was captured {MAX_CAPTURES} times, and never fitted for long.")
             return False
         region.n_captures += 1
-        region.moving.update(_copies_to_come(region, values))
+        region.moving.update(region.copies_to_come(values))
         max_graphs, max_bytes = self.limits()
         while self._kept and len(self._kept) >= max_graphs:
             self._drop(next(iter(self._kept)))
@@ -283,16 +292,8 @@ class SteadyState:
             return
         self.told.refused(reason)
         if mended:
-            n_ops = len(region.facts.graph.ops)
-            what = "cannot be replayed as a CUDA graph, so it is launched operator by operator."
-            self.report(f"A region of {n_ops} operators {what} {reason}")
-
-
-def _copies_to_come(region: Steady, values: list[Any]) -> list[int]:
-    """The inputs that lie where a graph leaves small results. Of one that is held from replay to replay, such as a loss, it will
-    hand out copies, each of them elsewhere."""
-    few = [n for n in region.inputs if storage_of(values[n]).nbytes() <= FEW_BYTES]
-    return [n for n in few if lent_memory(values[n]) is not None and why_not_moving(region.facts, n, values[n]) is None]
+            what = f"A region of {len(region.facts.graph.ops)} operators cannot be replayed as a CUDA graph"
+            self.report(f"{what}, so it is launched operator by operator. {reason}")
 
 
 def _first_line(error: Exception) -> str:

@@ -3,8 +3,11 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from kitsune.runtime.capturable import GraphFacts
+from kitsune.ir import lent_memory, storage_of
+from kitsune.ir.page import FEW_BYTES
+from kitsune.runtime.capturable import GraphFacts, why_not_moving
 from kitsune.runtime.captured import Captured, Work
 from kitsune.runtime.slots import SlotTable
 
@@ -43,3 +46,9 @@ class Steady:
     def inputs(self) -> tuple[int, ...]:
         """The numbers of the inputs that are used."""
         return self.facts.inputs
+
+    def copies_to_come(self, values: list[Any]) -> list[int]:
+        """The inputs that lie where a graph leaves small results. Of one that is held from replay to replay, such as a loss, it
+        will hand out copies, each of them elsewhere."""
+        few = [n for n in self.inputs if storage_of(values[n]).nbytes() <= FEW_BYTES]
+        return [n for n in few if lent_memory(values[n]) is not None and why_not_moving(self.facts, n, values[n]) is None]

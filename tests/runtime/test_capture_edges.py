@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -20,12 +21,12 @@ import kitsune
 from kitsune.background import PacedThread, thread, wait
 from kitsune.config import config
 from kitsune.contexts import here
-from kitsune.ir import plain_times, streams
+from kitsune.ir import lent_memory, own, plain_times, streams
 from kitsune.lazy import captures, doors as table, early_reads
 from kitsune.runtime import frame
 from kitsune.runtime.plan_thread import PlanThread, _Request, plan_thread
 from tests.interrupts import interrupted_at
-from tests.runtime.repeated import graphs
+from tests.runtime.repeated import counts, graphs
 from tests.runtime.test_captures import Graph, doors, is_recorded, n_recorded  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -585,3 +586,63 @@ def test_what_a_capture_waits_for_is_nothing_to_tell_the_program_of(breaks: bool
                         warnings.simplefilter("ignore", kitsune.KitsuneWarning)
                         kitsune.flush()
     assert inside == [0] and modes == [2, 0, 2]
+
+
+FIRST_IN_A_POOL = """
+import torch
+log = []
+torch.cuda.memory._cuda_beginAllocateCurrentThreadToPool = lambda device, pool: log.append("begin")
+torch.cuda.memory._cuda_endAllocateToPool = lambda device, pool: log.append("end")
+import kitsune
+from kitsune.lazy import LazyTensor
+
+def is_recorded():
+    with kitsune.accelerate(warmup=0, device="cpu"):
+        return type(torch.ones(3) * 2) is LazyTensor
+
+torch.cuda.memory._cuda_beginAllocateCurrentThreadToPool(0, (0, 1))
+assert not is_recorded()
+torch.cuda.memory._cuda_endAllocateToPool(0, (0, 1))
+assert is_recorded() and log == ["begin", "end"]
+"""
+
+
+def test_the_first_context_of_a_process_may_be_opened_in_a_pool() -> None:
+    subprocess.run([sys.executable, "-c", FIRST_IN_A_POOL], check=True, timeout=120)
+
+
+def test_what_another_thread_has_made_stays_for_a_graph_of_this_one(doors: Any) -> None:  # noqa: F811
+    x, graph, made, go, found = torch.arange(4.0), Graph([]), threading.Event(), threading.Event(), dict[str, Any]()
+
+    def train() -> None:
+        with kitsune.accelerate(device="cpu"):
+            for k in range(8):
+                found["held"] = (x * (k + 2.0)).sin()
+                kitsune.flush()
+            found["lent"] = lent_memory(found["held"].cell.real)
+            made.set()
+            go.wait(20)
+            before = counts("replayed", "captured")
+            for k in range(8):
+                found["later"] = (x * (k + 3.0)).sin()
+                kitsune.flush()
+            found["since"] = [b - a for a, b in zip(before, counts("replayed", "captured"), strict=True)]
+
+    with graphs():
+        thread = threading.Thread(target=train)
+        thread.start()
+        assert made.wait(20) and found["lent"] is not None
+        address = found["held"].cell.real.data_ptr()
+        with kitsune.accelerate(device="cpu"):
+            doors.capture_begin(graph)
+            doors.capture_end(graph)
+        go.set()
+        thread.join()
+        real = found["held"].cell.real
+        assert real.data_ptr() == address and torch.equal(real, (x * 9.0).sin())
+        # It has another graph by now.
+        assert found["since"][0] > 0 and found["since"][1] == 1
+        assert torch.equal(found["later"], (x * 10.0).sin())
+        # Nor does who wants memory of its own move it.
+        own(real)
+        assert real.data_ptr() == address
