@@ -24,4 +24,9 @@ def end(use: object) -> None:
 
 def is_plain() -> bool:
     """Is all that this thread calls to run as plain PyTorch?"""
-    return streams.is_captured() or (bool(_threads) and threading.get_ident() in list(_threads.values()))
+    return streams.is_captured() or uses_pool()
+
+
+def uses_pool() -> bool:
+    """Does this thread take memory from a pool of the program's?"""
+    return bool(_threads) and threading.get_ident() in list(_threads.values())

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kitsune.ir import streams, workspaces
+from kitsune.ir import plain_times, streams, workspaces
 from kitsune.runtime.idle import WORTH_GIVING_BACK, give_back, reserved_bytes
 from kitsune.runtime.letter import Letter
 
@@ -114,8 +114,9 @@ class CudaGraphs:
         self._last: int | None = None
 
     def follow_stream(self) -> bool:
-        """Let the current stream wait for all others where the last run was on one of these; False if it is being captured."""
-        if torch._C._cuda_isCurrentStreamCapturing():
+        """Let the current stream wait for all others where the last run was on one of these; False if it is being captured, or
+        memory comes from a pool of the program's: to a thread that reads what is pending in another one."""
+        if torch._C._cuda_isCurrentStreamCapturing() or plain_times.uses_pool():
             return False
         handle = torch._C._cuda_getCurrentRawStream(self.index)
         if self._last != handle:

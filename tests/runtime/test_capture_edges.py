@@ -23,7 +23,7 @@ from kitsune.config import config
 from kitsune.contexts import here
 from kitsune.ir import lent_memory, own, plain_times, streams
 from kitsune.lazy import captures, doors as table, early_reads
-from kitsune.runtime import frame
+from kitsune.runtime import CudaGraphs, frame
 from kitsune.runtime.plan_thread import PlanThread, _Request, plan_thread
 from tests.interrupts import interrupted_at
 from tests.runtime.repeated import counts, graphs
@@ -646,3 +646,22 @@ def test_what_another_thread_has_made_stays_for_a_graph_of_this_one(doors: Any) 
         # Nor does who wants memory of its own move it.
         own(real)
         assert real.data_ptr() == address
+
+
+def test_nothing_is_captured_by_a_thread_that_uses_a_pool(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may read what is pending in a thread that uses none."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(streams, "use", asked.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: index)
+    graphs_of_device = CudaGraphs(torch.device("cuda", 0))
+    assert graphs_of_device.follow_stream()
+    pool.begin(0, POOL)
+    assert not graphs_of_device.follow_stream()
+    other: list[bool] = []
+    thread = threading.Thread(target=lambda: other.append(graphs_of_device.follow_stream()))
+    thread.start()
+    thread.join()
+    pool.end(0, POOL)
+    assert other == [True] and graphs_of_device.follow_stream()
