@@ -269,7 +269,7 @@ def test_all_ways_to_capture_and_to_use_a_pool_are_doors() -> None:
         for owner in (torch.cuda.memory, torch._C):
             for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool"):
                 assert getattr(owner, name).__code__.co_filename == captures.__file__
-    assert len(table._CAPTURES) >= 8
+    assert len(table._CAPTURES) >= 4 and len(table._POOLS) == 4
 
 
 def test_the_background_rests_whichever_thread_captures(doors: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
