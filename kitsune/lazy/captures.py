@@ -78,22 +78,30 @@ def capture_begin_door(original: Any) -> Any:
     return door
 
 
-def capture_end_door(original: Any) -> Any:
-    """A method of a graph after which it captures no more, also if it fails."""
+def _end_door(key_of: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A door behind which what the arguments name is over, also if it fails."""
 
-    @functools.wraps(original)
-    def door(graph: Any, *args: Any, **kwargs: Any) -> Any:
-        aside = _latest(id(graph))
-        try:
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def door(*args: Any, **kwargs: Any) -> Any:
+            aside = _latest(key_of(*args))
             try:
-                return original(graph, *args, **kwargs)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    _end(aside)
             finally:
+                # An interrupt may have come at any line of it.
                 _end(aside)
-        finally:
-            # An interrupt may have come at any line of it.
-            _end(aside)
 
-    return door
+        return door
+
+    return make
+
+
+# Of a graph's method, after which it captures no more; and of the use of a pool on a device.
+capture_end_door = _end_door(lambda graph, *_: id(graph))
+pool_end_door = _end_door(lambda device, pool, *_: pool)
 
 
 def replay_door(original: Any) -> Any:
@@ -130,22 +138,6 @@ def pool_begin_door(original: Any) -> Any:
         except BaseException:
             _end(aside)
             raise
-
-    return door
-
-
-def pool_end_door(original: Any) -> Any:
-    @functools.wraps(original)
-    def door(device: Any, pool: Any, *args: Any) -> Any:
-        aside = _latest(pool)
-        try:
-            try:
-                return original(device, pool, *args)
-            finally:
-                _end(aside)
-        finally:
-            # As above.
-            _end(aside)
 
     return door
 
