@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.library import custom_op
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import kitsune
@@ -176,7 +176,7 @@ def test_a_compiled_function() -> None:
 # ---- foreign operators and layouts ----
 
 
-@custom_op("interop_tests::scaled", mutates_args=())
+@library.custom_op("interop_tests::scaled", mutates_args=())
 def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
     return torch.from_numpy(x.detach().numpy() * factor)
 
@@ -186,7 +186,7 @@ def _(x: torch.Tensor, factor: float) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@custom_op("interop_tests::bump", mutates_args={"x"})
+@library.custom_op("interop_tests::bump", mutates_args={"x"})
 def bump(x: torch.Tensor) -> None:
     x.detach().numpy()[...] += 1
 

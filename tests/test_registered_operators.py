@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 import kitsune
 
 PROGRAM = """
 import traceback
 import torch
-made, init = [], torch.library.Library.__init__
+from torch import library
+made, init = [], library.Library.__init__
 def noted(self, *args, **kwargs):
     made.append((args[0], traceback.extract_stack()[-2].filename))
     init(self, *args, **kwargs)
-torch.library.Library.__init__ = noted
+library.Library.__init__ = noted
 import kitsune
 layer = torch.nn.Linear(3, 2)
 optimizer = kitsune.KitsuneOptimizer(torch.optim.AdamW(layer.parameters()), enable_fusion=True)
@@ -40,8 +42,8 @@ def test_kitsune_registers_no_operator() -> None:
 
 
 @pytest.fixture
-def scaled() -> Iterator[torch.library.CustomOpDef]:
-    @torch.library.custom_op("program::scaled", mutates_args=())
+def scaled() -> Iterator[library.CustomOpDef]:
+    @library.custom_op("program::scaled", mutates_args=())
     def scaled(x: torch.Tensor, by: float) -> torch.Tensor:
         return x * by
 
@@ -52,10 +54,10 @@ def scaled() -> Iterator[torch.library.CustomOpDef]:
     yield scaled
 
 
-def test_a_programs_own_operator_passes_torchs_checks_in_a_context(scaled: torch.library.CustomOpDef) -> None:
+def test_a_programs_own_operator_passes_torchs_checks_in_a_context(scaled: library.CustomOpDef) -> None:
     args = (torch.randn(3, requires_grad=True), 2.5)
-    alone = torch.library.opcheck(scaled, args)
+    alone = library.opcheck(scaled, args)
     assert len(alone) == 4 and set(alone.values()) == {"SUCCESS"}
     for warmup in (0, 1):
         with kitsune.accelerate(warmup=warmup, device="cpu"):
-            assert torch.library.opcheck(scaled, args) == alone
+            assert library.opcheck(scaled, args) == alone

@@ -4,6 +4,7 @@ What is called while it captures has to be started then, in memory of the graph'
 the graph refers to has to stay where it is. And a replay reads and writes memory past the dispatcher.
 """
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -45,12 +46,12 @@ class Aside:
 
     def end(self) -> None:
         """It is over: record again."""
-        try:
-            for end in reversed(self._ends):
-                end()
-            self._ends = []
-        finally:
-            self._paused.end()
+        # The last one first, and each whatever becomes of those before it.
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._paused.end)
+            for end in self._ends:
+                stack.callback(end)
+        self._ends = []
 
 
 # A pool may be used inside of its own use, and in several threads.
@@ -151,6 +152,8 @@ def _latest(key: Any) -> Aside | None:
 
 def _end(aside: Aside | None) -> None:
     if aside is not None:
-        aside.end()
-        if aside in _under_way:
-            _under_way.remove(aside)
+        try:
+            aside.end()
+        finally:
+            if aside in _under_way:
+                _under_way.remove(aside)

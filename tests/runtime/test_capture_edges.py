@@ -27,7 +27,7 @@ from kitsune.runtime import CudaGraphs, frame
 from kitsune.runtime.plan_thread import PlanThread, _Request, plan_thread
 from tests.interrupts import interrupted_at
 from tests.runtime.repeated import counts, graphs
-from tests.runtime.test_captures import Graph, doors, is_recorded, n_recorded  # noqa: F401 (a fixture)
+from tests.runtime.test_captures import Graph, doors, doubling, is_recorded, n_recorded  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("fresh")
 POOL = (0, 1)
@@ -89,27 +89,13 @@ def test_an_interrupt_at_any_line_leaves_the_program_recording(doors: Any, pool:
 
 
 def test_contexts_that_are_entered_while_a_pool_is_used_record_nothing(pool: Any) -> None:
-    n_python: list[int] = []
-
-    @kitsune.accelerate(warmup=0, device="cpu")
-    def decorated(x: torch.Tensor) -> torch.Tensor:
-        return x * 2
-
-    @kitsune.accelerate(static=True, device="cpu")
-    def static(x: torch.Tensor) -> torch.Tensor:
-        n_python.append(1)
-        return x * 2
-
-    x, others = torch.ones(3), list[bool]()
+    x, others, (decorated, static, n_python) = torch.ones(3), list[bool](), doubling()
 
     def other() -> None:
         with kitsune.accelerate(warmup=0, device="cpu"):
             others.append(is_recorded(x * 2))
 
-    for _ in range(8):
-        static(x)
     n, before = len(n_python), n_recorded()
-    assert n < 8
     with pool.used():
         for call in (decorated, static):
             assert type(call(x)) is torch.Tensor
@@ -665,3 +651,19 @@ def test_nothing_is_captured_by_a_thread_that_uses_a_pool(pool: Any, monkeypatch
     thread.join()
     pool.end(0, POOL)
     assert other == [True] and graphs_of_device.follow_stream()
+
+
+def test_an_end_that_fails_ends_the_others_all_the_same(doors: Any) -> None:  # noqa: F811
+    """As a device does that a capture has left with an error."""
+
+    def fails() -> None:
+        raise RuntimeError("the device has failed")
+
+    graph = Graph([])
+    with kitsune.accelerate(warmup=0, device="cpu"):
+        doors.capture_begin(graph)
+        with pytest.raises(RuntimeError, match="the device has failed"):
+            captures._under_way[-1]._ends[-1] = fails
+            doors.capture_end(graph)
+        assert not thread.pauses and is_recorded(torch.ones(3) * 2)
+        assert not captures._under_way

@@ -156,7 +156,10 @@ def test_a_replay_is_no_part_of_a_static_step(doors: Any) -> None:
     assert any("captures or replays a CUDA graph of its own" in line for line in str(kitsune.explain()).splitlines())
 
 
-def test_contexts_that_are_entered_while_the_program_captures_record_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def doubling() -> tuple[Callable[..., Any], Callable[..., Any], list[int]]:
+    """A decorated function and a static one, whose Python is skipped by now; the third counts how often it is not."""
+    n_python: list[int] = []
+
     @kitsune.accelerate(warmup=0, device="cpu")
     def decorated(x: torch.Tensor) -> torch.Tensor:
         return x * 2
@@ -166,11 +169,14 @@ def test_contexts_that_are_entered_while_the_program_captures_record_nothing(mon
         n_python.append(1)
         return x * 2
 
-    n_python: list[int] = []
-    x = torch.ones(3)
     for _ in range(8):
-        static(x)
+        static(torch.ones(3))
     assert len(n_python) < 8
+    return decorated, static, n_python
+
+
+def test_contexts_that_are_entered_while_the_program_captures_record_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, (decorated, static, n_python) = torch.ones(3), doubling()
     before, n = n_recorded(), len(n_python)
     with monkeypatch.context() as patch:
         patch.setattr(streams, "is_captured", lambda: True)
