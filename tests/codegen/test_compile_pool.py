@@ -11,13 +11,14 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from kitsune.codegen import BackgroundCompiler, CompilePool, Compiler, WorkerFailed, default_workers, render
-from kitsune.codegen.compile_pool import CompilationFailed
+from kitsune.codegen.compile_pool import APART_S, CompilationFailed
 from kitsune.codegen.compiler import OnDevice
 from kitsune.codegen.machine_code import Job, binary_path, compile_binary, read_binary
 from kitsune.ir import Pending, Program
@@ -103,6 +104,30 @@ def test_workers_that_are_expected_to_work_are_there_before_the_first_job(pools:
     for future in [pool.submit(JOB) for _ in range(6)]:
         future.result(60)
     assert pool._workers == workers
+
+
+def test_workers_that_nobody_waits_for_yet_are_started_one_after_the_other(pools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, waits = pools(OBEYS, n=3), threading.Semaphore(0)
+    waited: list[float] = []
+
+    def begin(seconds: float) -> None:
+        waited.append(seconds)
+        assert waits.acquire(timeout=60)
+
+    # Not by its name, which is the package's function of that name.
+    module = sys.modules[CompilePool.__module__]
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "time", SimpleNamespace(sleep=begin, monotonic=time.monotonic))
+        pool.start()
+        until = time.monotonic() + 60
+        while len(waited) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert sorted(waited) == [0, APART_S, 2 * APART_S] and APART_S > 0
+        assert not pool._workers, "they are started behind that"
+        # One that has to wait holds nobody up.
+        waits.release()
+        pool.submit(JOB).result(60)
+        waits.release(2)
 
 
 def test_a_worker_that_cannot_be_started_early_fails_the_first_job() -> None:
