@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -17,7 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from kitsune.codegen import BackgroundCompiler, CompilePool, Compiler, WorkerFailed, default_workers, render
+from kitsune.codegen import (
+    BackgroundCompiler,
+    CompilePool,
+    Compiler,
+    WorkerFailed,
+    background as codegen_background,
+    default_workers,
+    render,
+)
 from kitsune.codegen.compile_pool import APART_S, CompilationFailed
 from kitsune.codegen.compiler import OnDevice
 from kitsune.codegen.machine_code import Job, binary_path, compile_binary, read_binary
@@ -241,6 +250,94 @@ def test_a_program_that_does_not_compile_raises_what_the_worker_said(tmp_path: P
     assert isinstance(future.exception(), CompilationFailed)
     with pytest.raises(CompilationFailed):
         compiler.compile(program(), 90, True, False)
+
+
+class Loading(Compiler):
+    """Tells what is read and loaded, and where."""
+
+    def __init__(self, folder: Path, told: list[str]) -> None:
+        super().__init__(folder)
+        self.told = told
+
+    def _compile(self, made: Program, *which: Any) -> Any:
+        self.told.append(f"read {made.name}")
+        return made
+
+
+def test_programs_are_loaded_together_once_all_are_compiled_or_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, calls, told, now = Held(), [], [], [10.0]
+
+    @contextlib.contextmanager
+    def at_a_stretch() -> Iterator[None]:
+        told.append("begin")
+        yield
+        told.append("end")
+
+    monkeypatch.setattr(codegen_background, "_bring", lambda made, target: told.append(f"load {made.name}"))
+    compiler = BackgroundCompiler(Loading(tmp_path, told), lambda: held, calls.append, at_a_stretch, lambda: now[0])  # type: ignore[arg-type, return-value]
+    programs = [dataclasses.replace(program(), name=name, text=program().text + f"# {name}") for name in "abcdef"]
+    futures = [compiler.ask(one, 90, True, False) for one in programs]
+
+    def end(k: int) -> None:
+        held.jobs[k][1].set_result(None)
+
+    end(0)
+    calls.pop()()
+    assert futures[0].done() and told == ["read a", "begin", "load a", "end"], "the first one is loaded at once"
+    told.clear()
+    end(1)
+    end(2)
+    assert not calls, "others are being compiled, and the device was kept from the program a moment ago"
+    now[0] += codegen_background.APART_S
+    end(3)
+    calls.pop()()
+    assert told == ["read b", "read c", "read d", "begin", "load b", "load c", "load d", "end"] and not calls
+    told.clear()
+    end(4)
+    held.jobs[5][1].set_exception(CompilationFailed("no"))
+    calls.pop()()
+    assert [one.done() for one in futures] == [True] * 6 and "load e" in told and futures[5].exception() is not None
+
+
+def test_who_needs_a_program_that_is_compiled_waits_for_no_other(tmp_path: Path) -> None:
+    held, calls, now = Held(), [], [10.0]
+    compiler = BackgroundCompiler(Counting(tmp_path), lambda: held, calls.append, clock=lambda: now[0])  # type: ignore[arg-type, return-value]
+    for aligned in (True, False):
+        compiler.ask(program(), 90, aligned, False)
+    compiler.ask(program(), 80, True, False)
+    held.jobs[0][1].set_result(None)
+    calls.pop()()
+    held.jobs[1][1].set_result(None)
+    with pytest.raises(Pending):
+        compiler.compile(program(), 90, False, False)
+    assert not calls
+    now[0] += codegen_background.APART_S
+    with pytest.raises(Pending):
+        compiler.compile(program(), 90, False, False)
+    calls.pop()()
+    assert compiler.compile(program(), 90, False, False) is not None and compiler.n_pending == 1
+
+
+def test_a_program_that_cannot_be_loaded_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, calls = Held(), []
+
+    def bring(made: Any, target: Any) -> None:
+        if made.name == "b":
+            raise RuntimeError("no room")
+
+    monkeypatch.setattr(codegen_background, "_bring", bring)
+    compiler = BackgroundCompiler(Loading(tmp_path, []), lambda: held, calls.append)  # type: ignore[arg-type, return-value]
+    programs = [dataclasses.replace(program(), name=name, text=program().text + f"# {name}") for name in "abc"]
+    futures = [compiler.ask(one, 90, True, False) for one in programs]
+    for _, job in held.jobs:
+        job.set_result(None)
+    while calls:
+        calls.pop(0)()
+    assert [one.exception() is None for one in futures] == [True, False, True]
+    with pytest.raises(RuntimeError, match="no room"):
+        compiler.compile(programs[1], 90, True, False)
 
 
 @pytest.fixture

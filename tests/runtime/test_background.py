@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from kitsune import hearing
-from kitsune.background import LOOK_S, REST, REST_IN_STEP, WORK_S, PacedThread, later, n_awaited, wait, when_done
+from kitsune.background import later, n_awaited, wait, when_done
+from kitsune.paced_thread import LOOK_S, REST, REST_IN_STEP, WORK_S, PacedThread
 
 SECONDS = 60.0
 
@@ -91,11 +92,32 @@ def test_it_rests_longer_than_it_computes_while_the_program_does() -> None:
 def test_it_goes_on_while_nobody_else_computes(alone: bool) -> None:
     paced, slept = PacedThread(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kitsune.background._alone", lambda: alone)
-        patch.setattr("kitsune.background.time.sleep", slept.append)
+        patch.setattr("kitsune.paced_thread._alone", lambda: alone)
+        patch.setattr("kitsune.paced_thread.time.sleep", slept.append)
         measured(paced).result(SECONDS)
         paced.close()
     assert bool(slept) is not alone and all(seconds >= REST * WORK_S for seconds in slept)
+
+
+def test_it_does_not_rest_in_what_is_made_at_a_stretch() -> None:
+    paced, slept, ended = PacedThread(), [], Future[tuple[int, float]]()
+
+    def work() -> None:
+        start = time.thread_time()
+        with contextlib.suppress(KeyError), paced.at_a_stretch():
+            spin(60_000)
+            raise KeyError
+        n_before, took = len(slept), time.thread_time() - start
+        spin(60_000)
+        ended.set_result((n_before, took))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kitsune.paced_thread._alone", lambda: False)
+        patch.setattr("kitsune.paced_thread.time.sleep", slept.append)
+        paced.submit(work)
+        n_before, took = ended.result(SECONDS)
+        paced.close()
+    assert not n_before and slept and slept[0] < REST * took, "nor does it rest for that time afterwards"
 
 
 def test_it_rests_longer_still_while_a_step_is_made() -> None:
@@ -108,8 +130,8 @@ def test_it_goes_on_soon_after_the_step() -> None:
     paced, slept, steps = PacedThread(), [], [True, True, True]
     paced.in_a_step = lambda: bool(steps and steps.pop())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kitsune.background._alone", lambda: True)
-        patch.setattr("kitsune.background.time.sleep", slept.append)
+        patch.setattr("kitsune.paced_thread._alone", lambda: True)
+        patch.setattr("kitsune.paced_thread.time.sleep", slept.append)
         measured(paced).result(SECONDS)
         paced.close()
     # Three looks find the step going on, the first of them before it rests at all.
@@ -121,7 +143,7 @@ def test_in_a_step_it_goes_on_while_an_operator_takes_its_time(moves: bool) -> N
     paced, places = PacedThread(), itertools.count()
     paced.in_a_step, paced.where = lambda: True, lambda: next(places) if moves else "here"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kitsune.background._alone", lambda: True)
+        patch.setattr("kitsune.paced_thread._alone", lambda: True)
         assert rested_in_full(paced) is moves
 
 
@@ -136,8 +158,8 @@ def test_what_is_for_idle_moments_is_not_begun_while_a_step_goes_on(then: str) -
     paced, made, places, now = PacedThread(), threading.Event(), itertools.count(), {"step": True, "moves": True}
     paced.in_a_step, paced.where = lambda: now["step"], lambda: next(places) if now["moves"] else "here"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kitsune.background._alone", lambda: True)
-        patch.setattr("kitsune.background.PATIENCE_S", 0.2 if then == "time goes by" else SECONDS)
+        patch.setattr("kitsune.paced_thread._alone", lambda: True)
+        patch.setattr("kitsune.paced_thread.PATIENCE_S", 0.2 if then == "time goes by" else SECONDS)
         paced.submit(made.set, in_idle_moments=True)
         assert not made.wait(50 * LOOK_S)
         if then == "the step ends":
@@ -169,7 +191,7 @@ def test_what_is_not_heard_rests_where_it_breathes() -> None:
         done.set()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kitsune.background.hearing", lambda hear: contextlib.nullcontext())
+        patch.setattr("kitsune.paced_thread.hearing", lambda hear: contextlib.nullcontext())
         for breathes in (False, True):
             paced, done = PacedThread(), threading.Event()
             patch.setattr(paced, "_rest", rests.append)
@@ -182,7 +204,7 @@ def test_it_does_not_rest_while_somebody_waits_for_it() -> None:
     paced, slept = PacedThread(), []
     paced.n_waiting = 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kitsune.background.time.sleep", slept.append)
+        patch.setattr("kitsune.paced_thread.time.sleep", slept.append)
         measured(paced).result(SECONDS)
         paced.close()
     assert not slept
@@ -216,7 +238,7 @@ def test_calls_are_heard_only_while_there_is_something_to_do(monkeypatch: pytest
             yield
         seen.append(False)
 
-    monkeypatch.setattr("kitsune.background.hearing", noted)
+    monkeypatch.setattr("kitsune.paced_thread.hearing", noted)
     paced.submit(lambda: seen.append("a"))
     paced.submit(lambda: seen.append("b"), rank=1)
     paced.submit(done.set, rank=2)

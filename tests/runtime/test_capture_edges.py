@@ -18,11 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
-from kitsune.background import PacedThread, thread, wait
+from kitsune.background import thread, wait
 from kitsune.config import config
 from kitsune.contexts import here
 from kitsune.ir import lent_memory, own, plain_times, streams
 from kitsune.lazy import captures, doors as table, early_reads
+from kitsune.paced_thread import PacedThread
 from kitsune.runtime import CudaGraphs, frame
 from kitsune.runtime.plan_thread import PlanThread, _Request, plan_thread
 from tests.interrupts import interrupted_at
@@ -31,7 +32,7 @@ from tests.runtime.test_captures import Graph, doors, doubling, is_recorded, n_r
 
 pytestmark = pytest.mark.usefixtures("fresh")
 POOL = (0, 1)
-FILES = ("lazy/captures.py", "lazy/paused.py", "standing_aside.py", "ir/plain_times.py", "background.py")
+FILES = ("lazy/captures.py", "lazy/paused.py", "standing_aside.py", "ir/plain_times.py", "paced_thread.py")
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
-from kitsune import background
-from kitsune.background import PacedThread, wait
+from kitsune import background, paced_thread
+from kitsune.background import wait
 from kitsune.config import config
 from kitsune.ir import lent_memory, streams, workspaces
 from kitsune.lazy import LazyTensor, captures
+from kitsune.paced_thread import PacedThread
 from tests.runtime.repeated import counts, graphs
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -234,7 +235,7 @@ def test_the_background_thread_rests_meanwhile() -> None:
 
 
 def test_a_call_that_waits_for_the_program_holds_no_capture_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(paced_thread, "PATIENCE_S", 0.05)
     thread, go, begun, done = PacedThread(), threading.Event(), threading.Event(), threading.Event()
 
     def call() -> None:

@@ -16,11 +16,11 @@ import torch
 import kitsune
 from kitsune import background, coming, plan_files, running
 from kitsune.backends import Backend
-from kitsune.background import PacedThread
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph, Launch, Pending
 from kitsune.lazy import learning
+from kitsune.paced_thread import PacedThread
 from kitsune.running import PLAN_AFTER
 from kitsune.runtime import ThreadPlans
 from tests.runtime.backends import assert_equal, chain, lazily, loop, runner

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 import kitsune
-from kitsune.background import PacedThread, later, wait
+from kitsune.background import later, wait
 from kitsune.codegen import CompilePool
 from kitsune.codegen.machine_code import Job
 from kitsune.config import config
 from kitsune.gate import WAITS_FOR_KERNELS, Gate
 from kitsune.ir import quiet
 from kitsune.ir.quiet_times import Quiet
+from kitsune.paced_thread import PacedThread
 from kitsune.running import PLAN_AFTER
 from tests.chaos.test_workers import in_a_fork
 from tests.runtime.backends import lazily
