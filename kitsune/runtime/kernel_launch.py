@@ -169,13 +169,13 @@ class PreparedLaunch:
         return (all(bound.aligned for bound in self._bound), self._wide) if self._bound else None
 
     def reserve(self) -> None:
-        """Once the program is there: have on the device what starts of a batch read that is always the same. A first start would
-        wait for it until the device has done all that it was given: 19 times in ResNet-50's first run by plan.
+        """Once the program is there: work out what starts of a batch read that is always the same. ResNet-50's first run by plan
+        would do so for 19 launches.
 
         Raises KernelUnavailable, Pending.
         """
         if self.program.batched and self.likely is not None:
-            self._tables.blocks([bound.n for bound in self._bound], self._variant(self.likely[0]).block)
+            self._tables.prepare([bound.n for bound in self._bound], self._variant(self.likely[0]).block)
 
     def captured_with(self, slots_at: int) -> "PreparedLaunch":
         """For one capture: moving numbers are read from the table at that address, and what a batch reads from memory is
@@ -258,8 +258,9 @@ class PreparedLaunch:
             rows.append(values)
             all_aligned = all_aligned and aligned
         compiled = self._variant(all_aligned)
-        grid, blocks = self._tables.blocks([bound.n for bound in self._bound], compiled.block)
-        table = self._tables.table(rows, [bound.n for bound in self._bound], compiled.block, stream)
+        sizes = [bound.n for bound in self._bound]
+        grid, blocks = self._tables.blocks(sizes, compiled.block, stream)
+        table = self._tables.table(rows, sizes, compiled.block, stream)
         compiled.launch(grid, [data_ptr(table), data_ptr(blocks)], stream)
 
 

@@ -24,25 +24,31 @@ def complete_rows(rows: list[list[int]], sizes: Sequence[int], block: int) -> to
 
 
 class Tables:
-    """What a batch reads from memory: its parameters by kernel, and the kernel of each block. Kept while they do not change."""
+    """What a batch reads from memory: its parameters by kernel, and the kernel of each block. Kept while they do not change, by
+    the stream on which it was written: on another one it might not be there yet."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # By the elements of a block.
-        self._blocks: dict[int, tuple[int, torch.Tensor]] = {}
-        # By stream: the rows and the table with them. A table on another stream might not be written yet.
+        # On the host, by the elements of a block; and on the device, by these and by stream.
+        self._owners: dict[int, torch.Tensor] = {}
+        self._blocks: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+        # The rows and the table with them.
         self._tables: dict[int, tuple[list[list[int]], torch.Tensor]] = {}
 
-    def blocks(self, sizes: Sequence[int], block: int) -> tuple[int, torch.Tensor]:
-        """The number of blocks, and for each the number of its kernel."""
-        known = self._blocks.get(block)
+    def prepare(self, sizes: Sequence[int], block: int) -> torch.Tensor:
+        """For each block the number of its kernel, on the host, from where it can be copied while the device is busy."""
+        owners = self._owners.get(block)
+        if owners is None:
+            owners = self._owners[block] = self._on_host(owners_of(sizes, block))
+        return owners
+
+    def blocks(self, sizes: Sequence[int], block: int, stream: int) -> tuple[int, torch.Tensor]:
+        """The number of blocks, and for each the number of its kernel, for a launch on the current stream, whose handle is
+        `stream`. The host does not wait: the device may have a step or two to do before it comes to this copy."""
+        known = self._blocks.get((block, stream))
         if known is None:
-            owners = owners_of(sizes, block)
-            known = (owners.numel(), owners.to(self._device))
-            if self._device.type == "cuda":
-                # Other streams read it as well, and this happens once.
-                torch.cuda.current_stream(self._device).synchronize()
-            self._blocks[block] = known
+            owners = self.prepare(sizes, block)
+            known = self._blocks[block, stream] = owners.numel(), owners.to(self._device, non_blocking=True)
         return known
 
     def table(self, rows: list[list[int]], sizes: Sequence[int], block: int, stream: int) -> torch.Tensor:
@@ -61,30 +67,39 @@ class Tables:
         """Write what was put off until the end of a capture."""
 
     def _on_device(self, host: torch.Tensor) -> torch.Tensor:
-        if self._device.type != "cuda":
-            return host
-        # Pinned, so that the host does not wait; on the current stream, where the launch goes as well. It cannot be named by
-        # its handle: torch takes the handle 0 of the default stream for a wish for a new one.
-        return _pinned(host).to(self._device, non_blocking=True)
+        # On the current stream, where the launch goes as well. It cannot be named by its handle: torch takes the handle 0 of the
+        # default stream for a wish for a new one.
+        return self._on_host(host).to(self._device, non_blocking=True)
+
+    def _on_host(self, host: torch.Tensor) -> torch.Tensor:
+        """Pinned, so that who copies it to a device does not wait for that."""
+        return _pinned(host) if self._device.type == "cuda" else host
 
 
 class LaterTables(Tables):
-    """Tables of a launch that a CUDA graph captures: memory before the capture, the parameters when it is over.
+    """Tables of a launch that a CUDA graph captures: memory before the capture, what lies there when it is over.
 
     A copy from the host that is captured would be made again by every replay, and memory from inside the capture was another
-    tensor's before, which every replay writes again. The kernels of the blocks are those of the `ordinary` starts.
+    tensor's before, which every replay writes again.
     """
 
     def __init__(self, device: torch.device, ordinary: Tables) -> None:
         super().__init__(device)
-        self._blocks = ordinary._blocks
+        self._owners = ordinary._owners
+        # By the elements of a block.
+        self._owned: dict[int, torch.Tensor] = {}
         self._memory: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
 
     def reserve(self, sizes: Sequence[int], n_columns: int, block: int) -> None:
-        """Make memory for a row of `n_columns` parameters for each kernel."""
-        self.blocks(sizes, block)
+        """Make memory for a row of `n_columns` parameters for each kernel, and for the kernels of the blocks."""
+        self._owned[block] = torch.empty(self.prepare(sizes, block).shape, dtype=torch.int32, device=self._device)
         self._memory = torch.empty((len(sizes), n_columns + 1), dtype=torch.int64, device=self._device)
+
+    def blocks(self, sizes: Sequence[int], block: int, stream: int) -> tuple[int, torch.Tensor]:
+        """The memory that will hold them."""
+        owned = self._owned[block]
+        return owned.numel(), owned
 
     def table(self, rows: list[list[int]], sizes: Sequence[int], block: int, stream: int) -> torch.Tensor:
         """The memory that will hold the rows."""
@@ -93,6 +108,8 @@ class LaterTables(Tables):
         return self._memory
 
     def fill(self) -> None:
-        """Write the rows, on the current stream."""
+        """Write the rows and the kernels of the blocks, on the current stream."""
         if self._memory is not None and self._rows is not None:
-            self._memory.copy_(self._on_device(self._rows))
+            self._memory.copy_(self._on_host(self._rows), non_blocking=True)
+            for block, owned in self._owned.items():
+                owned.copy_(self._owners[block], non_blocking=True)

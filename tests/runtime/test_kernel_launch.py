@@ -148,6 +148,42 @@ def test_which_kernel_a_block_belongs_to_is_worked_out_once_and_before_a_start(m
     assert made == [1024, 512]
 
 
+def test_the_kernels_of_blocks_are_there_for_each_stream_and_once_a_capture_is_over() -> None:
+    tables, sizes = launch_tables.Tables(torch.device("cpu")), [1500, 10]
+    n, blocks = tables.blocks(sizes, 1024, 5)
+    assert n == 3 and blocks.tolist() == [0, 0, 1] and tables.blocks(sizes, 1024, 5)[1] is blocks
+    assert tables.blocks(sizes, 512, 5)[1].tolist() == [0, 0, 0, 1]
+    tables.blocks(sizes, 1024, 7)
+    assert set(tables._blocks) == {(1024, 5), (512, 5), (1024, 7)}, "what is written on another stream may not be there yet"
+    later = launch_tables.LaterTables(torch.device("cpu"), tables)
+    later.reserve(sizes, 2, 1024)
+    n, kept = later.blocks(sizes, 1024, 9)
+    assert n == 3 and kept is later.blocks(sizes, 1024, 5)[1] and not any(kept is one for _, one in tables._blocks.values())
+    kept.fill_(-1)
+    table = later.table([[1, 2], [3, 4]], sizes, 1024, 9)
+    later.fill()
+    assert kept.tolist() == [0, 0, 1] and table.tolist() == [[1, 2, 0], [3, 4, 2]]
+
+
+@pytest.mark.gpu
+def test_what_a_batch_reads_comes_to_a_busy_device_without_a_wait() -> None:
+    device = torch.device("cuda")
+    tables, sizes, busy = launch_tables.Tables(device), [1500, 10], torch.cuda.Event()
+    later = launch_tables.LaterTables(device, tables)
+    # Memory, and whatever is loaded for a first copy.
+    torch.zeros(2, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
+    torch.cuda._sleep(2_000_000_000)
+    busy.record()
+    _, blocks = tables.blocks(sizes, 1024, torch.cuda.current_stream().cuda_stream)
+    rows = tables.table([[1, 2], [3, 4]], sizes, 1024, torch.cuda.current_stream().cuda_stream)
+    later.reserve(sizes, 2, 1024)
+    _, kept = later.blocks(sizes, 1024, 0)
+    table = later.table([[1, 2], [3, 4]], sizes, 1024, 0)
+    later.fill()
+    assert not busy.query(), "the host has waited for the device"
+    assert blocks.tolist() == kept.tolist() == [0, 0, 1] and rows.tolist() == table.tolist() == [[1, 2, 0], [3, 4, 2]]
+
+
 def test_a_batch_whose_program_failed_says_so_at_its_start() -> None:
     launch, compiler = launches(2)
     backend = on_device("sm_90", cast(Any, compiler), torch.device("cpu"))
