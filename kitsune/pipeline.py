@@ -30,6 +30,7 @@ from kitsune.lazy import (
     in_a_step,
     memory_changed,
     open_graph_doors,
+    record_shielded,
     settle_spent,
     where_in_step,
 )
@@ -50,8 +51,8 @@ listeners: list[Any] = []
 # For torch's own profiler, and only while it runs: to ask costs 0.1 us, a span 16.
 profiled, span, NO_SPAN = torch.autograd._profiler_enabled, torch.autograd.profiler.record_function, contextlib.nullcontext()
 
-keep_out_of_dynamo(Recorder.record.__code__)
-keep_out_of_dynamo(LazyTensor.__torch_dispatch__.__func__.__code__)  # type: ignore[attr-defined]
+for function in (Recorder.record, record_shielded, LazyTensor.__torch_dispatch__.__func__):  # type: ignore[attr-defined]
+    keep_out_of_dynamo(function.__code__)
 
 
 class Listener(RecordMode, Recorder):
@@ -210,8 +211,7 @@ class Pipeline:
     def _look_at_new(self) -> None:
         """Behind a capture, or after some regions, have the collector look at what was learned."""
         self.n_closed += threshold.owes_look
-        late = tally.n_captured > self.n_captured or self.n_closed > LATEST
-        if threshold.owes_look and late:
+        if threshold.owes_look and (tally.n_captured > self.n_captured or self.n_closed > LATEST):
             threshold.look()
             self.n_closed = 0
         self.n_captured = tally.n_captured

@@ -16,6 +16,7 @@ from kitsune.lazy.region import is_strided
 from kitsune.lazy.replaced import REPLACED_BEFORE
 from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.settle import settle_grads, settle_state
+from kitsune.lazy.shield import record_shielded
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, as_plain
 from kitsune.lazy.used_again import keep
@@ -44,6 +45,7 @@ __all__ = [
     "open_graph_doors",
     "outlive_calls",
     "read_steps",
+    "record_shielded",
     "renew_lock",
     "serial_of",
     "settle_grads",

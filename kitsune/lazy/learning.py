@@ -43,6 +43,9 @@ class Sight:
 class Learner:
     """Learns from the calls of one accelerating thread."""
 
+    # Is a default device kept from what its code asks of tensors?
+    is_shielded = False
+
     def __init__(self, recorder: Any) -> None:
         self.recorder = recorder
         # By function and names of its keywords: do its floats become scalars of its op as they are? Proven once it was seen

@@ -37,7 +37,7 @@ class Recorder(Recording):
     # Does an optimizer collect what it updates, and make what is not there yet?
     collecting = False
     # Is a product being made, or a backward? They view what they are given as they need it.
-    making = False
+    making = is_shielded = False
 
     def record(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
         """Take one aten call; returns placeholders, or results where the call is made at once.

@@ -17,7 +17,8 @@ from kitsune.lazy.early_reads import EarlyReads, Run, memory_changed
 from kitsune.lazy.graphs import Graphs
 from kitsune.lazy.outlived import Outlived
 from kitsune.lazy.region import Region, is_strided
-from kitsune.lazy.settings import device_beneath, saves_through_python, settings
+from kitsune.lazy.settings import saves_through_python, settings
+from kitsune.lazy.shield import shield
 from kitsune.lazy.sites import user_site
 from kitsune.lazy.stream_changes import as_called, called_here, taking
 from kitsune.lazy.tensor import LazyTensor, wrap
@@ -80,8 +81,7 @@ class Recording:
         self.arrivals = self.known.tensors
         # The lists that were filled for an update which is still to come; leaves seen that may get a `.grad`, by id.
         self.filled: Any = None
-        self.leaves = Leaves()
-        self.early = EarlyReads(tally)
+        self.leaves, self.early = Leaves(), EarlyReads(tally)
         self.outer_graph = False  # Came a tensor in whose graph was built outside, from leaves that were not seen?
         self.forget()
         recorders.EVERY.add(self)
@@ -114,7 +114,7 @@ class Recording:
 
     def restart(self) -> None:
         """A context is entered: what a region depends on besides its ops may have changed since the last one."""
-        self.default_device = device_beneath(self.lane)
+        self.default_device = shield(self)
         called_here(self)
         self.shared = self.device.type != "cpu" or threading.active_count() > 1
         if not self.region.node.depth:

@@ -3,8 +3,6 @@
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 # Switches that composite calls of torch (attention, recurrent and batch norm layers) choose their ops by.
 _SWITCHES: Any = (
@@ -24,16 +22,6 @@ def settings() -> tuple[Any, ...]:
     # deterministic.
     defaults = (torch.get_default_dtype(), torch.get_deterministic_debug_mode())
     return (*defaults, *[switch() for switch in _SWITCHES])
-
-
-def device_beneath(lane: Any) -> torch.device | None:
-    """Where factories make tensors by default, if that is said beneath the lane, which does not see it."""
-    for mode in _get_current_function_mode_stack():
-        if type(mode) is DeviceContext:
-            return mode.device
-        if mode is lane:
-            break
-    return None
 
 
 def saves_through_python() -> bool:
