@@ -7,6 +7,9 @@ from kitsune.lazy.cell import Cell, is_leaf
 from kitsune.lazy.edges import Edge, Made, cell_in
 from kitsune.lazy.tensor import LazyTensor
 
+# In an op's key, before that of a wrapper which wants a gradient.
+GRADED = "graded"
+
 
 def adopt(region: Any, wrapper: LazyTensor) -> Any:
     """A wrapper that is new to the region comes in; returns its key."""
@@ -14,7 +17,10 @@ def adopt(region: Any, wrapper: LazyTensor) -> Any:
         # A leaf that was made in a context, of which backwards that are followed know nothing. Nor do the keys of calls behind
         # this op, which may be one without gradients.
         region.real, region.past = True, None
-    return region.adopt(wrapper.cell)
+    key = region.adopt(wrapper.cell)
+    # Calls behind this op, which may be one without gradients, take it for a value of the region: what they do with a history
+    # is not what they do without one.
+    return (GRADED, key) if wrapper.requires_grad else key
 
 
 def _is_leaf(wrapper: Any) -> bool:
