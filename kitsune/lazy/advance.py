@@ -19,8 +19,8 @@ def adopt(region: Any, wrapper: LazyTensor) -> Any:
         region.real, region.past = True, None
     key = region.adopt(wrapper.cell)
     # Calls behind this op, which may be one without gradients, take it for a value of the region: what they do with a history
-    # is not what they do without one.
-    return (GRADED, key) if wrapper.requires_grad else key
+    # is not what they do without one. (Once there is a graph in the region, their own keys say so.)
+    return (GRADED, key) if wrapper.requires_grad and not region.real else key
 
 
 def _is_leaf(wrapper: Any) -> bool:
