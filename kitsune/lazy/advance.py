@@ -3,7 +3,7 @@ does that lets a wrapper in."""
 
 from typing import Any
 
-from kitsune.lazy.cell import Cell, is_leaf
+from kitsune.lazy.cell import GRADED, Cell, is_leaf
 from kitsune.lazy.edges import Edge, Made, cell_in
 from kitsune.lazy.tensor import LazyTensor
 
@@ -14,7 +14,10 @@ def adopt(region: Any, wrapper: LazyTensor) -> Any:
         # A leaf that was made in a context, of which backwards that are followed know nothing. Nor do the keys of calls behind
         # this op, which may be one without gradients.
         region.real, region.past = True, None
-    return region.adopt(wrapper.cell)
+    key = region.adopt(wrapper.cell)
+    # Calls behind this op, which may be one without gradients, take it for a value of the region: what they do with a history
+    # is not what they do without one. (Once there is a graph in the region, their own keys say so.)
+    return (GRADED, key) if wrapper.requires_grad and not region.real else key
 
 
 def _is_leaf(wrapper: Any) -> bool:
