@@ -11,6 +11,8 @@ from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import kitsune
+from kitsune.dispatch import describe
+from kitsune.ir import Barrier
 
 
 def lazily() -> Any:
@@ -262,6 +264,29 @@ def test_nested_and_quantised_tensors() -> None:
         nested = torch.nested.nested_tensor([torch.ones(2) * 2, torch.ones(3)])
         quantised = torch.quantize_per_tensor(torch.arange(3.0) * 2, 0.1, 0, torch.quint8)
         return [(nested * 2).to_padded_tensor(0.0).tolist(), quantised.dequantize().tolist()]
+
+    same_in_context(program)
+
+
+@pytest.mark.parametrize("name", ["sym_size", "sym_stride", "size", "is_non_overlapping_and_dense", "is_strides_like_format"])
+def test_a_question_that_the_dispatcher_does_not_know_has_a_row(name: str) -> None:
+    """C++ asks for a subclass's sizes by it, and ends the process if that raises."""
+    assert describe(getattr(torch.ops.aten, name).default).barrier is Barrier.PYTHON_RESULT
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_of_jagged_tensors_is_asked_for_its_sizes() -> None:
+    layer = torch.nn.Linear(3, 2)
+    rows = [torch.arange(3.0 * n).reshape(n, 3) for n in (2, 1, 4)]
+
+    def program() -> list[Any]:
+        layer.zero_grad()
+        out = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
+        normed = torch.nn.functional.layer_norm(out * 2, (2,))
+        normed.values().square().sum().backward()
+        sizes = [list(normed.shape)[::2], normed.is_contiguous(), normed.numel(), normed.stride(1)]
+        gradients = [p.grad.tolist() for p in layer.parameters() if p.grad is not None]
+        return [sizes, [row.tolist() for row in normed.unbind()], gradients]
 
     same_in_context(program)
 
