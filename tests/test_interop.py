@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import library
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import kitsune
@@ -309,3 +310,43 @@ def test_deterministic_algorithms_are_asked_for_in_order() -> None:
         return [y.tolist()]
 
     same_in_context(program)
+
+
+class Watching(TorchDispatchMode):
+    """Sees ops and does nothing about them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def names_of_function_modes() -> list[str]:
+    return [type(mode).__name__ for mode in _get_current_function_mode_stack()]
+
+
+def test_the_end_of_a_device_behind_a_users_mode_takes_off_nothing_else() -> None:
+    """It takes off whatever function mode is on top; a program that followed was computed with its device."""
+    x = torch.ones(3)
+    with lazily():
+        y = x * 2
+        before = names_of_function_modes()
+        with torch.device("meta"):
+            with Watching():
+                y = y + 1
+            assert torch.zeros(2).device.type == "meta"
+        assert names_of_function_modes() == before
+        assert torch.zeros(2).device.type == "cpu"
+        assert y.tolist() == [3.0] * 3
+    assert not names_of_function_modes()
+
+
+def test_a_default_device_that_is_set_inside_of_a_users_mode_stays_at_the_bottom() -> None:
+    with lazily():
+        y = torch.ones(3) * 2
+        with Watching():
+            torch.set_default_device("meta")
+            y = y + 1
+        assert torch.zeros(2).device.type == "meta"
+        torch.set_default_device(None)
+        assert torch.zeros(2).device.type == "cpu"
+        assert y.tolist() == [3.0] * 3
+    assert not names_of_function_modes()
