@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import library
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import kitsune
+from kitsune.dispatch import describe
+from kitsune.ir import Barrier
 
 
 def lazily() -> Any:
@@ -266,6 +269,29 @@ def test_nested_and_quantised_tensors() -> None:
     same_in_context(program)
 
 
+@pytest.mark.parametrize("name", ["sym_size", "sym_stride", "size", "is_non_overlapping_and_dense", "is_strides_like_format"])
+def test_a_question_that_the_dispatcher_does_not_know_has_a_row(name: str) -> None:
+    """C++ asks for a subclass's sizes by it, and ends the process if that raises."""
+    assert describe(getattr(torch.ops.aten, name).default).barrier is Barrier.PYTHON_RESULT
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_of_jagged_tensors_is_asked_for_its_sizes() -> None:
+    layer = torch.nn.Linear(3, 2)
+    rows = [torch.arange(3.0 * n).reshape(n, 3) for n in (2, 1, 4)]
+
+    def program() -> list[Any]:
+        layer.zero_grad()
+        out = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
+        normed = torch.nn.functional.layer_norm(out * 2, (2,))
+        normed.values().square().sum().backward()
+        sizes = [list(normed.shape)[::2], normed.is_contiguous(), normed.numel(), normed.stride(1)]
+        gradients = [p.grad.tolist() for p in layer.parameters() if p.grad is not None]
+        return [sizes, [row.tolist() for row in normed.unbind()], gradients]
+
+    same_in_context(program)
+
+
 def test_a_generator_of_the_users_own() -> None:
     def program() -> list[Any]:
         generator = torch.Generator().manual_seed(4)
@@ -284,3 +310,43 @@ def test_deterministic_algorithms_are_asked_for_in_order() -> None:
         return [y.tolist()]
 
     same_in_context(program)
+
+
+class Watching(TorchDispatchMode):
+    """Sees ops and does nothing about them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def names_of_function_modes() -> list[str]:
+    return [type(mode).__name__ for mode in _get_current_function_mode_stack()]
+
+
+def test_the_end_of_a_device_behind_a_users_mode_takes_off_nothing_else() -> None:
+    """It takes off whatever function mode is on top; a program that followed was computed with its device."""
+    x = torch.ones(3)
+    with lazily():
+        y = x * 2
+        before = names_of_function_modes()
+        with torch.device("meta"):
+            with Watching():
+                y = y + 1
+            assert torch.zeros(2).device.type == "meta"
+        assert names_of_function_modes() == before
+        assert torch.zeros(2).device.type == "cpu"
+        assert y.tolist() == [3.0] * 3
+    assert not names_of_function_modes()
+
+
+def test_a_default_device_that_is_set_inside_of_a_users_mode_stays_at_the_bottom() -> None:
+    with lazily():
+        y = torch.ones(3) * 2
+        with Watching():
+            torch.set_default_device("meta")
+            y = y + 1
+        assert torch.zeros(2).device.type == "meta"
+        torch.set_default_device(None)
+        assert torch.zeros(2).device.type == "cpu"
+        assert y.tolist() == [3.0] * 3
+    assert not names_of_function_modes()

@@ -130,7 +130,10 @@ def _has_version_kernel(target: OpOverload) -> bool:
 
 
 def _has_kernel(target: OpOverload, key: str) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key))
+    # Questions that torch asks of a subclass's sizes (`sym_size`, `is_non_overlapping_and_dense`) are no operators of the
+    # dispatcher's: it raises for them, which C++ that asks for a size cannot pass on, and the process ends.
+    name = target.name()
+    return torch._C._dispatch_has_kernel(name) and bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
 
 
 def _is_composite(target: OpOverload) -> bool:
