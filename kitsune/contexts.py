@@ -20,7 +20,6 @@ from kitsune.pipeline import Pipeline
 # torch's optimizers and clip_grad_norm_ take their multi-tensor path only for types on this list.
 _foreach_supported_types.append(LazyTensor)
 
-
 T = TypeVar("T")
 
 
@@ -99,7 +98,7 @@ def _open_first(pipeline: Pipeline) -> None:
     if len(here.depth) == 1:
         here.n_opened, here.n_steps, here.stepped = here.n_opened + 1, 0, None
     with _lock:
-        first = not _open
+        first, pipeline.lane.beneath = not _open, None
         _open.add(pipeline)
         _step_hook.put_on()
     if first:

@@ -339,6 +339,16 @@ def test_the_end_of_a_device_behind_a_users_mode_takes_off_nothing_else() -> Non
     assert not names_of_function_modes()
 
 
+def test_a_device_around_a_context_is_beneath_its_calls_also_behind_another_context() -> None:
+    with lazily():
+        inside = names_of_function_modes()
+    with torch.device("cpu"):
+        around = names_of_function_modes()
+        with lazily():
+            assert names_of_function_modes() == around + inside
+        assert names_of_function_modes() == around
+
+
 def test_a_default_device_that_is_set_inside_of_a_users_mode_stays_at_the_bottom() -> None:
     with lazily():
         y = torch.ones(3) * 2

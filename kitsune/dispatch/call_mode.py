@@ -8,7 +8,7 @@ from torch.utils._device import DeviceContext
 class CallMode(TorchFunctionMode):
     """Sees each call before autograd. What becomes of it is its subclass's `__torch_function__`, which the pipeline gives it."""
 
-    # What was beneath it when it was last taken off the stack; None before that.
+    # What was beneath it when it was last taken off the stack; None where no context has been open since.
     beneath: list[TorchFunctionMode] | None = None
 
     def enter(self) -> bool:

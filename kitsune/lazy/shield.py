@@ -43,7 +43,9 @@ def shield(recorder: Any) -> torch.device | None:
 
 
 def record_shielded(recorder: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    before, recorder.is_shielded = recorder.is_shielded, _is_on()
+    if not _is_on():
+        return type(recorder).record(recorder, func, types, args, kwargs)
+    before, recorder.is_shielded = recorder.is_shielded, True
     try:
         with _Off():
             return type(recorder).record(recorder, func, types, args, kwargs)
@@ -63,10 +65,10 @@ def _flush(recorder: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _call(lane: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    # Those are handed on as they come.
-    if func in HARMLESS or lane.recorder.paused:
+    # Those are handed on as they come. (And of a device that began inside of the context torch asks first.)
+    if func in HARMLESS or lane.recorder.paused or not _is_on():
         return type(lane).call(lane, func, types, args, kwargs)
-    before, lane.is_shielded = lane.is_shielded, _is_on()
+    before, lane.is_shielded = lane.is_shielded, True
     try:
         with _Off():
             return type(lane).call(lane, func, types, args, kwargs)

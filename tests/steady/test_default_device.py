@@ -36,20 +36,21 @@ def set_to(device: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-def trained(step: Step, where: str, accelerated: bool, device: str = "cpu") -> list[Any]:
+def trained(step: Step, where: str, accelerated: bool, device: str = "cpu", model_on: str = "cpu") -> list[Any]:
     """What each step gives, and the state of the generator behind it; and the parameters."""
     torch.manual_seed(0)
     kitsune.reset()
-    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2))
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2)).to(model_on)
+    state = torch.get_rng_state if model_on == "cpu" else torch.cuda.get_rng_state
     # Adam of torch 2.11 counts its steps where the default device says.
     optimizer = (torch.optim.SGD if device == "meta" else torch.optim.Adam)(model.parameters(), 1e-2)
-    batches, found = [torch.randn(6, 3) for _ in range(STEPS)], []
+    batches, found = [torch.randn(6, 3).to(model_on) for _ in range(STEPS)], []
     outer = {"around": torch.device(device), "set before": set_to(device)}.get(where, contextlib.nullcontext())
     inner = {"inside": torch.device(device), "set inside": set_to(device)}.get(where, contextlib.nullcontext())
-    with outer, kitsune.accelerate(device="cpu") if accelerated else contextlib.nullcontext(), inner:
+    with outer, kitsune.accelerate(device=model_on) if accelerated else contextlib.nullcontext(), inner:
         for batch in batches:
             with torch.device(device) if where == "around each step" else contextlib.nullcontext():
-                found += [step(model, optimizer, batch), torch.get_rng_state()]
+                found += [step(model, optimizer, batch), state()]
     return [*found, *[p.detach().clone() for p in model.parameters()]]
 
 
@@ -88,13 +89,14 @@ def sampled(model: Any, optimizer: Any, batch: Tensor) -> Tensor:
     return loss.detach()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("step", [read_before_backward, read_in_a_loop, sampled])
 @pytest.mark.parametrize("warmup", [0, 1])
 @pytest.mark.parametrize("where", WHERE)
-def test_training_is_eagers(where: str, warmup: int, step: Step) -> None:
-    expected = trained(step, where, accelerated=False)
-    with config.patch(warmup=warmup):
-        found = trained(step, where, accelerated=True)
+def test_training_is_eagers(where: str, warmup: int, step: Step, device: str) -> None:
+    expected = trained(step, where, False, device, device)
+    with config.patch(warmup=warmup, fuse=False):
+        found = trained(step, where, True, device, device)
     counted = kitsune.counters()
     assert all(map(torch.equal, expected, found)) and counted["followed"] > STEPS
     # The storage of a result is no question of the program's.
