@@ -10,8 +10,6 @@ import torch
 from kitsune.ir import TensorType, storage_of
 
 _serials = itertools.count()
-# In an op's key, before that of a result of before which wants a gradient.
-GRADED = "graded"
 
 
 def serial_of(tensor: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from kitsune.ir import Barrier, Handover, TensorType, type_of
 from kitsune.lazy.advance import arrive, rewrite
-from kitsune.lazy.cell import GRADED, Cell, Moved, Ref, is_leaf, may_defer, ref, serial_of
+from kitsune.lazy.cell import Cell, Moved, Ref, is_leaf, may_defer, ref, serial_of
 from kitsune.lazy.edges import begin_of, bytes_before
 from kitsune.lazy.growing import Values
 from kitsune.lazy.tensor import LazyTensor
@@ -170,8 +170,6 @@ class Region:
                 self.recorder.leaves.note(tensor)
             else:
                 self.recorder.outer_graph = True
-                # As that of a wrapper, which the same result is where its step was recorded: see `adopt`.
-                return key if self.real else (GRADED, key)
         return key
 
     def rollback(self) -> None:
