@@ -21,9 +21,9 @@ from kitsune.lazy.early_reads import ITEM
 from kitsune.lazy.edges import Before, Edge, Incoming, begin_of
 from kitsune.lazy.hands_off import (
     ASKS,
+    DETACHES,
     FLAGS,
     HARMLESS,
-    MAKES_NO_GRAPH,
     PRODUCTS,
     REACHES_GRAPH,
     READS,
@@ -238,8 +238,8 @@ class CallLane(Learner):
         graph = func in REACHES_GRAPH
         if graph:
             recorder.known.forget()
+        graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
         writes = may_write(func, args, kwargs)
-        graded = graph or (modes[0] and (writes or func not in MAKES_NO_GRAPH) and any(t.requires_grad for t in flat))
         targets = tensors_in((args[:1] or kwargs, kwargs.get("out"))) if writes or graph else []
         if writes and modes[0]:
             attach_bases(recorder, targets)

@@ -64,12 +64,6 @@ SHOWS_GRAPH = frozenset({_getter("grad_fn")})
 
 # What they return has no history, whatever they are given.
 DETACHES = frozenset({Tensor.detach, torch.detach})
-# Nor has what these return, each of which is one operator: autograd makes nothing of it, not even for the time of the call.
-_JUDGES = (
-    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ argmax argmin isnan isinf isposinf isneginf signbit "
-    "logical_and logical_or logical_xor logical_not all any count_nonzero"
-)
-MAKES_NO_GRAPH = DETACHES | _found(torch, _JUDGES) | _found(Tensor, _JUDGES)
 
 # They view their operands as matrices: of a batch of three dimensions that is part of what they do.
 PRODUCTS = frozenset(
