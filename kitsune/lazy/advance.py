@@ -3,6 +3,8 @@ does that lets a wrapper in."""
 
 from typing import Any
 
+import torch
+
 from kitsune.lazy.cell import Cell, is_leaf
 from kitsune.lazy.edges import Edge, Made, cell_in
 from kitsune.lazy.tensor import LazyTensor
@@ -18,9 +20,11 @@ def adopt(region: Any, wrapper: LazyTensor) -> Any:
         # this op, which may be one without gradients.
         region.real, region.past = True, None
     key = region.adopt(wrapper.cell)
-    # Calls behind this op, which may be one without gradients, take it for a value of the region: what they do with a history
-    # is not what they do without one. (Once there is a graph in the region, their own keys say so.)
-    return (GRADED, key) if wrapper.requires_grad and not region.real else key
+    # Looked at under no_grad: calls behind this op, which may be one with gradients, take it for a value of the region, and what
+    # they do with a history is not what they do without one. (What lets it in for a graph says so in the region, and a backward
+    # has its own.)
+    looks = not torch.is_grad_enabled() and wrapper.requires_grad and not region.real
+    return (GRADED, key) if looks and torch._C._current_graph_task_id() < 0 else key
 
 
 def _is_leaf(wrapper: Any) -> bool:
