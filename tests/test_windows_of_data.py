@@ -106,13 +106,3 @@ def test_an_operator_that_is_refused_leaves_nothing_of_where_its_windows_were() 
             two_windows(data, [4])
             assert refused.shape == (44,)
     assert kitsune.counters()["regions"] == 1
-
-
-def test_what_ran_once_to_tell_its_layout_is_known_for_each_window() -> None:
-    targets, weight = torch.arange(40) % 3, torch.randn(4, 3)
-    kitsune.reset()
-    with kitsune.config.patch(gate=False), kitsune.accelerate(device="cpu", warmup=0):
-        losses = [torch.nn.functional.cross_entropy(weight, targets[k : k + 4]) for k in (0, 4, 9, 13, 20, 36)]
-        found = [loss.item() for loss in losses]
-    assert found == [torch.nn.functional.cross_entropy(weight, targets[k : k + 4]).item() for k in (0, 4, 9, 13, 20, 36)]
-    assert kitsune.counters()["observed"] == 1

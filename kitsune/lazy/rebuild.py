@@ -66,9 +66,7 @@ def without_numbers(key: Any, cells: list[Cell]) -> Any:
     the region."""
     storages = [cell.storage for cell in cells]
     pattern = tuple((storages.index(s), storages.count(s) > 1 and _begin(c)) for s, c in zip(storages, cells, strict=True))
-    # Where an input begins is no matter, as in a region's key: windows of one tensor come from somewhere else in each step. The
-    # key of a view has its own number for that.
-    return (_anonymous(key), tuple(cell.type.at_start() if cell.external else cell.type for cell in cells), pattern)
+    return (_anonymous(key), tuple(cell.type for cell in cells), pattern)
 
 
 def _begin(cell: Cell) -> int:
