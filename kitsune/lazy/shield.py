@@ -45,12 +45,8 @@ def shield(recorder: Any) -> torch.device | None:
 def record_shielded(recorder: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     if not _is_on():
         return type(recorder).record(recorder, func, types, args, kwargs)
-    before, recorder.is_shielded = recorder.is_shielded, True
-    try:
-        with _Off():
-            return type(recorder).record(recorder, func, types, args, kwargs)
-    finally:
-        recorder.is_shielded = before
+    with _unseen(recorder):
+        return type(recorder).record(recorder, func, types, args, kwargs)
 
 
 @contextmanager
@@ -68,17 +64,23 @@ def _call(lane: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) 
     # Those are handed on as they come. (And of a device that began inside of the context torch asks first.)
     if func in HARMLESS or lane.recorder.paused or not _is_on():
         return type(lane).call(lane, func, types, args, kwargs)
-    before, lane.is_shielded = lane.is_shielded, True
-    try:
-        with _Off():
-            return type(lane).call(lane, func, types, args, kwargs)
-    finally:
-        lane.is_shielded = before
+    with _unseen(lane):
+        return type(lane).call(lane, func, types, args, kwargs)
 
 
 def _made(lane: Any, func: Any, args: Any = (), kwargs: Any = None) -> Any:
     with _seen_again(lane):
         return type(lane).made(lane, func, args, kwargs)
+
+
+@contextmanager
+def _unseen(owner: Any) -> Iterator[None]:
+    before, owner.is_shielded = owner.is_shielded, True
+    try:
+        with _Off():
+            yield
+    finally:
+        owner.is_shielded = before
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.overrides import _get_current_function_mode_stack
 
 import kitsune
@@ -103,7 +103,7 @@ def test_training_is_eagers(where: str, warmup: int, step: Step, device: str) ->
     assert "DOOR" not in {str(cause) for cause in counted["flushed"]}
 
 
-@torch.library.custom_op("test_default_device::made", mutates_args=())
+@library.custom_op("test_default_device::made", mutates_args=())
 def made_by_others(x: Tensor) -> Tensor:
     SEEN.append(torch.zeros(1).device.type)
     return x.clone()
