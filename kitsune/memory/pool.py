@@ -1,6 +1,7 @@
 """Run-time memory for arenas: blocks that are used again while they fit, and given back to torch when they do not."""
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ GROWTH = 1.25
 Place = tuple[torch.device, int]
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Block:
     """Memory on loan: `tensor` has `nbytes` bytes (uint8), of which the first is at `address`, a multiple of 512.
 
@@ -60,6 +61,7 @@ class MemoryPool:
         self._lock = threading.RLock()
         self._idle: OrderedDict[int, Block] = OrderedDict()
         self._used: dict[int, Block] = {}
+        self._shared: weakref.WeakSet[Block] = weakref.WeakSet()
         self._hits = self._misses = 0
 
     def take(self, nbytes: int, device: torch.device, stream: int) -> Block:
@@ -90,6 +92,12 @@ class MemoryPool:
             self._idle[id(block)] = block
             self.trim(self.budget)
 
+    def share(self, block: Block) -> None:
+        """Somebody keeps a block that was taken, and has its memory while nobody uses it. As long as it is kept it can be taken
+        again, even when it was let go of here, which frees nothing: whoever comes next would get memory beside it."""
+        with self._lock:
+            self._shared.add(block)
+
     def trim(self, budget: int) -> None:
         """Let go of idle blocks, those used longest ago first, until at most `budget` bytes of them are left."""
         with self._lock:
@@ -117,13 +125,13 @@ class MemoryPool:
             return PoolStatistics(used + idle, used, self._hits, self._misses)
 
     def _reuse(self, size: int, place: Place) -> Block | None:
-        fitting = [
-            (block.nbytes, number) for number, block in self._idle.items() if block.place == place and block.nbytes >= size
-        ]
+        shared = [block for block in self._shared if id(block) not in self._used]
+        fitting = [block for block in (*self._idle.values(), *shared) if block.place == place and block.nbytes >= size]
         if not fitting:
             return None
-        _, number = min(fitting)
-        block = self._used[number] = self._idle.pop(number)
+        block = min(fitting, key=lambda block: block.nbytes)
+        self._used[id(block)] = block
+        self._idle.pop(id(block), None)
         self._hits += 1
         return block
 

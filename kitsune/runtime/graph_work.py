@@ -33,8 +33,10 @@ class StartableInGraph(Startable, Protocol):
 
 @dataclass(eq=False)
 class Arena:
-    """An arena that graphs share: each uses it from beginning to end of its replay only, and replays do not overlap."""
+    """An arena that graphs share: each uses it from beginning to end of its replay only, and replays do not overlap. It is in a
+    block of the pool."""
 
+    block: Any
     tensor: torch.Tensor
     address: int
     notes: dict[Any, Any] = field(default_factory=dict)
@@ -54,8 +56,9 @@ class Arenas:
             arena = min(fitting, key=lambda arena: arena.tensor.numel())
         else:
             block = self._pool.take(nbytes, device, stream)
-            arena = Arena(block.tensor, block.address)
+            arena = Arena(block, block.tensor, block.address)
             # Ordinary runs may use it as well, in between.
+            self._pool.share(block)
             self._pool.give(block)
             self._alive.add(arena)
         return arena

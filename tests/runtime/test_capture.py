@@ -19,7 +19,7 @@ from tests.property import steps as _steps, steps_autograd as _autograd  # noqa:
 from tests.property.strategies import programs
 from tests.property.test_programs import SLOW
 from tests.property.world import Program, differences
-from tests.runtime.backends import assert_equal, lazily, loop, update
+from tests.runtime.backends import assert_equal, lazily, loop, runner, update
 from tests.runtime.repeated import Repeated, counts, graphs
 
 REGIONS = 1
@@ -143,6 +143,31 @@ def test_only_so_many_graphs_are_kept() -> None:
             for n in (2, 3, 4):
                 assert torch.equal(step(n), torch.full((n, 2), 12.0))
         assert repeater.n_alive <= 2 < counts("captured")[0]
+
+
+def test_a_run_between_replays_has_the_arena_of_the_graphs() -> None:
+    def step(x: torch.Tensor) -> float:
+        w = torch.ones(16, 16)
+        # What is between the products is in the arena.
+        return float((((x + 1) @ w - (x - 1) @ w) @ w).sum())
+
+    with graphs() as repeater, lazily():
+        x, y = torch.ones(16, 16), torch.ones(16, 16)
+        expected = step(x)
+        for _ in range(4):
+            assert step(x) == expected
+        # Another region is captured behind that: to make room, what nobody uses is let go of.
+        for _ in range(4):
+            assert [step(x), (x * 3 @ x).relu().sum().item()] == [expected, 16 * 16 * 48.0]
+        assert repeater.n_alive == 2
+        pool, arenas = runner().pool, runner().arenas
+        before, replayed = pool.statistics, counts("replayed")
+        # Inputs are elsewhere, so that it is an ordinary run.
+        assert step(y) == expected and counts("replayed") == replayed
+        after = pool.statistics
+        assert after.misses == before.misses and after.hits > before.hits and len(arenas._alive) == 1
+        kitsune.reset()
+        assert pool.statistics.held_bytes == 0 and not arenas._alive
 
 
 def test_a_graph_that_needs_too_much_is_refused() -> None:

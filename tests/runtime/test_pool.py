@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -22,12 +23,18 @@ class Lending(RuleBasedStateMachine):
         super().__init__()
         self.pool = MemoryPool(BUDGET)
         self.lent: list[tuple[Any, int]] = []
+        # Kept by somebody else as well; and blocks that were, and may be there no more.
+        self.shared: list[Any] = []
+        self.left: list[weakref.ref[Any]] = []
         self.n_taken = 0
 
     @rule(nbytes=st.integers(0, 30_000), stream=st.integers(0, 1))
     def take(self, nbytes: int, stream: int) -> None:
+        there = [b for b in self.shared if b.place[1] == stream and b.nbytes >= nbytes and not self.is_lent(b)]
+        n_made = self.pool.statistics.misses
         block = self.pool.take(nbytes, CPU, stream)
         self.n_taken += 1
+        assert not there or self.pool.statistics.misses == n_made
         assert block.tensor.dtype is torch.uint8
         assert block.tensor.numel() == block.nbytes >= nbytes
         assert block.address == block.tensor.data_ptr()
@@ -42,6 +49,22 @@ class Lending(RuleBasedStateMachine):
         assert bool((block.tensor == mark).all())
         self.pool.give(block)
 
+    def is_lent(self, block: Any) -> bool:
+        return any(block is other for other, _ in self.lent)
+
+    @precondition(lambda self: self.lent)
+    @rule(k=st.integers(0, 1000))
+    def share(self, k: int) -> None:
+        block, _ = self.lent[k % len(self.lent)]
+        self.pool.share(block)
+        if all(other is not block for other in self.shared):
+            self.shared.append(block)
+
+    @precondition(lambda self: self.shared)
+    @rule(k=st.integers(0, 1000))
+    def share_no_more(self, k: int) -> None:
+        self.left.append(weakref.ref(self.shared.pop(k % len(self.shared))))
+
     @rule(budget=st.integers(0, BUDGET))
     def trim(self, budget: int) -> None:
         self.pool.trim(budget)
@@ -52,6 +75,8 @@ class Lending(RuleBasedStateMachine):
     def free_all(self) -> None:
         self.pool.free_all()
         assert self.pool.statistics.held_bytes == self.pool.statistics.used_bytes
+        there = [block for ref in self.left if (block := ref()) is not None]
+        assert all(self.is_lent(block) or any(block is other for other in self.shared) for block in there)
 
     @invariant()
     def counts(self) -> None:
