@@ -17,7 +17,7 @@ GROWTH = 1.25
 Place = tuple[torch.device, int]
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)
+@dataclass(eq=False)
 class Block:
     """Memory on loan: `tensor` has `nbytes` bytes (uint8), of which the first is at `address`, a multiple of 512.
 
