@@ -23,7 +23,7 @@ from kitsune.background import thread, when_done
 from kitsune.codegen import Choices, candidates, why_not_tried
 from kitsune.ir import Launch, Plan, Tile, quiet
 from kitsune.profiler import Tally
-from kitsune.runtime import Trial
+from kitsune.runtime import Trial, was_lent
 
 # Replays of a region before its kernels are tried: by then the gate has decided, or is timing steps, and none are tried.
 AFTER = 64
@@ -35,7 +35,7 @@ MOST = 100
 LEAST_SHARE = 0.002
 # Kernels whose tiles are compiled while others are timed.
 AHEAD = 2
-# Memory that a trial may take where no arena has room, which is given back at once.
+# Memory that a trial may take where no arena has room, and more than that was lent before. It is given back at once.
 OWN_BYTES = 64 << 20
 # Seconds between two looks of who waits for trials.
 PAUSE = 2e-4
@@ -147,7 +147,7 @@ class Tuner:
         if trial.is_done or self.choices.of(kernel) is not None:
             return self._end(subject, trial)
         memory = self._scratch(trial.nbytes)
-        if memory is None and trial.nbytes > most_bytes:
+        if memory is None and not self._may_take(trial.nbytes, most_bytes):
             return self._end(subject, trial, f"its operands need {trial.nbytes / 2**20:.0f} MiB, more than an arena has")
         start = self._clock()
         try:
@@ -158,6 +158,10 @@ class Tuner:
             return self._end(subject, trial, f"{type(error).__name__}: {error}")
         device_seconds = trial.n_programs * (START + trial.launch.nbytes / RATE)
         self._not_before = self._clock() + (self._clock() - start + device_seconds) / SHARE
+
+    def _may_take(self, nbytes: int, most_bytes: float) -> bool:
+        # Who waits for trials has them take what they want.
+        return nbytes <= most_bytes and (most_bytes == math.inf or was_lent(self._device, nbytes))
 
     def _end(self, subject: Subject, trial: Trial, failure: str = "") -> None:
         subject.trial = None

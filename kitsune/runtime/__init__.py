@@ -5,7 +5,7 @@ from kitsune.runtime.capturable import GraphFacts
 from kitsune.runtime.captured import Captured, NotCaptured, Work
 from kitsune.runtime.cuda_graph import CudaGraphs, GraphRecorder
 from kitsune.runtime.graph_work import Arenas, plan_work, schedule_work
-from kitsune.runtime.idle import asked_bytes, give_back, has_room, would_rise
+from kitsune.runtime.idle import asked_bytes, give_back, has_room, was_lent, would_rise
 from kitsune.runtime.lent_outputs import adopt_views, views_of_inputs
 from kitsune.runtime.numeric_settings import library_switches, numeric_settings
 from kitsune.runtime.out_forms import out_form, takes_memory
@@ -53,5 +53,6 @@ __all__ = [
     "schedule_work",
     "takes_memory",
     "views_of_inputs",
+    "was_lent",
     "would_rise",
 ]

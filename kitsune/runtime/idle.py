@@ -31,6 +31,15 @@ def would_rise(device: torch.device, ours: int) -> bool:
     return bool(reserved["current"] + lacking >= reserved["peak"] + WORTH_GIVING_BACK)
 
 
+def was_lent(device: torch.device, nbytes: int) -> bool:
+    """Were so many bytes more than now lent at once before? Then the most that ever were does not rise by them."""
+    statistics = _statistics(device) if device.type == "cuda" else {}
+    if not statistics:
+        return True
+    allocated = statistics["allocated_bytes"]["all"]
+    return bool(allocated["current"] + nbytes <= allocated["peak"])
+
+
 def idle_bytes(device: torch.device) -> int:
     """Bytes that the allocator holds and has lent to nobody, those of graphs between their replays among them."""
     statistics = _statistics(device)

@@ -9,7 +9,7 @@ import torch
 
 import kitsune
 from kitsune.ir import lent_memory
-from kitsune.runtime import asked_bytes, give_back, has_room, would_rise
+from kitsune.runtime import asked_bytes, give_back, has_room, was_lent, would_rise
 from kitsune.runtime.idle import idle_bytes, reserved_bytes
 from kitsune.runtime.steady import MAX_CAPTURES
 from tests.runtime.backends import lazily
@@ -55,9 +55,16 @@ def test_what_was_needed_once_is_taken_to_be_needed_again(
     assert not would_rise(torch.device("cpu"), ours * MIB)
 
 
+@pytest.mark.parametrize(("nbytes", "was"), [(10, True), (11, False)])
+def test_what_was_lent_before_is_no_more_than_ever(nbytes: int, was: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator(monkeypatch, reserved=(100, 100), allocated=(50, 60))
+    assert was_lent(GPU, nbytes * MIB) is was and was_lent(torch.device("cpu"), nbytes * MIB)
+
+
 def test_before_the_allocator_has_begun_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = allocator(monkeypatch)
     give_back(GPU)
+    assert was_lent(GPU, MIB)
     assert not would_rise(GPU, 0) and not asked
 
 

@@ -198,6 +198,26 @@ def test_where_no_arena_has_room_nothing_is_timed(tmp_path: Path, monkeypatch: p
         assert kitsune.wait_for_kernels(60.0, tuned=True)
 
 
+def test_where_no_arena_has_room_and_the_most_ever_would_rise_nothing_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("kitsune.runtime.graph_work.Arenas.scratch", lambda *_: None)
+    monkeypatch.setattr("kitsune.tuning.was_lent", lambda device, nbytes: asked.append(nbytes))
+    with tuned(tmp_path) as device:
+        steps(ENOUGH)
+        assert min(asked) >= 128 * 16 * 4 and not device.started and "more than an arena has" in str(kitsune.explain())
+
+
+def test_who_waits_for_trials_has_them_take_what_they_want(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kitsune.runtime.graph_work.Arenas.scratch", lambda *_: None)
+    monkeypatch.setattr("kitsune.tuning.OWN_BYTES", 0)
+    monkeypatch.setattr("kitsune.tuning.was_lent", lambda device, nbytes: False)
+    with tuned(tmp_path, after=10 * ENOUGH):
+        steps(ENOUGH)
+        assert counts("tiles_tried") == [0] and kitsune.wait_for_kernels(60.0, tuned=True) and counts(*NAMES) == [2, 2, 0]
+
+
 def test_a_little_memory_is_taken_where_no_arena_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kitsune.runtime.graph_work.Arenas.scratch", lambda *_: None)
     with tuned(tmp_path):
