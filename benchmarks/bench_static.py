@@ -70,7 +70,7 @@ class NoKernels:
 
     block = 1 << 20
 
-    def compile(self, program: Any, target: torch.device, aligned: bool, wide: bool) -> "NoKernels":
+    def compile(self, program: Any, target: torch.device, divisibility: int, wide: bool) -> "NoKernels":
         """One for all."""
         return self
 

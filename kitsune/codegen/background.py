@@ -27,7 +27,7 @@ class _Asked(NamedTuple):
     future: "Future[Compiled]"
     program: Program
     target: torch.device | int
-    aligned: bool
+    divisibility: int
     wide: bool
 
 
@@ -56,26 +56,26 @@ class BackgroundCompiler:
         self._loads_again = 0.0
         self._lock = threading.Lock()
 
-    def compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
+    def compile(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> Compiled:
         """As `Compiler.compile`. Raises Pending until it is there."""
         pool = self._pool()
         if pool is None:
-            return self.compiler.compile(program, target, aligned, wide)
+            return self.compiler.compile(program, target, divisibility, wide)
         if self._compiled:
             # Somebody needs one now.
             self._load_soon()
-        future = self._ask(pool, program, target, aligned, wide)
+        future = self._ask(pool, program, target, divisibility, wide)
         if not future.done():
             raise Pending(program.name)
         return future.result()
 
-    def ask(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> "Future[Compiled]":
+    def ask(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> "Future[Compiled]":
         """Have a program compiled. The future is done once it can start without a delay, or never will."""
         pool = self._pool()
         if pool is not None:
-            return self._ask(pool, program, target, aligned, wide)
+            return self._ask(pool, program, target, divisibility, wide)
         done: Future[Compiled] = Future()
-        done.set_result(self.compiler.compile(program, target, aligned, wide))
+        done.set_result(self.compiler.compile(program, target, divisibility, wide))
         return done
 
     def expect(self) -> None:
@@ -96,8 +96,10 @@ class BackgroundCompiler:
         """Programs that are still being compiled or loaded."""
         return sum(not future.done() for future in list(self._asked.values()))
 
-    def _ask(self, pool: CompilePool, program: Program, target: torch.device | int, *variant: bool) -> "Future[Compiled]":
-        key = (program.text, program.tile, target, *variant)
+    def _ask(
+        self, pool: CompilePool, program: Program, target: torch.device | int, divisibility: int, wide: bool
+    ) -> "Future[Compiled]":
+        key = (program.text, program.tile, target, divisibility, wide)
         # Most are known, and the lock's holder may be resting.
         if (known := self._asked.get(key)) is not None:
             return known
@@ -105,7 +107,7 @@ class BackgroundCompiler:
             if (known := self._asked.get(key)) is not None:
                 return known
             future = self._asked[key] = Future()
-        asked = _Asked(future, program, target, *variant)
+        asked = _Asked(future, program, target, divisibility, wide)
 
         def compiled(made: "Future[None]") -> None:
             error = made.exception()
@@ -114,10 +116,10 @@ class BackgroundCompiler:
             self._load_soon(asked if error is None else None, n_compiled=1)
 
         try:
-            if self.compiler.find(program, target, *variant):
+            if self.compiler.find(program, target, divisibility, wide):
                 self._load_soon(asked)
             else:
-                job = self.compiler.job_of(program, target, *variant)
+                job = self.compiler.job_of(program, target, divisibility, wide)
                 made = pool.submit(job, len(program.text))
                 with self._lock:
                     self._n_compiling += 1

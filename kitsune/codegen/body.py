@@ -41,7 +41,7 @@ class Body:
     locals: dict[Local, str] = field(default_factory=dict)
     loads: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
-    # Parameters that are multiples of 16 in the aligned variant: all but the addresses of single elements and numbers.
+    # Parameters that have a variant's divisibility: all but the addresses of single elements and numbers.
     multiples: set[str] = field(default_factory=set)
     n_temporaries: int = 0
 

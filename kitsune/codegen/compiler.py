@@ -99,17 +99,18 @@ class Compiler:
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
         self._lock = threading.Lock()
 
-    def compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
+    def compile(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> Compiled:
         """The program for a device, or for a compute capability (80, 90), which needs no device.
 
-        `aligned` promises that addresses, sizes and strides are multiples of 16; `wide` computes indices in 64 bits.
+        Above 1, `divisibility` promises that addresses are multiples of 16 bytes, and sizes and strides of so many elements.
+        `wide` computes indices in 64 bits.
         Raises what Triton raises.
         """
-        key = (program.text, program.tile, target, aligned, wide)
+        key = (program.text, program.tile, target, divisibility, wide)
         with self._lock:
             found = self._compiled.get(key)
             if found is None:
-                found = self._compiled[key] = self._compile(program, target, aligned, wide)
+                found = self._compiled[key] = self._compile(program, target, divisibility, wide)
         return found
 
     def parameters_of(self, kernel: Kernel, slots_in_memory: bool = False) -> tuple[Parameter, ...]:
@@ -123,37 +124,37 @@ class Compiler:
     def _text(self, program: Program) -> str:
         return interpreted_text(program.text) if self.interpret else program.text
 
-    def job_of(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Job:
+    def job_of(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> Job:
         """What is to be compiled; the program's file is written for it."""
-        return self._job(program, target, aligned, wide, self.files.path_of)
+        return self._job(program, target, divisibility, wide, self.files.path_of)
 
-    def _job(self, program: Program, target: torch.device | int, aligned: bool, wide: bool, path_of: PathOf) -> Job:
+    def _job(self, program: Program, target: torch.device | int, divisibility: int, wide: bool, path_of: PathOf) -> Job:
         if isinstance(target, torch.device):
             major, minor = torch.cuda.get_device_capability(target)
             target = major * 10 + minor
         path = str(path_of(program.name, self._text(program), self._flags))
         tile = astuple(program.tile)
-        return Job(path, program.name, program.batched, aligned, wide, target, self.libdevice, tile)
+        return Job(path, program.name, program.batched, divisibility, wide, target, self.libdevice, tile)
 
-    def find(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> bool:
+    def find(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> bool:
         """Does its machine code lie on disk? It is read, and `compile` has it."""
-        key = (program.text, program.tile, target, aligned, wide)
+        key = (program.text, program.tile, target, divisibility, wide)
         with self._lock:
             if key not in self._compiled:
-                job = self._job(program, target, aligned, wide, self.files.named)
+                job = self._job(program, target, divisibility, wide, self.files.named)
                 if (binary := read_binary(binary_path(job))) is None:
                     return False
                 self._compiled[key] = self._on_device(program, target, job, binary)
         return True
 
-    def _compile(self, program: Program, target: torch.device | int, aligned: bool, wide: bool) -> Compiled:
+    def _compile(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> Compiled:
         if self.interpret:
             path = self.path_of(program)
-            values = tuple(constants_of(program.batched, aligned, wide, astuple(program.tile)).values())
+            values = tuple(constants_of(program.batched, divisibility, wide, astuple(program.tile)).values())
             module = load_module(path)
             types = list(types_of(module, wide).values())
             return Interpreted(path, program.tile.rows, getattr(module, program.name), types, values)
-        job = self.job_of(program, target, aligned, wide)
+        job = self.job_of(program, target, divisibility, wide)
         return self._on_device(program, target, job, read_binary(binary_path(job)) or compile_binary(job))
 
     @staticmethod

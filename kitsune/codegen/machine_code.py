@@ -23,6 +23,8 @@ from typing import Any
 OPTIONS = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
 # Elements of a block, no columns, and warps: 8 elements a thread, one 128-bit access of a 16-bit type, two of float32.
 ELEMENTS = (1024, 0, 4)
+# The divisibility at which any type is accessed 128 bits at a time.
+ALIGNED = 16
 # The type of sizes and strides in a signature: i32, or i64 where an index could pass 2**31.
 INDEX = "index"
 # How parameters lie in memory, in the words of `struct`; all others are addresses.
@@ -33,13 +35,14 @@ LAYOUT = {"i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 class Job:
     """A variant of the kernel `name` in the file `path`, for a compute capability (80, 90).
 
+    With a `divisibility` above 1, addresses are multiples of 16 bytes, and sizes and strides of so many elements.
     `tile` are a block's rows, columns and warps; its elements, 0 and warps where nothing is reduced.
     """
 
     path: str
     name: str
     batched: bool
-    aligned: bool
+    divisibility: int
     wide: bool
     target: int
     libdevice: str | None
@@ -58,10 +61,10 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def constants_of(batched: bool, aligned: bool, wide: bool, tile: tuple[int, int, int]) -> dict[str, int]:
+def constants_of(batched: bool, divisibility: int, wide: bool, tile: tuple[int, int, int]) -> dict[str, int]:
     """A variant's compile-time arguments, in the order in which a start passes them."""
     blocks = {"XBLOCK": tile[0], "RBLOCK": tile[1]} if tile[1] else {"BLOCK": tile[0]}
-    return ({"ALIGNED": aligned} if batched else {}) | {"WIDE": wide} | blocks
+    return ({"ALIGNED": divisibility == ALIGNED} if batched else {}) | {"WIDE": wide} | blocks
 
 
 def types_of(module: ModuleType, wide: bool) -> dict[str, str]:
@@ -122,22 +125,23 @@ def read_sealed(path: Path) -> bytes | None:
 
 def binary_path(job: Job) -> Path:
     """The file with a variant's machine code, beside its source."""
-    variant = "a" * job.aligned + "w" * job.wide
+    variant = "" if job.divisibility == 1 else "a" if job.divisibility == ALIGNED else f"a{job.divisibility}"
+    variant += "w" * job.wide
     return Path(job.path).with_suffix(f".{job.target}{variant}.{'x'.join(map(str, job.tile))}.bin")
 
 
 def compile_binary(job: Job) -> Binary:
     """Compile a variant and keep it in its file. Raises what Triton raises, and OSError.
 
-    Where the aligned variant cannot be compiled, the one for any addresses takes its place: Triton 3.6 breaks off at some
+    Where one with a divisibility cannot be compiled, the one for any sizes takes its place: Triton 3.6 breaks off at some
     kernels with reductions whose operands it knows to be aligned ("operand #1 does not dominate this use").
     """
     try:
         made = _binary(job, machine_code(job))
     except RuntimeError:
-        if not job.aligned:
+        if job.divisibility == 1:
             raise
-        other = replace(job, aligned=False)
+        other = replace(job, divisibility=1)
         made = _binary(other, machine_code(other))
     made.write(binary_path(job))
     return made
@@ -171,12 +175,13 @@ def machine_code(job: Job) -> Any:
     types = types_of(module, job.wide)
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     # Arguments are numbered as in the function.
-    multiples = module.MULTIPLES if job.aligned else ()
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in multiples}
+    multiples = [name for name in function.arg_names if name in module.MULTIPLES] if job.divisibility > 1 else []
+    of = {name: ALIGNED if types.get(name, "").startswith("*") else job.divisibility for name in multiples}
+    attrs = {(i,): [["tt.divisibility", of[name]]] for i, name in enumerate(function.arg_names) if name in of}
     options: dict[str, Any] = {**OPTIONS, "num_warps": job.tile[2]}
     if job.libdevice:
         options["extern_libs"] = {"libdevice": job.libdevice}
-    constants = constants_of(job.batched, job.aligned, job.wide, job.tile)
+    constants = constants_of(job.batched, job.divisibility, job.wide, job.tile)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
 

@@ -116,10 +116,12 @@ def turn(s: Reduced) -> list[str]:
         ]
     if s.kind.startswith("first "):
         further = f"({x} {'>' if s.kind.endswith('max') else '<'} {each[0]})"
-        unordered = f" | (({x} != {x}) & ({each[0]} == {each[0]}))" if s.dtype in FLOATING else ""
+        if s.dtype in FLOATING:
+            # Also a NaN behind numbers: one comparison that is true of it, and one of what was found.
+            further = f"~({x} {'<=' if s.kind.endswith('max') else '>='} {each[0]}) & ({each[0]} == {each[0]})"
         better = f"{s.targets[0]}_better"
         return [
-            f"{better} = in_columns & ({further}{unordered})",
+            f"{better} = in_columns & {further}",
             f"{each[0]} = tl.where({better}, {x}, {each[0]})",
             f"{each[1]} = tl.where({better}, column, {each[1]})",
         ]

@@ -22,7 +22,8 @@ WRITTEN, HELD = 16384, 49152
 # where a loop would not read them again: the bias gradient behind ViT-B/16's activation took 104 us of an H200 with 64 held, 92
 # with 16.
 PERSISTENT_OUTER, PERSISTENT_ONCE = 128, 32
-# Elements of a block where rows are short, and of a turn of the loop where they are long.
+# Elements of a block where rows are short, and of a turn of the loop where they are long. A position is kept beside each: with
+# half as many argmax of 30,522 takes 68 us of an H200, with as many 77.
 SHORT, LONG = 1024, 2048
 # Rows of which a block reads neighbouring elements: 128 bytes of a 16-bit type.
 NEIGHBOURS = 64
@@ -36,7 +37,16 @@ ENOUGH = 264
 FEW, MANY_COLUMNS, FEW_STEPS = 2 * ENOUGH, 256, 4
 # Elements that a thread holds of each operand: about, where a kernel reduces, and at most, which is half of its registers.
 PER_THREAD, MOST_PER_THREAD = 8, 128
+# Elements of all operands that a thread holds of rows in registers, where those are many: the fewer warps share a row, the less
+# they wait for each other. Of rows that are written, and of those that are only read, twice as many of them in a block. On an
+# H200, in us, of 1,024 elements with four warps and with one: softmax 80 and 68, layer norm 73 and 68, sums 43 and 33; means of
+# 196, four rows by four warps and eight by one: 84 and 50, where the bytes take 49.
+WRITTEN_PER_THREAD, READ_PER_THREAD = 32, 64
+# Warps that keep the largest device known busy: with fewer rows, more of them share one.
+BUSY = 4224
 MOST_WARPS = 16
+# Where few columns of many rows are read once: a mean of 196 takes 53 us of an H200 so, with 64, 16, 4 it takes 64.
+FEW_TURNS = (256, 2, 4)
 # Elements of a row that one place of a tile adds up, one after the other: more in no tile but the first choice, for a sum loses
 # half an epsilon with each.
 MOST_TERMS = 128
@@ -104,9 +114,13 @@ def tile_of(kernel: Kernel) -> Tile:
         height = _fitting(rows, SHORT // width, 1)
         return Tile(height, width, min(max(_power(height * width // (32 * PER_THREAD)), 1), MOST_WARPS))
     if inner(kernel):
-        width = min(_power(columns), LONG) if is_looped(kernel) else _whole(kernel)
+        if not is_looped(kernel):
+            return _held(kernel, rows)
+        width = min(_power(columns), LONG // 2 if _finds_positions(kernel) else LONG)
         height = _fitting(rows, SHORT // width, 1)
     elif is_looped(kernel):
+        if _takes_few(kernel, rows):
+            return Tile(*FEW_TURNS)
         height = _fitting(rows, NEIGHBOURS, 16)
         # With fewer neighbours a turn takes more of each row: less turns, and shorter sums in every place of the tile.
         width = min(_power(columns), _turn(kernel, math.ceil(rows / height)) * NEIGHBOURS // height)
@@ -114,7 +128,37 @@ def tile_of(kernel: Kernel) -> Tile:
     else:
         width = min(_power(columns), PERSISTENT_OUTER)
         height = _fitting(rows, min(NEIGHBOURS, OUTER // width), 16)
-    return Tile(height, width, MOST_WARPS if inner(kernel) and width > PERSISTENT else _warps(height, width))
+    return Tile(height, width, _warps(height, width))
+
+
+def _held(kernel: Kernel, rows: int) -> Tile:
+    """Whole rows in registers."""
+    width, reads = _whole(kernel), _reads_once(kernel)
+    height = _fitting(rows, (2 * SHORT if reads else SHORT) // width, 1)
+    if width > PERSISTENT:
+        return Tile(height, width, MOST_WARPS)
+    first = len(kernel.domain) - kernel.reduced
+    operands = sum(any(a.strides[:first]) and any(a.strides[first:]) for a in kernel.loads)
+    per_thread = max((READ_PER_THREAD if reads else WRITTEN_PER_THREAD) // _power(max(operands, 1)), PER_THREAD)
+    warps = max(height * width // (32 * per_thread), 1)
+    while warps < _warps(height, width) and math.ceil(rows / height) * warps < BUSY:
+        warps *= 2
+    return Tile(height, width, warps)
+
+
+def _takes_few(kernel: Kernel, rows: int) -> bool:
+    """Is one operand read in few turns, by many blocks?"""
+    first = len(kernel.domain) - kernel.reduced
+    moving = [a for a in accesses(kernel) if any(a.strides[:first]) and any(a.strides[first:])]
+    height, width, _ = FEW_TURNS
+    return len(moving) == 1 and _only_adds(kernel) and kernel.n_columns <= MOST_TERMS * width and rows >= FEW * height
+
+
+def _finds_positions(kernel: Kernel) -> bool:
+    return any(
+        step.op.target._opname in ("argmax", "argmin") or (len(step.op.results) == 2 and step.op.target._opname in ("max", "min"))
+        for step in kernel.steps
+    )
 
 
 def keeps_bits(kernel: Kernel) -> bool:
@@ -143,7 +187,7 @@ def _others(kernel: Kernel, first: Tile) -> Iterable[Tile]:
     if not kernel.reduced:
         return (Tile(n, 0, w) for n, w in ((512, 4), (1024, 4), (1024, 8), (2048, 8), (2048, 4), (512, 2)))
     if not is_looped(kernel):
-        heights = ((rows, 2 * warps), (rows, warps // 2), (rows // 2, warps), (2 * rows, 2 * warps), (rows // 2, warps // 2))
+        heights = ((rows, 2 * warps), (rows, warps // 2), (2 * rows, 2 * warps), (rows, 4 * warps), (rows // 2, warps))
         return (Tile(height, columns, n) for height, n in heights)
     if inner(kernel):
         return (Tile(rows, width, n) for width, n in ((1024, 4), (LONG, 4), (4096, 8), (4096, 16), (1024, 8)))
@@ -186,7 +230,7 @@ def _turn(kernel: Kernel, blocks: int) -> int:
 
 
 def _only_adds(kernel: Kernel) -> bool:
-    return all(step.op.target._opname == "sum" for step in kernel.steps if step.op.kind is Kind.REDUCTION)
+    return all(step.op.target._opname in ("sum", "mean") for step in kernel.steps if step.op.kind is Kind.REDUCTION)
 
 
 def _warps(height: int, width: int) -> int:

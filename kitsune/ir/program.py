@@ -16,7 +16,7 @@ class Pointer:
 class Size:
     """A kernel's parameter: the size of a dimension of its domain; `dim` None for the number of elements.
 
-    The aligned variant of a program takes multiples of 16 where it `counts`.
+    A variant with a divisibility takes multiples of it where it `counts`.
     """
 
     dim: int | None = None

@@ -1,6 +1,7 @@
 """A launch of kernels, ready to start: everything but addresses and moving numbers is worked out beforehand."""
 
 import copy
+import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -45,7 +46,7 @@ class Compiled(Protocol):
 class Compiler(Protocol):
     """What makes programs runnable."""
 
-    def compile(self, program: Program, target: torch.device, aligned: bool, wide: bool) -> Compiled: ...
+    def compile(self, program: Program, target: torch.device, divisibility: int, wide: bool) -> Compiled: ...
 
     def parameters_of(self, kernel: Kernel, slots_in_memory: bool = ...) -> tuple[Parameter, ...]: ...
 
@@ -60,13 +61,14 @@ class _Bound:
         # What the grid is over: a kernel with reductions has blocks of rows.
         self.n = kernel.n_rows
         self.values: list[Any] = [0] * len(parameters)
-        # (position, access, whether its address must be a multiple of 16 for the aligned variant)
+        # (position, access, whether its address must be a multiple of 16 bytes)
         self.pointers: list[tuple[int, Access, bool]] = []
         self.slots: list[tuple[int, int]] = []
         self.doubles: list[int] = []
         # (position, number of the slot): addresses in the table of moving numbers.
         self.addresses: list[tuple[int, int]] = []
-        self.aligned = kernel.reduced > 0 or self.n % 16 == 0
+        # Of sizes and strides; of where elements end where nothing is reduced, there being few sizes that are no multiple of 16.
+        self.divisibility = 16 if kernel.reduced > 0 or self.n % 16 == 0 else 1
         reached = [_reach(a.value.type, a.strides, kernel.domain) for a in accesses]
         self.wide = max([kernel.n_elements, *reached]) >= WIDE_FROM
         for position, parameter in enumerate(parameters):
@@ -87,10 +89,11 @@ class _Bound:
             self.addresses.append((position, parameter.index))
         else:
             self.values[position] = number = _number(parameter, kernel, accesses)
-            self.aligned = self.aligned and (number % 16 == 0 or not getattr(parameter, "counts", True))
+            if getattr(parameter, "counts", True):
+                self.divisibility = math.gcd(self.divisibility, number)
 
-    def fill(self, address: Callable[[Access], int], scalars: Sequence[float], slots_at: int) -> tuple[list[Any], bool]:
-        """The arguments of a start with the table of moving numbers at that address, and whether the aligned variant may run."""
+    def fill(self, address: Callable[[Access], int], scalars: Sequence[float], slots_at: int) -> tuple[list[Any], int]:
+        """The arguments of a start with the table of moving numbers at that address, and of which divisibility it may be."""
         values = self.values.copy()
         for position, index in self.addresses:
             values[position] = slots_at + 8 * index
@@ -101,7 +104,7 @@ class _Bound:
                 bits |= where
         for position, slot in self.slots:
             values[position] = float(scalars[slot])
-        return values, self.aligned and not bits & 15
+        return values, 1 if bits & 15 else self.divisibility
 
 
 # Of the 4,169 operands of ResNet-50's kernels, 206 differ in this.
@@ -153,7 +156,7 @@ class PreparedLaunch:
         self._bound = [bound for bound in self._bound if bound.n]
         self._device = device or (*first.loads, *(s.access for s in first.stores))[0].value.type.device
         self._wide = any(bound.wide for bound in self._bound)
-        self._variants: dict[bool, Compiled] = {}
+        self._variants: dict[int, Compiled] = {}
         self._tables = Tables(self._device)
         self._n_numbers = 1 + max((index for bound in self._bound for _, index in bound.addresses), default=-1)
         # Does it read from memory what a capture has elsewhere?
@@ -164,9 +167,13 @@ class PreparedLaunch:
         self._slots_at: int | None = None
 
     @property
-    def likely(self) -> tuple[bool, bool] | None:
-        """Of the variant that starts will need, unless operands begin at odd addresses: is it aligned, is it wide?"""
-        return (all(bound.aligned for bound in self._bound), self._wide) if self._bound else None
+    def likely(self) -> tuple[int, bool] | None:
+        """Of the variant that starts will need, unless operands begin at odd addresses: its divisibility, and is it wide?"""
+        return (self._common([bound.divisibility for bound in self._bound]), self._wide) if self._bound else None
+
+    def _common(self, found: list[int]) -> int:
+        """The text of a batch knows of multiples of 16 and of none."""
+        return found[0] if not self.program.batched else 16 if min(found) == 16 else 1
 
     def reserve(self) -> None:
         """Once the program is there: work out what starts of a batch read that is always the same. ResNet-50's first run by plan
@@ -189,9 +196,9 @@ class PreparedLaunch:
 
         Raises KernelUnavailable, Pending.
         """
-        likely = self.likely or (True, False)
-        for aligned in tuple(like._variants) or likely[:1]:
-            compiled = self._variant(aligned)
+        likely = self.likely or (16, False)
+        for divisibility in tuple(like._variants) or likely[:1]:
+            compiled = self._variant(divisibility)
             compiled.load()
             if self.program.batched:
                 sizes = [bound.n for bound in self._bound]
@@ -214,8 +221,8 @@ class PreparedLaunch:
             if self.program.batched:
                 self._start_batch(address, scalars, slots_at, stream)
             else:
-                args, aligned = self._bound[0].fill(address, scalars, slots_at)
-                compiled = self._variant(aligned)
+                args, divisibility = self._bound[0].fill(address, scalars, slots_at)
+                compiled = self._variant(divisibility)
                 compiled.launch(-(-self._bound[0].n // compiled.block), args, stream)
         except (torch.OutOfMemoryError, KernelUnavailable, Pending):
             raise
@@ -230,16 +237,16 @@ class PreparedLaunch:
         table.set(scalars)
         return table.address
 
-    def _variant(self, aligned: bool) -> Compiled:
-        found = self._variants.get(aligned)
+    def _variant(self, divisibility: int) -> Compiled:
+        found = self._variants.get(divisibility)
         if found is None:
             try:
-                found = self._compiler.compile(self.program, self._device, aligned, self._wide)
+                found = self._compiler.compile(self.program, self._device, divisibility, self._wide)
             except Pending:
                 raise
             except Exception as error:
                 raise self._unavailable("compiled", error) from error
-            self._variants[aligned] = found
+            self._variants[divisibility] = found
         return found
 
     def _unavailable(self, what: str, error: Exception) -> KernelUnavailable:
@@ -250,14 +257,14 @@ class PreparedLaunch:
         return KernelUnavailable(f"The kernel {self.name} could not be {what}: {type(error).__name__}: {error}.", path)
 
     def _start_batch(self, address: Callable[[Access], int], scalars: Sequence[float], slots_at: int, stream: int) -> None:
-        rows, all_aligned = [], True
+        rows, divisibilities = [], []
         for bound in self._bound:
-            values, aligned = bound.fill(address, scalars, slots_at)
+            values, divisibility = bound.fill(address, scalars, slots_at)
             for position in bound.doubles:
                 values[position] = _bits(values[position])
             rows.append(values)
-            all_aligned = all_aligned and aligned
-        compiled = self._variant(all_aligned)
+            divisibilities.append(divisibility)
+        compiled = self._variant(self._common(divisibilities))
         sizes = [bound.n for bound in self._bound]
         grid, blocks = self._tables.blocks(sizes, compiled.block, stream)
         table = self._tables.table(rows, sizes, compiled.block, stream)

@@ -26,7 +26,7 @@ class Loadable(Protocol):
 class Compiler(Protocol):
     """What makes programs runnable. Raises Pending for one that is still being compiled."""
 
-    def compile(self, program: Program, target: torch.device, aligned: bool, wide: bool) -> Loadable: ...
+    def compile(self, program: Program, target: torch.device, divisibility: int, wide: bool) -> Loadable: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class PageReader:
         """Can it be captured, where nothing may be compiled or loaded? If not, the driver is to copy."""
         if not self._kernels and not self._is_broken:
             try:
-                kernels = [self._compiler.compile(program, self._device, False, False) for program in self._programs]
+                kernels = [self._compiler.compile(program, self._device, 1, False) for program in self._programs]
                 for kernel in kernels:
                     kernel.load()
                 self._kernels = kernels

@@ -149,9 +149,9 @@ def _assemble(recorder: _Recorder, results: list[torch.Tensor], name: str, every
     return Built(kernel, read, [by_storage[(v.storage, v.type)] for v in stored], recorder.ops, recorder.slots)
 
 
-def compiled_kernel(compiler: Compiler, program: Program, arch: int, aligned: bool = True, wide: bool = False) -> Any:
+def compiled_kernel(compiler: Compiler, program: Program, arch: int, divisibility: int = 16, wide: bool = False) -> Any:
     """Triton's CompiledKernel of a variant, of which `asm` has every stage."""
-    return machine_code(compiler.job_of(program, arch, aligned, wide))
+    return machine_code(compiler.job_of(program, arch, divisibility, wide))
 
 
 def _stored(recorder: _Recorder, results: list[torch.Tensor], every: bool) -> list[Value]:

@@ -225,31 +225,31 @@ def test_a_program_is_pending_until_it_is_loaded(tmp_path: Path) -> None:
     made = program()
     for _ in range(2):
         with pytest.raises(Pending):
-            compiler.compile(made, 90, True, False)
+            compiler.compile(made, 90, 16, False)
     ((job, future),) = held.jobs
     assert job.name == made.name and Path(job.path).read_text().startswith(made.text)
     future.set_result(None)
     with pytest.raises(Pending):
-        compiler.compile(made, 90, True, False)
+        compiler.compile(made, 90, 16, False)
     assert compiler.n_pending == 1
     loads.pop()()
-    assert compiler.compile(made, 90, True, False) is not None and compiler.n_pending == 0
+    assert compiler.compile(made, 90, 16, False) is not None and compiler.n_pending == 0
 
 
 def test_without_a_pool_a_program_is_compiled_at_once(tmp_path: Path) -> None:
     compiler = BackgroundCompiler(Counting(tmp_path), lambda: None, now)
-    assert compiler.compile(program(), 90, True, False) is not None
-    assert compiler.ask(program(), 90, False, False).done()
+    assert compiler.compile(program(), 90, 16, False) is not None
+    assert compiler.ask(program(), 90, 1, False).done()
 
 
 def test_a_program_that_does_not_compile_raises_what_the_worker_said(tmp_path: Path) -> None:
     held = Held()
     compiler = BackgroundCompiler(Counting(tmp_path), lambda: held, now)  # type: ignore[arg-type, return-value]
-    future = compiler.ask(program(), 90, True, False)
+    future = compiler.ask(program(), 90, 16, False)
     held.jobs[0][1].set_exception(CompilationFailed("SyntaxError: no"))
     assert isinstance(future.exception(), CompilationFailed)
     with pytest.raises(CompilationFailed):
-        compiler.compile(program(), 90, True, False)
+        compiler.compile(program(), 90, 16, False)
 
 
 class Loading(Compiler):
@@ -278,7 +278,7 @@ def test_programs_are_loaded_together_once_all_are_compiled_or_after_a_while(
     monkeypatch.setattr(codegen_background, "_bring", lambda made, target: told.append(f"load {made.name}"))
     compiler = BackgroundCompiler(Loading(tmp_path, told), lambda: held, calls.append, at_a_stretch, lambda: now[0])  # type: ignore[arg-type, return-value]
     programs = [dataclasses.replace(program(), name=name, text=program().text + f"# {name}") for name in "abcdef"]
-    futures = [compiler.ask(one, 90, True, False) for one in programs]
+    futures = [compiler.ask(one, 90, 16, False) for one in programs]
 
     def end(k: int) -> None:
         held.jobs[k][1].set_result(None)
@@ -304,20 +304,20 @@ def test_programs_are_loaded_together_once_all_are_compiled_or_after_a_while(
 def test_who_needs_a_program_that_is_compiled_waits_for_no_other(tmp_path: Path) -> None:
     held, calls, now = Held(), [], [10.0]
     compiler = BackgroundCompiler(Counting(tmp_path), lambda: held, calls.append, clock=lambda: now[0])  # type: ignore[arg-type, return-value]
-    for aligned in (True, False):
-        compiler.ask(program(), 90, aligned, False)
-    compiler.ask(program(), 80, True, False)
+    for divisibility in (16, 1):
+        compiler.ask(program(), 90, divisibility, False)
+    compiler.ask(program(), 80, 16, False)
     held.jobs[0][1].set_result(None)
     calls.pop()()
     held.jobs[1][1].set_result(None)
     with pytest.raises(Pending):
-        compiler.compile(program(), 90, False, False)
+        compiler.compile(program(), 90, 1, False)
     assert not calls
     now[0] += codegen_background.APART_S
     with pytest.raises(Pending):
-        compiler.compile(program(), 90, False, False)
+        compiler.compile(program(), 90, 1, False)
     calls.pop()()
-    assert compiler.compile(program(), 90, False, False) is not None and compiler.n_pending == 1
+    assert compiler.compile(program(), 90, 1, False) is not None and compiler.n_pending == 1
 
 
 def test_a_program_that_cannot_be_loaded_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,14 +330,14 @@ def test_a_program_that_cannot_be_loaded_fails_alone(tmp_path: Path, monkeypatch
     monkeypatch.setattr(codegen_background, "_bring", bring)
     compiler = BackgroundCompiler(Loading(tmp_path, []), lambda: held, calls.append)  # type: ignore[arg-type, return-value]
     programs = [dataclasses.replace(program(), name=name, text=program().text + f"# {name}") for name in "abc"]
-    futures = [compiler.ask(one, 90, True, False) for one in programs]
+    futures = [compiler.ask(one, 90, 16, False) for one in programs]
     for _, job in held.jobs:
         job.set_result(None)
     while calls:
         calls.pop(0)()
     assert [one.exception() is None for one in futures] == [True, False, True]
     with pytest.raises(RuntimeError, match="no room"):
-        compiler.compile(programs[1], 90, True, False)
+        compiler.compile(programs[1], 90, 16, False)
 
 
 @pytest.fixture
@@ -349,34 +349,34 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_a_worker_leaves_the_code_where_this_process_finds_it(cache: Path, tmp_path: Path, pools: Any) -> None:
     compiler, made = Compiler(tmp_path / "kernels"), program()
-    assert not compiler.find(made, 90, True, False)
+    assert not compiler.find(made, 90, 16, False)
     background = BackgroundCompiler(compiler, lambda: pools(), now)
-    compiled = background.ask(made, 90, True, False).result(120)
-    assert compiler.find(made, 90, True, False) and not compiler.find(made, 90, False, False)
-    assert isinstance(compiled, OnDevice) and compiled.binary == read_binary(binary_path(compiler.job_of(made, 90, True, False)))
+    compiled = background.ask(made, 90, 16, False).result(120)
+    assert compiler.find(made, 90, 16, False) and not compiler.find(made, 90, 1, False)
+    assert isinstance(compiled, OnDevice) and compiled.binary == read_binary(binary_path(compiler.job_of(made, 90, 16, False)))
     assert compiled.binary.code == compiled_kernel(compiler, made, 90).asm["cubin"]
 
 
 def test_what_is_on_disk_is_loaded_later_and_asks_no_worker(cache: Path, tmp_path: Path) -> None:
-    Compiler(tmp_path / "kernels").compile(program(), 90, True, False)
+    Compiler(tmp_path / "kernels").compile(program(), 90, 16, False)
     held, loads = Held(), []
     background = BackgroundCompiler(Compiler(tmp_path / "kernels"), lambda: held, loads.append)  # type: ignore[arg-type, return-value]
     with pytest.raises(Pending):
-        background.compile(program(), 90, True, False)
+        background.compile(program(), 90, 16, False)
     assert len(loads) == 1 and not held.jobs
     loads.pop()()
-    assert isinstance(background.compile(program(), 90, True, False), OnDevice)
-    background.ask(program(), 90, False, False)
+    assert isinstance(background.compile(program(), 90, 16, False), OnDevice)
+    background.ask(program(), 90, 1, False)
     assert not loads and len(held.jobs) == 1, "the other variant is not on disk"
 
 
 def test_what_is_on_disk_needs_no_triton(cache: Path, tmp_path: Path) -> None:
-    Compiler(tmp_path / "kernels").compile(program(), 90, True, False)
+    Compiler(tmp_path / "kernels").compile(program(), 90, 16, False)
     code = (
         "import sys; from kitsune.codegen import Compiler; from tests.codegen.test_compile_pool import program\n"
         "made = program(); names = [name for name in sys.modules if name.startswith('triton')]\n"
         "sys.modules.update(dict.fromkeys(names), triton=None)\n"
-        f"print(len(Compiler({str(tmp_path / 'kernels')!r}).compile(made, 90, True, False).binary.code))"
+        f"print(len(Compiler({str(tmp_path / 'kernels')!r}).compile(made, 90, 16, False).binary.code))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert not done.returncode and int(done.stdout) > 1000, done.stderr
@@ -385,12 +385,12 @@ def test_what_is_on_disk_needs_no_triton(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"no code", None])
 def test_a_damaged_binary_is_compiled_again(cache: Path, tmp_path: Path, damage: bytes | None) -> None:
     compiler = Compiler(tmp_path / "kernels")
-    path = binary_path(compiler.job_of(program(), 90, True, False))
-    good = compile_binary(compiler.job_of(program(), 90, True, False))
+    path = binary_path(compiler.job_of(program(), 90, 16, False))
+    good = compile_binary(compiler.job_of(program(), 90, 16, False))
     content = path.read_bytes()
     path.write_bytes(content[:-1] if damage is None else damage)
-    assert read_binary(path) is None and not compiler.find(program(), 90, True, False)
-    compiled = compiler.compile(program(), 90, True, False)
+    assert read_binary(path) is None and not compiler.find(program(), 90, 16, False)
+    compiled = compiler.compile(program(), 90, 16, False)
     assert isinstance(compiled, OnDevice) and compiled.binary == good == read_binary(path)
 
 
@@ -400,8 +400,8 @@ def test_what_changes_the_code_changes_its_file(tmp_path: Path, monkeypatch: pyt
     library.write_text("one")
 
     def paths() -> list[Path]:
-        jobs = [compiler.job_of(program(), *variant) for variant in ((90, True, False), (80, True, False), (90, False, True))]
-        jobs.append(Compiler(tmp_path / "kernels", libdevice=str(library)).job_of(program(), 90, True, False))
+        jobs = [compiler.job_of(program(), *variant) for variant in ((90, 16, False), (80, 16, False), (90, 1, True))]
+        jobs.append(Compiler(tmp_path / "kernels", libdevice=str(library)).job_of(program(), 90, 16, False))
         jobs += [dataclasses.replace(jobs[0], tile=tile) for tile in ((1, 64, 1), (1, 64, 2), (16, 4, 1))]
         return [binary_path(job) for job in jobs]
 
@@ -431,7 +431,7 @@ def test_a_cache_folder_that_cannot_be_written_is_told(
     cache.write_text("a file where the folder should be")
     pool = pools()
     with pytest.raises(CompilationFailed, match="Error"):
-        pool.submit(Compiler(tmp_path / "kernels").job_of(program(), 90, True, False)).result(120)
+        pool.submit(Compiler(tmp_path / "kernels").job_of(program(), 90, 16, False)).result(120)
 
 
 def test_workers_end_with_their_process() -> None:

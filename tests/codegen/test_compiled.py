@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from kitsune.codegen import Compiler, render
+from kitsune.ir.program import Program, Tile
 from tests.codegen.build import Built, build, compiled_kernel
 from tests.codegen.samples import SAMPLES, draw
 from tests.codegen.test_tiles import launch_of
@@ -39,8 +41,8 @@ def chosen() -> list[tuple[int, torch.dtype]]:
     return found
 
 
-def ptx_of(built: Built, compiler: Compiler, arch: int, aligned: bool = True, batched: bool = False) -> str:
-    ptx: str = compiled_kernel(compiler, render(built.kernel, batched), arch, aligned).asm["ptx"]
+def ptx_of(built: Built, compiler: Compiler, arch: int, divisibility: int = 16, batched: bool = False) -> str:
+    ptx: str = compiled_kernel(compiler, render(built.kernel, batched), arch, divisibility).asm["ptx"]
     return ptx
 
 
@@ -67,8 +69,25 @@ def vectorised(ptx: str) -> bool:
 
 def test_unaligned_code_loads_single_elements(compiler: Compiler) -> None:
     built = build(lambda x: x * 0.5, [torch.randn(64)], "half")
-    assert ".v4" not in ptx_of(built, compiler, 90, aligned=False)
+    assert ".v4" not in ptx_of(built, compiler, 90, divisibility=1)
     assert ".v4" in ptx_of(built, compiler, 90)
+
+
+@pytest.mark.parametrize(("divisibility", "loads"), [(16, "v4.b32"), (8, "v4.b32"), (4, "v2.b32"), (2, "b32"), (1, "b16")])
+@pytest.mark.parametrize("function", [lambda x: x.sum(1), lambda x: x.argmax(1)], ids=["held", "in a loop"])
+def test_a_row_is_loaded_in_pieces_that_divide_its_length(
+    function: Callable[..., Any], divisibility: int, loads: str, compiler: Compiler
+) -> None:
+    held = function(torch.zeros(1, 2)).is_floating_point()
+    (kernel,) = launch_of(function, torch.zeros(300, 512 if held else 20000, dtype=torch.bfloat16)).kernels
+    program = replace(render(kernel), tile=Tile(1, 512, 1) if held else Tile(1, 1024, 4))
+    found = re.findall(r"ld\.global\.(?:\w+::\w+\.)*((?:v\d\.)?b\d+)", ptx_of_program(program, compiler, divisibility))
+    assert set(found) == {loads}
+
+
+def ptx_of_program(program: Program, compiler: Compiler, divisibility: int) -> str:
+    ptx: str = compiled_kernel(compiler, program, 90, divisibility).asm["ptx"]
+    return ptx
 
 
 def test_a_batch_loads_128_bits_as_well(compiler: Compiler) -> None:
@@ -101,7 +120,7 @@ def resources(kernel: Any, folder: Path) -> tuple[int, int]:
 
 def test_another_batch_size_is_not_compiled_again(compiler: Compiler) -> None:
     first, second = (build(torch.add, [torch.randn(n, 8), torch.randn(8)], "bias") for n in (4, 32))
-    assert compiler.compile(render(first.kernel), 90, True, False) is compiler.compile(render(second.kernel), 90, True, False)
+    assert compiler.compile(render(first.kernel), 90, 16, False) is compiler.compile(render(second.kernel), 90, 16, False)
 
 
 def test_wide_indices_have_64_bits(compiler: Compiler) -> None:

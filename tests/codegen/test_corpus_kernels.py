@@ -31,7 +31,7 @@ def test_with_reductions_all_kernels_of_a_step_compile(name: str, tmp_path: Path
     programs = {(p.text, p.tile): p for p in (program_of(launch, True) for launch in plan.launches if launch.kernels)}
     for program in programs.values():
         try:
-            machine_code(compiler.job_of(program, 90, True, False))
+            machine_code(compiler.job_of(program, 90, 16, False))
         except Exception as error:
             failed.append((program.name, program.tile, f"{type(error).__name__}: {str(error)[:200]}"))
     assert programs and not failed

@@ -105,7 +105,7 @@ def layer(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Kernel
 def test_another_size_has_the_same_text_and_another_tile() -> None:
     first, second = layer(100, 256), layer(4096, 768)
     assert render(first).text == render(second).text and text_key(first) == text_key(second)
-    assert tile_of(first) == Tile(1, 256, 1) and tile_of(second) == Tile(1, 1024, 4)
+    assert tile_of(first) == Tile(1, 256, 1) and tile_of(second) == Tile(1, 1024, 2)
 
 
 def test_a_long_row_has_another_text_with_a_loop_for_each_phase() -> None:

@@ -15,19 +15,19 @@ METADATA = SimpleNamespace(name="kernel", num_warps=4, shared=0)
 PTX = ".visible .entry kernel(\n .param .u64 a,\n .param .u32 b,\n .param .u64 c\n)"
 
 
-def job(path: Path, aligned: bool = True) -> Job:
+def job(path: Path, divisibility: int = 16) -> Job:
     (path / "kernel.py").write_text('SIGNATURE = {"x": "*bf16", "n": "index"}\nMULTIPLES = ()\n')
-    return Job(str(path / "kernel.py"), "kernel", False, aligned, False, 90, None)
+    return Job(str(path / "kernel.py"), "kernel", False, divisibility, False, 90, None)
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A compiler that breaks off at aligned operands; lists what it was asked for."""
-    found: list[bool] = []
+    found: list[int] = []
 
     def compiled(job: Job) -> Any:
-        found.append(job.aligned)
-        if job.aligned:
+        found.append(job.divisibility)
+        if job.divisibility > 1:
             raise RuntimeError("PassManager::run failed")
         return SimpleNamespace(metadata=METADATA, asm={"ptx": PTX, "cubin": b"code\n\0"})
 
@@ -35,15 +35,15 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def test_the_other_variant_is_made_and_kept_as_both(tried: list[bool], tmp_path: Path) -> None:
+def test_the_other_variant_is_made_and_kept_as_both(tried: list[int], tmp_path: Path) -> None:
     made = compile_binary(job(tmp_path))
-    assert made.code == b"code\n\0" and tried == [True, False]
+    assert made.code == b"code\n\0" and tried == [16, 1]
     assert read_binary(binary_path(job(tmp_path))) == made
-    assert read_binary(binary_path(job(tmp_path, aligned=False))) is None
+    assert read_binary(binary_path(job(tmp_path, divisibility=1))) is None
 
 
-def test_parameters_are_those_of_the_signature_and_those_that_the_compiler_has_added(tried: list[bool], tmp_path: Path) -> None:
-    made = compile_binary(job(tmp_path, aligned=False))
+def test_parameters_are_those_of_the_signature_and_those_that_the_compiler_has_added(tried: list[int], tmp_path: Path) -> None:
+    made = compile_binary(job(tmp_path, divisibility=1))
     assert (made.parameters, made.added, made.warps) == ("Qi", "Q", 4)
 
 
@@ -64,8 +64,8 @@ def test_what_could_not_be_started_is_refused(
 
 def test_a_kernel_that_fails_in_both_variants_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(job: Job) -> Any:
-        raise RuntimeError(f"aligned: {job.aligned}")
+        raise RuntimeError(f"divisibility: {job.divisibility}")
 
     monkeypatch.setattr(module, "machine_code", fail)
-    with pytest.raises(RuntimeError, match="aligned: False"):
+    with pytest.raises(RuntimeError, match=r"divisibility: 1$"):
         compile_binary(job(tmp_path))

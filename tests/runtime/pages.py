@@ -61,7 +61,7 @@ class Naive:
 class NaiveCompiler:
     """Knows these three."""
 
-    def compile(self, program: Any, target: torch.device, aligned: bool, wide: bool) -> Naive:
+    def compile(self, program: Any, target: torch.device, divisibility: int, wide: bool) -> Naive:
         return Naive(FUNCTIONS[program.name], program.tile.rows)
 
 

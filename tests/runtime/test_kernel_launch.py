@@ -20,6 +20,7 @@ from kitsune.runtime import launch_tables
 from kitsune.runtime.kernel_launch import KernelUnavailable, PreparedLaunch
 from kitsune.runtime.slots import SlotTable
 from tests.codegen.build import build
+from tests.codegen.test_tiles import launch_of
 
 SECONDS = 60.0
 
@@ -32,6 +33,7 @@ class Reading:
     def __init__(self) -> None:
         self.read: list[list[float]] = []
         self.asked: list[Future[Any]] = []
+        self.divisibilities: list[int] = []
 
     def ask(self, program: Program, *variant: Any) -> Future[Any]:
         self.asked.append(Future())
@@ -40,8 +42,9 @@ class Reading:
     def expect(self) -> None:
         pass
 
-    def compile(self, program: Program, target: Any, aligned: bool, wide: bool) -> Reading:
+    def compile(self, program: Program, target: Any, divisibility: int, wide: bool) -> Reading:
         self.program = program
+        self.divisibilities.append(divisibility)
         return self
 
     def parameters_of(self, kernel: Kernel, slots_in_memory: bool = False) -> Any:
@@ -82,6 +85,37 @@ def test_an_ordinary_start_reads_the_numbers_of_its_run(n: int) -> None:
     for numbers in ([2.0, 3.0], [2.0, 3.0], [5.0, -0.0]):
         launch.start(anywhere, numbers, 0)
     assert compiler.read == [numbers * n for numbers in ([2.0, 3.0], [2.0, 3.0], [5.0, -0.0])]
+
+
+def sums(*shapes: tuple[int, int]) -> tuple[PreparedLaunch, Reading]:
+    """The sums of the rows of each."""
+    kernels = [launch_of(lambda x: x.sum(1), torch.zeros(shape)).kernels[0] for shape in shapes]
+    compiler = Reading()
+    launch = PreparedLaunch(Launch(tuple(kernels)), render(kernels[0], len(kernels) > 1), compiler, torch.device("cpu"))
+    return launch, compiler
+
+
+@pytest.mark.parametrize(("columns", "divisibility"), [(64, 16), (48, 16), (40, 8), (1000, 8), (196, 4), (98, 2), (33, 1)])
+def test_a_kernel_is_started_with_what_divides_its_rows(columns: int, divisibility: int) -> None:
+    # The number of rows is nobody's neighbour.
+    launch, compiler = sums((7, columns))
+    assert launch.likely == (divisibility, False)
+    launch.start(anywhere, [], 0)
+    launch.start(lambda access: 4096 + 8, [], 0)
+    assert compiler.divisibilities == ([divisibility, 1] if divisibility > 1 else [1])
+
+
+@pytest.mark.parametrize(("columns", "divisibility"), [((64, 48), 16), ((64, 1000), 1), ((98, 98), 1)])
+def test_a_batch_knows_of_multiples_of_16_and_of_none(columns: tuple[int, int], divisibility: int) -> None:
+    launch, compiler = sums(*((7, n) for n in columns))
+    launch.start(anywhere, [], 0)
+    assert launch.likely == (divisibility, False) and compiler.divisibilities == [divisibility]
+
+
+def test_elements_that_nothing_is_reduced_of_have_two_variants() -> None:
+    for n, divisibility in ((64, 16), (40, 1)):
+        kernel = build(lambda x: x * 0.5, [torch.zeros(n)], "half").kernel
+        assert PreparedLaunch(Launch((kernel,)), render(kernel), Reading(), torch.device("cpu")).likely == (divisibility, False)
 
 
 def test_a_run_may_have_more_numbers_than_the_kernel_reads() -> None:
