@@ -37,11 +37,11 @@ ENOUGH = 264
 FEW, MANY_COLUMNS, FEW_STEPS = 2 * ENOUGH, 256, 4
 # Elements that a thread holds of each operand: about, where a kernel reduces, and at most, which is half of its registers.
 PER_THREAD, MOST_PER_THREAD = 8, 128
-# Elements of all operands that a thread holds of rows in registers, where those are many: the fewer warps share a row, the less
-# they wait for each other. Of rows that are written, and of those that are only read, twice as many of them in a block. On an
-# H200, in us, of 1,024 elements with four warps and with one: softmax 80 and 68, layer norm 73 and 68, sums 43 and 33; means of
-# 196, four rows by four warps and eight by one: 84 and 50, where the bytes take 49.
-WRITTEN_PER_THREAD, READ_PER_THREAD = 32, 64
+# Elements of all operands that a thread holds of rows in registers that are only read, twice as many rows in a block; and of one
+# operand whose rows are written. The fewer warps share a row, the less they wait for each other. On an H200, in us, of 1,024
+# elements with four warps and with one: sums 43 and 33, softmax 80 and 68, layer norm 73 and 68; means of 196, four rows by four
+# warps and eight by one: 84 and 50. Where two operands are added first, a layer norm's 32 are as fast with four warps.
+READ_PER_THREAD, WRITTEN_PER_THREAD = 64, 32
 # Warps that keep the largest device known busy: with fewer rows, more of them share one.
 BUSY = 4224
 MOST_WARPS = 16
@@ -138,8 +138,9 @@ def _held(kernel: Kernel, rows: int) -> Tile:
     if width > PERSISTENT:
         return Tile(height, width, MOST_WARPS)
     first = len(kernel.domain) - kernel.reduced
-    operands = sum(any(a.strides[:first]) and any(a.strides[first:]) for a in kernel.loads)
-    per_thread = max((READ_PER_THREAD if reads else WRITTEN_PER_THREAD) // _power(max(operands, 1)), PER_THREAD)
+    operands = max(sum(any(a.strides[:first]) and any(a.strides[first:]) for a in kernel.loads), 1)
+    per_thread = READ_PER_THREAD // _power(operands) if reads else WRITTEN_PER_THREAD if operands == 1 else PER_THREAD
+    per_thread = max(per_thread, PER_THREAD)
     warps = max(height * width // (32 * per_thread), 1)
     while warps < _warps(height, width) and math.ceil(rows / height) * warps < BUSY:
         warps *= 2
