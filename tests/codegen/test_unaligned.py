@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,3 +70,13 @@ def test_a_kernel_that_fails_in_both_variants_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "machine_code", fail)
     with pytest.raises(RuntimeError, match=r"divisibility: 1$"):
         compile_binary(job(tmp_path))
+
+
+def test_each_variant_has_a_file_of_its_own(tmp_path: Path) -> None:
+    variants = [
+        replace(job(tmp_path, n), wide=wide, target=target)
+        for n in (1, 2, 4, 8, 16)
+        for wide in (False, True)
+        for target in (80, 90)
+    ]
+    assert len({binary_path(variant) for variant in variants}) == len(variants)
