@@ -89,7 +89,7 @@ def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device, cho
         return made
 
     def warm(launch: Launch, usable: PreparedLaunch) -> list[Future[Any]]:
-        asked: list[Future[Any]] = [compiler.ask(program, device, False, False) for program in PAGE_PROGRAMS if config.pages]
+        asked: list[Future[Any]] = [compiler.ask(program, device, 1, False) for program in PAGE_PROGRAMS if config.pages]
         if usable.likely is not None:
             asked.append(compiler.ask(usable.program, device, *usable.likely))
             if usable.program.batched:

@@ -140,7 +140,10 @@ def _held(kernel: Kernel, rows: int) -> Tile:
     first = len(kernel.domain) - kernel.reduced
     operands = max(sum(any(a.strides[:first]) and any(a.strides[first:]) for a in kernel.loads), 1)
     per_thread = READ_PER_THREAD // _power(operands) if reads else WRITTEN_PER_THREAD if operands == 1 else PER_THREAD
-    per_thread = max(per_thread, PER_THREAD)
+    # A float64 takes two registers, and what many ops make of it, or the library's functions, takes some beside them.
+    types = [value.type.dtype for step in kernel.steps for value in step.op.inputs]
+    is_double = any(dtype.is_floating_point and dtype.itemsize > 4 for dtype in types)
+    per_thread = max(per_thread >> (is_double + (len(kernel.steps) > FEW_STEPS)), PER_THREAD)
     warps = max(height * width // (32 * per_thread), 1)
     while warps < _warps(height, width) and math.ceil(rows / height) * warps < BUSY:
         warps *= 2

@@ -84,4 +84,4 @@ if __name__ == "__main__":
     # Small blocks: the interpreter takes long over each.
     small = replace(COPY_TENSORS, tile=Tile(256, 0, 4))
     for program, compared in ((READ_PAGE, compare_pages), (small, compare_copies), (COPY_RESULT, compare_results)):
-        compared([made.compile(program, CPU, False, False) for made in (compiler, NaiveCompiler())])
+        compared([made.compile(program, CPU, 1, False) for made in (compiler, NaiveCompiler())])

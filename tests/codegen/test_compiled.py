@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kitsune.codegen import Compiler, render
 from kitsune.ir.program import Program, Tile
@@ -105,6 +106,16 @@ def test_no_register_is_spilled(compiler: Compiler, tmp_path: Path) -> None:
     program = render(build(sample.call, draw(sample, torch.bfloat16, (64,)), "adam", sample.moving).kernel)
     registers, stack = resources(compiled_kernel(compiler, program, 90), tmp_path)
     assert stack == 0 and registers <= 128
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_rows_that_much_is_made_of_are_not_spilled(dtype: torch.dtype, compiler: Compiler, tmp_path: Path) -> None:
+    """Of so many rows that few warps share one."""
+    x, w = torch.zeros(2304, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
+    (kernel,) = launch_of(lambda x, w: (F.gelu(x * w + w) * x.tanh()).sum(1), x, w).kernels
+    assert len(kernel.steps) == 6
+    _, stack = resources(compiled_kernel(compiler, render(kernel), 90), tmp_path)
+    assert stack == 0
 
 
 def resources(kernel: Any, folder: Path) -> tuple[int, int]:

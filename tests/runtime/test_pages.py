@@ -243,12 +243,17 @@ def test_kernels_that_are_not_there_are_asked_for_again_unless_they_failed(error
 
 
 def test_a_backends_graphs_begin_with_pages_unless_they_are_switched_off() -> None:
-    asked: list[str] = []
+    asked: list[tuple[Any, ...]] = []
+    needed: list[tuple[Any, ...]] = []
 
     class Asked:
         def ask(self, program: Any, *variant: Any) -> Any:
-            asked.append(program.name)
+            asked.append((program.name, *variant))
             return Future()
+
+        def compile(self, program: Any, *variant: Any) -> Any:
+            needed.append((program.name, *variant))
+            return SimpleNamespace(load=lambda: None)
 
         def expect(self) -> None:
             pass
@@ -257,7 +262,8 @@ def test_a_backends_graphs_begin_with_pages_unless_they_are_switched_off() -> No
     nothing_else = SimpleNamespace(likely=None)
     assert backend.warm is not None and reader_of(backend) is backend.reader is not None
     assert len(backend.warm(cast(Any, None), nothing_else)) == len(PAGE_PROGRAMS)
-    assert asked == [program.name for program in PAGE_PROGRAMS]
+    # Another variant would be compiled beside the one that is waited for.
+    assert backend.reader.is_there() and asked == needed == [(program.name, CPU, 1, False) for program in PAGE_PROGRAMS]
     with config.patch(pages=False):
         assert reader_of(backend) is None and not backend.warm(cast(Any, None), nothing_else)
     assert reader_of("There are no kernels.") is None
