@@ -61,7 +61,8 @@ class MemoryPool:
         self._lock = threading.RLock()
         self._idle: OrderedDict[int, Block] = OrderedDict()
         self._used: dict[int, Block] = {}
-        self._shared: weakref.WeakSet[Block] = weakref.WeakSet()
+        # A list, so that the finalizer may add to it while it is gone through.
+        self._shared: list[weakref.ref[Block]] = []
         self._hits = self._misses = 0
 
     def take(self, nbytes: int, device: torch.device, stream: int) -> Block:
@@ -96,7 +97,7 @@ class MemoryPool:
         """Somebody keeps a block that was taken, and has its memory while nobody uses it. As long as it is kept it can be taken
         again, even when it was let go of here, which frees nothing: whoever comes next would get memory beside it."""
         with self._lock:
-            self._shared.add(block)
+            self._shared = [*(other for other in self._shared if other() is not None), weakref.ref(block)]
 
     def trim(self, budget: int) -> None:
         """Let go of idle blocks, those used longest ago first, until at most `budget` bytes of them are left."""
@@ -125,7 +126,7 @@ class MemoryPool:
             return PoolStatistics(used + idle, used, self._hits, self._misses)
 
     def _reuse(self, size: int, place: Place) -> Block | None:
-        shared = [block for block in self._shared if id(block) not in self._used]
+        shared = [block for ref in self._shared if (block := ref()) is not None and id(block) not in self._used]
         fitting = [block for block in (*self._idle.values(), *shared) if block.place == place and block.nbytes >= size]
         if not fitting:
             return None
