@@ -11,8 +11,10 @@ from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.cell import is_leaf
 from kitsune.lazy.cuts import calls_behind, regret
 from kitsune.lazy.edges import Edge, Incoming, Made, Returned, begin_of
+from kitsune.lazy.full_backwards import is_distributed, runs_hooks, why_full
 from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
+from kitsune.lazy.sites import user_site
 from kitsune.lazy.tensor import LazyTensor, wrapper_maker
 from kitsune.lazy.wholes import Mark
 from kitsune.lazy.write_counts import count_writes
@@ -36,7 +38,8 @@ def take_backward(lane: Any, run: Callable[[], Any], losses: list[Any], gradient
                 if BackwardMatcher.suits(edge, call, losses, gradients, leaves):
                     lane.take_by(BackwardMatcher(lane, edge, call, leaves), edge)
                 return _follow(recorder, edge, call, leaves, numbers)
-    lane.own_up([*losses, *gradients])
+        recorder.tally.full_backwards[why_full(lane, region, plain, key, leaves), user_site()] += 1
+    lane.own_up([*losses, *gradients], asked=False)
     return _run(lane, run, key, call, leaves)
 
 
@@ -58,13 +61,7 @@ def _leaves(region: Any) -> Iterator[tuple[int, Any]]:
 
 def _runs_python(leaves: Any) -> bool:
     """Might Python of somebody run inside of the engine, or see its graph?"""
-    if torch.is_anomaly_enabled() or _distributed():
-        return True
-    return any(leaf._backward_hooks or leaf._post_accumulate_grad_hooks for leaf in leaves)
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.is_anomaly_enabled() or is_distributed() or runs_hooks(leaves)
 
 
 def _begin_there(region: Any, edge: Edge) -> bool:

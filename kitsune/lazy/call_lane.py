@@ -279,8 +279,8 @@ class CallLane(Learner):
             region.extend_past(edge)
         return result
 
-    def own_up(self, tensors: Any = ()) -> None:
-        """From here on autograd is to know of every call so far."""
+    def own_up(self, tensors: Any = (), asked: bool = True) -> None:
+        """From here on autograd is to know of every call so far; the program has `asked` for that, or a backward wants it."""
         # Another thread may flush, and do it at this moment.
         with self.recorder.lock:
             region = self.recorder.region
@@ -290,7 +290,7 @@ class CallLane(Learner):
                 try:
                     # Another thread's is no call of this one's.
                     self.inside += threading.get_ident() == self.thread
-                    self.recorder.tally.realized += 1
+                    self.recorder.tally.made_again(sites.user_site() if asked else sites.UNKNOWN)
                     realize(self.recorder, region)
                 finally:
                     self.inside = inside

@@ -1,7 +1,7 @@
 """`kitsune.explain()`: the tally as lines that a user can read."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kitsune.profiler.tally import PlanTally, Tally
@@ -39,6 +39,15 @@ class PassLine:
     reason: str
     why: str
     op: str
+    count: int
+
+
+@dataclass(frozen=True)
+class BackwardLine:
+    """Backwards that the autograd engine has run: why they were not followed, and from where."""
+
+    why: str
+    site: str
     count: int
 
 
@@ -110,6 +119,9 @@ class Report:
     regions: tuple[RegionLine, ...]
     flushes: tuple[FlushLine, ...]
     passed_through: tuple[PassLine, ...]
+    backwards: tuple[BackwardLine, ...] = ()
+    # Lines that asked for the graph of calls, which were made again for it; and how often.
+    graph_asked: dict[str, int] = field(default_factory=dict)
     plans: tuple[PlanLine, ...] = ()
     tiles: tuple[TileLine, ...] = ()
     # Failures that were worked around.
@@ -142,6 +154,7 @@ class Report:
         lines += _static_lines(c)
         lines.append("flushes:" if self.flushes else "no flush")
         lines += [f"  {f.count:6d} x {f.cause} at {f.site}: {f.why}" for f in self.flushes]
+        lines += _graph_asked_lines(self.backwards, self.graph_asked)
         lines.append("ran as eager:" if self.passed_through else "no operator ran as eager")
         lines += [f"  {p.count:6d} x {p.op}: {p.reason}, {p.why}" for p in self.passed_through]
         lines += [str(self.numerics)] if self.numerics else []
@@ -153,6 +166,7 @@ def report(tally: Tally, numerics: Numerics | None = None) -> Report:
     regions = [RegionLine(r.n_ops, r.times_seen, r.cause.name if r.cause else "", _line(r.site)) for r in tally.regions]
     flushes = [FlushLine(cause.name, cause.value, _line(site), n) for (cause, site), n in tally.flushed.most_common()]
     passed = [PassLine(reason.name, reason.value, op, n) for (reason, op), n in tally.passed_through.most_common()]
+    backwards = [BackwardLine(why, _line(site), n) for (why, site), n in tally.full_backwards.most_common()]
     regions.sort(key=lambda r: (-r.times_seen, -r.n_ops))
     plans = [plan_line(p) for p in sorted(tally.plans, key=lambda p: -p.times_run)]
     chosen = sorted(tally.chosen.items(), key=lambda item: (-item[1].gain, item[0]))
@@ -165,6 +179,8 @@ def report(tally: Tally, numerics: Numerics | None = None) -> Report:
         regions=tuple(regions),
         flushes=tuple(flushes),
         passed_through=tuple(passed),
+        backwards=tuple(backwards),
+        graph_asked={_line(site): n for site, n in tally.asked.most_common()},
         plans=tuple(plans),
         tiles=tuple(tiles),
         mended=tuple(tally.mended),
@@ -204,6 +220,13 @@ def _plan_lines(plans: Sequence[PlanLine]) -> list[str]:
         )
         lines += [f"           {n:6d} x not fused: {reason}" for reason, n in list(p.refusals.items())[:MAX_REASONS]]
     return lines
+
+
+def _graph_asked_lines(backwards: Sequence[BackwardLine], asked: dict[str, int]) -> list[str]:
+    lines = ["backwards that autograd ran:"] if backwards else []
+    lines += [f"  {b.count:6d} x at {b.site}: {b.why}" for b in backwards]
+    lines += ["calls made again, since their graph was asked for:"] if asked else []
+    return lines + [f"  {n:6d} x at {line}" for line, n in asked.items()]
 
 
 def _tile_lines(c: dict[str, Any], tiles: Sequence[TileLine]) -> list[str]:

@@ -100,6 +100,9 @@ class Tally:
         self.backwards = 0
         self.updates = 0
         self.realized = 0
+        # Where the program has asked for their graph; and backwards that were not followed, why and where.
+        self.asked: Counter[Site | None] = Counter()
+        self.full_backwards: Counter[tuple[str, Site | None]] = Counter()
         # Numbers that were read before their region had ended, and regions that were run with the one before.
         self.answered = 0
         self.foreseen = 0
@@ -115,6 +118,12 @@ class Tally:
         self.passed_through: Counter[tuple[Barrier, str]] = Counter()
         self.n_regions = 0
         self.regions: list[RegionTally] = []
+
+    def made_again(self, site: Any) -> None:
+        """Followed calls were made again for their graph, which this line asked for, if it is one."""
+        self.realized += 1
+        if site is None or isinstance(site, Site):
+            self.asked[site] += 1
 
     def ran(self, n_ops: int, n_dead: int, plan: PlanTally | None, unfused: bool = False) -> None:
         """A region was run, by plan or op by op; `unfused` if that is for want of kernels."""
