@@ -15,8 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import nn
-from torch.library import custom_op
+from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kitsune
@@ -78,7 +77,7 @@ def test_the_default_dtype_may_change_inside_a_context() -> None:
 def test_an_operator_of_another_library_draws_in_its_turn_and_sees_what_was_written() -> None:
     state = torch.zeros(1)
 
-    @custom_op("regression_tests::noisy", mutates_args=())
+    @library.custom_op("regression_tests::noisy", mutates_args=())
     def noisy(x: torch.Tensor) -> torch.Tensor:
         return x + torch.rand(3) + state
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from kitsune.codegen.machine_code import ELEMENTS
 from kitsune.codegen.walks import accesses, counted
 from kitsune.ir import Kind, Op
-from kitsune.ir.plan import Kernel, Local, touched_bytes
+from kitsune.ir.plan import Access, Kernel, Local, touched_bytes
 from kitsune.ir.program import Tile
 
 # Elements of a row that a block holds in registers; longer rows are read once for each reduction that depends on another.
@@ -137,8 +137,7 @@ def _held(kernel: Kernel, rows: int) -> Tile:
     height = _fitting(rows, (2 * SHORT if reads else SHORT) // width, 1)
     if width > PERSISTENT:
         return Tile(height, width, MOST_WARPS)
-    first = len(kernel.domain) - kernel.reduced
-    operands = max(sum(any(a.strides[:first]) and any(a.strides[first:]) for a in kernel.loads), 1)
+    operands = max(len(_moving(kernel, kernel.loads)), 1)
     per_thread = READ_PER_THREAD // _power(operands) if reads else WRITTEN_PER_THREAD if operands == 1 else PER_THREAD
     # A float64 takes two registers, and what many ops make of it, or the library's functions, takes some beside them.
     types = [value.type.dtype for step in kernel.steps for value in step.op.inputs]
@@ -152,10 +151,9 @@ def _held(kernel: Kernel, rows: int) -> Tile:
 
 def _takes_few(kernel: Kernel, rows: int) -> bool:
     """Is one operand read in few turns, by many blocks?"""
-    first = len(kernel.domain) - kernel.reduced
-    moving = [a for a in accesses(kernel) if any(a.strides[:first]) and any(a.strides[first:])]
     height, width, _ = FEW_TURNS
-    return len(moving) == 1 and _only_adds(kernel) and kernel.n_columns <= MOST_TERMS * width and rows >= FEW * height
+    is_one = len(_moving(kernel, accesses(kernel))) == 1
+    return is_one and _only_adds(kernel) and kernel.n_columns <= MOST_TERMS * width and rows >= FEW * height
 
 
 def _finds_positions(kernel: Kernel) -> bool:
@@ -222,8 +220,7 @@ def _turn(kernel: Kernel, blocks: int) -> int:
     and 49; of five: 169 and 158. The bias gradient of BERT's words, one operand of 477 blocks: 298 and 285, and 89 with 64, 64,
     8 and turns under way.
     """
-    first = len(kernel.domain) - kernel.reduced
-    moving = [a for a in accesses(kernel) if any(a.strides[:first]) and any(a.strides[first:])]
+    moving = _moving(kernel, accesses(kernel))
     loads = [a for a in moving if a in kernel.loads]
     if len(moving) == 1:
         few = blocks < FEW and kernel.n_columns >= MANY_COLUMNS and _only_adds(kernel)
@@ -231,6 +228,12 @@ def _turn(kernel: Kernel, blocks: int) -> int:
     two = len(loads) == 2 and (len(moving) == 2 or len(kernel.steps) <= FEW_STEPS)
     many = len(moving) > 5 or (len(moving) == 5 and kernel.n_columns < MANY_COLUMNS)
     return 32 if two or many else 16
+
+
+def _moving(kernel: Kernel, found: Iterable[Access]) -> list[Access]:
+    """Those that have an element of their own for each row and column."""
+    first = len(kernel.domain) - kernel.reduced
+    return [a for a in found if any(a.strides[:first]) and any(a.strides[first:])]
 
 
 def _only_adds(kernel: Kernel) -> bool:

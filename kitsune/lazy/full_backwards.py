@@ -29,18 +29,21 @@ def is_distributed() -> bool:
 
 
 def why_full(lane: Any, region: Any, plain: bool, key: Any, leaves: dict[int, Any]) -> str:
-    """Of a backward that is about to be made, and was not followed."""
+    """Of a backward that is about to be made, and was not followed. Nothing is asked here that was not asked before in order to
+    follow it: of some leaves autograd refuses to tell, and to look for hooks makes nodes."""
     if not plain:
         return MORE
     if torch.is_anomaly_enabled():
         return ANOMALY
     if is_distributed():
         return DISTRIBUTED
-    if runs_hooks(leaves.values()) or lane.hooked(leaves.values()):
+    if region.past is None:
+        return OBSERVED if region.observed_from is not None or region.slow else GRAPH
+    if key is None and (runs_hooks(leaves.values()) or lane.hooked(leaves.values())):
         return HOOKS
     if region.observed_from is not None or region.slow:
         return OBSERVED
-    if region.real or region.past is None:
+    if region.real:
         return GRAPH
     if key is None:
         return UNCOMPARED

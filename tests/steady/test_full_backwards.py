@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,3 +113,25 @@ def test_machines_read_it_as_well() -> None:
     assert found["backwards"][0]["why"] == full_backwards.MORE and found["graph_asked"] == {}
     kitsune.reset()
     assert not kitsune.explain().backwards and "backwards that autograd ran" not in str(kitsune.explain())
+
+
+def region(past: Any = (), real: bool = False, slow: bool = False, calls: Any = ()) -> Any:
+    return SimpleNamespace(past=past, real=real, slow=slow, observed_from=None, node=SimpleNamespace(calls=calls))
+
+
+def test_of_what_was_not_asked_before_nothing_is_asked() -> None:
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("autograd refuses to tell")
+
+    leaves: dict[int, Any] = {0: Silent()}
+    for found, reason in ((region(past=None), "GRAPH"), (region(past=None, slow=True), "OBSERVED")):
+        assert full_backwards.why_full(Silent(), found, True, None, leaves) == getattr(full_backwards, reason)
+    assert full_backwards.why_full(Silent(), region(), False, None, leaves) == full_backwards.MORE
+    assert full_backwards.why_full(Silent(), region(real=True), True, "key", leaves) == full_backwards.GRAPH
+
+
+def test_what_a_backward_is_known_by_may_be_a_reason() -> None:
+    lane = SimpleNamespace(hooked=lambda leaves: False)
+    for key, calls, reason in ((None, (), "UNCOMPARED"), ("key", ("key",), "NOT_WHOLE"), ("key", (), "ANEW")):
+        assert full_backwards.why_full(lane, region(calls=calls), True, key, {}) == getattr(full_backwards, reason)
