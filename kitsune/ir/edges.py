@@ -46,7 +46,8 @@ def roots(graph: Graph) -> dict[int, Value]:
     """For each value, by number, a stand-in for the memory that its offset counts in: two values with one root are comparable.
 
     The root is an input, or what an op made that is no view. All views of an input share one root apart from the input's own,
-    since a region is known without the offset at which an input begins, and theirs are counted from the start of its memory.
+    since a region is known without the offset at which an input begins, and theirs are counted from the start of its memory;
+    but a view that a planner has derived has the root of its operand.
     A view that changes the dtype counts its elements in another unit and is a root of its own.
     """
     found = {value.id: value for value in graph.inputs}
@@ -66,7 +67,7 @@ def _root(op: Op, value: Value, found: dict[int, Value], behind: dict[int, Value
     if base.storage != value.storage or base.type.dtype is not value.type.dtype or value.type.conj or value.type.neg:
         return value
     root = found[base.id]
-    return behind.get(root.id, root)
+    return root if op.derived else behind.get(root.id, root)
 
 
 def happens_before(launches: Sequence[Launch]) -> list[int]:

@@ -131,6 +131,9 @@ class Op:
     allocates: bool = False
     # Put in by a planner for the ops that follow: cheaper made again there than kept from what came before.
     late: bool = False
+    # A view put in by a planner, whose offset counts from where its operand's does. That of a view of an input that was recorded
+    # counts from the start of the memory.
+    derived: bool = False
 
     @property
     def outputs(self) -> tuple[Value, ...]:

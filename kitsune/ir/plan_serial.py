@@ -49,7 +49,7 @@ def graph_digest(graph: Graph) -> bytes:
             _plain(op.structure),
             tuple(map(of_value, op.results)),
             tuple([(before.id, of_value(after)) for before, after in op.rewritten]),
-            (op.effects.writes, op.effects.random, op.grad_enabled, op.allocates, op.late),
+            (op.effects.writes, op.effects.random, op.grad_enabled, op.allocates, op.late, op.derived),
         )
 
     values, ops = tuple(map(of_value, graph.inputs)), tuple(map(of_op, graph.ops))

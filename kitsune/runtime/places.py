@@ -31,6 +31,8 @@ class Places:
         self.maker: dict[int, Op] = {}
         # Values whose offsets count from the start of the memory of an input.
         self._absolute: set[int] = set()
+        # How many bytes after an input begin the views of it that a planner has derived.
+        self._ahead: dict[int, int] = {}
         for op in graph.ops:
             if op.kind is Kind.VIEW and op.inputs:
                 self._add_views(op)
@@ -42,6 +44,8 @@ class Places:
                 self.root[after.id] = self.root[before.id]
                 if before.id in self._absolute:
                     self._absolute.add(after.id)
+                if before.id in self._ahead:
+                    self._ahead[after.id] = self._ahead[before.id]
 
     def _add_views(self, op: Op) -> None:
         base = op.inputs[0]
@@ -50,7 +54,9 @@ class Places:
                 self.view_op[value.id] = op
                 self.root[value.id] = root = self.root[base.id]
                 if root.id in self.inputs:
-                    self._absolute.add(value.id)
+                    if not op.derived or base.id in self._absolute:
+                        self._absolute.add(value.id)
+                    self._ahead[value.id] = self._ahead.get(base.id, 0) + start_of(value.type) - start_of(base.type)
             else:
                 # A view op that had to copy makes a storage of its own.
                 self._add_new(value, op)
@@ -81,13 +87,14 @@ class Places:
         """Where the first element of a value is, relative to its root.
 
         A region is known without the offset at which an input begins; the offset of a view of an input is its real one, from
-        the start of the memory, and part of what the region is.
+        the start of the memory, and part of what the region is. A view that a planner has derived from an input lies as far
+        behind its beginning as their types say.
         """
         root = self.root[value.id]
         if value.id in self._absolute:
             return Place(root.id, True, start_of(value.type))
         if root.id in self.inputs:
-            return Place(root.id, False, 0)
+            return Place(root.id, False, self._ahead.get(value.id, 0))
         return Place(root.id, False, start_of(value.type) - start_of(root.type))
 
 

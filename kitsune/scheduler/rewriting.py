@@ -71,7 +71,8 @@ class Rewriting:
     def call(self, target: Any, kind: Kind, result: Value, *args: Any, **kwargs: Any) -> Value:
         """Add an op with one result."""
         inputs = tuple(values_in(args))
-        self.ops.append(Op(target, kind, args, tuple(kwargs.items()), inputs, Result(0), (result,)))
+        derived = kind is Kind.VIEW
+        self.ops.append(Op(target, kind, args, tuple(kwargs.items()), inputs, Result(0), (result,), derived=derived))
         return result
 
     def view(self, target: Any, base: Value, *args: Any) -> Value:

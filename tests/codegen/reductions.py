@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from tests.behind import behind
+
 aten = torch.ops.aten
 SIZES = (1, 31, 33, 1023, 50257)
 # What the interpreter runs instead of the last of these, since it takes its time for each element: programs have the same texts
@@ -158,7 +160,7 @@ CASES = [
 
 def draw(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [behind(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
 
 
 def layouts(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list[torch.Tensor]]]:

@@ -11,6 +11,7 @@ import torch
 
 import kitsune
 from kitsune.config import config
+from tests.behind import behind
 from tests.codegen.reductions import (
     CASES,
     DTYPES,
@@ -50,7 +51,7 @@ def by_plan(program: Callable[..., Any], inputs: list[torch.Tensor]) -> list[tor
 
 
 def check(program: Callable[..., Any], inputs: list[torch.Tensor], precision: torch.dtype | None = None) -> None:
-    inputs = [t.cuda() for t in inputs]
+    inputs = [behind(t.cuda()) for t in inputs]
     found = by_plan(program, inputs)
     eager, exact = tensors(program(*inputs)), exactly(program, inputs)
     wrong = [(k, said) for k, three in enumerate(zip(found, eager, exact, strict=True)) if (said := differs(*three, precision))]
@@ -126,3 +127,15 @@ def test_gradients_of_small_layers_share_a_launch_with_their_updates(tmp_path: P
     assert kitsune.counters()["kernels"] and not kitsune.explain().mended
     expected = losses(kitsune.disable())
     assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_sum_in_parts_and_one_of_the_memory_before_it() -> None:
+    memory = torch.randn(32768 * 768 + 200, device="cuda", dtype=torch.float64)
+    x, rows = memory[100:][: 32768 * 768].view(32768, 768), torch.tensor([1, 5], device="cuda")
+
+    def program(*_: torch.Tensor) -> list[torch.Tensor]:
+        x.index_fill_(0, rows, 3.0)
+        return [x.sum(0), torch.as_strided(x, (512, 64, 768), (49152, 768, 1), 0).sum(0)]
+
+    for found, expected in zip(by_plan(program, []), program(), strict=True):
+        torch.testing.assert_close(found, expected)

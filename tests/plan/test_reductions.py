@@ -248,3 +248,23 @@ def test_batch_norm_of_an_evaluation_is_the_librarys():
     w, mean, var = torch.ones(16), torch.zeros(16), torch.ones(16)
     plan = strict(lambda: torch.ops.aten.native_batch_norm(x, w, w, mean, var, False, 0.1, 1e-5)[0].relu())
     assert launched(plan)[0] == "native_batch_norm"
+
+
+def test_a_sum_in_parts_of_an_input_shares_no_load_with_a_view_from_elsewhere():
+    # Both had offset 0 from one root: of a view it counts from the start of the memory, of an input from where that begins.
+    memory = torch.zeros(32768 * 768 + 200)
+    x, rows = memory[100:][: 32768 * 768].view(32768, 768), torch.tensor([1, 5])
+
+    def program():
+        x.index_fill_(0, rows, 3.0)
+        return x.sum(0), torch.as_strided(x, (512, 64, 768), (49152, 768, 1), 0).sum(0)
+
+    (kernel,) = [kernel for kernel in kernels(strict(program)) if len(kernel.steps) == 2]
+    assert [step.op.target._opname for step in kernel.steps] == ["sum", "sum"] and len(kernel.loads) == 2
+
+
+def test_a_sum_in_parts_of_an_input_shares_its_load():
+    x, w = torch.zeros(32768, 768), torch.zeros(768)
+    plan = strict(lambda: ((x * w).sum(1), x.sum(0)))
+    kernel = kernels(plan)[0]
+    assert kernel.gathered and len(kernel.loads) == 2

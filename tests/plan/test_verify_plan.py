@@ -29,6 +29,7 @@ from kitsune.ir import (
     verify_plan,
 )
 from kitsune.ir.verify_plan import touches_of
+from kitsune.runtime.places import Places
 
 aten = torch.ops.aten
 F8 = default_type(torch.float32, (8,))
@@ -163,6 +164,23 @@ def test_values_of_other_units_have_roots_of_their_own() -> None:
         found = roots(Graph((X,), (TO_A, op), op.results))
         assert (found[B.id] is op.results[0]) is own, op
         assert found[A.id] is A
+
+
+def test_a_view_that_a_planner_has_derived_has_the_root_of_its_operand() -> None:
+    def view(of: Value, number: int, offset: int, derived: bool) -> Op:
+        seen = Value(number, replace_type(F8, shape=torch.Size((2, 2)), stride=(2, 1), offset=offset), X.storage)
+        return Op(aten.as_strided.default, Kind.VIEW, (of,), (), (of,), Result(0), (seen,), derived=derived)
+
+    recorded, derived = view(X, 10, 0, False), view(X, 11, 4, True)
+    behind = [view(recorded.results[0], 12, 4, True), view(derived.results[0], 13, 4, False)]
+    again = view(derived.results[0], 14, 6, True)
+    ops = (recorded, derived, *behind, again)
+    graph = Graph((X,), ops, tuple(op.results[0] for op in ops))
+    found, places = roots(graph), Places(graph)
+    assert found[11] is found[14] is X
+    assert found[10] is found[12] is found[13] is not X
+    where = [places.place(op.results[0]) for op in ops]
+    assert where == [(X.id, True, 0), (X.id, False, 16), (X.id, True, 16), (X.id, True, 16), (X.id, False, 24)]
 
 
 def replace_type(type_: Any, **changes: Any) -> Any:
