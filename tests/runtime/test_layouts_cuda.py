@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import kitsune
 from kitsune.ir import Kind, Plan
 from kitsune.scheduler.formats import is_channels_last
+from tests.behind import behind
 from tests.runtime.checked import forget
 
 pytestmark = pytest.mark.gpu
@@ -55,13 +56,31 @@ class Images(nn.Module):
         return self.linear(F.relu(self.third(F.relu(x + self.other(self.second(x))))).mean((2, 3)))
 
 
-def train(context: Any, make: Any, shape: tuple[int, ...], classes: int, amp: bool = True) -> dict[str, torch.Tensor]:
-    """The losses, gradients and parameters that training leaves."""
+class Patches(nn.Module):
+    """The beginning of a vision transformer, and the statistics of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.linear = nn.Conv2d(3, 256, 16, stride=16), nn.LayerNorm(256), nn.Linear(256, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(self.embed(x).flatten(2).transpose(1, 2)).mean(1)) + x.mean() + x.norm() * 1e-4
+
+
+def train(
+    context: Any, make: Any, shape: tuple[int, ...], classes: int, amp: bool = True, within: bool = False
+) -> dict[str, torch.Tensor]:
+    """The losses, gradients and parameters that training leaves; `within` other memory lie the parameters and the batch."""
     torch.manual_seed(0)
     model = make().cuda()
+    if within:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = behind(tensor.data)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(shape, generator=generator).cuda(), torch.randint(classes, shape[:1], generator=generator).cuda()
+    if within:
+        x, y = behind(x), behind(y)
     losses = []
     with context:
         for _ in range(STEPS):
@@ -77,12 +96,12 @@ def train(context: Any, make: Any, shape: tuple[int, ...], classes: int, amp: bo
     return found
 
 
-def laid_out(make: Any, shape: tuple[int, ...], classes: int) -> Plan:
+def laid_out(make: Any, shape: tuple[int, ...], classes: int, amp: bool = True, within: bool = False) -> Plan:
     """Train with and without Kitsune, compare, and return the plan of a step."""
     exact = train(contextlib.nullcontext(), make, shape, classes, amp=False)
-    eager = train(contextlib.nullcontext(), make, shape, classes)
+    eager = train(contextlib.nullcontext(), make, shape, classes, amp)
     with kitsune.config.patch(gate=False, compile_workers=0, numerics="strict"):
-        found = train(kitsune.accelerate(), make, shape, classes)
+        found = train(kitsune.accelerate(), make, shape, classes, amp, within)
         plan = kitsune.last_plan()
     assert plan is not None
     for name, true in exact.items():
@@ -106,6 +125,15 @@ def test_convolutions_are_in_channels_last() -> None:
     calls = [op for op in plan.graph.ops if op.target._opname.startswith(("convolution", "max_pool2d"))]
     images = [v.type for op in calls for v in (*op.inputs, *op.results) if len(v.type.shape) == 4]
     assert len(calls) == 8 and all(is_channels_last(type_) for type_ in images if type_.shape[2:].numel() > 1)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    ("make", "shape"), [(Images, (64, 3, 128, 128)), (Patches, (64, 3, 224, 224))], ids=["channels last", "patches"]
+)
+def test_batches_and_parameters_may_begin_in_the_middle_of_memory(make: Any, shape: tuple[int, ...], amp: bool) -> None:
+    laid_out(make, shape, 10, amp, within=True)
+    assert kitsune.counters()["kernels"] > 0
 
 
 def test_a_pool_chooses_the_same_elements_in_both_formats() -> None:
