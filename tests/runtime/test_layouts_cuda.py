@@ -132,7 +132,9 @@ def test_convolutions_are_in_channels_last() -> None:
     ("make", "shape"), [(Images, (64, 3, 128, 128)), (Patches, (64, 3, 224, 224))], ids=["channels last", "patches"]
 )
 def test_batches_and_parameters_may_begin_in_the_middle_of_memory(make: Any, shape: tuple[int, ...], amp: bool) -> None:
-    laid_out(make, shape, 10, amp, within=True)
+    # In TF32 a sum of another order is 2 % off after six steps.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        laid_out(make, shape, 10, amp, within=True)
     assert kitsune.counters()["kernels"] > 0
 
 
