@@ -54,9 +54,10 @@ class Places:
                 self.view_op[value.id] = op
                 self.root[value.id] = root = self.root[base.id]
                 if root.id in self.inputs:
-                    if not op.derived or base.id in self._absolute:
+                    if op.derived and base.id not in self._absolute:
+                        self._ahead[value.id] = self._ahead.get(base.id, 0) + start_of(value.type) - start_of(base.type)
+                    else:
                         self._absolute.add(value.id)
-                    self._ahead[value.id] = self._ahead.get(base.id, 0) + start_of(value.type) - start_of(base.type)
             else:
                 # A view op that had to copy makes a storage of its own.
                 self._add_new(value, op)

@@ -75,20 +75,8 @@ class Builder:
     ) -> None:
         named, inputs = tuple(kwargs.items()), tuple(values_in((tuple(args), tuple(kwargs.values()))))
         structure: Any = Result(0) if len(values) == 1 else tuple(Result(k) for k in range(len(values)))
-        self.add(
-            Op(
-                target,
-                kind,
-                tuple(args),
-                named,
-                inputs,
-                structure,
-                values,
-                grad_enabled=like.grad_enabled,
-                site=like.site,
-                derived=kind is Kind.VIEW,
-            )
-        )
+        told: dict[str, Any] = {"grad_enabled": like.grad_enabled, "site": like.site, "derived": kind is Kind.VIEW}
+        self.add(Op(target, kind, tuple(args), named, inputs, structure, values, **told))
 
     def add(self, op: Op) -> None:
         """Put an op that is new, or reads what is new."""

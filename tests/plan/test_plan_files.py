@@ -116,10 +116,10 @@ def test_graphs_are_told_apart_by_every_constant_and_its_type(in_args: bool) -> 
     assert len({digest(constant) for constant in constants}) == len(constants)
     with pytest.raises(TypeError, match=r"bytes .* cannot be spelled"):
         digest(b"$")
-    kept = dataclasses.replace(graph.ops[k], late=True), dataclasses.replace(graph.ops[k], grad_enabled=True)
+    kept = [dataclasses.replace(graph.ops[k], **{flag: True}) for flag in ("late", "grad_enabled", "derived")]
     more = [graph_digest(dataclasses.replace(graph, ops=(*graph.ops[:k], op, *graph.ops[k + 1 :]))) for op in kept]
     more += [graph_digest(dataclasses.replace(graph, awaited=(1,))), graph_digest(dataclasses.replace(graph, outputs=()))]
-    assert len({*more, graph_digest(graph)}) == 5
+    assert len({*more, graph_digest(graph)}) == 6
 
 
 def others() -> Iterator[tuple[str, Planner]]:

@@ -18,6 +18,7 @@ from kitsune.ir import (
     Load,
     Local,
     Op,
+    Operand,
     Plan,
     Result,
     Step,
@@ -174,13 +175,18 @@ def test_a_view_that_a_planner_has_derived_has_the_root_of_its_operand() -> None
     recorded, derived = view(X, 10, 0, False), view(X, 11, 4, True)
     behind = [view(recorded.results[0], 12, 4, True), view(derived.results[0], 13, 4, False)]
     again = view(derived.results[0], 14, 6, True)
-    ops = (recorded, derived, *behind, again)
-    graph = Graph((X,), ops, tuple(op.results[0] for op in ops))
+    # As it is once somebody has written it.
+    written = [(of.results[0], replace(of.results[0], id=n)) for n, of in ((15, recorded), (16, derived))]
+    writes = [Op(aten.zero_.default, Kind.POINTWISE, (a,), (), (a,), Operand(0), (), ((a, b),)) for a, b in written]
+    of_written = view(written[1][1], 17, 6, True)
+    ops = (recorded, derived, *behind, again, *writes, of_written)
+    graph = Graph((X,), ops, tuple(value for op in ops for value in op.outputs))
     found, places = roots(graph), Places(graph)
-    assert found[11] is found[14] is X
-    assert found[10] is found[12] is found[13] is not X
-    where = [places.place(op.results[0]) for op in ops]
-    assert where == [(X.id, True, 0), (X.id, False, 16), (X.id, True, 16), (X.id, True, 16), (X.id, False, 24)]
+    assert found[11] is found[14] is found[16] is found[17] is X
+    assert found[10] is found[12] is found[13] is found[15] is not X
+    where = [places.place(value)[1:] for value in graph.outputs]
+    recorded_ones = [(True, 0), (False, 16), (True, 16), (True, 16)]
+    assert where == [*recorded_ones, (False, 24), (True, 0), (False, 16), (False, 24)]
 
 
 def replace_type(type_: Any, **changes: Any) -> Any:
