@@ -102,7 +102,7 @@ class Pipeline:
             on_plans=self.runner.thread_plans.seen,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
-        self.recorder.stand_aside = partial(stand_aside, self.runner.steady)
+        self.recorder.stand_aside, self.recorder.let_go = partial(stand_aside, self.runner.steady), self.runner.let_go
         write = partial(self.lane.write_ahead, thread.breathe)
         self.lane.ask_to_write = partial(soon, write, True) if self.runner.in_background() else None
         self.follows, self.porter = False, Porter()

@@ -76,7 +76,7 @@ class Runner:
         if isinstance(backend, Backend):
             self.arch = backend.arch
             self.pool = MemoryPool(options.pool_bytes or self._budget, give_back)
-            self.executor = PlanExecutor(backend.prepare_launch, self.pool, self.sentences.append)
+            self.executor = PlanExecutor(backend.prepare_launch, self.pool, self.sentences.append, self.let_go)
             self.arenas = Arenas(self.executor.pool)
             if backend.choices is not None:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
@@ -98,7 +98,7 @@ class Runner:
             if (captured := self._replayed(ready, values, scalars)) is not None:
                 self._tune(ready)
             elif isinstance(ready.work, Schedule):
-                replay(ready.work, values, scalars)
+                replay(ready.work, values, scalars, self.let_go)
             else:
                 assert self.executor is not None
                 self.executor.run(ready.work, values, scalars)
@@ -287,6 +287,13 @@ class Runner:
             self.executor.pool.free_all()
         if hard and torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+    def let_go(self) -> None:
+        """Memory has run out: give back all that is kept for later runs, graphs too, which are captured again."""
+        self.tally.notes["Memory ran out: what was kept for later steps, graphs too, was given back, and a call repeated."] = None
+        if self.steady is not None:
+            self.steady.forget()
+        self.relieve(hard=True)
 
 
 # Of all threads; `wait_for_kernels` asks them.

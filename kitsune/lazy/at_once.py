@@ -41,12 +41,25 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
         # Python of others may run inside, which is to see its own dispatch modes and subclasses.
         with recorder.with_bits(), counted:
             return func(*real_args, **real_kwargs), reals
+    try:
+        return _made(recorder, row, real_args, real_kwargs, counted), reals
+    except torch.OutOfMemoryError:
+        # Of several operands it may have written one.
+        if recorder.let_go is None or len(list(written_operands(row, args, kwargs))) > 1:
+            raise
+    # Outside of the handler: the error would keep alive what the call had allocated.
+    with recorder.below_autograd():
+        recorder.let_go()
+    return _made(recorder, row, real_args, real_kwargs, list_writes_counted(*written) if written else _NOTHING), reals
+
+
+def _made(recorder: Any, row: OpRow, args: Any, kwargs: Any, counted: Any) -> Any:
     with recorder.below_autograd(recorder.casts_inside(row), row.bumps), torch._C.DisableTorchFunction():
         if not row.bumps:
             # What the overload itself calls, and nothing else.
-            return func._op(*real_args, **real_kwargs), reals
+            return row.target._op(*args, **kwargs)
         with counted:
-            return func(*real_args, **real_kwargs), reals
+            return row.target(*args, **kwargs)
 
 
 def pass_through(recorder: Recording, row: OpRow, args: Any, kwargs: Any, reason: Barrier | None) -> Any:

@@ -62,9 +62,9 @@ class Recording:
         # While torch infers for the recorder, or a region runs, its Python may pass a door: a region is not to be run twice.
         self.inferring = self.running = False
         # The call lane; what takes ops in the recorder's place: strays outside of it, or calls that are made again; what hears of
-        # all that the program does besides recording, while a static function is learned; and what makes room for a capture.
+        # all else, while a static function is learned; what makes room for a capture; and what gives back memory that is kept.
         nobody: Any = None
-        self.lane = self.hook = self.walk = self.watcher = self.stand_aside = nobody
+        self.lane = self.hook = self.walk = self.watcher = self.stand_aside = self.let_go = nobody
         # What becomes of ops that are not known at their place: "record", or leave them to "eager", or "fail".
         self.on_new = "record"
         # Counts the ops that ran beside the region: what they tell may be in the calls' later arguments, unseen by any key.

@@ -39,7 +39,8 @@ class PlanExecutor:
     that the plan gives them.
 
     `prepare_launch(launch)` makes kernels ready to start; `pool` lends arenas; `report(sentence)` hears what went wrong and
-    was mended. With `poisons`, runs begin in memory that has no values in it.
+    was mended; `relieve` frees what is kept for later runs only, by default the pool's memory and what torch's allocator keeps.
+    With `poisons`, runs begin in memory that has no values in it.
     """
 
     poisons = False
@@ -49,8 +50,10 @@ class PlanExecutor:
         prepare_launch: Callable[[Launch], Startable],
         pool: Pool,
         report: Callable[[str], None],
+        relieve: Callable[[], None] | None = None,
     ) -> None:
         self.prepare_launch, self.pool, self.report = prepare_launch, pool, report
+        self.relieve = relieve or self._free_pool
         # Texts, or names, of programs that could not be started.
         self.broken: set[str] = set()
 
@@ -145,8 +148,7 @@ class PlanExecutor:
         )
         replay(schedule_of(prepared.plan.graph), values, scalars)
 
-    def relieve(self) -> None:
-        """Free what is kept for later runs only."""
+    def _free_pool(self) -> None:
         self.pool.free_all()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()

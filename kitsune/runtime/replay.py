@@ -4,15 +4,18 @@ Drops each value after its last use, as eager's reference counts would.
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
 
 from kitsune.ir import Graph, Op, TensorType
 from kitsune.runtime.calls import Call, call_of
+from kitsune.runtime.fallback import may_be_partial
 
 # Below autograd these return what they are given. A training step of ResNet-50 has 262 of them among 794 ops. (By id: overloads
 # hash and compare in Python.)
@@ -121,9 +124,27 @@ def _extents(type_: TensorType) -> int:
     return type_.extent_bytes if type_.device.type != "cpu" else 0
 
 
-def replay(schedule: Schedule, values: list[Any], scalars: list[float]) -> None:
-    """Run a schedule. `values` holds the inputs by value number and receives the outputs, also of the ops before a failure."""
-    for op, drops, make in schedule.instructions:
+def replay(schedule: Schedule, values: list[Any], scalars: list[float], relieve: Callable[[], None] | None = None) -> None:
+    """Run a schedule. `values` holds the inputs by value number and receives the outputs, also of the ops before a failure.
+
+    With `relieve`, which frees what is kept for later runs, an op for which memory runs out is tried once more.
+    """
+    instructions, lacked = schedule.instructions, -1
+    left = iter(instructions)
+    while True:
+        try:
+            return _go_on(left, values, scalars)
+        except torch.OutOfMemoryError:
+            position = len(instructions) - length_hint(left) - 1
+            if relieve is None or position == lacked or may_be_partial(instructions[position].op):
+                raise
+        # Outside of the handler: the error would keep alive what the call had allocated.
+        relieve()
+        left, lacked = iter(instructions[position:]), position
+
+
+def _go_on(left: Iterator[Instruction], values: list[Any], scalars: list[float]) -> None:
+    for op, drops, make in left:
         if make is None:
             values[op.results[0].id] = values[op.inputs[0].id]
         else:

@@ -138,3 +138,32 @@ def test_a_graph_that_goes_takes_its_outputs_with_it() -> None:
         held = torch.cuda.memory_reserved()
         kitsune.reset()
         assert torch.cuda.memory_reserved() <= held - 8 * x.nbytes
+
+
+def test_what_is_kept_makes_way_for_what_the_program_asks_beside() -> None:
+    step, free = training(), torch.cuda.memory_reserved()
+    with kitsune.accelerate():
+        for _ in range(6):
+            step()
+        assert kitsune.wait_for_kernels(SECONDS)
+        for _ in range(6):
+            step()
+        assert counts("replayed")[0] > 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        limit = torch.cuda.memory_reserved()
+        # Of what graphs and arenas have, most is asked for, and there is no more on the device.
+        wanted = (limit - free) * 3 // 4
+        assert wanted > 256 << 20
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+        try:
+            beside = torch.full((wanted // 4,), 0.5, device="cuda")
+            assert beside.sum(dtype=torch.float64).item() == wanted // 4 * 0.5
+            del beside
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert any("Memory ran out" in note for note in kitsune.explain().notes)
+        before = counts("captured")[0]
+        for _ in range(6):
+            step()
+        assert counts("captured")[0] > before

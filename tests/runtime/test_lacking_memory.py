@@ -1,0 +1,192 @@
+"""What is kept for recorded steps leaves a program too little memory: it is given back, and the call is made again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kitsune
+from kitsune.lazy import at_once
+from kitsune.memory.pool import MemoryPool
+from kitsune.runtime import prepare, replay
+from kitsune.runtime.calls import call_of
+from tests.runtime.backends import assert_equal, lazily, runner
+from tests.runtime.checked import copied, outcome, record
+from tests.runtime.repeated import Repeater, counts, graphs
+
+aten = torch.ops.aten
+# The package has its function by this name.
+replaying = sys.modules["kitsune.runtime.replay"]
+LET_GO = "Memory ran out: what was kept for later steps, graphs too, was given back, and a call repeated."
+
+
+class Full:
+    """No memory for some calls while anything is kept; `n_refused` counts them, `always` makes them fail for good."""
+
+    def __init__(self, repeater: Repeater, always: bool) -> None:
+        self.repeater, self.always, self.n_refused, self.is_on = repeater, always, 0, False
+
+    def ask(self, wanted: bool = True) -> None:
+        pool = runner().pool if self.is_on else None
+        kept = self.repeater.n_alive or (pool is not None and pool.statistics.held_bytes)
+        if self.is_on and wanted and (kept or self.always):
+            self.n_refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+
+def train(context: Any, full: Full | None = None) -> list[torch.Tensor]:
+    """Steps, a look at the model with which memory is full, and steps again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True)
+    x, target = torch.randn(8, 6), torch.arange(8) % 3
+    kept = []
+    with context:
+        for step in range(14):
+            loss = F.cross_entropy(model(x), target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            kept.append(loss)
+            if step == 6:
+                if full is not None:
+                    assert full.repeater.n_alive
+                    full.is_on = True
+                with torch.no_grad():
+                    kept += [(model(x) @ model(x).t()).erf() @ model(x) for _ in range(2)]
+                    kept[-1].sum().item()
+                if full is not None:
+                    full.is_on = False
+    return [*(k.detach() for k in kept), *model.parameters(), torch.rand(3)]
+
+
+@contextmanager
+def in_ops_by_name(full: Full) -> Iterator[None]:
+    original = at_once._made
+
+    def made(recorder: Any, row: Any, *rest: Any) -> Any:
+        full.ask(row.target is aten.erf.default)
+        return original(recorder, row, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at_once, "_made", made)
+        yield
+
+
+@contextmanager
+def in_regions(full: Full) -> Iterator[None]:
+    def made(op: Any, *rest: Any) -> None:
+        full.ask(op.target is aten.erf.default)
+        call_of(op)(op, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replaying, "call_of", lambda op: made)
+        yield
+
+
+@contextmanager
+def in_arenas(full: Full) -> Iterator[None]:
+    original = MemoryPool.take
+
+    def take(*args: Any) -> Any:
+        full.ask()
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryPool, "take", take)
+        yield
+
+
+# Where memory runs out, whether kernels run the regions, and how many runs of an op it takes to know it.
+WAYS: dict[str, tuple[Callable[[Full], Any], bool, int]] = {
+    "an op that is observed": (in_ops_by_name, False, 1),
+    "an op that is observed, beside plans": (in_ops_by_name, True, 1),
+    "a region op by op": (in_regions, False, 0),
+    "a region by plan": (in_arenas, True, 0),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_graphs_and_arenas_make_way(way: tuple[Callable[[Full], Any], bool, int]) -> None:
+    injected, kernels, warmup = way
+    expected = train(kitsune.disable())
+    with graphs(kernels) as repeater:
+        full = Full(repeater, always=False)
+        with injected(full):
+            got = train(lazily(warmup=warmup), full)
+        assert_equal(got, expected)
+        assert full.n_refused == 1
+        assert LET_GO in kitsune.explain().notes and not kitsune.explain().mended
+        # They come back.
+        assert repeater.n_alive > 0 and counts("captured")[0] >= 2
+
+
+@pytest.mark.parametrize("way", [WAYS["an op that is observed"], WAYS["a region op by op"]], ids=["observed", "op by op"])
+def test_an_error_is_told_where_that_does_not_help(way: tuple[Callable[[Full], Any], bool, int]) -> None:
+    injected, kernels, warmup = way
+    with graphs(kernels) as repeater:
+        full = Full(repeater, always=True)
+        with injected(full), pytest.raises(torch.OutOfMemoryError, match="injected"):
+            train(lazily(warmup=warmup), full)
+        assert full.n_refused == 2 and repeater.n_alive == 0
+        full.is_on = False
+        assert_equal(train(lazily(warmup=warmup)), train(kitsune.disable()))
+
+
+def program() -> Any:
+    x, w = torch.arange(24.0).view(4, 6) / 7, torch.arange(36.0).view(6, 6) / 5
+    kitsune.flush()
+    b = torch.cat([(x + 1) @ w, x.exp()])
+    x.mul_(0.5)
+    c = b[:4] @ w + torch.rand(4, 6)
+    x[1:3].add_(c[1:3])
+    ys = [torch.zeros(3), torch.ones(2)]
+    torch._foreach_add_(ys, 1.5)
+    return b.t(), c + x, ys
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_each_op_of_a_region_is_tried_once_more(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    graph, values, scalars = record(program)
+    state = torch.get_rng_state()
+    expected = outcome(graph, values, scalars)
+    after, n_calls, fails_at, relieved = torch.get_rng_state(), [0], [0], [0]
+
+    def failing(op: Any, *rest: Any) -> None:
+        n_calls[0] += 1
+        if fails_at[0] < n_calls[0] <= fails_at[0] + times:
+            raise torch.OutOfMemoryError("injected")
+        call_of(op)(op, *rest)
+
+    def relieve() -> None:
+        relieved[0] += 1
+
+    monkeypatch.setattr(replaying, "call_of", lambda op: failing)
+    schedule = prepare(graph)
+    called = [instruction.op for instruction in schedule.instructions if instruction.make is not None]
+    for k, op in enumerate(called):
+        got, fails_at[0], n_calls[0], relieved[0] = copied(values), k, 0, 0
+        torch.set_rng_state(state)
+        # It may have written the first of its operands.
+        if times == 2 or op.target is aten._foreach_add_.Scalar:
+            with pytest.raises(torch.OutOfMemoryError, match="injected"):
+                replay(schedule, got, scalars, relieve)
+            assert relieved[0] == (op.target is not aten._foreach_add_.Scalar)
+            continue
+        replay(schedule, got, scalars, relieve)
+        assert_equal_values(graph, expected, got)
+        assert relieved[0] == 1 and torch.equal(torch.get_rng_state(), after)
+    assert any(op.target is aten._foreach_add_.Scalar for op in called)
+
+
+def assert_equal_values(graph: Any, expected: list[Any], got: list[Any]) -> None:
+    for value in (*graph.inputs, *graph.outputs):
+        assert torch.equal(expected[value.id], got[value.id])
