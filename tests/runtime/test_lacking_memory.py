@@ -190,3 +190,19 @@ def test_each_op_of_a_region_is_tried_once_more(times: int, monkeypatch: pytest.
 def assert_equal_values(graph: Any, expected: list[Any], got: list[Any]) -> None:
     for value in (*graph.inputs, *graph.outputs):
         assert torch.equal(expected[value.id], got[value.id])
+
+
+def test_a_call_at_once_that_may_have_written_half_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, failures = at_once._made, [torch.OutOfMemoryError("injected")]
+
+    def made(recorder: Any, row: Any, *rest: Any) -> Any:
+        result = original(recorder, row, *rest)
+        if row.target is aten._foreach_add_.Scalar and failures:
+            raise failures.pop()
+        return result
+
+    monkeypatch.setattr(at_once, "_made", made)
+    xs = [torch.zeros(2), torch.zeros(3)]
+    with lazily(warmup=1), pytest.raises(torch.OutOfMemoryError, match="injected"):
+        torch._foreach_add_(xs, 1.5)
+    assert not failures and [x.tolist() for x in xs] == [[1.5] * 2, [1.5] * 3]
