@@ -31,6 +31,7 @@ from kitsune.lazy.hands_off import (
     SIMPLE,
     VALUES,
     is_foreign,
+    is_ungraded,
     may_write,
     stays,
 )
@@ -235,10 +236,10 @@ class CallLane(Learner):
         """Make a call for real and learn from it."""
         recorder, region = self.recorder, self.recorder.region
         flat = call.flat if key is not None else tensors_in((args, kwargs))
-        graph = func in REACHES_GRAPH
+        graph, bare = func in REACHES_GRAPH, is_ungraded(func, args, kwargs)
         if graph:
             recorder.known.forget()
-        graded = graph or (modes[0] and func not in DETACHES and any(t.requires_grad for t in flat))
+        graded = graph or (modes[0] and not bare and func not in DETACHES and any(t.requires_grad for t in flat))
         writes = may_write(func, args, kwargs)
         targets = tensors_in((args[:1] or kwargs, kwargs.get("out"))) if writes or graph else []
         if writes and modes[0]:
@@ -256,7 +257,7 @@ class CallLane(Learner):
         leaves = [t for t in flat if not t.requires_grad] if graded else []
         recorder.making = func in PRODUCTS
         try:
-            result = self.made(DOORS.get(func, func), args, kwargs)
+            result = self.made(torch.no_grad()(func) if bare else DOORS.get(func, func), args, kwargs)
         finally:
             recorder.making = False
             written(self, rewrites)

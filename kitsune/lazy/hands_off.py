@@ -20,6 +20,7 @@ _FUNCTIONS = "is_floating_point is_complex is_signed numel is_same_size is_conj 
 
 
 _GRAD: Any = Tensor.grad
+_OWN = frozenset({Tensor, torch.nn.Parameter, LazyTensor})
 
 
 def _getter(name: str) -> object:
@@ -64,6 +65,13 @@ SHOWS_GRAPH = frozenset({_getter("grad_fn")})
 
 # What they return has no history, whatever they are given.
 DETACHES = frozenset({Tensor.detach, torch.detach})
+
+# What they return has none either, and they make none on the way (`argsort` does): they ask which numbers are alike, or larger.
+_ASKING = (
+    "argmax argmin eq ne lt le gt ge not_equal less less_equal greater greater_equal isnan isinf isposinf isneginf "
+    "signbit any all logical_and logical_or logical_xor logical_not count_nonzero"
+)
+UNGRADED = _found(torch, _ASKING) | _found(Tensor, f"{_ASKING} __eq__ __ne__ __lt__ __le__ __gt__ __ge__")
 
 # They view their operands as matrices: of a batch of three dimensions that is part of what they do.
 PRODUCTS = frozenset(
@@ -111,6 +119,16 @@ def stays(func: object, args: Any, kwargs: Any) -> bool:
     if func is not Tensor.to or kwargs or len(args) != 2 or type(args[1]) is not torch.device:
         return False
     return type(args[0]) is LazyTensor and bool(args[0].device == args[1])
+
+
+def is_ungraded(func: object, args: Any, kwargs: Any) -> bool:
+    """Does a call neither read nor make a history, whatever it is given? A subclass of Tensor may make it something else.
+
+    It is made under no_grad, by which who is let in with a history is marked as one that was looked at.
+    """
+    if func not in UNGRADED or "out" in kwargs:
+        return False
+    return all(type(a) in _OWN or not isinstance(a, Tensor) for a in (*args, *kwargs.values()))
 
 
 # They write their first argument if they are asked to.

