@@ -292,7 +292,7 @@ class Runner:
         """Memory has run out: give back all that is kept for later runs, graphs too, which are captured again."""
         self.tally.notes["Memory ran out: what was kept for later steps, graphs too, was given back, and a call repeated."] = None
         if self.steady is not None:
-            self.steady.forget()
+            self.steady.forget(has_room=False)
         self.relieve(hard=True)
 
 

@@ -250,6 +250,10 @@ class Captured:
         self.stays = True
         self._lent.stay()
 
+    def free_arena(self) -> None:
+        """To be replayed no more: what it works in is not needed. Whoever knows a short way to it does not hold that either."""
+        self._work = Work(lambda values, scalars, send: None)
+
     def destroy(self, may_move: bool) -> None:
         """Let go of the graph. What others hold of its outputs stays; it is moved to other memory if it may be, and can be."""
         # The outputs first: the memory goes back to the device with the graph only if nobody refers to it any more. Gradients
@@ -259,8 +263,7 @@ class Captured:
                 self._lent.release()
         self._lent.forget()
         self._kept.clear()
-        # Whoever knows a short way to this graph does not hold its arena.
-        self._work = Work(lambda values, scalars, send: None)
+        self.free_arena()
         self._recorded.destroy()
 
     def _alias(self, value: Value, values: list[Any], scalars: Sequence[float]) -> None:

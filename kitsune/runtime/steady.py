@@ -1,6 +1,5 @@
 """Steady state: which regions have come back often enough to be captured, and the graphs that are kept."""
 
-import enum
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, N
 from kitsune.runtime.cuda_graph import GraphRecorder, waits_unwatched
 from kitsune.runtime.page_reader import PageReader
 from kitsune.runtime.slots import SlotTable, bits_of, changed
-from kitsune.runtime.steady_region import MakeWork, Steady
+from kitsune.runtime.steady_region import MakeWork, Outcome, Steady
 
 data_ptr = torch._C.TensorBase.data_ptr
 # Ordinary runs before a capture, in which libraries choose. With one more, MLP's third step takes 1.9 ms, eager's 1.3 (H200).
@@ -24,17 +23,6 @@ PATIENCE = 8
 MAX_CAPTURES = 6
 # Replays after which a capture has paid.
 WORTH = 100
-
-
-class Outcome(enum.Enum):
-    """What came of a replay, or what is to be done instead."""
-
-    DONE = enum.auto()
-    # Run in the ordinary way, this time.
-    ORDINARY = enum.auto()
-    # The same, unless the inputs are where they were at the run before: then capture anew.
-    OBSERVE = enum.auto()
-    CAPTURE = enum.auto()
 
 
 class Told(Protocol):
@@ -120,8 +108,13 @@ class SteadyState:
             outcome = self._replay(region, values, scalars)
         return region.captured if outcome is Outcome.DONE else None
 
-    def forget(self) -> None:
-        """Destroy every graph."""
+    def forget(self, has_room: bool = True) -> None:
+        """Destroy every graph. Results that are held are moved: where there is no room for that, what the graphs work in goes
+        first."""
+        if not has_room:
+            for captured in self._kept.values():
+                captured.free_arena()
+            self.relieve(True)
         for region in [*self._kept]:
             self._forget(region)
 

@@ -1,5 +1,6 @@
 """What is known of one region's runs, as far as its capture depends on it."""
 
+import enum
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,17 @@ from kitsune.runtime.captured import Captured, Work
 from kitsune.runtime.slots import SlotTable
 
 MakeWork = Callable[[SlotTable, frozenset[int]], Work]
+
+
+class Outcome(enum.Enum):
+    """What came of a replay, or what is to be done instead."""
+
+    DONE = enum.auto()
+    # Run in the ordinary way, this time.
+    ORDINARY = enum.auto()
+    # The same, unless the inputs are where they were at the run before: then capture anew.
+    OBSERVE = enum.auto()
+    CAPTURE = enum.auto()
 
 
 @dataclass(slots=True, eq=False)

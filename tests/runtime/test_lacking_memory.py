@@ -17,6 +17,7 @@ from kitsune.lazy import at_once
 from kitsune.memory.pool import MemoryPool
 from kitsune.runtime import prepare, replay
 from kitsune.runtime.calls import call_of
+from kitsune.runtime.lent_outputs import Lent
 from tests.runtime.backends import assert_equal, lazily, runner
 from tests.runtime.checked import copied, outcome, record
 from tests.runtime.repeated import Repeater, counts, graphs
@@ -126,6 +127,22 @@ def test_graphs_and_arenas_make_way(way: tuple[Callable[[Full], Any], bool, int]
         assert LET_GO in kitsune.explain().notes and not kitsune.explain().mended
         # They come back.
         assert repeater.n_alive > 0 and counts("captured")[0] >= 2
+
+
+def test_arenas_go_before_results_that_are_held_are_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, held = Lent.release, []
+
+    def release(lent: Lent) -> bool:
+        if full.is_on:
+            held.append((runner().pool.statistics.held_bytes, len(runner().arenas._alive)))
+        return original(lent)
+
+    monkeypatch.setattr(Lent, "release", release)
+    with graphs() as repeater:
+        full = Full(repeater, always=False)
+        with in_ops_by_name(full):
+            train(lazily(warmup=1), full)
+    assert held and set(held) == {(0, 0)}
 
 
 @pytest.mark.parametrize("way", [WAYS["an op that is observed"], WAYS["a region op by op"]], ids=["observed", "op by op"])
