@@ -44,8 +44,9 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
     try:
         return _made(recorder, row, real_args, real_kwargs, counted), reals
     except torch.OutOfMemoryError:
-        # Of several operands it may have written one.
-        if recorder.let_go is None or len(list(written_operands(row, args, kwargs))) > 1:
+        # Of several operands it may have written one. And an operand has its new geometry by now, without memory for it: torch,
+        # asked once more, would find nothing to do, and write beyond the end.
+        if recorder.let_go is None or row.moves_metadata or len(list(written_operands(row, args, kwargs))) > 1:
             raise
     # Outside of the handler: the error would keep alive what the call had allocated.
     with recorder.below_autograd():

@@ -122,13 +122,13 @@ def stays(func: object, args: Any, kwargs: Any) -> bool:
 
 
 def is_ungraded(func: object, args: Any, kwargs: Any) -> bool:
-    """Does a call neither read nor make a history, whatever it is given? A subclass of Tensor may make it something else.
+    """Does a call neither read nor make a history, whatever it is given? What takes torch's calls itself may give it one.
 
     It is made under no_grad, by which who is let in with a history is marked as one that was looked at.
     """
     if func not in UNGRADED or "out" in kwargs:
         return False
-    return all(type(a) in _OWN or not isinstance(a, Tensor) for a in (*args, *kwargs.values()))
+    return all(type(a) in _OWN or not hasattr(type(a), "__torch_function__") for a in (*args, *kwargs.values()))
 
 
 # They write their first argument if they are asked to.

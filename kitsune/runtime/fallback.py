@@ -111,4 +111,5 @@ def _call(op: Op, frame: Frame, relieve: Callable[[], None]) -> None:
             raise
     # Outside of the handler: the error would keep alive what the call had allocated.
     relieve()
+    frame.find_inputs()
     call(op, frame.values, frame.scalars)

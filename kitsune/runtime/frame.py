@@ -132,7 +132,12 @@ class Frame:
             return bases[slot] + nbytes
 
         self.address = address
-        for slot, number, from_start in layout.inputs:
+        self.find_inputs()
+
+    def find_inputs(self) -> None:
+        """Look where the inputs are: also behind what makes room, which moves the results of graphs that are still held."""
+        values, bases = self.values, self.bases
+        for slot, number, from_start in self.layout.inputs:
             tensor = values[number]
             bases[slot] = data_ptr(tensor) - (storage_offset(tensor) * tensor.itemsize if from_start else 0)
 

@@ -116,6 +116,7 @@ class PlanExecutor:
                 return False
             # Something was done that must not be done twice: on from here. What the arena holds is needed.
             self.relieve()
+            frame.find_inputs()
             _execute(prepared.instructions, frame, frame.position)
             return True
         finally:
@@ -134,6 +135,7 @@ class PlanExecutor:
                 return True
             if not attempt:
                 self.relieve()
+                frame.find_inputs()
         return not prepared.layout.arena
 
     def _run_again(self, prepared: Prepared, values: list[Any], scalars: list[float]) -> None:

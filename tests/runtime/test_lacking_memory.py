@@ -223,3 +223,30 @@ def test_a_call_at_once_that_may_have_written_half_is_not_made_again(monkeypatch
     with lazily(warmup=1), pytest.raises(torch.OutOfMemoryError, match="injected"):
         torch._foreach_add_(xs, 1.5)
     assert not failures and [x.tolist() for x in xs] == [[1.5] * 2, [1.5] * 3]
+
+
+def into(x: torch.Tensor, y: torch.Tensor) -> None:
+    torch.neg(x, out=y)
+
+
+def resized(x: torch.Tensor, y: torch.Tensor) -> None:
+    y.resize_(x.shape)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize("call", [into, resized])
+def test_a_call_that_gave_an_operand_its_geometry_is_not_made_again(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_made = [0]
+
+    def made(recorder: Any, row: Any, *rest: Any) -> Any:
+        n_made[0] += 1
+        raise torch.OutOfMemoryError("injected")
+
+    x, y = torch.zeros(64), torch.zeros(2)
+    with lazily(warmup=1):
+        monkeypatch.setattr(at_once, "_made", made)
+        # Torch sets the sizes first: a second call finds them as they are to be, and asks for no memory.
+        with pytest.raises(torch.OutOfMemoryError, match="injected"):
+            call(x, y)
+        monkeypatch.undo()
+    assert n_made == [1]

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import kitsune
-from kitsune.ir import Kind
+from kitsune.ir import Kind, storage_of
 from kitsune.memory.pool import MemoryPool
-from kitsune.runtime import fallback
+from kitsune.runtime import PlanExecutor, fallback
+from kitsune.runtime.frame import POISON
 from kitsune.runtime.instructions import Instruction
 from tests.runtime.checked import FLAVORS, assert_equal, copied, executor, outcome, record
-from tests.runtime.naive import plan_of
+from tests.runtime.naive import FakeLaunch, plan_of
 from tests.runtime.test_plan_executor import Broken
 
 NO_MEMORY = "CUDA out of memory. (injected)"
@@ -158,3 +159,58 @@ def test_a_broken_kernel_runs_out_of_memory(times: int, region: Any, monkeypatch
             assert times == 2
         else:
             assert_equal(graph, expected, got)
+
+
+class Moves:
+    """Makes room as graphs do that are destroyed: their results that are held, and nobody else looks at, are moved."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.n_moved = 0
+        storages = {storage_of(t)._cdata: storage_of(t) for t in values if t is not None}
+        on_each = {key: [t for t in values if t is not None and storage_of(t)._cdata == key] for key in storages}
+        self.known = [(storage, on_each[key]) for key, storage in storages.items()]
+        self.counts = [torch._C._storage_Use_Count(key) for key in storages]
+
+    def __call__(self) -> None:
+        for (storage, tensors), count in zip(self.known, self.counts, strict=True):
+            if torch._C._storage_Use_Count(storage._cdata) != count:
+                continue
+            memory = storage.clone()
+            for t in tensors:
+                torch.ops.aten.set_.source_Storage_storage_offset(t, memory, t.storage_offset(), t.shape, t.stride())
+            storage.fill_(POISON)
+            self.n_moved += 1
+
+
+@pytest.mark.parametrize("where", ["arena", "instruction", "broken kernel"])
+@pytest.mark.parametrize("flavor", FLAVORS, ids=lambda f: "_".join(k for k, on in f.items() if on) or "calls")
+def test_inputs_that_are_moved_to_make_room_are_found(
+    where: str, flavor: Any, region: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, values, scalars = region
+    state = torch.get_rng_state()
+    expected = outcome(graph, values, scalars)
+    n_moved, original = 0, fallback.call
+    for k in range(12):
+        n_calls, got, told = [0], copied(values), list[str]()
+        moves = Moves(got)
+
+        def call(op: Any, *rest: Any, k: int = k, n_calls: list[int] = n_calls) -> None:
+            n_calls[0] += op.kind is not Kind.VIEW
+            if op.kind is not Kind.VIEW and n_calls[0] == k + 1:
+                raise torch.OutOfMemoryError(NO_MEMORY)
+            original(op, *rest)
+
+        if where == "broken kernel":
+            monkeypatch.setattr(fallback, "call", call)
+        it = PlanExecutor(Broken if where == "broken kernel" else FakeLaunch, Full(where == "arena"), told.append, moves)
+        prepared = it.prepare(plan_of(graph, **flavor))
+        if where == "instruction" and k < len(prepared.instructions):
+            instructions = list(prepared.instructions)
+            instructions[k] = Fails(instructions[k], 1)
+            prepared.instructions = tuple(instructions)
+        torch.set_rng_state(state)
+        it.run(prepared, got, scalars)
+        assert_equal(graph, expected, got)
+        n_moved += moves.n_moved
+    assert n_moved or (where == "arena" and not flavor["arena"]) or (where == "broken kernel" and not flavor["kernels"])

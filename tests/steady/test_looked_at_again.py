@@ -131,3 +131,27 @@ def test_a_subclass_may_give_a_comparison_a_history(kitsunes: Any) -> None:
     expected = grads()
     with kitsunes():
         assert grads() == expected == [[float(k + 1)] * 4 for k in range(STEPS)]
+
+
+class Threshold:
+    """No tensor, but torch asks it what is to come of a call that it is given to: here one with a gradient."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.gt and torch.is_grad_enabled()
+        return torch.sigmoid(args[0])
+
+
+def test_what_is_no_tensor_may_give_a_comparison_a_history(kitsunes: Any) -> None:
+    def grads() -> list[Any]:
+        found = []
+        for k in range(STEPS):
+            leaf = nn.Parameter(torch.arange(4.0) - 2)
+            torch.gt(leaf * (k + 1), Threshold()).sum().backward()  # type: ignore[call-overload]
+            assert leaf.grad is not None
+            found.append(leaf.grad.tolist())
+        return found
+
+    expected = grads()
+    with kitsunes():
+        assert grads() == expected
