@@ -95,6 +95,15 @@ class Effects:
 
 PURE = Effects()
 
+# Random operators that have all of their memory before they draw. cuDNN's attention, for one, takes a workspace afterwards.
+DRAWS_LAST = {"native_dropout", "bernoulli", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like"}
+DRAWS_LAST |= {"_scaled_dot_product_flash_attention"}
+
+
+def may_have_drawn(target: OpOverload, random: bool) -> bool:
+    """Of a call for which memory runs out: may it have drawn random numbers, so that it cannot be made again?"""
+    return random and target._opname not in DRAWS_LAST
+
 
 # The first operand is overwritten, or asked for its shape only, and not read.
 OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "ones_like", "zeros_like", "full_like"}

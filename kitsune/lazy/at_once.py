@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Barrier, OpRow, list_writes_counted, own, type_of
+from kitsune.ir import Barrier, OpRow, list_writes_counted, may_have_drawn, own, type_of
 from kitsune.lazy.aliases import for_inference
 from kitsune.lazy.casts import lets_out
 from kitsune.lazy.cell import serial_of
@@ -46,7 +46,8 @@ def call(recorder: Any, row: OpRow, args: Any, kwargs: Any, tensors: list[Any]) 
     except torch.OutOfMemoryError:
         # Of several operands it may have written one. And an operand has its new geometry by now, without memory for it: torch,
         # asked once more, would find nothing to do, and write beyond the end.
-        if recorder.let_go is None or row.moves_metadata or len(list(written_operands(row, args, kwargs))) > 1:
+        begun = row.moves_metadata or may_have_drawn(func, row.random) or len(list(written_operands(row, args, kwargs))) > 1
+        if begun or recorder.let_go is None:
             raise
     # Outside of the handler: the error would keep alive what the call had allocated.
     with recorder.below_autograd():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from kitsune.ir import Launch, Op, Step, Value
+from kitsune.ir import Launch, Op, Step, Value, may_have_drawn
 from kitsune.runtime.calls import call
 from kitsune.runtime.frame import Frame
 from kitsune.runtime.places import Places
@@ -98,16 +98,17 @@ def _source(value: Value, places: Places, in_arena: bool) -> Value | None:
     return places.view_op[value.id].inputs[0] if value.id in places.view_op and not in_arena else None
 
 
-def may_be_partial(op: Op) -> bool:
-    """Can the op have written one operand when it runs out of memory for another? Where there is one, kernels allocate first."""
-    return len(op.rewritten) > 1
+def may_have_begun(op: Op) -> bool:
+    """Can the op have written one operand when it runs out of memory for another, or drawn random numbers? Where there is one
+    operand, kernels allocate first."""
+    return len(op.rewritten) > 1 or may_have_drawn(op.target, op.effects.random)
 
 
 def _call(op: Op, frame: Frame, relieve: Callable[[], None]) -> None:
     try:
         return call(op, frame.values, frame.scalars)
     except torch.OutOfMemoryError:
-        if may_be_partial(op):
+        if may_have_begun(op):
             raise
     # Outside of the handler: the error would keep alive what the call had allocated.
     relieve()

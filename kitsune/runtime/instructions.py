@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 
 from kitsune.ir import Launch, Op, Pending, TensorType
 from kitsune.runtime.calls import call, call_into
-from kitsune.runtime.fallback import may_be_partial, run_by_ops
+from kitsune.runtime.fallback import may_have_begun, run_by_ops
 from kitsune.runtime.frame import Frame, Startable, data_ptr, poison, unfilled
 from kitsune.runtime.places import Places
 
@@ -174,4 +174,4 @@ def library_call(op: Op, inputs: set[int], **kwargs: Any) -> Call | CallInto:
     """The instruction for a library call; `inputs` are the storages that come from outside."""
     commits = op.effects.random or not inputs.isdisjoint(op.effects.writes)
     kind = CallInto if "form" in kwargs else Call
-    return kind(op, **kwargs, commits=commits, repeats=not may_be_partial(op))
+    return kind(op, **kwargs, commits=commits, repeats=not may_have_begun(op))

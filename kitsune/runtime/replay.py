@@ -15,7 +15,7 @@ import torch
 
 from kitsune.ir import Graph, Op, TensorType
 from kitsune.runtime.calls import Call, call_of
-from kitsune.runtime.fallback import may_be_partial
+from kitsune.runtime.fallback import may_have_begun
 
 # Below autograd these return what they are given. A training step of ResNet-50 has 262 of them among 794 ops. (By id: overloads
 # hash and compare in Python.)
@@ -136,7 +136,7 @@ def replay(schedule: Schedule, values: list[Any], scalars: list[float], relieve:
             return _go_on(left, values, scalars)
         except torch.OutOfMemoryError:
             position = len(instructions) - length_hint(left) - 1
-            if relieve is None or position == lacked or may_be_partial(instructions[position].op):
+            if relieve is None or position == lacked or may_have_begun(instructions[position].op):
                 raise
         # Outside of the handler: the error would keep alive what the call had allocated.
         relieve()

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.ir import storage_of
 from kitsune.lazy import at_once
 from kitsune.memory.pool import MemoryPool
 from kitsune.runtime import prepare, replay
@@ -20,7 +21,7 @@ from kitsune.runtime.calls import call_of
 from kitsune.runtime.lent_outputs import Lent
 from tests.runtime.backends import assert_equal, lazily, runner
 from tests.runtime.checked import copied, outcome, record
-from tests.runtime.repeated import Repeater, counts, graphs
+from tests.runtime.repeated import Repeated, Repeater, counts, graphs
 
 aten = torch.ops.aten
 # The package has its function by this name.
@@ -129,6 +130,34 @@ def test_graphs_and_arenas_make_way(way: tuple[Callable[[Full], Any], bool, int]
         assert repeater.n_alive > 0 and counts("captured")[0] >= 2
 
 
+def test_a_plan_finds_a_held_result_of_a_graph_where_that_was_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Repeated.destroy
+
+    def destroy(self: Repeated) -> None:
+        for t in self._memory:
+            storage_of(t).fill_(0x55)
+        original(self)
+
+    x, w = torch.arange(64.0).view(8, 8) / 64, torch.eye(8) + 0.5
+    with kitsune.disable():
+        h = (x @ w + 1) * 2
+        expected = ((h + 1) @ w - (h - 1) @ w) @ w + h
+    monkeypatch.setattr(Repeated, "destroy", destroy)
+    with graphs() as repeater, kitsune.config.patch(gate=False):
+        full = Full(repeater, always=False)
+        with in_arenas(full), lazily():
+            for _ in range(6):
+                h = (x @ w + 1) * 2
+                kitsune.flush()
+            assert counts("replayed")[0] > 0 and repeater.n_alive
+            full.is_on = True
+            y = ((h + 1) @ w - (h - 1) @ w) @ w + h
+            kitsune.flush()
+            full.is_on = False
+            assert full.n_refused == 1 and not repeater.n_alive
+            assert torch.equal(y, expected)
+
+
 def test_arenas_go_before_results_that_are_held_are_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     original, held = Lent.release, []
 
@@ -166,7 +195,11 @@ def program() -> Any:
     x[1:3].add_(c[1:3])
     ys = [torch.zeros(3), torch.ones(2)]
     torch._foreach_add_(ys, 1.5)
-    return b.t(), c + x, ys
+    return b.t(), c + x, ys, torch.randperm(4)
+
+
+# When they run out of memory they may have written the first of their operands, or drawn.
+BEGUN = {aten._foreach_add_.Scalar, aten.randperm.default}
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -192,16 +225,15 @@ def test_each_op_of_a_region_is_tried_once_more(times: int, monkeypatch: pytest.
     for k, op in enumerate(called):
         got, fails_at[0], n_calls[0], relieved[0] = copied(values), k, 0, 0
         torch.set_rng_state(state)
-        # It may have written the first of its operands.
-        if times == 2 or op.target is aten._foreach_add_.Scalar:
+        if times == 2 or op.target in BEGUN:
             with pytest.raises(torch.OutOfMemoryError, match="injected"):
                 replay(schedule, got, scalars, relieve)
-            assert relieved[0] == (op.target is not aten._foreach_add_.Scalar)
+            assert relieved[0] == (op.target not in BEGUN)
             continue
         replay(schedule, got, scalars, relieve)
         assert_equal_values(graph, expected, got)
         assert relieved[0] == 1 and torch.equal(torch.get_rng_state(), after)
-    assert any(op.target is aten._foreach_add_.Scalar for op in called)
+    assert {op.target for op in called} > BEGUN and aten.rand.default in {op.target for op in called}
 
 
 def assert_equal_values(graph: Any, expected: list[Any], got: list[Any]) -> None:
@@ -223,6 +255,31 @@ def test_a_call_at_once_that_may_have_written_half_is_not_made_again(monkeypatch
     with lazily(warmup=1), pytest.raises(torch.OutOfMemoryError, match="injected"):
         torch._foreach_add_(xs, 1.5)
     assert not failures and [x.tolist() for x in xs] == [[1.5] * 2, [1.5] * 3]
+
+
+@pytest.mark.parametrize(("draw", "draws_last"), [(torch.randperm, False), (torch.rand, True)])
+def test_a_call_at_once_that_may_have_drawn_is_not_made_again(
+    draw: Any, draws_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, n_made = at_once._made, [0]
+
+    def made(recorder: Any, row: Any, *rest: Any) -> Any:
+        n_made[0] += 1
+        if n_made[0] == 1:
+            raise torch.OutOfMemoryError("injected")
+        return original(recorder, row, *rest)
+
+    torch.manual_seed(5)
+    expected = draw(9).tolist()
+    torch.manual_seed(5)
+    with lazily(warmup=1):
+        monkeypatch.setattr(at_once, "_made", made)
+        try:
+            drawn = draw(9).tolist()
+        except torch.OutOfMemoryError:
+            drawn = None
+        monkeypatch.undo()
+    assert drawn == (expected if draws_last else None) and (n_made[0] > 1) == draws_last
 
 
 def into(x: torch.Tensor, y: torch.Tensor) -> None:
