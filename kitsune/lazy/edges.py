@@ -269,8 +269,8 @@ class Returned:
     def _described(self, result: Any) -> Any:
         if isinstance(result, torch.Tensor):
             return self._tensor(result)
-        if type(result) in (tuple, list):
-            return type(result)(self._described(x) for x in result)
+        if type(result) in (tuple, list) or type(result).__module__ == "torch.return_types":  # as `max` along a dimension has
+            return type(result)([self._described(x) for x in result])
         if result is not None and type(result) not in (int, bool, str):
             self.fits = False
         return result
