@@ -28,9 +28,9 @@ from kitsune.lazy.hands_off import (
     REACHES_GRAPH,
     READS,
     SHOWS_GRAPH,
-    SIMPLE,
     VALUES,
     is_foreign,
+    is_simple,
     is_ungraded,
     may_write,
     stays,
@@ -41,6 +41,7 @@ from kitsune.lazy.realize import attach_bases, attach_spent, realize, settle_spe
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.replaced import DOORS, is_untouched, original_of
+from kitsune.lazy.set_items import SET_ITEM, fill_part, sets_a_number
 from kitsune.lazy.spent_views import written_views
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
@@ -85,6 +86,8 @@ class CallLane(Learner):
             return let_pass(self, func, args, kwargs or {})
         if stays(func, args, kwargs):
             return args[0]
+        if func is SET_ITEM and sets_a_number(*args):
+            return fill_part(self.call, *args)
         kwargs = kwargs or {}
         if func in ASKS:
             return self._asked(func, args, kwargs)
@@ -146,7 +149,8 @@ class CallLane(Learner):
 
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         kind = READS.get(func)
-        if kind is not None and len(args) == 1 and not kwargs and self._is_simple(args[0]):
+        # Of one number whose read comes to the recorder and to nobody else. Torch's way there takes 20 us.
+        if kind is not None and len(args) == 1 and not kwargs and is_simple(args[0]) and self.recorder.is_on_top():
             with _Mark("aten::item") if _profiled() else _NOTHING:
                 return kind(self.made(self.recorder.record, (ITEM, (), args)))
         tensors = tensors_in((args, kwargs))
@@ -155,11 +159,6 @@ class CallLane(Learner):
         if func in SHOWS_GRAPH and self.recorder.region.real:  # What its backward does may be something else the next time.
             self.recorder.region.past = None
         return self.made(func, args, kwargs)
-
-    def _is_simple(self, tensor: Any) -> bool:
-        """Is this one number, whose read comes to the recorder and to nobody else? Torch's way there takes 20 us."""
-        known = type(tensor) is LazyTensor and (type_ := tensor.cell.type).dtype in SIMPLE and type_.shape.numel() == 1
-        return known and self.recorder.is_on_top()
 
     def _backward_of_method(
         self, loss: Any, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False, inputs: Any = None

@@ -54,6 +54,13 @@ VALUES = frozenset(
 READS: dict[object, Any] = {Tensor.item: lambda number: number, Tensor.__bool__: bool, Tensor.__float__: float}
 # Of these dtypes Python makes of a number what torch does.
 SIMPLE = frozenset({torch.bool, torch.int64, torch.int32, torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+def is_simple(tensor: object) -> bool:
+    """Is this one number that is not computed yet, of such a dtype?"""
+    return type(tensor) is LazyTensor and (type_ := tensor.cell.type).dtype in SIMPLE and type_.shape.numel() == 1
+
+
 # They ask for a value, or for a place in the graph.
 ASKS = VALUES | frozenset(
     {_getter(name) for name in "grad_fn _version _base data output_nr retains_grad name _backward_hooks".split()}

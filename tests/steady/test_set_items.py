@@ -1,0 +1,133 @@
+"""A part of a tensor is set to a number: by a view and the number itself, not by a tensor on the CPU that torch makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kitsune
+from kitsune.pipeline import listeners
+
+STEPS = 10
+pytestmark = pytest.mark.usefixtures("repeatable")
+
+INDICES: dict[str, Any] = {
+    "a column": (slice(None), 0),
+    "a row": 2,
+    "the last": (Ellipsis, -1),
+    "a block": (slice(1, 3), slice(0, 6, 2)),
+    "from": slice(2, None),
+    "a new dimension": (None, 1),
+    "one number": (3, 4),
+    "none": slice(4, 4),
+    "all": slice(None),
+    "all of it": Ellipsis,
+    "both": (slice(None), slice(None)),
+    "a list": [0, 2],
+    "a mask": torch.arange(8) % 3 == 0,
+    "a tensor": torch.tensor([1, 5]),
+    "as far as a tensor says": slice(None, torch.tensor(3)),
+    "too far": (slice(None), 12),
+    "too many": (0, 0, 0),
+}
+VALUES = [0, 1.5, True, -0.0, float("nan"), float("-inf"), 3, 65504.1, 1e300, 2**70]
+FOLLOWED = ["a column", "a row", "the last", "a block", "from", "a new dimension", "one number", "none"]
+
+
+@pytest.fixture(params=[0, 1], ids=["warmup=0", "warmup=1"])
+def kitsunes(request: pytest.FixtureRequest) -> Any:
+    kitsune.reset()
+    return lambda: kitsune.accelerate(device="cpu", warmup=request.param)
+
+
+def bits(t: Tensor) -> Any:
+    return t.dtype, t.double().view(torch.int64).tolist() if t.is_floating_point() else t.tolist()
+
+
+def set_all(index: Any) -> list[Any]:
+    found: list[Any] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool, torch.int8, torch.int64):
+        for value in VALUES:
+            y = (torch.arange(64).view(8, 8) % 5).to(dtype)
+            before = y._version
+            try:
+                y[index] = value
+            except (RuntimeError, IndexError, ValueError) as error:
+                found.append(str(error))
+            found += [y._version - before, bits(y)]
+    return found
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
+def test_every_number_by_every_index_is_as_in_eager(index: Any, kitsunes: Any) -> None:
+    expected = set_all(index)
+    with kitsune.config.patch(gate=False), kitsunes():
+        for _ in range(3):
+            assert set_all(index) == expected
+
+
+def train(index: Any) -> list[Any]:
+    torch.manual_seed(0)
+    first, head = nn.Linear(6, 8), nn.Linear(8, 3)
+    optimizer = torch.optim.SGD([*first.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
+    x, y, losses = torch.randn(8, 6), torch.arange(8) % 3, []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        # What autograd has saved may not be written.
+        h = first(x).tanh() * 1
+        mask = torch.ones(8, 8)
+        h[index] = 0.25
+        mask[index] = 0
+        loss = nn.functional.cross_entropy(head(h * mask), y)
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+    return [t.tolist() for t in (*losses, *first.parameters(), *head.parameters())]
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_backward_through_what_was_set_is_followed(name: str, kitsunes: Any) -> None:
+    expected = train(INDICES[name])
+    graphs: list[Any] = []
+    listeners.append(graphs.append)
+    try:
+        with kitsune.config.patch(gate=False), kitsunes():
+            assert train(INDICES[name]) == expected
+    finally:
+        listeners.remove(graphs.append)
+    assert kitsune.counters()["backwards_followed"] >= STEPS - 5, kitsune.explain()
+    # A tensor of the number would come in each time.
+    assert not [op for graph in graphs for op in graph.ops if op.target is torch.ops.aten.fill_.Tensor]
+
+
+def test_a_leaf_may_be_written_without_gradients(kitsunes: Any) -> None:
+    def padded() -> list[Any]:
+        torch.manual_seed(0)
+        table = nn.Embedding(5, 3)
+        optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+        for k in range(STEPS):
+            optimizer.zero_grad()
+            table(torch.tensor([0, 1, 2, k % 5])).square().sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                table.weight[0] = 0
+        return table.weight.tolist()
+
+    expected = padded()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert padded() == expected
+
+
+def test_a_leaf_that_may_not_be_written_is_refused_in_torchs_words(kitsunes: Any) -> None:
+    def refused() -> str:
+        leaf = nn.Parameter(torch.zeros(3, 3))
+        with pytest.raises(RuntimeError) as error:
+            leaf[:, 0] = 1
+        return str(error.value)
+
+    expected = refused()
+    with kitsunes():
+        assert refused() == expected
