@@ -69,16 +69,16 @@ def test_every_number_by_every_index_is_as_in_eager(index: Any, kitsunes: Any) -
             assert set_all(index) == expected
 
 
-def train(index: Any) -> list[Any]:
+def train(index: Any, device: str = "cpu") -> list[Any]:
     torch.manual_seed(0)
-    first, head = nn.Linear(6, 8), nn.Linear(8, 3)
+    first, head = nn.Linear(6, 8).to(device), nn.Linear(8, 3).to(device)
     optimizer = torch.optim.SGD([*first.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
-    x, y, losses = torch.randn(8, 6), torch.arange(8) % 3, []
+    x, y, losses = torch.randn(8, 6).to(device), (torch.arange(8) % 3).to(device), []
     for _ in range(STEPS):
         optimizer.zero_grad()
         # What autograd has saved may not be written.
         h = first(x).tanh() * 1
-        mask = torch.ones(8, 8)
+        mask = torch.ones(8, 8, device=device)
         h[index] = 0.25
         mask[index] = 0
         loss = nn.functional.cross_entropy(head(h * mask), y)
@@ -101,6 +101,17 @@ def test_a_backward_through_what_was_set_is_followed(name: str, kitsunes: Any) -
     assert kitsune.counters()["backwards_followed"] >= STEPS - 5, kitsune.explain()
     # A tensor of the number would come in each time.
     assert not [op for graph in graphs for op in graph.ops if op.target is torch.ops.aten.fill_.Tensor]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_step_that_sets_a_part_is_a_graph(name: str) -> None:
+    kitsune.reset()
+    expected = train(INDICES[name], "cuda")
+    with kitsune.config.patch(gate=False, fuse=False), kitsune.accelerate(device="cuda"):
+        assert train(INDICES[name], "cuda") == expected
+    counters = kitsune.counters()
+    assert counters["replayed"] >= STEPS - 6 and not counters["graph_refused"], counters
 
 
 def test_a_leaf_may_be_written_without_gradients(kitsunes: Any) -> None:
