@@ -53,12 +53,17 @@ def runner() -> Any:
     return pipeline.runner
 
 
-def loop(context: Any, steps: int = 4) -> list[torch.Tensor]:
-    """What training leaves: losses, parameters, gradients and the optimizer's state."""
+def small_training() -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor, torch.Tensor]:
+    """A model with dropout, its optimizer, and a batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True)
-    x, target = torch.randn(8, 6), torch.arange(8) % 3
+    return model, optimizer, torch.randn(8, 6), torch.arange(8) % 3
+
+
+def loop(context: Any, steps: int = 4) -> list[torch.Tensor]:
+    """What training leaves: losses, parameters, gradients and the optimizer's state."""
+    model, optimizer, x, target = small_training()
     losses = []
     with context:
         for _ in range(steps):

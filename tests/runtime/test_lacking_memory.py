@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import kitsune
@@ -19,7 +18,7 @@ from kitsune.memory.pool import MemoryPool
 from kitsune.runtime import prepare, replay
 from kitsune.runtime.calls import call_of
 from kitsune.runtime.lent_outputs import Lent
-from tests.runtime.backends import assert_equal, lazily, runner
+from tests.runtime.backends import assert_equal, lazily, runner, small_training
 from tests.runtime.checked import copied, outcome, record
 from tests.runtime.repeated import Repeated, Repeater, counts, graphs
 
@@ -45,10 +44,7 @@ class Full:
 
 def train(context: Any, full: Full | None = None) -> list[torch.Tensor]:
     """Steps, a look at the model with which memory is full, and steps again."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.2), nn.Linear(16, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True)
-    x, target = torch.randn(8, 6), torch.arange(8) % 3
+    model, optimizer, x, target = small_training()
     kept = []
     with context:
         for step in range(14):
