@@ -31,6 +31,9 @@ def sets_a_number(tensor: Any, index: Any = None, value: Any = None) -> bool:
         return False
     if torch.is_grad_enabled() and (tensor.is_leaf if tensor.requires_grad else _base_of(tensor) is not None):
         return False
+    # A view of a leaf, taken without gradients, leaves the backward of a region that writes it unknown.
+    if type(tensor) is not LazyTensor and tensor.requires_grad:
+        return False
     parts = index if type(index) is tuple else (index,)
     # Of all of it torch takes no view.
     return all(map(_is_plain, parts)) and any(map(_takes_part, parts))

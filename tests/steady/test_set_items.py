@@ -180,3 +180,18 @@ def test_what_has_one_place_for_several_numbers_is_refused_and_has_its_gradient(
     expected = refused()
     with kitsune.config.patch(gate=False), kitsunes():
         assert refused() == expected
+
+
+def test_a_leaf_that_is_written_before_a_step_keeps_its_backward_followed(kitsunes: Any) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 12), torch.randn(8, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with kitsune.config.patch(gate=False), kitsunes():
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            with torch.no_grad():
+                layer.weight[0] = 0
+                layer.bias[1:3] = 0.5
+            layer(x).square().mean().backward()
+            optimizer.step()
+    assert kitsune.counters()["backwards_followed"] >= STEPS - 5, kitsune.explain()
