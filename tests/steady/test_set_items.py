@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -142,3 +143,66 @@ def test_a_leaf_that_may_not_be_written_is_refused_in_torchs_words(kitsunes: Any
     expected = refused()
     with kitsunes():
         assert refused() == expected
+
+
+# What torch says of them, and what it does, is not what it says of a view that is filled.
+ODD: dict[str, Callable[[], Tensor]] = {
+    "no sign": lambda: (torch.arange(6).view(2, 3) * 1.0).to(torch.float8_e8m0fnu),
+    "no infinity": lambda: (torch.arange(6).view(2, 3) * 1.0).to(torch.float8_e4m3fn),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+}
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_a_tensor_of_another_kind_is_set_or_refused_as_torch_does(make: Callable[[], Tensor], kitsunes: Any) -> None:
+    def set_row() -> list[Any]:
+        found: list[Any] = []
+        for value in VALUES:
+            tensor = make()
+            try:
+                tensor[0] = value
+            except (RuntimeError, TypeError, ValueError) as error:
+                found.append((type(error), str(error)))
+            if not tensor.is_nested:
+                found.append(tensor.to_dense().float().nan_to_num(7.5).tolist())
+        return found
+
+    expected = set_row()
+    with kitsune.config.patch(gate=False), kitsunes():
+        for _ in range(3):
+            assert set_row() == expected
+
+
+def test_what_has_one_place_for_several_numbers_is_refused_and_has_its_gradient(kitsunes: Any) -> None:
+    def refused() -> list[Any]:
+        torch.manual_seed(0)
+        layer, found = nn.Linear(6, 12), list[Any]()
+        for _ in range(4):
+            layer.weight.grad = None
+            h = layer(torch.ones(8, 6))[:, :1].expand(8, 3)
+            with pytest.raises(RuntimeError) as error:
+                h[0] = 0
+            h.sum().backward()
+            assert layer.weight.grad is not None
+            found += [str(error.value), layer.weight.grad.tolist()]
+        return found
+
+    expected = refused()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert refused() == expected
+
+
+def test_a_leaf_that_is_written_before_a_step_keeps_its_backward_followed(kitsunes: Any) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 12), torch.randn(8, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with kitsune.config.patch(gate=False), kitsunes():
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            with torch.no_grad():
+                layer.weight[0] = 0
+                layer.bias[1:3] = 0.5
+            layer(x).square().mean().backward()
+            optimizer.step()
+    assert kitsune.counters()["backwards_followed"] >= STEPS - 5, kitsune.explain()
