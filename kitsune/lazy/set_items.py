@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from kitsune.lazy.tensor import LazyTensor
 
 SET_ITEM: Any = Tensor.__setitem__
 _GET_ITEM: Any = Tensor.__getitem__
 _FILL: Any = Tensor.fill_
-_OWN = (LazyTensor, Tensor, Parameter)
 _NUMBERS = (int, type(None))
 # Of these torch refuses a number beyond the largest one alone, and no sign, zero or infinity.
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -22,17 +20,17 @@ _base_of: Any = torch._C.TensorBase._base.__get__  # type: ignore[union-attr]
 
 
 def sets_a_number(tensor: Any, index: Any = None, value: Any = None) -> bool:
-    """Is a part of a tensor, by numbers and slices, filled with a number that is one of its dtype?"""
-    if type(value) not in (int, float, bool) or type(tensor) not in _OWN:
+    """Is a part of a result, by numbers and slices, filled with a number that is one of its dtype?
+
+    A view of a parameter, taken without gradients, would leave the backward of a region that writes it unknown.
+    """
+    if type(tensor) is not LazyTensor or type(value) not in (int, float, bool) or torch.is_inference_mode_enabled():
         return False
-    # Torch says at once of a number that the dtype has no room for it, and of a leaf that it may not be written, nor a view that
-    # was taken without gradients.
-    if not _has_room(tensor.dtype, value) or not _lies_plainly(tensor):
+    # Torch says at once of a number that the dtype has no room for it, of what has several elements in one place, and of a leaf,
+    # or a view that was taken without gradients, that they may not be written.
+    if not _has_room(tensor.dtype, value) or 0 in tensor.stride():
         return False
     if torch.is_grad_enabled() and (tensor.is_leaf if tensor.requires_grad else _base_of(tensor) is not None):
-        return False
-    # A view of a leaf, taken without gradients, leaves the backward of a region that writes it unknown.
-    if type(tensor) is not LazyTensor and tensor.requires_grad:
         return False
     parts = index if type(index) is tuple else (index,)
     # Of all of it torch takes no view.
@@ -45,13 +43,6 @@ def _has_room(dtype: torch.dtype, value: Any) -> bool:
     if type(value) is int and not -(2**63) <= value < 2**63:
         return False
     return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
-
-
-def _lies_plainly(tensor: Any) -> bool:
-    """Has each number a place of its own? Torch refuses at once to write what has not, and parts of sparse or nested tensors."""
-    if type(tensor) is not LazyTensor and (tensor.layout is not torch.strided or tensor.is_nested):
-        return False
-    return 0 not in tensor.stride()
 
 
 def _is_plain(part: Any) -> bool:
