@@ -133,9 +133,9 @@ def is_ungraded(func: object, args: Any, kwargs: Any) -> bool:
 
     It is made under no_grad, by which who is let in with a history is marked as one that was looked at.
     """
-    if func not in UNGRADED or "out" in kwargs:
-        return False
-    return all(type(a) in _OWN or not hasattr(type(a), "__torch_function__") for a in (*args, *kwargs.values()))
+    return func in UNGRADED and all(
+        type(a) in _OWN or not hasattr(type(a), "__torch_function__") for a in (*args, *kwargs.values())
+    )
 
 
 # They write their first argument if they are asked to.

@@ -24,7 +24,7 @@ def sets_a_number(tensor: Any, index: Any = None, value: Any = None) -> bool:
 
     A view of a parameter, taken without gradients, would leave the backward of a region that writes it unknown.
     """
-    if type(tensor) is not LazyTensor or type(value) not in (int, float, bool) or torch.is_inference_mode_enabled():
+    if type(tensor) is not LazyTensor or type(value) not in (int, float, bool):
         return False
     # Torch says at once of a number that the dtype has no room for it, of what has several elements in one place, and of a leaf,
     # or a view that was taken without gradients, that they may not be written.

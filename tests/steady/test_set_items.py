@@ -134,11 +134,14 @@ def test_a_leaf_may_be_written_without_gradients(kitsunes: Any) -> None:
 
 
 def test_a_leaf_that_may_not_be_written_is_refused_in_torchs_words(kitsunes: Any) -> None:
-    def refused() -> str:
-        leaf = nn.Parameter(torch.zeros(3, 3))
-        with pytest.raises(RuntimeError) as error:
-            leaf[:, 0] = 1
-        return str(error.value)
+    def refused() -> list[str]:
+        found = []
+        # The second one is made where results are recorded.
+        for leaf in (nn.Parameter(torch.zeros(3, 3)), torch.zeros(3, 3).add(1).requires_grad_()):
+            with pytest.raises(RuntimeError) as error:
+                leaf[:, 0] = 1
+            found.append(str(error.value))
+        return found
 
     expected = refused()
     with kitsunes():
@@ -206,3 +209,46 @@ def test_a_leaf_that_is_written_before_a_step_keeps_its_backward_followed(kitsun
             layer(x).square().mean().backward()
             optimizer.step()
     assert kitsune.counters()["backwards_followed"] >= STEPS - 5, kitsune.explain()
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
+def test_what_was_set_has_the_history_that_it_has_in_eager(index: Any, kitsunes: Any) -> None:
+    def histories() -> list[Any]:
+        torch.manual_seed(0)
+        layer, found = nn.Linear(6, 8), list[Any]()
+        for _ in range(5):
+            h = layer(torch.ones(8, 6)) * 2
+            try:
+                h[index] = 0.25
+            except IndexError:
+                continue
+            found.append(type(h.grad_fn).__name__)
+            found += [grad.tolist() for grad in torch.autograd.grad(h.square().sum(), [layer.weight])]
+        return found
+
+    expected = histories()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert histories() == expected
+
+
+def test_what_was_made_in_inference_mode_may_be_set_there(kitsunes: Any) -> None:
+    def train_beside() -> list[float]:
+        torch.manual_seed(0)
+        layer, losses = nn.Linear(6, 8), []
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            with torch.inference_mode():
+                y = torch.ones(4, 8)
+                y[0] = 1.5
+                y[:, 1:3][0] = 2
+            loss = (layer(torch.ones(4, 6)) * y.sum().item()).square().mean() / 1e6
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    expected = train_beside()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert train_beside() == expected
+    assert kitsune.counters()["backwards_followed"] >= STEPS - 5
