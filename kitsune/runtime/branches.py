@@ -23,6 +23,8 @@ class Branches:
 
     def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
         self._launches, self._device = launches, device
+        # Known ahead of the capture.
+        self._sides = _sides(device, max(launch.stream for launch in launches))
         self._waits = awaited(launches)
         self._awaited = {n for launch, waits in zip(launches, self._waits, strict=True) if not launch.is_empty for n in waits}
         self._met = meetings(launches)
@@ -30,7 +32,7 @@ class Branches:
     def run(self, instructions: Sequence[Instruction], frame: Frame) -> None:
         """Raises what the instructions raise, with the streams joined."""
         main = torch.cuda.current_stream(self._device)
-        streams = [main, *_sides(self._device, max(launch.stream for launch in self._launches))]
+        streams = [main, *self._sides]
         done: dict[int, torch.cuda.Event] = {}
         dropped: list[Instruction] = []
         _fork(streams)
@@ -124,6 +126,11 @@ def _on(stream: torch.cuda.Stream, main: torch.cuda.Stream, frame: Frame) -> Ite
     finally:
         enter(place_of(main))
         frame.stream = before
+
+
+def of_products(device: torch.device) -> list[torch.cuda.Stream]:
+    """Streams beside the main one that plans may have matrix products on: they stay on two."""
+    return _side_streams.get(device.index or 0, [])[:1]
 
 
 def _sides(device: torch.device, n: int) -> list[torch.cuda.Stream]:

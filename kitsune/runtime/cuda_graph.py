@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from kitsune.ir import plain_times, streams, workspaces
+from kitsune.runtime import branches
 from kitsune.runtime.idle import WORTH_GIVING_BACK, give_back, reserved_bytes
 from kitsune.runtime.letter import Letter
 
@@ -161,6 +162,10 @@ class CudaGraphs:
             # Not a MemPool, which ends the process if it dies before its graph.
             pool, before = torch.cuda.graph_pool_handle(), reserved_bytes(self.device)
             workspaces.let_go()
+            workspaces.keep_outside()
+            for stream in branches.of_products(self.device):
+                with streams.entered(stream):
+                    workspaces.keep_outside()
             try:
                 begin()
                 # Let go of at once: most of what the work asks for is then cut from one block.

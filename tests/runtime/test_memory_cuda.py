@@ -12,12 +12,15 @@ from torch import nn
 
 import kitsune
 from kitsune.config import config
+from kitsune.ir import workspaces
 from tests.runtime.checked import forget
 from tests.runtime.repeated import counts
 
 pytestmark = pytest.mark.gpu
 SECONDS = 120.0
 SPARE = 32 << 20
+# Of cuBLAS's, on an H100 and an H200.
+WORKSPACE = 32 << 20
 Step = Callable[[], Any]
 
 
@@ -96,11 +99,18 @@ def most_reserved(run: Callable[[Step], None]) -> tuple[int, int]:
     return torch.cuda.max_memory_reserved() - before, reserved[0] - before
 
 
-def test_no_more_is_held_than_by_a_graph_of_eager_on_the_way_and_less_in_the_end() -> None:
+@pytest.mark.parametrize("others", [False, True], ids=["nobody else", "beside graphs from before"])
+def test_no_more_is_held_than_by_a_graph_of_eager_on_the_way_and_less_in_the_end(
+    others: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With graphs that may refer to them, no workspace of cuBLAS's is let go of: one would have kept the memory of a whole graph.
+    monkeypatch.setattr(workspaces, "_are_of_others", lambda: others)
     most_by_hand, at_last_by_hand = most_reserved(by_hand)
     most, at_last = most_reserved(under_kitsune)
     assert most <= 1.05 * most_by_hand, (most, most_by_hand)
-    assert at_last <= at_last_by_hand, (at_last, at_last_by_hand)
+    # Those of the stream of the steps and of the one that captures stay.
+    kept = 2 * WORKSPACE if others else 0
+    assert at_last <= at_last_by_hand + kept, (at_last, at_last_by_hand)
 
 
 def test_eager_steps_that_are_measured_have_the_memory_of_graphs_and_leave_nothing_behind() -> None:
