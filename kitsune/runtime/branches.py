@@ -23,16 +23,19 @@ class Branches:
 
     def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
         self._launches, self._device = launches, device
-        # Known ahead of the capture.
-        self._sides = _sides(device, max(launch.stream for launch in launches))
+        self._n_sides = max(launch.stream for launch in launches)
         self._waits = awaited(launches)
         self._awaited = {n for launch, waits in zip(launches, self._waits, strict=True) if not launch.is_empty for n in waits}
         self._met = meetings(launches)
 
+    def make_streams(self) -> None:
+        """To be called ahead of a capture, which has to know them."""
+        _sides(self._device, self._n_sides)
+
     def run(self, instructions: Sequence[Instruction], frame: Frame) -> None:
         """Raises what the instructions raise, with the streams joined."""
         main = torch.cuda.current_stream(self._device)
-        streams = [main, *self._sides]
+        streams = [main, *_sides(self._device, self._n_sides)]
         done: dict[int, torch.cuda.Event] = {}
         dropped: list[Instruction] = []
         _fork(streams)

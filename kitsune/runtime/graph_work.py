@@ -101,6 +101,8 @@ def plan_work(
     sends = () if there is None else (Send(awaited, lambda tensors: sending[0](tensors)),)
     inside = replace(prepared, instructions=(*head[:there], *sends, *head[there:]) if sends else head)
     device, layout = prepared.device, prepared.layout
+    if prepared.branches is not None:
+        prepared.branches.make_streams()
     arena = arenas.arena(prepared.plan.arena, device, streams.current_handle(device)) if layout.arena else None
     left = _LeftOut(rest) if rest else None
 
