@@ -60,7 +60,10 @@ def rewrite(region: Any, edge: Edge, flat: list[Any]) -> None:
 
 
 def place(region: Any, made: Made, wrapper: LazyTensor) -> LazyTensor:
-    """Let a new wrapper stand for what a call has made."""
+    """Let a wrapper stand for what a call has made, a new one unless the call has turned it."""
+    if made.turned is not None:
+        wrapper.cell.owed = made
+        return wrapper
     wrapper.cell = cell = Cell(region, made.ref, made.type, made.storage)
     if made.graded is not None:
         cell.owed = made

@@ -10,12 +10,13 @@ from kitsune.lazy.backward_matchers import BackwardMatcher, spend
 from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.cell import is_leaf
 from kitsune.lazy.cuts import calls_behind, regret
-from kitsune.lazy.edges import Edge, Incoming, Made, Returned, begin_of
+from kitsune.lazy.edges import Edge, Incoming, Made, begin_of
 from kitsune.lazy.full_backwards import is_distributed, runs_hooks, why_full
 from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
+from kitsune.lazy.returned import Returned
 from kitsune.lazy.sites import user_site
-from kitsune.lazy.tensor import LazyTensor, wrapper_maker
+from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.wholes import Mark
 from kitsune.lazy.write_counts import count_writes
 
@@ -124,7 +125,7 @@ def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: di
 def _gradients(region: Any, before: dict[int, Any], first: int) -> list[tuple[int, Made]] | None:
     """(leaf's value, its gradient) of every leaf that got a new one; None if that cannot be made again without the backward."""
     grads = []
-    returned = Returned(None, [], region, first, wrapper_maker)
+    returned = Returned(None, [], region, first, [])
     for number, (leaf, grad) in before.items():
         now = leaf.grad
         if now is grad:

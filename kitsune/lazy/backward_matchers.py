@@ -15,7 +15,7 @@ from kitsune.lazy.cell import Cell, is_leaf, left_in
 from kitsune.lazy.cuts import Absent
 from kitsune.lazy.edges import Edge, Incoming, Made
 from kitsune.lazy.matcher_steps import MISS
-from kitsune.lazy.realize import MADE
+from kitsune.lazy.realize import FLAT, MADE
 from kitsune.lazy.replaced import is_untouched
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.used_again import give_back
@@ -142,12 +142,14 @@ def spend(recorder: Any, region: Any, spent: frozenset[int], leaves: list[Any]) 
     for token in [t for t in made if type(t) is Absent]:
         token.spent = leaves
     made.clear()
-    if region.cut is not None:
-        # It has time until the next graph was started: since the cut the device has nothing to do.
-        are_left = left_in(region, wrappers)
-        recorder.lane.unused.add([*compress(wrappers, are_left)])
-        wrappers = [t for t, is_unused in zip(wrappers, are_left, strict=True) if not is_unused]
     region.calls = [call for k, call in enumerate(calls) if k not in spent]
+    if region.cut is not None:
+        # It has time until the next graph was started: since the cut the device has nothing to do. Calls that are still owed have
+        # to find of what they were given that its graph is used up.
+        given = {id(t) for call in region.calls for t in call[FLAT]}
+        are_unused = [is_left and id(t) not in given for t, is_left in zip(wrappers, left_in(region, wrappers), strict=True)]
+        recorder.lane.unused.add([*compress(wrappers, are_unused)])
+        wrappers = [t for t, is_unused in zip(wrappers, are_unused, strict=True) if not is_unused]
     left = [k for k in range(len(calls)) if k not in spent]
     region.counted = [(bisect_left(left, n), tensors) for n, tensors in region.counted] if left else []
     del calls

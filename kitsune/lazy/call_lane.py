@@ -35,13 +35,13 @@ from kitsune.lazy.hands_off import (
     may_write,
     stays,
 )
+from kitsune.lazy.items import ITEMS, item
 from kitsune.lazy.learning import Learner, Sight
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import attach_bases, attach_spent, realize, settle_spent, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.replaced import DOORS, is_untouched, original_of
-from kitsune.lazy.set_items import SET_ITEM, fill_part, sets_a_number
 from kitsune.lazy.spent_views import written_views
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
@@ -86,8 +86,8 @@ class CallLane(Learner):
             return let_pass(self, func, args, kwargs or {})
         if stays(func, args, kwargs):
             return args[0]
-        if func is SET_ITEM and sets_a_number(*args):
-            return fill_part(self.call, *args)
+        if func in ITEMS and (found := item(self, func, *args)) is not MISS:
+            return found
         kwargs = kwargs or {}
         if func in ASKS:
             return self._asked(func, args, kwargs)
@@ -182,7 +182,7 @@ class CallLane(Learner):
     def _follow(self, region: Any, edge: Edge, args: Any, kwargs: Any, call: Incoming) -> Any:  # noqa: C901
         recorder, flat, start = self.recorder, call.flat, region.node
         # Before anything else: who makes objects may have others finalized, and their finalizers may end the region.
-        wrappers = [made.make() for made in edge.made]
+        wrappers = [made.make() if made.turned is None else flat[made.turned] for made in edge.made]
         with recorder.lock:
             if recorder.region is not region or region.node is not start:
                 return self.call(edge.func, (), args, kwargs)

@@ -7,7 +7,7 @@ calls in which autograd had them. What of it nobody else sees may be handed over
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 
 from kitsune.ir import Barrier, Handover
@@ -196,7 +196,7 @@ def recall_results(region: Any) -> None:
     absent = {id(t): t for _, _, _, flat, made, _ in region.calls for t in (*flat, *made) if type(t) is Absent}
     first = 0 if region.cut is None else region.cut.n_values
     # What was left, but not taken from them.
-    ours = [t for t, _ in _made(region) if type(t) is LazyTensor]
+    ours = [*{id(t): t for _, _, _, *both, _ in region.calls for t in chain(*both) if type(t) is LazyTensor}.values()]
     left = [t.cell for t in compress(ours, left_in(region, ours))]
     region.see(left)
     for cell in left:

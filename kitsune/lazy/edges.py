@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from kitsune.ir import TensorType
-from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.cell import Cell, Ref, ref, serial_of
 from kitsune.lazy.tensor import LazyTensor
-from kitsune.lazy.trie import GENERAL, NOTHING, ONE, SELF, Node
+from kitsune.lazy.trie import Node
 
 _storage_offset: Any = torch._C.TensorBase.storage_offset
 
@@ -34,7 +33,10 @@ class Incoming:
 
 @dataclass(slots=True)
 class Made:
-    """A tensor that a call returns: its value, type and storage, what makes its wrapper, and the name of its history, if any."""
+    """A tensor that a call returns: its value, type and storage, what makes its wrapper, and the name of its history, if any.
+
+    Or one that the call was given, among its tensors at position `turned`, and that has got a history by being written.
+    """
 
     ref: Ref
     type: TensorType
@@ -43,6 +45,7 @@ class Made:
     graded: str | None
     # As what the call made it, before it wrote to it.
     born: int = 0
+    turned: int | None = None
     # Wrappers that were this in an earlier region, and that nobody holds any more; see `used_again.py`.
     spare: list[Any] = field(default_factory=list, init=False, compare=False, repr=False)
 
@@ -140,15 +143,17 @@ class Before:
                 beside.append((tensor, value))
         return beside
 
+    def turned(self) -> list[int]:
+        """The tensors that have got a history since, by being written; and so have all that share their memory."""
+        first = {id(t): k for k, t in reversed(list(enumerate(self._flat)))}
+        return sorted(k for k in first.values() if self._flat[k].requires_grad and not self._graded[k])
+
     def written(self) -> tuple[tuple[tuple[int, Ref], ...], tuple[int, ...]] | None:
         """The tensors that have been written since, as an Edge has them; None if one of them is of another kind now."""
         rewrites, bumps, seen = [], [], set()
         for k, (tensor, known, value) in enumerate(zip(self._flat, self._cells, self._refs, strict=True)):
             cell = cell_in(tensor, self._region)
             if cell is not known and known is not None:
-                return None
-            if tensor.requires_grad and not self._graded[k]:
-                # By being written; and so have all that share its memory.
                 return None
             if cell is None or id(tensor) in seen:
                 continue
@@ -243,58 +248,3 @@ def cell_in(tensor: Any, region: Any) -> Cell | None:
         cell: Cell = tensor.cell
         return cell if cell.region is region else None
     return region.plain.get(id(tensor))  # type: ignore[no-any-return]
-
-
-class Returned:
-    """What a call returned, in terms of the region; `fits` is False where it cannot be made again without the call."""
-
-    def __init__(self, result: Any, flat: list[Any], region: Any, first: int, maker: Any) -> None:
-        self.made: list[Made] = []
-        self.fits = True
-        self.graded = False
-        self._ids = {id(t): k for k, t in reversed(list(enumerate(flat)))}
-        self._seen: set[int] = set()
-        self._region, self._first, self._maker = region, first, maker
-        self.structure = self._described(result)
-
-    @property
-    def form(self) -> int:
-        """How the result is put together; see the trie."""
-        if isinstance(self.structure, Result):
-            return ONE
-        if isinstance(self.structure, Operand):
-            return SELF
-        return NOTHING if self.structure is None else GENERAL
-
-    def _described(self, result: Any) -> Any:
-        if isinstance(result, torch.Tensor):
-            return self._tensor(result)
-        if type(result) in (tuple, list) or type(result).__module__ == "torch.return_types":  # as `max` along a dimension has
-            return type(result)([self._described(x) for x in result])
-        if result is not None and type(result) not in (int, bool, str):
-            self.fits = False
-        return result
-
-    def _tensor(self, tensor: Any) -> Any:
-        if id(tensor) in self._ids:
-            return Operand(self._ids[id(tensor)])
-        made = self.new(tensor)
-        if made is None:
-            self.fits = False
-            return None
-        self.made.append(made)
-        return Result(len(self.made) - 1)
-
-    def new(self, tensor: Any) -> Made | None:
-        """A tensor that the call has made; None if it is another one, or came twice."""
-        cell = cell_in(tensor, self._region) if type(tensor) is LazyTensor else None
-        if cell is None or cell.external or id(tensor) in self._seen or cell.ref.id < self._first:
-            return None
-        self._seen.add(id(tensor))
-        graded = None
-        if tensor.requires_grad:
-            if tensor.is_leaf:
-                return None
-            graded = history_of(tensor)
-            self.graded = True
-        return Made(cell.ref, cell.type, cell.storage, self._maker(cell.type), graded)

@@ -11,7 +11,7 @@ from kitsune.lazy.call_keys import with_floats
 from kitsune.lazy.casts import are_kept_casts, kept_casts
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.cuts import Absent
-from kitsune.lazy.edges import Edge, Incoming, Returned, arrivals_of, born, cell_in, path_between, viewed_operands
+from kitsune.lazy.edges import Edge, Incoming, arrivals_of, born, cell_in, path_between, viewed_operands
 from kitsune.lazy.matcher_writer import example_of
 from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.node_hooks import NodeHooks
@@ -19,8 +19,10 @@ from kitsune.lazy.realize import Followed
 from kitsune.lazy.rebuild import tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.region import is_strided
-from kitsune.lazy.tensor import LazyTensor, wrapper_maker
+from kitsune.lazy.returned import Returned
+from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, SELF, Node
+from kitsune.lazy.turned import turned_by
 from kitsune.lazy.twins import Twin
 
 # Matchers are written in the background by so many.
@@ -181,7 +183,8 @@ class Learner:
         path = path_between(sight.start, region.node)
         if path is None:
             return None
-        returned = Returned(sight.result, flat, region, sight.first, wrapper_maker)
+        turned = turned_by(sight.before.turned(), flat, sight.start, region)
+        returned = Returned(sight.result, flat, region, sight.first, turned)
         if not path and not any(_has_history(t) for t in (*flat, *tensors_in(sight.result))):
             return _plain_edge(func, sight, region.node)
         # Without an op, a call may give back what it was given: `contiguous()`.
@@ -220,7 +223,7 @@ class Learner:
             moves=len(path) == 1 and bool(scalars) and list(scalars) == call.floats and _in_order(kwargs),
             structure=returned.structure,
             form=returned.form,
-            made=tuple(returned.made),
+            made=(*returned.made, *(turned or ())),
             # Who writes to a tensor with a history, maybe through a view of it, gets a place in that history.
             graded=returned.graded or (torch.is_grad_enabled() and bool(dirty) and any(t.requires_grad for t in flat)),
             floats=list(call.floats),

@@ -11,7 +11,7 @@ from torch.nn import Module, Parameter
 
 from kitsune.ir.graph import Operand, Result
 from kitsune.lazy.cell import Cell
-from kitsune.lazy.edges import Edge, begin_of
+from kitsune.lazy.edges import Edge, Made, begin_of
 from kitsune.lazy.matcher_writer import Unsuited, Writer, serial_of_result
 from kitsune.lazy.rebuild import fill
 from kitsune.lazy.scalar_sources import kind_of
@@ -53,7 +53,7 @@ def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], 
         w.unless(f"begin_of({w.flat[k]}) == {begin}")
     for k in written_views(edge):
         w.unless(f"not {w.cells[k]}.spent")
-    made = w.new_names(len(edge.made))
+    made = [a if m.turned is None else w.flat[m.turned] for a, m in zip(w.new_names(len(edge.made)), edge.made, strict=True)]
     _arrive(w, edge, then)
     if edge.dirty:
         then += [f"{w.cells[k]}.ref = {w.bind(after)}" for k, after in edge.rewrites]
@@ -61,15 +61,11 @@ def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], 
         alone = len(written) == 1
         then.append(f"region.dirty.add({w.bind(written[0])})" if alone else f"region.dirty.update({w.bind(edge.dirty)})")
     for a, m in zip(made, edge.made, strict=True):
-        cell = f"Cell(region, {w.bind(m.ref)}, {w.bind(m.type)}, {w.bind(m.storage)})"
-        new = f"{a} = {w.bind(m.make)}(); {a}.cell = {a}_cell = {cell}"
-        if m.graded is None:
-            w.lines.append(new)
+        if m.turned is None:
+            _make(w, a, m)
+            then.append(f"region.produced.append({a}_cell)")
         else:
-            spare = w.bind(m.spare)
-            w.lines.append(f"if {spare}: {a} = {spare}.pop(); {a}_cell = {a}.cell; {a}_cell.region = region")
-            w.lines.append(f"else: {new}; {a}_cell.owed = {a}_cell.home = {w.bind(m)}")
-        then.append(f"region.produced.append({a}_cell)")
+            then.append(f"{w.cells[m.turned]}.owed = {w.bind(m)}")
     then.append(f"region.node = {w.bind(edge.node)}")
     if edge.graded:
         name = w.bind(edge)
@@ -86,6 +82,18 @@ def followed(w: Writer, edge: Edge, args: str, kwargs: str) -> tuple[list[str], 
         w.counts.append((edge, w.n_debts, [w.flat[k] for k in edge.bumps], w.cells[edge.bumps[0]]))
     then.append("recorder.tally.followed += 1")
     return then, _returned(w, edge.structure, made)
+
+
+def _make(w: Writer, a: str, made: Made) -> None:
+    """Make what a call returns."""
+    cell = f"Cell(region, {w.bind(made.ref)}, {w.bind(made.type)}, {w.bind(made.storage)})"
+    new = f"{a} = {w.bind(made.make)}(); {a}.cell = {a}_cell = {cell}"
+    if made.graded is None:
+        w.lines.append(new)
+        return
+    spare = w.bind(made.spare)
+    w.lines.append(f"if {spare}: {a} = {spare}.pop(); {a}_cell = {a}.cell; {a}_cell.region = region")
+    w.lines.append(f"else: {new}; {a}_cell.owed = {a}_cell.home = {w.bind(made)}")
 
 
 def _arrive(w: Writer, edge: Edge, then: list[str]) -> None:

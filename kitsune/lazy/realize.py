@@ -24,6 +24,7 @@ from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.spent_views import view_again
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
+from kitsune.lazy.turned import fresh, turn_back
 from kitsune.lazy.write_counts import Recount, is_owed
 
 
@@ -39,7 +40,7 @@ class Followed:
     epoch: int
 
 
-MADE = [field.name for field in dataclasses.fields(Followed)].index("made")
+FLAT, MADE = map([field.name for field in dataclasses.fields(Followed)].index, ("flat", "made"))
 _number = attrgetter("id")
 TWICE = (
     "Trying to backward through the graph a second time (or directly access saved tensors after they have already been freed). "
@@ -64,7 +65,7 @@ class Walk:
         assert path is not None
         path.reverse()
         self.path, self.start = path, call.edge.start
-        self.held = {made.born: tensor for made, tensor in zip(call.edge.made, call.made, strict=True)}
+        self.held = {made.born: tensor for made, tensor in zip(call.edge.made, call.made, strict=True) if made.turned is None}
 
     def take(self, row: Any, tensors: list[Any]) -> Any:
         """The results of an op."""
@@ -137,6 +138,7 @@ def _realize(recorder: Any, region: Any) -> None:
     calls, region.calls = [Followed(*debt) for debt in region.calls], []
     recount = Recount(region, [t for call in calls for t in call.made], recorder.lane.twins)
     owed = {id(t) for call in calls for t in call.made if is_owed(t)}
+    turn_back(calls)
     walk = Walk(region)
     hook, recorder.hook, recorder.walk = recorder.hook, None, walk
     try:
@@ -149,11 +151,12 @@ def _realize(recorder: Any, region: Any) -> None:
                 for tensor in call.made:
                     tensor.cell.owed = tensor.cell.home = None
                 # Writes to them are counted once more as they are made again.
-                torch._C._autograd._unsafe_set_version_counter(tuple(call.made), (0,) * len(call.made))
+                new = fresh(call.edge, call.made)
+                torch._C._autograd._unsafe_set_version_counter(tuple(new), (0,) * len(new))
                 for tensor in call.flat:
                     if tensor_is_spent(tensor):
                         attach_spent(recorder, tensor)
-                with versions_kept([t for t in call.flat if id(t) not in owed]):
+                with versions_kept(_counted_before(call, owed)):
                     recount.replaced(hand_over(call.edge.func(*call.args, **(call.kwargs or {})), call))
     finally:
         recorder.walk, recorder.hook, recorder.making = None, hook, False
@@ -161,9 +164,22 @@ def _realize(recorder: Any, region: Any) -> None:
     region.real = True
 
 
+def _counted_before(call: Followed, owed: set[int]) -> list[Any]:
+    """Those of a call's tensors whose writes were counted when it was followed. What was detached of one that is owed shares its
+    count, which is made again."""
+    known, new = ([t for t in call.flat if (id(t) in owed) is it_is] for it_is in (False, True))
+    if not (known and new and call.edge.bumps) or any(t.is_inference() for t in known):
+        return known
+    before, counts = [t._version for t in known], tuple(t._version for t in new)
+    increment_version(new)
+    known = [t for t, n in zip(known, before, strict=True) if t._version == n]
+    torch._C._autograd._unsafe_set_version_counter(tuple(new), counts)
+    return known
+
+
 def hand_over(result: Any, call: Followed) -> Iterator[tuple[LazyTensor, LazyTensor]]:
     """Let the wrappers that the program holds be the tensors that the call has returned; (now, before) of those replaced."""
-    for made, held in zip(tensors_in(_results(result, call.edge.structure)), call.made, strict=True):
+    for made, held in zip(tensors_in(_results(result, call.edge.structure)), fresh(call.edge, call.made), strict=True):
         if made is held or not made.requires_grad:
             continue
         try:

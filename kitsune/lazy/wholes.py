@@ -42,7 +42,7 @@ class Mark:
         region, call = self.region, self.call
         path = path_between(self.start, region.node)
         written = self._tensors.written()
-        if not path or written is None:
+        if not path or written is None or self._tensors.turned():
             return None
         arrivals = arrivals_of(path, list(call.fresh.values()), region)
         if arrivals is None:

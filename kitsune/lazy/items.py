@@ -1,0 +1,104 @@
+"""Parts of tensors that torch reads or sets in ways which no region can have: `y[:, 0] = 0`, `loss[mask].mean()`,
+`scores[mask] = -inf`. Each is made of other calls of torch's API, which say the same.
+
+For a number torch makes a tensor on the CPU, and has a view filled with that: no call could bring that tensor along the next
+time, and a region that reads one on the CPU is no CUDA graph. And what a mask names is counted on the host, for which the region
+would have to end.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kitsune.lazy.matcher_steps import MISS
+from kitsune.lazy.recording import PLAIN
+from kitsune.lazy.tensor import LazyTensor
+
+_GET: Any = Tensor.__getitem__
+_SET: Any = Tensor.__setitem__
+ITEMS = frozenset({_GET, _SET})
+_fill: Any = Tensor.fill_
+_masked_fill: Any = Tensor.masked_fill_
+_nonzero: Any = Tensor.nonzero
+# How many places masks have named here. Where it is another number each time, what follows is another region each time, and what
+# comes before is to be one of its own.
+MANY = 4
+_NUMBERS = (int, type(None))
+# Of these torch refuses a number beyond the largest one alone, and no sign, zero or infinity.
+_FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_base_of: Any = torch._C.TensorBase._base.__get__  # type: ignore[union-attr]
+
+
+def item(lane: Any, func: Any, tensor: Any, index: Any = MISS, value: Any = None) -> Any:
+    """What reading or setting a part of a result returns, if it is made of other calls; else MISS."""
+    if type(tensor) is not LazyTensor or index is MISS:
+        return MISS
+    if isinstance(index, Tensor):
+        return _of_mask(lane, func, tensor, index, value) if _is_mask_of(tensor, index) else MISS
+    if func is _SET and _may_be_filled(tensor, value) and _is_part(index):
+        lane.call(_fill, (), (lane.call(_GET, (), (tensor, index)), value))
+        return None
+    return MISS
+
+
+def _of_mask(lane: Any, func: Any, tensor: Any, mask: Any, value: Any) -> Any:
+    if func is _SET and _may_be_filled(tensor, value):
+        # As torch does it below autograd.
+        deeper = tensor.dim() - mask.dim()
+        mask = lane.call(_GET, (), (mask, (Ellipsis, *[None] * deeper))) if deeper else mask
+        lane.call(_masked_fill, (), (tensor, mask, value))
+        return None
+    if (func is _SET and not (isinstance(value, Tensor) and value.dim())) or lane.recorder.is_pending(mask):
+        # Of one that is still to be computed nobody can tell yet what it names.
+        return MISS
+    node = lane.recorder.region.node
+    if len(node.n_places) > MANY:
+        return MISS
+    # Eager asks for these as well, and waits as long.
+    places = lane.made(_nonzero, (mask,), {"as_tuple": True})
+    node.n_places |= {len(places[0])}
+    return lane.call(func, (), (tensor, places) if func is _GET else (tensor, places, value))
+
+
+def _is_mask_of(tensor: Any, index: Any) -> bool:
+    """Does it name elements of all dimensions, or of the first ones, as torch has it?"""
+    known = type(index) is LazyTensor or type(index) in PLAIN
+    return known and index.dtype is torch.bool and index.dim() > 0 and tensor.shape[: index.dim()] == index.shape
+
+
+def _may_be_filled(tensor: Any, value: Any) -> bool:
+    """May a result, or a part of it, be filled with this, which is a number of its dtype?
+
+    A view of a parameter, taken without gradients, would leave the backward of a region that writes it unknown.
+    """
+    # Torch says at once of a number that the dtype has no room for it, of what has several elements in one place, and of a leaf,
+    # or a view that was taken without gradients, that they may not be written.
+    if type(value) not in (int, float, bool) or not _has_room(tensor.dtype, value) or 0 in tensor.stride():
+        return False
+    return not torch.is_grad_enabled() or not (tensor.is_leaf if tensor.requires_grad else _base_of(tensor) is not None)
+
+
+def _has_room(dtype: torch.dtype, value: Any) -> bool:
+    if dtype not in _FLOATS:
+        return dtype is torch.bool and type(value) is bool
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        return False
+    return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
+
+
+def _is_part(index: Any) -> bool:
+    """Does it name a part, of which torch takes a view, by numbers and slices?"""
+    parts = index if type(index) is tuple else (index,)
+    return all(map(_is_plain, parts)) and any(map(_takes_part, parts))
+
+
+def _is_plain(part: Any) -> bool:
+    if type(part) is slice:
+        return all(type(n) in _NUMBERS for n in (part.start, part.stop, part.step))
+    return part is Ellipsis or type(part) in _NUMBERS
+
+
+def _takes_part(part: Any) -> bool:
+    return any(n is not None for n in (part.start, part.stop, part.step)) if type(part) is slice else part is not Ellipsis
