@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kitsune.ir import Barrier
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.recording import PLAIN
+from kitsune.lazy.region import is_strided
 from kitsune.lazy.tensor import LazyTensor
 
 _GET: Any = Tensor.__getitem__
@@ -44,27 +46,31 @@ def item(lane: Any, func: Any, tensor: Any, index: Any = MISS, value: Any = None
 
 
 def _of_mask(lane: Any, func: Any, tensor: Any, mask: Any, value: Any) -> Any:
-    if func is _SET and _may_be_filled(tensor, value):
-        # As torch does it below autograd.
+    if func is _SET and _may_be_filled(tensor, value) and not (torch.is_grad_enabled() and tensor.requires_grad):
+        # As torch does it below autograd, which has another name for it.
         deeper = tensor.dim() - mask.dim()
         mask = lane.call(_GET, (), (mask, (Ellipsis, *[None] * deeper))) if deeper else mask
         lane.call(_masked_fill, (), (tensor, mask, value))
         return None
-    if (func is _SET and not (isinstance(value, Tensor) and value.dim())) or lane.recorder.is_pending(mask):
-        # Of one that is still to be computed nobody can tell yet what it names.
+    recorder = lane.recorder
+    node = recorder.region.node
+    if (func is _SET and not (isinstance(value, Tensor) and value.dim())) or len(node.n_places) > MANY:
         return MISS
-    node = lane.recorder.region.node
-    if len(node.n_places) > MANY:
-        return MISS
+    if recorder.is_pending(mask):
+        # As a number is read of what is computed so far.
+        recorder.flush(Barrier.ITEM)
     # Eager asks for these as well, and waits as long.
-    places = lane.made(_nonzero, (mask,), {"as_tuple": True})
-    node.n_places |= {len(places[0])}
+    places = lane.made(_nonzero, (mask,))
+    node.n_places |= {len(places)}
+    with recorder.below_autograd():
+        # Each dimension's in memory of its own: what comes in is known by its memory.
+        places = tuple([numbers.clone() for numbers in places.unbind(1)])
     return lane.call(func, (), (tensor, places) if func is _GET else (tensor, places, value))
 
 
 def _is_mask_of(tensor: Any, index: Any) -> bool:
     """Does it name elements of all dimensions, or of the first ones, as torch has it?"""
-    known = type(index) is LazyTensor or type(index) in PLAIN
+    known = type(index) is LazyTensor or (type(index) in PLAIN and is_strided(index))
     return known and index.dtype is torch.bool and index.dim() > 0 and tensor.shape[: index.dim()] == index.shape
 
 

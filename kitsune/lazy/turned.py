@@ -45,4 +45,5 @@ def turn_back(calls: Iterable[Any]) -> None:
         counts.update([number for k in call.edge.bumps if (number := id(call.flat[k])) in tensors])
     for number, tensor in tensors.items():
         tensor.cell.owed = None
-        torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version - counts[number],))
+        # A wrapper of what the program had dropped has counted nothing.
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (max(tensor._version - counts[number], 0),))
