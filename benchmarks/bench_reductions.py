@@ -59,6 +59,11 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Sequ
     return aten.native_layer_norm_backward(grad.to(x.dtype), x, [x.shape[-1]], mean, rstd, weight, bias, [True, True, True])
 
 
+def norm_backward_kept(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+    """The same with the statistics that the forward has kept, as a training step has it."""
+    return aten.native_layer_norm_backward(grad.to(x.dtype), x, [x.shape[-1]], mean, rstd, weight, bias, [True, True, True])
+
+
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
     """Training: normalised by what the batch itself has, which is returned for the backward pass."""
     return aten.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
@@ -109,6 +114,11 @@ PROGRAMS = [
     Program("layer norm, short rows", lambda x: [F.layer_norm(x, (64,))], of((1048576, 64))),
     Program("residual and layer norm", residual_norm, of((32768, 768), (32768, 768), (768,), (768,), dtype=FP32)),
     Program("layer norm backward", norm_backward, (*of((32768, 768)), *of((32768, 768), (768,), (768,), dtype=FP32))),
+    Program(
+        "layer norm backward, statistics kept",
+        norm_backward_kept,
+        (*of((32768, 768)), *of((32768, 768), (32768, 1), (32768, 1), (768,), (768,), dtype=FP32)),
+    ),
     Program("bias gradient, in parts", lambda x: [x.sum(0).float()], of((65536, 768))),
     Program("bias gradient, in one", lambda x: [x.sum(0).float()], of((4096, 30522))),
     Program("gelu backward and bias gradient", gelu_bias, of((32768, 3072), (32768, 3072))),
