@@ -80,6 +80,9 @@ _ASKING = (
 )
 UNGRADED = _found(torch, _ASKING) | _found(Tensor, f"{_ASKING} __eq__ __ne__ __lt__ __le__ __gt__ __ge__")
 
+# They make of their first operand what is like the second, which they know by its shape and dtype.
+LIKE_ANOTHER = _found(Tensor, "expand_as view_as reshape_as type_as")
+
 # They view their operands as matrices: of a batch of three dimensions that is part of what they do.
 PRODUCTS = frozenset(
     _found(torch.nn.functional, "linear") | _found(torch, "matmul") | _found(Tensor, "matmul __matmul__ __rmatmul__")

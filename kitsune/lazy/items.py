@@ -34,25 +34,27 @@ _base_of: Any = torch._C.TensorBase._base.__get__  # type: ignore[union-attr]
 
 
 def item(lane: Any, func: Any, tensor: Any, index: Any = MISS, value: Any = None) -> Any:
-    """What reading or setting a part of a result returns, if it is made of other calls; else MISS."""
-    if type(tensor) is not LazyTensor or index is MISS:
-        return MISS
-    if isinstance(index, Tensor):
-        return _of_mask(lane, func, tensor, index, value) if _is_mask_of(tensor, index) else MISS
-    if func is _SET and _may_be_filled(tensor, value) and _is_part(index):
+    """What reading or setting a part of a tensor returns, if it is made of other calls; else MISS."""
+    parts = index if type(index) is tuple else (index,)
+    k = next((k for k, part in enumerate(parts) if isinstance(part, Tensor) and part.dtype is torch.bool), None)
+    if k is not None:
+        fits = _is_recorded(lane, tensor) and _is_recorded(lane, parts[k]) and _is_mask_of(tensor, parts, k)
+        return _of_mask(lane, func, tensor, parts, k, value) if fits else MISS
+    if func is _SET and type(tensor) is LazyTensor and _may_be_filled(tensor, value) and _is_part(parts):
         lane.call(_fill, (), (lane.call(_GET, (), (tensor, index)), value))
         return None
     return MISS
 
 
-def _of_mask(lane: Any, func: Any, tensor: Any, mask: Any, value: Any) -> Any:
-    if func is _SET and _may_be_filled(tensor, value) and not (torch.is_grad_enabled() and tensor.requires_grad):
+def _of_mask(lane: Any, func: Any, tensor: Any, parts: tuple[Any, ...], k: int, value: Any) -> Any:
+    recorder, mask = lane.recorder, parts[k]
+    owns = torch.is_grad_enabled() and tensor.requires_grad
+    if func is _SET and len(parts) == 1 and type(tensor) is LazyTensor and _may_be_filled(tensor, value) and not owns:
         # As torch does it below autograd, which has another name for it.
         deeper = tensor.dim() - mask.dim()
         mask = lane.call(_GET, (), (mask, (Ellipsis, *[None] * deeper))) if deeper else mask
         lane.call(_masked_fill, (), (tensor, mask, value))
         return None
-    recorder = lane.recorder
     node = recorder.region.node
     if (func is _SET and not (isinstance(value, Tensor) and value.dim())) or len(node.n_places) > MANY:
         return MISS
@@ -64,14 +66,23 @@ def _of_mask(lane: Any, func: Any, tensor: Any, mask: Any, value: Any) -> Any:
     node.n_places |= {len(places)}
     with recorder.below_autograd():
         # Each dimension's in memory of its own: what comes in is known by its memory.
-        places = tuple([numbers.clone() for numbers in places.unbind(1)])
-    return lane.call(func, (), (tensor, places) if func is _GET else (tensor, places, value))
+        index = (*parts[:k], *[numbers.clone() for numbers in places.unbind(1)], *parts[k + 1 :])
+    return lane.call(func, (), (tensor, index) if func is _GET else (tensor, index, value))
 
 
-def _is_mask_of(tensor: Any, index: Any) -> bool:
-    """Does it name elements of all dimensions, or of the first ones, as torch has it?"""
-    known = type(index) is LazyTensor or (type(index) in PLAIN and is_strided(index))
-    return known and index.dtype is torch.bool and index.dim() > 0 and tensor.shape[: index.dim()] == index.shape
+def _is_recorded(lane: Any, tensor: Any) -> bool:
+    """Is this a tensor that regions have to do with?"""
+    if type(tensor) is LazyTensor:
+        return True
+    return type(tensor) in PLAIN and tensor.device in lane.recorder.targets and is_strided(tensor)
+
+
+def _is_mask_of(tensor: Any, parts: tuple[Any, ...], k: int) -> bool:
+    """Does part `k` name elements of all dimensions that it has, as torch has it, with numbers and slices beside it?"""
+    if not all(type(part) is slice or type(part) in _NUMBERS for n, part in enumerate(parts) if n != k):
+        return False
+    first, mask = sum(part is not None for part in parts[:k]), parts[k]
+    return mask.dim() > 0 and tensor.shape[first : first + mask.dim()] == mask.shape
 
 
 def _may_be_filled(tensor: Any, value: Any) -> bool:
@@ -94,9 +105,8 @@ def _has_room(dtype: torch.dtype, value: Any) -> bool:
     return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
 
 
-def _is_part(index: Any) -> bool:
-    """Does it name a part, of which torch takes a view, by numbers and slices?"""
-    parts = index if type(index) is tuple else (index,)
+def _is_part(parts: tuple[Any, ...]) -> bool:
+    """Do they name a part, of which torch takes a view, by numbers and slices?"""
     return all(map(_is_plain, parts)) and any(map(_takes_part, parts))
 
 

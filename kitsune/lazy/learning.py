@@ -12,6 +12,7 @@ from kitsune.lazy.casts import are_kept_casts, kept_casts
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.cuts import Absent
 from kitsune.lazy.edges import Edge, Incoming, arrivals_of, born, cell_in, path_between, viewed_operands
+from kitsune.lazy.hands_off import LIKE_ANOTHER
 from kitsune.lazy.matcher_writer import example_of
 from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.node_hooks import NodeHooks
@@ -185,7 +186,8 @@ class Learner:
             return None
         turned = turned_by(sight.before.turned(), flat, sight.start, region)
         returned = Returned(sight.result, flat, region, sight.first, turned)
-        if not path and not any(_has_history(t) for t in (*flat, *tensors_in(sight.result))):
+        read = flat[:1] if func in LIKE_ANOTHER else flat
+        if not path and not any(_has_history(t) for t in (*read, *tensors_in(sight.result))):
             return _plain_edge(func, sight, region.node)
         # Without an op, a call may give back what it was given: `contiguous()`.
         if not path and not (returned.fits and returned.form == SELF):

@@ -22,8 +22,6 @@ class Returned:
         self._seen: set[int] = set()
         self._region, self._first = region, first
         self.structure = self._described(result)
-        storages = {made.storage for made in self.made}
-        self.fits = self.fits and storages.isdisjoint([made.storage for made in turned or ()])
 
     @property
     def form(self) -> int:

@@ -15,6 +15,7 @@ from kitsune.lazy.items import MANY
 
 STEPS = 10
 pytestmark = pytest.mark.usefixtures("repeatable")
+COLUMNS = torch.tensor([True, False, True])
 ROWS, EACH = torch.arange(8) % 3 > 0, torch.arange(24).view(8, 3) % 2 == 0
 
 
@@ -30,12 +31,16 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "losses": lambda out, y: F.cross_entropy(out, y, reduction="none")[ROWS].mean(),
     "elements": lambda out, y: out[EACH].square().mean(),
     "none": lambda out, y: out[ROWS & ~ROWS].sum() + out.square().mean(),
+    "columns": lambda out, y: out[:, COLUMNS].square().mean(),
+    "behind a number": lambda out, y: out[None, 3, COLUMNS].square().mean() + out.square().mean(),
+    "a dimension more": lambda out, y: out[None, :, COLUMNS, None].square().mean(),
+    "of what is given": lambda out, y: (out * (y.float() * 2)[ROWS].sum() + y[ROWS].sum()).square().mean(),
     "twice": lambda out, y: out[ROWS].mean() + out[~ROWS].square().mean(),
     "of the targets": lambda out, y: F.cross_entropy(out[y != 1], y[y != 1]),
     "set to rows": lambda out, y: (torch.zeros(8, 3).masked_fill(EACH, 1.0) * _set(out, ROWS, out[ROWS].tanh())).square().mean(),
-    "filled": lambda out, y: (out * _set(torch.ones(8, 3), EACH, 0.5)).square().mean(),
-    "filled rows": lambda out, y: (out * _set(torch.ones(8, 3), ROWS, 0)).square().mean(),
-    "filled where it is small": lambda out, y: (out * _set(torch.ones(8, 3), out.detach() < 0, 0.125)).square().mean(),
+    "filled": lambda out, y: (out * _set(torch.ones_like(out), EACH, 0.5)).square().mean(),
+    "filled rows": lambda out, y: (out * _set(torch.ones_like(out), ROWS, 0)).square().mean(),
+    "filled where it is small": lambda out, y: (out * _set(torch.ones_like(out), out.detach() < 0, 0.125)).square().mean(),
 }
 # Autograd's own name for it is that of the other way.
 OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -125,6 +130,13 @@ WRONG: dict[str, Any] = {
     "of the other dimension": torch.ones(3, dtype=torch.bool),
     "one": torch.tensor(True),
     "bytes": torch.ones(8, dtype=torch.uint8),
+    "a list": [True, False] * 4,
+    "two": (torch.ones(8, dtype=torch.bool), torch.ones(3, dtype=torch.bool)),
+    "beside a list": (torch.ones(8, dtype=torch.bool), [0] * 8),
+    "behind the others": (..., torch.ones(3, dtype=torch.bool)),
+    "of the second dimension": (slice(None), torch.ones(8, dtype=torch.bool)),
+    "behind too many": (0, 0, torch.ones(1, dtype=torch.bool)),
+    "of rows": (slice(None, 4), torch.tensor([True, False, True])),
     "sparse": torch.eye(8, 3).to_sparse().bool(),
 }
 
@@ -153,10 +165,10 @@ def test_what_is_no_mask_is_read_or_refused_as_in_eager(mask: Any, value: Any, k
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["rows", "losses", "elements", "twice", "filled", "filled rows"])
+@pytest.mark.parametrize("name", ["rows", "losses", "elements", "columns", "twice", "filled", "filled rows"])
 def test_a_step_with_a_mask_is_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kitsune.reset()
-    for mask in ("ROWS", "EACH"):
+    for mask in ("ROWS", "EACH", "COLUMNS"):
         monkeypatch.setitem(globals(), mask, globals()[mask].cuda())
     expected = train(LOSSES[name], "cuda")
     with kitsune.config.patch(gate=False, fuse=False), kitsune.accelerate(device="cuda"):

@@ -29,6 +29,11 @@ def added_by_index(h: Tensor) -> Tensor:
     return torch.zeros(8, 16).index_add_(0, INDEX, h[SOURCE])
 
 
+def spread_as(h: Tensor) -> Tensor:
+    """Which is known by its shape alone."""
+    return h.new_zeros(8, 16).scatter_add_(0, SOURCE[:8].view(-1, 1).expand_as(h), h)
+
+
 def scattered(h: Tensor) -> Tensor:
     return h.new_zeros(8, 16).scatter_add_(0, PLACES, h)
 
@@ -100,6 +105,7 @@ def by_scaled_rows(h: Tensor) -> Tensor:
 FOLLOWED = [
     added_by_index,
     scattered,
+    spread_as,
     added_twice,
     filled_in_turn,
     halves,
