@@ -236,6 +236,52 @@ def test_what_the_program_keeps_of_it_is_used_up_as_in_eager(kitsunes: Any) -> N
         assert (train(body, 3), end()) == expected
 
 
+def test_a_view_from_before_has_the_history_too(kitsunes: Any) -> None:
+    def seen() -> list[Any]:
+        torch.manual_seed(0)
+        layer, found = nn.Linear(6, 16), list[Any]()
+        for _ in range(STEPS):
+            z = torch.zeros(8, 16) + 1
+            v = z.view(-1)
+            # What was made so far is in a region of its own.
+            found.append(v.sum().item())
+            layer.weight.grad = None
+            a = z * 2
+            z.add_(layer(torch.ones(8, 6)))
+            (v.view(8, 16).square().sum() + (a * z).sum()).backward()
+            found.append(layer.weight.grad.sum().item())
+        return found
+
+    expected = seen()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert seen() == expected
+
+
+def test_what_the_program_dropped_by_a_read_is_written_again_for_its_graph(kitsunes: Any) -> None:
+    sums, asks = list[float](), False
+
+    def body(h: Tensor) -> Tensor:
+        z = torch.zeros(8, 16).add_(h).add_(h.tanh())
+        out = z.square() * 2
+        del z
+        sums.append(out.sum().item())
+        if asks and len(sums) % 3 == 2:
+            sums.append(float(type((out * 2).grad_fn).__name__ == "MulBackward0"))
+        return out * 0.1
+
+    def seen() -> list[Any]:
+        nonlocal asks
+        sums.clear()
+        asks = False
+        found = [train(body, 3), [*sums]]
+        asks = True
+        return [*found, train(body, 3), [*sums]]
+
+    expected = seen()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert seen() == expected
+
+
 def test_a_write_that_spoils_what_was_saved_is_refused_as_in_eager(kitsunes: Any) -> None:
     spoils = False
 
