@@ -35,7 +35,7 @@ from kitsune.lazy.hands_off import (
     may_write,
     stays,
 )
-from kitsune.lazy.items import ITEMS, item
+from kitsune.lazy.items import PARTS, part
 from kitsune.lazy.learning import Learner, Sight
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.realize import attach_bases, attach_spent, realize, settle_spent, tensor_is_spent
@@ -86,7 +86,7 @@ class CallLane(Learner):
             return let_pass(self, func, args, kwargs or {})
         if stays(func, args, kwargs):
             return args[0]
-        if func in ITEMS and (found := item(self, func, *args)) is not MISS:
+        if func in PARTS and (found := part(self, func, args, kwargs)) is not MISS:
             return found
         kwargs = kwargs or {}
         if func in ASKS:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kitsune.ir import Barrier
+from kitsune.lazy.input_views import VIEWS, is_plain, view_of_input
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.region import is_strided
@@ -20,7 +21,8 @@ from kitsune.lazy.tensor import LazyTensor
 
 _GET: Any = Tensor.__getitem__
 _SET: Any = Tensor.__setitem__
-ITEMS = frozenset({_GET, _SET})
+_ITEMS = frozenset({_GET, _SET})
+PARTS = VIEWS | _ITEMS
 _fill: Any = Tensor.fill_
 _masked_fill: Any = Tensor.masked_fill_
 _nonzero: Any = Tensor.nonzero
@@ -33,8 +35,13 @@ _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16
 _base_of: Any = torch._C.TensorBase._base.__get__  # type: ignore[union-attr]
 
 
-def item(lane: Any, func: Any, tensor: Any, index: Any = MISS, value: Any = None) -> Any:
-    """What reading or setting a part of a tensor returns, if it is made of other calls; else MISS."""
+def part(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """What a view, or reading or setting a part of a tensor, returns, if it is made in another way; else MISS."""
+    found = view_of_input(lane, func, args, kwargs) if func in VIEWS else MISS
+    return _item(lane, func, *args) if found is MISS and func in _ITEMS else found
+
+
+def _item(lane: Any, func: Any, tensor: Any, index: Any = MISS, value: Any = None) -> Any:
     parts = index if type(index) is tuple else (index,)
     k = next((k for k, part in enumerate(parts) if isinstance(part, Tensor) and part.dtype is torch.bool), None)
     if k is not None:
@@ -107,13 +114,7 @@ def _has_room(dtype: torch.dtype, value: Any) -> bool:
 
 def _is_part(parts: tuple[Any, ...]) -> bool:
     """Do they name a part, of which torch takes a view, by numbers and slices?"""
-    return all(map(_is_plain, parts)) and any(map(_takes_part, parts))
-
-
-def _is_plain(part: Any) -> bool:
-    if type(part) is slice:
-        return all(type(n) in _NUMBERS for n in (part.start, part.stop, part.step))
-    return part is Ellipsis or type(part) in _NUMBERS
+    return all(map(is_plain, parts)) and any(map(_takes_part, parts))
 
 
 def _takes_part(part: Any) -> bool:
