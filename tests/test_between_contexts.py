@@ -221,3 +221,39 @@ def test_a_result_gives_its_memory_once_the_steps_are_left_to_eager() -> None:
         finally:
             kitsune.set_stance("default")
     assert seen == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+
+
+AROUND: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "other numerics": ({"numerics": "bitwise"}, {"numerics": "strict"}),
+    "lazy inside": ({"warmup": 1}, {"warmup": 0}),
+    "lazy outside": ({"warmup": 0}, {"warmup": 1}),
+}
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("name", AROUND)
+def test_contexts_with_options_of_their_own_may_be_in_each_other(name: str, each: bool, foreach: bool) -> None:
+    """The state that an update begins with is made by ops that both see: each has numbers of its own for it."""
+    outer, inner = AROUND[name]
+    eager, ours = Loop(foreach=foreach), Loop(foreach=foreach)
+    expected = eager.run(eager.step)
+    with kitsune.accelerate(device="cpu", **outer):
+        context = kitsune.accelerate(device="cpu", **inner)
+        if each:
+            got = ours.run(context(ours.step))
+        else:
+            with context:
+                got = ours.run(ours.step)
+    assert all(map(torch.equal, got, expected))
+    assert kitsune.counters()["recorded"]
+
+
+@pytest.mark.parametrize("options", [{}, {"numerics": "bitwise"}, {"numerics": "strict"}], ids=["usual", "bitwise", "strict"])
+def test_an_optimizer_of_kitsunes_steps_in_a_context_with_options(options: dict[str, Any]) -> None:
+    eager, ours = Loop(), Loop()
+    expected = eager.run(eager.step)
+    ours.optimizer = kitsune.KitsuneOptimizer(ours.optimizer)  # type: ignore[assignment]
+    with kitsune.accelerate(device="cpu", **options):
+        got = ours.run(ours.step)
+    assert all(map(torch.equal, got, expected))

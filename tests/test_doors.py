@@ -8,6 +8,7 @@ import ctypes
 import io
 import math
 import pickle
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -55,7 +56,7 @@ def from_address(address: int) -> list[float]:
     return list((ctypes.c_float * 6).from_address(address))
 
 
-def saved(t: torch.Tensor) -> io.BytesIO:
+def saved(t: Any) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(t, file)
     file.seek(0)
@@ -137,6 +138,51 @@ def test_memory_is_computed_before_it_is_seen(name: str, subject: str) -> None:
 def test_a_number_is_computed_before_it_is_seen(name: str, subject: str) -> None:
     door = NUMBERS[name]
     assert read(door, SUBJECTS[subject], "ITEM") == in_eager(door, SUBJECTS[subject])
+
+
+def in_a_file(storage: torch.UntypedStorage) -> bytes:
+    with tempfile.TemporaryFile() as file:
+        storage._write_file(file, True, True, 1)
+        file.seek(0)
+        return file.read()
+
+
+# Of a storage that the program has had since before the write that is pending.
+HELD: dict[str, Callable[[torch.UntypedStorage], Any]] = {
+    "an address": lambda storage: from_address(storage.data_ptr()),
+    "elements": lambda storage: storage.tolist(),
+    "a copy": lambda storage: storage.clone().tolist(),
+    "a file": in_a_file,
+    "a pickle": lambda storage: torch.load(saved(storage), weights_only=False).tolist(),
+    "shared memory": lambda storage: from_address(storage.share_memory_().data_ptr()),
+    "bytes in another order": lambda storage: storage.byteswap(torch.float32) or storage.tolist(),
+}
+
+
+@pytest.mark.parametrize("made", [made_outside, lambda: pending(made_outside())], ids=["a plain tensor", "a result"])
+@pytest.mark.parametrize("name", HELD)
+def test_a_storage_that_is_held_has_what_was_written_since(name: str, made: Callable[[], torch.Tensor]) -> None:
+    def read() -> Any:
+        base = made()
+        storage = base.untyped_storage()
+        written(base)
+        return HELD[name](storage), base.tolist()
+
+    expected = read()
+    with lazily():
+        assert read() == expected
+        assert kitsune.counters()["recorded"]
+
+
+def test_memory_that_a_held_storage_gives_back_was_read_before() -> None:
+    base = made_outside()
+    with lazily():
+        storage = base.untyped_storage()
+        n, doubled = storage.nbytes(), base * 2
+        storage.resize_(0)
+        storage.resize_(n)
+        storage.fill_(0)
+        assert doubled.tolist() == in_eager(lambda t: (t * 2).tolist(), lambda t: t)
 
 
 def view_of_unknown_history() -> torch.Tensor:

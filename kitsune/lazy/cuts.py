@@ -69,7 +69,7 @@ def go_on(recorder: Any, region: Any, cause: Barrier, site: Any) -> None:
             saved, left = _left_by_calls(recorder, region, key)
         recorder.tally.recorded += node.depth - depth_of(since)
         live = recorder.run_so_far(region, saved, left)
-    here = {cell.ref.id: cell.real for seen in region.seen if (cell := seen()) is not None}
+    here = {cell.ref.id: cell.real for cell in region.computed()}
     wanted = frozenset(here).union(saved)
     if region.real:
         node.saved = {**(node.saved or {}), (tuple(key[0]), key[1]): wanted}
@@ -125,10 +125,7 @@ def regret(losses: list[Any], region: Any) -> None:
 def computed_since(region: Any) -> Iterator[Cell]:
     """The cells that have their values, and got them behind the cut."""
     first = 0 if region.cut is None else region.cut.n_values
-    for seen in region.seen:
-        cell = seen()
-        if cell is not None and cell.ref.id >= first:
-            yield cell
+    yield from (cell for cell in region.computed() if cell.ref.id >= first)
 
 
 def depth_of(cut: Node | None) -> int:

@@ -51,6 +51,7 @@ from kitsune.lazy.function_doors import (
 from kitsune.lazy.recorder import Recorder
 from kitsune.lazy.recorders import OPEN
 from kitsune.lazy.replaced import DOORS
+from kitsune.lazy.storage_doors import NAMES as STORAGE_DOORS, storage_door
 from kitsune.lazy.tensor import METHOD_DOORS
 
 _lock = threading.Lock()
@@ -126,6 +127,7 @@ def _operator_doors() -> Iterator[tuple[Any, Any]]:
 def _doors() -> Iterator[Door]:
     for name in METHOD_DOORS:
         yield torch.Tensor, name, dlpack_door if name == "__dlpack__" else memory_door
+    yield from ((torch.UntypedStorage, name, storage_door) for name in STORAGE_DOORS.split())
     yield torch.Tensor, "__repr__", memory_door
     yield torch.Tensor, "__deepcopy__", deepcopy_door
     yield torch.Tensor, "__cuda_array_interface__", property_door

@@ -124,6 +124,11 @@ class Region:
         """These have their values; who still holds them at the end is to be known."""
         self.seen += map(weakref.ref, cells)
 
+    def computed(self) -> list[Cell]:
+        """The cells that have their values and are still there. With contexts in each other, another region may have taken in
+        what an op that was made at once gave this one, and numbers it."""
+        return [cell for seen in self.seen if (cell := seen()) is not None and cell.region is self]
+
     def refuse(self, reason: Barrier) -> None:
         """The op at hand cannot be recorded."""
         self.odd, self.slow = reason, True

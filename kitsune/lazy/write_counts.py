@@ -35,8 +35,7 @@ class Recount:
         self.twins = twins
         # The memory of what no call has made that is made again: there may be something detached in it.
         mine = {id(t.cell) for t in made}
-        seen = [cell for known in region.seen if (cell := known()) is not None]
-        self._shared = {cell.storage for cell in (*living(region.produced), *seen) if id(cell) not in mine}
+        self._shared = {cell.storage for cell in (*living(region.produced), *region.computed()) if id(cell) not in mine}
         for _, tensors in self._left:
             _move(tensors, -1)
         for twin in twins:

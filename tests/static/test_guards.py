@@ -384,6 +384,64 @@ def test_a_variable_that_is_assigned_is_noticed() -> None:
     compare(drive, at_most=WARM + AGAIN, body=body)
 
 
+class Settings:
+    """As programs have them, and trainers with attributes of their own."""
+
+    def __init__(self) -> None:
+        self.weight, self.weights, self.named = 0.5, [0.5, 2.0], {"weight": {"now": 0.5}}
+        self.others = [float(k) for k in range(100)]
+
+
+# What is read, and what is written between two steps.
+PARTS: dict[str, tuple[Callable[[Any], float], Callable[[Any], Any]]] = {
+    "an attribute": (lambda s: s.weight, lambda s: setattr(s, "weight", 0.25)),
+    "an item": (lambda s: s.weights[0], lambda s: s.weights.__setitem__(0, 0.25)),
+    "an item that is appended": (lambda s: s.weights[-1], lambda s: setattr(s, "weights", [0.5, 0.25])),
+    "an entry": (lambda s: s.named["weight"]["now"], lambda s: s.named["weight"].update(now=0.25)),
+    "another type": (lambda s: 0.5 if s.weight is True else 0.25, lambda s: setattr(s, "weight", True)),
+}
+
+
+@pytest.mark.parametrize("by", ["a variable", "the training"])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_number_in_what_a_variable_holds_is_noticed(name: str, by: str) -> None:
+    """Of objects, dictionaries and short lists, under a name that the function has in its text."""
+    read, write = PARTS[name]
+    settings = Settings()
+
+    def drive(t: Training) -> None:
+        nonlocal settings
+        t.settings = settings = Settings()
+        for i in range(24):
+            if i == 12:
+                write(settings)
+            t.take(i)
+
+    def body(t: Training, x: Tensor, y: Tensor) -> Tensor:
+        t.optimizer.zero_grad()
+        loss = F.cross_entropy(t.model(x), y) * read(settings if by == "a variable" else t.settings)
+        loss.backward()
+        t.optimizer.step()
+        return loss.detach()
+
+    compare(drive, at_most=WARM + AGAIN, body=body)
+
+
+def test_a_number_that_a_step_counts_and_does_not_use_costs_no_further_python() -> None:
+    """What has changed while the step did the same is looked at no more."""
+
+    def body(t: Training, x: Tensor, y: Tensor) -> Tensor:
+        t.counted = getattr(t, "counted", 0) + 1
+        return Training.plain(t, x, y)
+
+    def drive(t: Training) -> None:
+        for i in range(24):
+            t.counted = 10 * i
+            t.take(i)
+
+    compare(drive, at_most=WARM + 1, body=body)
+
+
 def test_a_tensor_in_a_variable_is_noticed() -> None:
     mask = torch.ones(5, 8)
 
