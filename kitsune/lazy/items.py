@@ -29,6 +29,8 @@ _nonzero: Any = Tensor.nonzero
 # How many places masks have named here. Where it is another number each time, what follows is another region each time, and what
 # comes before is to be one of its own.
 MANY = 4
+# Elements of a mask beyond which the backward is to keep the mask, and not the places: each takes eight bytes a dimension.
+LARGE = 1 << 20
 _NUMBERS = (int, type(None))
 # Of these torch refuses a number beyond the largest one alone, and no sign, zero or infinity.
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -63,7 +65,7 @@ def _of_mask(lane: Any, func: Any, tensor: Any, parts: tuple[Any, ...], k: int, 
         lane.call(_masked_fill, (), (tensor, mask, value))
         return None
     node = recorder.region.node
-    if (func is _SET and not (isinstance(value, Tensor) and value.dim())) or len(node.n_places) > MANY:
+    if (func is _SET and not (isinstance(value, Tensor) and value.dim())) or len(node.n_places) > MANY or mask.numel() > LARGE:
         return MISS
     if recorder.is_pending(mask):
         # As a number is read of what is computed so far.
@@ -73,7 +75,8 @@ def _of_mask(lane: Any, func: Any, tensor: Any, parts: tuple[Any, ...], k: int, 
     node.n_places |= {len(places)}
     with recorder.below_autograd():
         # Each dimension's in memory of its own: what comes in is known by its memory.
-        index = (*parts[:k], *[numbers.clone() for numbers in places.unbind(1)], *parts[k + 1 :])
+        each = [places.view(-1)] if mask.dim() == 1 else [numbers.clone() for numbers in places.unbind(1)]
+    index = (*parts[:k], *each, *parts[k + 1 :])
     return lane.call(func, (), (tensor, index) if func is _GET else (tensor, index, value))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kitsune
+from kitsune.lazy import items
 from kitsune.lazy.items import MANY
 
 STEPS = 10
@@ -104,6 +105,19 @@ def test_masks_that_name_another_number_each_time_are_left_to_torch(kitsunes: An
         assert seen() == expected
     passed = {line.op: line.count for line in kitsune.explain().passed_through}
     assert passed["aten.nonzero.default"] <= STEPS - 2 and passed["aten.index.Tensor"] >= STEPS - MANY - 4, passed
+
+
+def test_a_large_mask_is_left_to_torch(kitsunes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its places would take many times its memory until the backward."""
+    monkeypatch.setattr(items, "LARGE", EACH.numel() - 1)
+    expected = {name: train(LOSSES[name]) for name in ("rows", "elements")}
+    for name, followed in (("rows", True), ("elements", False)):
+        kitsune.reset()
+        with kitsune.config.patch(gate=False), kitsunes():
+            assert train(LOSSES[name]) == expected[name]
+        passed = {line.op for line in kitsune.explain().passed_through}
+        assert ("aten.index.Tensor" not in passed) is followed
+        assert bool(kitsune.counters()["backwards_followed"]) is followed
 
 
 def test_a_mask_that_is_written_names_other_places(kitsunes: Any) -> None:
