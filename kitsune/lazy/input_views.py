@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kitsune.lazy.matcher_steps import MISS
+from kitsune.lazy.tensor import LazyTensor
 
 # By methods in C, of which each takes one view and does nothing else. `reshape` may copy.
 VIEWS = frozenset(
@@ -24,9 +26,11 @@ def view_of_input(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     recorder, base = lane.recorder, args[0]
     if type(base) is not Tensor or base.requires_grad or kwargs or not _takes_a_view(func, *args[1:]):
         return MISS
-    # Others are to see it: modes of the program's, a transform, a static function that is watched.
-    seen = recorder.watcher is not None or not recorder.is_on_top() or torch._C._functorch.peek_interpreter_stack() is not None
-    if seen or recorder.is_pending(base):
+    # Others are to see it: modes of the program's, a transform, a static function that is watched, and forward derivatives, of
+    # which a view is taken beside it and which may be results.
+    if recorder.watcher is not None or forward_ad._current_level >= 0 or not recorder.is_on_top():
+        return MISS
+    if torch._C._functorch.peek_interpreter_stack() is not None or recorder.is_pending(base):
         return MISS
     with torch._C._DisableTorchDispatch():
         return func(*args)
@@ -34,7 +38,8 @@ def view_of_input(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _takes_a_view(func: Any, *rest: Any) -> bool:
     if func in _LIKE_ANOTHER:
-        return True
+        # Another class's function could be in Python.
+        return len(rest) == 1 and type(rest[0]) in (Tensor, LazyTensor)
     if func is _GET:
         # A list in it names elements, which are copied.
         return len(rest) == 1 and all(map(is_plain, rest[0] if type(rest[0]) is tuple else rest))

@@ -17,6 +17,7 @@ from kitsune.lazy.input_views import VIEWS, is_plain, view_of_input
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.region import is_strided
+from kitsune.lazy.settings import saves_through_python
 from kitsune.lazy.tensor import LazyTensor
 
 _GET: Any = Tensor.__getitem__
@@ -64,6 +65,10 @@ def _of_mask(lane: Any, func: Any, tensor: Any, parts: tuple[Any, ...], k: int, 
         mask = lane.call(_GET, (), (mask, (Ellipsis, *[None] * deeper))) if deeper else mask
         lane.call(_masked_fill, (), (tensor, mask, value))
         return None
+    # Who is shown what a backward keeps, or makes it again behind our back (a checkpoint), is to find the mask.
+    # And torch refuses to keep one that was made for inference.
+    if torch.is_grad_enabled() and (saves_through_python() or mask.is_inference()):
+        return MISS
     node = recorder.region.node
     if (func is _SET and not (isinstance(value, Tensor) and value.dim())) or len(node.n_places) > MANY or mask.numel() > LARGE:
         return MISS

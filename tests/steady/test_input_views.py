@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kitsune
@@ -177,6 +178,44 @@ def test_a_transform_takes_views_of_its_own(kitsunes: Any) -> None:
     with kitsune.config.patch(gate=False), kitsunes():
         for _ in range(3):
             assert both() == expected
+
+
+def test_a_forward_derivative_that_is_a_result_is_viewed_by_us(kitsunes: Any) -> None:
+    """Below us it has no memory: the process ended with a segmentation fault."""
+    x = torch.arange(12.0).view(4, 3)
+
+    def both() -> list[Any]:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x) * 3)
+            view = dual[:, :2].t()
+            return [forward_ad.unpack_dual(t).tangent.tolist() for t in (view, view * 2, dual.view(-1))]
+
+    expected = both()
+    with kitsune.config.patch(gate=False), kitsunes():
+        for _ in range(3):
+            assert both() == expected
+
+
+def test_what_is_like_a_tensor_of_another_class_is_made_by_that(kitsunes: Any) -> None:
+    held: list[Tensor] = []
+
+    class Asking(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            held.append(held[-1] + 1)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x, like = torch.arange(4.0), torch.ones(3, 4).as_subclass(Asking)
+
+    def steps() -> list[Any]:
+        held[:] = [x * 2]
+        # Torch asks it as well what it is to return.
+        return [x.expand_as(like).shape, *[t.tolist() for t in held[:2]]]
+
+    expected = steps()
+    with kitsune.config.patch(gate=False), kitsunes():
+        for _ in range(3):
+            assert steps() == expected
 
 
 def test_an_inference_tensor_is_viewed_as_in_eager(kitsunes: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kitsune
 from kitsune.lazy import items
@@ -131,6 +132,50 @@ def test_a_mask_that_is_written_names_other_places(kitsunes: Any) -> None:
             if k % 3 == 2:
                 # Once unseen by any count of writes.
                 (mask.data if k == 5 else mask).copy_(masks[k % 2])
+        return found
+
+    expected = seen()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert seen() == expected
+
+
+@pytest.mark.parametrize("name", ["rows", "elements", "set to rows"])
+def test_a_checkpoint_makes_again_what_it_has_kept(name: str, kitsunes: Any) -> None:
+    """It counts what a forward keeps, and its recomputation goes by no lane."""
+
+    def loss_of(out: Tensor, y: Tensor) -> Any:
+        return checkpoint(LOSSES[name], out, y, use_reentrant=False)
+
+    expected = train(loss_of)
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert train(loss_of) == expected
+
+
+def test_what_is_kept_for_the_backward_is_shown_as_in_eager(kitsunes: Any) -> None:
+    shown: list[Any] = []
+
+    def loss_of(out: Tensor, y: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shown.append((t.shape, t.dtype)) or t, lambda t: t):
+            return out[ROWS].square().mean()
+
+    def seen() -> list[Any]:
+        shown.clear()
+        return [train(loss_of), *shown]
+
+    expected = seen()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert seen() == expected
+
+
+def test_a_mask_made_for_inference_is_not_kept(kitsunes: Any) -> None:
+    def seen() -> list[str]:
+        with torch.inference_mode():
+            mask, found = torch.arange(8) > 2, list[str]()
+        for _ in range(3):
+            weight = nn.Parameter(torch.ones(8))
+            with pytest.raises(RuntimeError, match="Inference tensors cannot be saved") as error:
+                (weight * 2)[mask].sum().backward()
+            found.append(str(error.value))
         return found
 
     expected = seen()
