@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, RMSprop
 
@@ -60,6 +61,15 @@ OPTIMIZERS = {
     "rmsprop": lambda ps: RMSprop(ps, lr=0.1, momentum=0.9, centered=True),
     "asgd-foreach": lambda ps: ASGD(ps, lr=0.1, foreach=True),
 }
+
+
+def test_an_optimizer_is_known_behind_torch_compiles_doors(monkeypatch: Any) -> None:
+    """Once anything was compiled, AdamW has an `_init_group` of its own, and no longer Adam's."""
+    monkeypatch.setattr(AdamW, "_init_group", torch._dynamo.disable(Adam._init_group))
+    got, expected = steps(OPTIMIZERS["adamw-fused"])
+    assert same(got, expected)
+    n_ops = got[2][0][0]
+    assert got[2] == [[n_ops, 1, 0], *[[0, 0, n_ops]] * 3]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -220,7 +230,7 @@ def test_state_that_torchs_own_make_in_an_observed_step_does_not_come_by(torchs_
     optimizer, others = AdamW(model.parameters(), fused=True), AdamW(nn.Linear(2, 2).parameters())
     with kitsune.accelerate(device="cpu"):
         model(torch.ones(2, 3)).sum().backward()
-        function: Any = None if torchs_own else Adam._init_group
+        function: Any = None if torchs_own else AdamW._init_group
         while function is not None:
             # Ours stands before torch's, and torch.compile's, if another test has used that, before or between them.
             monkeypatch.setattr(function, "__module__", "somebodys.optimizers")

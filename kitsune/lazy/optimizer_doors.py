@@ -18,11 +18,15 @@ from kitsune.lazy.used_again import drop_gradients
 
 _profiled = torch.autograd._profiler_enabled
 _Mark = torch._C._profiler._RecordFunctionFast
-_OPTIMIZERS = [it for it in vars(torch.optim).values() if isinstance(it, type) and "_init_group" in vars(it)]
+
+
+def _optimizers() -> list[Any]:
+    """Those with an `_init_group` of their own, which torch.compile gives each once it has compiled something."""
+    return [it for it in vars(torch.optim).values() if isinstance(it, type) and "_init_group" in vars(it)]
 
 
 def _updates() -> Iterator[tuple[Any, str]]:
-    for optimizer in _OPTIMIZERS:
+    for optimizer in _optimizers():
         # The update is a function named like the module that both are in.
         module = sys.modules[optimizer.__module__]
         name = module.__name__.rpartition(".")[2]
@@ -123,7 +127,7 @@ def _mark_ends(original: Any) -> Any:
 def optimizer_doors() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     """Where they are: (owner, name, what makes the door from the original)."""
     yield torch.optim.Optimizer, "zero_grad", _gradients_dropped
-    yield from ((optimizer, "_init_group", _lists) for optimizer in _OPTIMIZERS)
+    yield from ((optimizer, "_init_group", _lists) for optimizer in _optimizers())
     yield from ((*where, _update) for where in _UPDATES)
     for clips in (torch.nn.utils, torch.nn.utils.clip_grad):
         yield clips, "clip_grad_norm_", clipping_door
