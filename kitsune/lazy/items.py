@@ -1,5 +1,5 @@
 """Parts of tensors that torch reads or sets in ways which no region can have: `y[:, 0] = 0`, `loss[mask].mean()`,
-`scores[mask] = -inf`. Each is made of other calls of torch's API, which say the same.
+`weights[mask] = 0` of what has no history. Each is made of other calls of torch's API, which say the same.
 
 For a number torch makes a tensor on the CPU, and has a view filled with that: no call could bring that tensor along the next
 time, and a region that reads one on the CPU is no CUDA graph. And what a mask names is counted on the host, for which the region
