@@ -45,8 +45,8 @@ def under_kitsune(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def micros(run: Run, runs: int, device: torch.device) -> tuple[list[float], float | None]:
-    """Microseconds of each run, and launches per run where there is a device that counts them."""
+def micros(run: Run, runs: int, device: torch.device, but: str = "") -> tuple[list[float], float | None]:
+    """Microseconds of each run, and launches per run where there is a device that counts them: all `but` those of a name."""
     for _ in range(WARM_UP):
         run()
     if device.type == "cuda":
@@ -56,7 +56,7 @@ def micros(run: Run, runs: int, device: torch.device) -> tuple[list[float], floa
             for _ in range(runs):
                 run()
 
-        seen = trace(repeat)
+        seen = trace(repeat).without(but)
         return seen.chunks(runs), len(seen.launches) / runs
     taken = []
     for _ in range(runs):

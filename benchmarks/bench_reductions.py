@@ -4,8 +4,9 @@
 
 GB/s count what the program must move, each input once and each output once, whatever was really moved. What must be read again
 counts again: an operand of which every element is needed before the first result can be computed, as the images of a batch norm
-and the logits of a loss with its gradient. On CUDA the time is that of the kernels alone, from torch.profiler; on a CPU it is
-that of the call, of a part of each operand, and only shows that all works. `kitsune` has the first choice of each tile, `tuned`
+and the logits of a loss with its gradient. On CUDA the time is that of the kernels alone, from torch.profiler, without the one by
+which every replay learns where its batch is, and with none started early: one that is has the end of the one before in its time.
+On a CPU it is that of the call, of a part of each operand, and only shows that all works. `kitsune` has the first choice of each tile, `tuned`
 the fastest of those that are tried. Distances are from the same function of float64, in units of the largest result.
 """
 
@@ -170,7 +171,7 @@ def measure(program: Program, options: argparse.Namespace, device: torch.device)
     for name in options.columns.split(","):
         with under(name, device):
             prepare(columns[name], name == "tuned", device)
-            row = row_of(name, program.name, *micros(columns[name], options.runs, device), nbytes)
+            row = row_of(name, program.name, *micros(columns[name], options.runs, device, "read_page"), nbytes)
             found = [t.detach().clone() for t in columns[name]()]
         row["distance"] = max((distance(a, b) for a, b in zip(found, exact, strict=True) if a.numel()), default=0.0)
         rows.append(row)
@@ -195,7 +196,8 @@ def under(name: str, device: torch.device) -> Iterator[None]:
         return
     kitsune.reset()
     tuning = "on" if name == "tuned" else "off"
-    with kitsune.config.patch(gate=False, numerics="strict", tuning=tuning), kitsune.accelerate(device=device):
+    options = {"gate": False, "numerics": "strict", "tuning": tuning, "early_starts": False}
+    with kitsune.config.patch(**options), kitsune.accelerate(device=device):
         yield
 
 

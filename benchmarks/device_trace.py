@@ -32,6 +32,10 @@ class Trace:
         """Device time of all launches, one after the other."""
         return sum(micros for _, _, micros in self.launches)
 
+    def without(self, name: str) -> Trace:
+        """The same but for the launches of this name."""
+        return Trace([one for one in self.launches if one[1] != name], self.aten_calls)
+
     def chunks(self, n: int) -> list[float]:
         """Device time of each of `n` equal runs. Raises RuntimeError if they did not launch equally much."""
         size, rest = divmod(len(self.launches), n)

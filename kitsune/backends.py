@@ -62,7 +62,8 @@ def backend_of(device: torch.device) -> Backend | str:
     if major < 8:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {major}.{minor} and kernels need 8.0 or later, so regions run op by op."
-    compiler = BackgroundCompiler(Compiler(cache_folder()), workers, thread.submit, thread.at_a_stretch)
+    starts = Compiler(cache_folder(), early=lambda: config.early_starts)
+    compiler = BackgroundCompiler(starts, workers, thread.submit, thread.at_a_stretch)
     choices = choices_in(cache_folder(), torch.cuda.get_device_name(device))
     return on_device(nearest_arch(major, minor), compiler, device, choices)
 

@@ -74,6 +74,12 @@ class Options:
         flag,
         "CUDA graphs read in the host's memory where their batch is; 0: the driver copies it first",
     )
+    early_starts: bool = knob(
+        True,
+        "KITSUNE_EARLY_STARTS",
+        flag,
+        "a kernel's blocks come to the device while the launch before it ends (compute capability 9.0); 0: once it is over",
+    )
     max_graphs: int = knob(64, "KITSUNE_MAX_GRAPHS", whole(1), "CUDA graphs that are kept; the least recently used goes first")
     graph_memory: int | None = knob(
         None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
@@ -157,6 +163,7 @@ class Config:
     pool: bool
     graphs: bool
     pages: bool
+    early_starts: bool
     max_graphs: int
     graph_memory: int | None
     cache_dir: str | None

@@ -47,16 +47,16 @@ class Compiled:
 class OnDevice(Compiled):
     """Machine code for a device; without one it can be looked at, but not started."""
 
-    def __init__(self, path: Path, block: int, binary: Binary, device: int | None) -> None:
+    def __init__(self, path: Path, block: int, binary: Binary, device: int | None, early: Callable[[], bool]) -> None:
         super().__init__(path, block)
-        self.binary, self.device = binary, device
+        self.binary, self.device, self._early = binary, device, early
         self._loaded: LoadedKernel | None = None
 
     def launch(self, grid: int, args: Sequence[Any], stream: int) -> None:
         if self._loaded is None:
             self.load()
             assert self._loaded is not None
-        self._loaded.launch(grid, args, stream)
+        self._loaded.launch(grid, args, stream, self._early())
 
     def load(self) -> None:
         """Bring the code to the device."""
@@ -89,12 +89,20 @@ class Compiler:
 
     `interpret` runs them in Triton's interpreter instead, which needs TRITON_INTERPRET=1 before Triton is imported.
     `libdevice` is the bitcode library of math functions; left out, the CUDA toolkit's where it is installed, else Triton's own.
+    `early` is asked at each start whether it may begin while the launch before it ends.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], interpret: bool = False, libdevice: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        interpret: bool = False,
+        libdevice: str | None = None,
+        early: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.files = KernelFiles(directory)
         self.interpret = interpret
         self.libdevice = libdevice or toolkit_libdevice()
+        self._early = early
         self._flags = f"{interpret} {file_stamp(self.libdevice) if self.libdevice else None}"
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
         self._lock = threading.Lock()
@@ -157,18 +165,17 @@ class Compiler:
         job = self.job_of(program, target, divisibility, wide)
         return self._on_device(program, target, job, read_binary(binary_path(job)) or compile_binary(job))
 
-    @staticmethod
-    def _on_device(program: Program, target: torch.device | int, job: Job, binary: Binary) -> OnDevice:
+    def _on_device(self, program: Program, target: torch.device | int, job: Job, binary: Binary) -> OnDevice:
         device = (target.index or 0) if isinstance(target, torch.device) else None
-        return OnDevice(Path(job.path), program.tile.rows, binary, device)
+        return OnDevice(Path(job.path), program.tile.rows, binary, device, self._early)
 
 
 def interpreted_text(text: str) -> str:
     """A program's text for the interpreter: the same but for where library functions come from."""
     from kitsune.codegen.helpers import HELPERS, INTERPRETED
 
-    header = HEADER.replace("triton.language.extra.cuda import libdevice", "kitsune.codegen import interpreted as libdevice")
-    text = text.replace(HEADER, header)
+    own = "from kitsune.codegen import interpreted as libdevice\n"
+    text = text.replace(HEADER, HEADER.replace("from triton.language.extra.cuda import gdc_wait, libdevice\n", own))
     for name in INTERPRETED:
         text = text.replace(HELPERS[name], f"{name} = libdevice.{name}\n")
     return text

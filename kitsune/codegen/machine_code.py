@@ -27,6 +27,9 @@ ELEMENTS = (1024, 0, 4)
 ALIGNED = 16
 # The type of sizes and strides in a signature: i32, or i64 where an index could pass 2**31.
 INDEX = "index"
+# From this compute capability on a kernel may be started early: its text waits, before it reads or writes what another kernel
+# may have to do with, for all that its launch has to come after.
+EARLY_FROM = 90
 # How parameters lie in memory, in the words of `struct`; all others are addresses.
 LAYOUT = {"i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 
@@ -61,10 +64,11 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def constants_of(batched: bool, divisibility: int, wide: bool, tile: tuple[int, int, int]) -> dict[str, int]:
-    """A variant's compile-time arguments, in the order in which a start passes them."""
+def constants_of(batched: bool, divisibility: int, wide: bool, tile: tuple[int, int, int], target: int = 0) -> dict[str, int]:
+    """A variant's compile-time arguments, in the order in which a start passes them; without a target for the interpreter."""
     blocks = {"XBLOCK": tile[0], "RBLOCK": tile[1]} if tile[1] else {"BLOCK": tile[0]}
-    return ({"ALIGNED": divisibility == ALIGNED} if batched else {}) | {"WIDE": wide} | blocks
+    aligned = {"ALIGNED": divisibility == ALIGNED} if batched else {}
+    return aligned | {"EARLY": target >= EARLY_FROM, "WIDE": wide} | blocks
 
 
 def types_of(module: ModuleType, wide: bool) -> dict[str, str]:
@@ -76,18 +80,20 @@ def types_of(module: ModuleType, wide: bool) -> dict[str, str]:
 @dataclass(frozen=True, slots=True)
 class Binary:
     """Machine code, and what it takes to start it: the function's name, how its parameters lie in memory in the words of
-    `struct`, those that the compiler has added and that are given zeros, warps of a block and bytes of shared memory."""
+    `struct`, those that the compiler has added and that are given zeros, warps of a block, bytes of shared memory, and may its
+    blocks come to the device before what the launch has to come after is over?"""
 
     name: str
     parameters: str
     added: str
     warps: int
     shared: int
+    early: bool
     code: bytes
 
     def write(self, path: Path) -> None:
         """Keep it."""
-        fields = (self.name, self.parameters, self.added, self.warps, self.shared)
+        fields = (self.name, self.parameters, self.added, self.warps, self.shared, self.early)
         write_sealed(path, json.dumps(fields).encode() + b"\n" + self.code)
 
 
@@ -97,8 +103,8 @@ def read_binary(path: Path) -> Binary | None:
     if content is None:
         return None
     fields, _, code = content.partition(b"\n")
-    name, parameters, added, warps, shared = json.loads(fields)
-    return Binary(name, parameters, added, warps, shared, code)
+    name, parameters, added, warps, shared, early = json.loads(fields)
+    return Binary(name, parameters, added, warps, shared, early, code)
 
 
 def write_sealed(path: Path, content: bytes) -> None:
@@ -161,7 +167,8 @@ def _binary(job: Job, kernel: Any) -> Binary:
     if n_added < 0:
         raise RuntimeError(f"{job.name} has {n_added + len(parameters)} parameters in PTX and {len(parameters)} in its text.")
     code = kernel.asm["cubin"]
-    return Binary(metadata.name, parameters, "Q" * n_added, metadata.num_warps, metadata.shared, code)
+    early = job.target >= EARLY_FROM
+    return Binary(metadata.name, parameters, "Q" * n_added, metadata.num_warps, metadata.shared, early, code)
 
 
 def machine_code(job: Job) -> Any:
@@ -181,7 +188,7 @@ def machine_code(job: Job) -> Any:
     options: dict[str, Any] = {**OPTIONS, "num_warps": job.tile[2]}
     if job.libdevice:
         options["extern_libs"] = {"libdevice": job.libdevice}
-    constants = constants_of(job.batched, job.divisibility, job.wide, job.tile)
+    constants = constants_of(job.batched, job.divisibility, job.wide, job.tile, job.target)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
 

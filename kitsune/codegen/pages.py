@@ -11,7 +11,7 @@ from kitsune.ir.program import Program, Tile
 # Bytes that a block copies.
 COPIED = 8192
 
-_HEADER = "import triton\nimport triton.language as tl\n"
+_HEADER = "import triton\nimport triton.language as tl\nfrom triton.language.extra.cuda import gdc_wait\n"
 
 READ_PAGE = Program(
     "read_page",
@@ -23,7 +23,9 @@ MULTIPLES = ()
 
 
 @triton.jit
-def read_page(ring, over, count, places, numbers, n, words, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def read_page(ring, over, count, places, numbers, n, words, EARLY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    if EARLY:
+        gdc_wait()
     k = tl.load(count)
     # The replays before this one have read theirs: the host may write those pages again.
     if k % {TOLD_EVERY} == 0:
@@ -58,7 +60,9 @@ MULTIPLES = ()
 
 
 @triton.jit
-def copy_tensors(places, rows, owners, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def copy_tensors(places, rows, owners, EARLY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    if EARLY:
+        gdc_wait()
     k = tl.load(owners + tl.program_id(0))
     source = tl.load(places + k)
     target, size = tl.load(rows + k * 3), tl.load(rows + k * 3 + 1)
@@ -95,7 +99,9 @@ MULTIPLES = ()
 
 
 @triton.jit
-def copy_result(place, source, size, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def copy_result(place, source, size, EARLY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    if EARLY:
+        gdc_wait()
     target = tl.load(place)
     if target != 0:
         i = tl.arange(0, BLOCK)

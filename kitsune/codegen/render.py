@@ -19,8 +19,11 @@ from kitsune.ir.program import Parameter, Program, Size, Stride, Written
 
 HEADER = """import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
+from triton.language.extra.cuda import gdc_wait, libdevice
 """
+
+# What a launch has to come after is over from here on, and all that it wrote can be seen.
+WAIT = ("if EARLY:", "    gdc_wait()")
 
 T = TypeVar("T")
 
@@ -177,8 +180,8 @@ class _Pointwise(Body):
 def _function(name: str, body: Body) -> str:
     """The function that Triton compiles."""
     names = ", ".join(p.name for p in body.parameters)
-    start = ["block = tl.program_id(0)", "if WIDE:", "    block = block.to(tl.int64)"]
-    head = f"@triton.jit\ndef {name}({names}, WIDE: tl.constexpr, {body.blocks}):\n"
+    start = [*WAIT, "block = tl.program_id(0)", "if WIDE:", "    block = block.to(tl.int64)"]
+    head = f"@triton.jit\ndef {name}({names}, EARLY: tl.constexpr, WIDE: tl.constexpr, {body.blocks}):\n"
     return head + indented([*start, *body.places, *body.lines])
 
 
@@ -191,7 +194,10 @@ def _batched_function(name: str, body: Body) -> str:
     start += [f"    {p.name} = tl.multiple_of({p.name}, 16)" for p in columns if p.name in body.multiples]
     start += [f"block = tl.program_id(0) - tl.load(entry + {len(columns)})", "if not WIDE:", "    block = block.to(tl.int32)"]
     start += [f"    {p.name} = {p.name}.to(tl.int32)" for p in columns if p.type == INDEX]
-    head = f"@triton.jit\ndef {name}(table, blocks, ALIGNED: tl.constexpr, WIDE: tl.constexpr, {body.blocks}):\n"
+    # Behind the table, which no kernel writes.
+    start += WAIT
+    constants = "ALIGNED: tl.constexpr, EARLY: tl.constexpr, WIDE: tl.constexpr"
+    head = f"@triton.jit\ndef {name}(table, blocks, {constants}, {body.blocks}):\n"
     return head + indented([*start, *body.places, *body.lines])
 
 

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -17,6 +17,24 @@ from kitsune.codegen.machine_code import Binary
 CODE = b"\x7fELF code"
 
 
+class Start(NamedTuple):
+    """What the driver reads where it is told how to start a kernel."""
+
+    function: int
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    stream: int | None
+    attributes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, how: Any, function: Any) -> Start:
+        """As a C compiler lays it out: seven numbers, the stream, the attributes' address and their number."""
+        *numbers, stream, attributes, n_attributes = struct.unpack_from("@7IPPI", bytes(how))
+        listed = [struct.unpack("@I4xI", ctypes.string_at(attributes + 72 * i, 12)) for i in range(n_attributes)]
+        return cls(function.value, tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], stream, tuple(listed))  # type: ignore[arg-type]
+
+
 class Driver:
     """The driver's functions, each of which succeeds unless `fails` names it; `said` is what was asked of it."""
 
@@ -25,6 +43,7 @@ class Driver:
         self.said: list[tuple[Any, ...]] = []
         # The parameters of each start, read as the driver reads them; and what happens in another thread meanwhile.
         self.packed: list[bytes] = []
+        self.started: list[Start] = []
         self.meanwhile: Callable[[], None] = lambda: None
 
     def __getattr__(self, name: str) -> Any:
@@ -39,7 +58,8 @@ class Driver:
                 args[0]._obj.value = 9
             if name == "cuCtxSetCurrent":
                 self.context = args[0].value
-            if name == "cuLaunchKernel":
+            if name == "cuLaunchKernelEx":
+                self.started.append(Start.of(args[0]._obj, args[1]))
                 call, self.meanwhile = self.meanwhile, lambda: None
                 call()
                 extra = args[-1]
@@ -63,8 +83,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return found
 
 
-def binary(parameters: str = "Qi", added: str = "QQ", shared: int = 0, warps: int = 4) -> Binary:
-    return Binary("kernel", parameters, added, warps, shared, CODE)
+def binary(parameters: str = "Qi", added: str = "QQ", shared: int = 0, warps: int = 4, early: bool = True) -> Binary:
+    return Binary("kernel", parameters, added, warps, shared, early, CODE)
 
 
 def test_parameters_lie_as_a_c_compiler_would_have_them(fake: Driver) -> None:
@@ -75,8 +95,14 @@ def test_parameters_lie_as_a_c_compiler_would_have_them(fake: Driver) -> None:
     assert len(memory) == 56
     for offset, (kind, value) in at.items():
         assert struct.pack(kind, *struct.unpack_from(kind, memory, offset)) == struct.pack(kind, value)
-    *where, _, _ = fake.named("cuLaunchKernel")[0]
-    assert [getattr(w, "value", w) for w in where] == [77, 6, 1, 1, 128, 1, 1, 0, 21]
+    assert fake.started == [Start(function=77, grid=(6, 1, 1), block=(128, 1, 1), shared=0, stream=21, attributes=((6, 1),))]
+
+
+@pytest.mark.parametrize(("waits", "early"), [(False, True), (True, False)])
+def test_only_a_kernel_that_waits_is_started_early_and_only_where_that_is_wanted(fake: Driver, waits: bool, early: bool) -> None:
+    LoadedKernel(binary(early=waits), 0).launch(1, [0, 0], 0, early)
+    LoadedKernel(binary(), 0).launch(1, [0, 0], 0)
+    assert [start.attributes for start in fake.started] == [(), ((6, 1),)]
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1e300, float("inf")), (-1e300, float("-inf")), (3.0, 3.0)])
@@ -88,7 +114,7 @@ def test_a_number_beyond_float32_is_infinite(fake: Driver, number: float, expect
 def test_an_integer_that_does_not_fit_is_an_error(fake: Driver) -> None:
     with pytest.raises(struct.error):
         LoadedKernel(binary("i", ""), 0).launch(1, [2**31], 0)
-    assert not fake.named("cuLaunchKernel")
+    assert not fake.started
 
 
 def test_a_start_in_another_thread_changes_no_parameter(fake: Driver) -> None:
@@ -100,8 +126,8 @@ def test_a_start_in_another_thread_changes_no_parameter(fake: Driver) -> None:
 
 def test_what_the_driver_says_is_told(fake: Driver) -> None:
     kernel = LoadedKernel(binary(), 0)
-    fake.fails = "cuLaunchKernel"
-    with pytest.raises(RuntimeError, match="cuLaunchKernel: an illegal memory access"):
+    fake.fails = "cuLaunchKernelEx"
+    with pytest.raises(RuntimeError, match="cuLaunchKernelEx: an illegal memory access"):
         kernel.launch(1, [0, 0], 0)
 
 
@@ -117,7 +143,7 @@ def test_much_shared_memory_is_asked_for(fake: Driver, shared: int, told: list[i
     kernel = LoadedKernel(binary(shared=shared), 0)
     assert [args[2] for args in fake.named("cuFuncSetAttribute")] == told
     kernel.launch(1, [0, 0], 0)
-    assert fake.named("cuLaunchKernel")[0][7] == shared
+    assert fake.started[0].shared == shared
 
 
 def test_a_function_is_loaded_with_its_module_and_not_at_its_first_start(fake: Driver) -> None:
@@ -137,7 +163,7 @@ def test_a_driver_that_cannot_do_that_does_it_at_the_first_start(fake: Driver, m
 
     monkeypatch.setattr(driver, "_function", function)
     LoadedKernel(binary(), 0).launch(1, [0, 0], 0)
-    assert fake.named("cuLaunchKernel")
+    assert fake.started
 
 
 def test_a_thread_without_a_context_gets_that_of_the_device(fake: Driver) -> None:
@@ -166,7 +192,7 @@ def test_only_what_may_take_long_lets_go_of_pythons_lock(monkeypatch: pytest.Mon
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library("lets go"))
     monkeypatch.setattr(ctypes, "PyDLL", lambda name: Library("keeps"))
     driver._function.cache_clear()
-    names = ("cuLaunchKernel", "cuModuleLoadData", "cuFuncGetAttribute", "cuCtxGetCurrent")
+    names = ("cuLaunchKernelEx", "cuModuleLoadData", "cuFuncGetAttribute", "cuCtxGetCurrent")
     assert [driver._function(name).lock for name in names] == ["lets go", "lets go", "keeps", "keeps"]
-    assert len(driver._function("cuLaunchKernel").argtypes) == 11
+    assert len(driver._function("cuLaunchKernelEx").argtypes) == 4
     driver._function.cache_clear()
