@@ -6,8 +6,9 @@ GB/s count what the program must move, each input once and each output once, wha
 counts again: an operand of which every element is needed before the first result can be computed, as the images of a batch norm
 and the logits of a loss with its gradient. On CUDA the time is that of the kernels alone, from torch.profiler, without the one by
 which every replay learns where its batch is, and with none started early: one that is has the end of the one before in its time.
-On a CPU it is that of the call, of a part of each operand, and only shows that all works. `kitsune` has the first choice of each tile, `tuned`
-the fastest of those that are tried. Distances are from the same function of float64, in units of the largest result.
+On a CPU it is that of the call, of a part of each operand, and only shows that all works. `kitsune` has the first choice of each
+tile, `tuned` the fastest of those that are tried. Distances are from the same function of float64, in units of the largest
+result.
 """
 
 from __future__ import annotations
