@@ -26,8 +26,8 @@ class Coming:
     executor: PlanExecutor
     backend: Backend
     device: torch.device
-    # Begins with what a region that is to come needs of its thread, and gives what waits for it: operators that are left to try.
-    get_ready: Callable[[Graph], Callable[[], list[Op]]]
+    # Which operators of a region that is to come are to be run once before.
+    to_try: Callable[[Graph], list[Op]]
 
     def planned(self, graph: Graph, planner: Planner) -> Ready:
         """A region by the plan that it has on disk, or that is made now."""
@@ -35,11 +35,8 @@ class Coming:
         if self.backend.expect is not None and (path is None or not path.exists()):
             self.backend.expect()
         # ResNet-50's plan takes 0.28 s to write (CPU host), in which kernels can be compiled already.
-        plan = show_plan(graph, planner, soon)
-        wait = self.get_ready(plan.graph)
-        ready = by_plan(plan, self.executor, self.device)
+        ready = by_plan(show_plan(graph, planner, soon), self.executor, self.device)
         ready.compiling = self.warm(ready.work)
-        ready.to_try = wait()
         return ready
 
     def planned_pair(self, pair: Pair, planner: Planner) -> tuple[Ready, Ready] | None:
@@ -50,11 +47,9 @@ class Coming:
         plans = show_pair(pair, planner, soon)
         if plans is None:
             return None
-        waits = [self.get_ready(plan.graph) for plan in plans]
         first, second = (by_plan(plan, self.executor, self.device) for plan in plans)
         for ready in (first, second):
             ready.compiling = self.warm(ready.work)
-        first.to_try, second.to_try = (wait() for wait in waits)
         return first, second
 
     def warm(self, prepared: Any) -> list[Future[Any]]:

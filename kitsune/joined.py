@@ -21,8 +21,7 @@ class Joined:
         self.compiling = [*first.compiling, *second.compiling]
         first.compiling, second.compiling = [], []
         # Operators that are to be run once before, a few at a time.
-        self.to_try: list[Op] = [*first.to_try, *second.to_try]
-        first.to_try, second.to_try = [], []
+        self.to_try: list[Op] = []
         self.restoring = Restoring(pair, self.first)
         self.n_values = max(n_values(self.first), n_values(self.second))
         seen = {v.id for v in pair.first.outputs} - pair.kept

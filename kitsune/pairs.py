@@ -184,6 +184,8 @@ class Pairs:
         if readies is None:
             return None, []
         joined = Joined(pair, *readies)
+        if runner.coming is not None:
+            joined.to_try = [*runner.coming.to_try(joined.first), *runner.coming.to_try(joined.second)]
         return joined, joined.compiling
 
     def _arrive(self, known: Known) -> None:

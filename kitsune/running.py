@@ -81,7 +81,7 @@ class Runner:
             if backend.choices is not None:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
             if backend.warm is not None:
-                self.coming = Coming(self.executor, backend, device, self.thread_plans.get_ready)
+                self.coming = Coming(self.executor, backend, device, self.thread_plans.needed)
                 if self.in_background():
                     thread.start()
         elif device.type == "cuda":
@@ -215,8 +215,8 @@ class Runner:
             else:
                 prepared = coming.executor.prepare(planner.plan(now.graph))
                 made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, now.facts)
-                made.in_graph, made.compiling, made.to_try = prepared, coming.warm(prepared), coming.get_ready(made.graph)()
-            now.to_try, made.to_try = made.to_try, []
+                made.in_graph, made.compiling = prepared, coming.warm(prepared)
+            now.to_try = coming.to_try(made.graph)
             return made, made.compiling
 
         now.coming = later(make)

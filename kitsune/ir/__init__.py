@@ -4,7 +4,6 @@ from kitsune.ir.barrier import Barrier, Site
 from kitsune.ir.edges import awaited, bits, happens_before, meetings, predecessors, roots
 from kitsune.ir.graph import (
     BACKWARDS_WITH_PLANS,
-    FORWARDS_WITH_PLANS,
     OVERWRITES,
     UNREAD,
     Effects,
@@ -42,7 +41,6 @@ from kitsune.ir.versions import count_writes_to, list_writes_counted, versions_k
 
 __all__ = [
     "BACKWARDS_WITH_PLANS",
-    "FORWARDS_WITH_PLANS",
     "OVERWRITES",
     "UNREAD",
     "Access",

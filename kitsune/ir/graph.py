@@ -110,8 +110,6 @@ OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "on
 
 # cuDNN makes an execution plan for each shape of these, for the thread they run in: autograd's.
 BACKWARDS_WITH_PLANS = frozenset({"convolution_backward", "_scaled_dot_product_cudnn_attention_backward"})
-# And for those of the forward: the program's. Not attention, which may draw random numbers.
-FORWARDS_WITH_PLANS = frozenset({"convolution"})
 
 # Number of an operand that no kernel of ours reads: a buffer that torch's CPU kernels leave, and that is empty elsewhere.
 UNREAD = {"log_sigmoid_backward": 2}

@@ -3,27 +3,22 @@
 Autograd has a thread for each device, and cuDNN's execution plans stay where they were made. Whoever runs a backward's operators
 elsewhere makes them once more, 53 to 76 ms for attention and 3 for each shape of a convolution (H200), at the end of a first step
 that has no room for it. This thread makes them while autograd is still busy with that step, and has the operators run here from
-then on: in the second step, which runs them one by one, and in the captures. Convolutions that a plan with kernels has in
-another layout are made ready here, too, before it is first run.
+then on: in the second step, which runs them one by one, and in the captures.
 """
 
 import atexit
 import gc
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from kitsune.ir import BACKWARDS_WITH_PLANS, FORWARDS_WITH_PLANS, Op, Value, is_own, streams
+from kitsune.ir import BACKWARDS_WITH_PLANS, Op, Value, is_own, streams
 
 # A plan for attention takes 76 ms.
 PATIENCE_S = 2.0
-# How long one waits until one sees to it that the thread is still there.
-LOOK_S = 0.1
-_WITH_PLANS = BACKWARDS_WITH_PLANS | FORWARDS_WITH_PLANS
 
 
 class _Request:
@@ -77,41 +72,24 @@ class PlanThread:
 
     def learn(self, op: Op, run_once: Callable[[], None]) -> None:
         """Have the plan of an operator made, which `run_once` does. Nobody waits for it."""
-        if self._is_alive():
-            # Who needs it waits for it, instead of making one.
-            self.known.add(key_of(op))
-            self._put(op, run_once)
-
-    def learn_all(self, ops: Sequence[Op], run_once: Callable[[Op], None]) -> Callable[[], list[Op]]:
-        """The same for many that nobody needs yet. What is returned waits for them, and returns those without a plan."""
-        requests = [self._put(op, partial(run_once, op)) for op in ops] if self._is_alive() else []
-
-        def wait() -> list[Op]:
-            for request in requests:
-                while not request.done.acquire(timeout=LOOK_S) and self._is_alive():
-                    pass
-            return [op for op in ops if key_of(op) not in self.known]
-
-        return wait
-
-    def _put(self, op: Op, run_once: Callable[[], None]) -> _Request:
+        if not self._is_alive():
+            return
         key = key_of(op)
+        self.known.add(key)
 
         def make() -> None:
             try:
                 run_once()
-                self.known.add(key)
             except BaseException:
                 # Also for want of memory. Whoever needs it has to make it.
                 self.known.discard(key)
 
-        self._requests.put(request := _Request(make))
-        return request
+        self._requests.put(_Request(make))
 
     def knows(self, op: Op) -> bool:
         """Is an operator to be run here?"""
         # Asked of each operator that no kernel is written for.
-        if op.target._opname not in _WITH_PLANS or not self._is_alive() or threading.get_ident() == self._ident:
+        if op.target._opname not in BACKWARDS_WITH_PLANS or not self._is_alive() or threading.get_ident() == self._ident:
             return False
         return key_of(op) in self.known
 

@@ -8,17 +8,18 @@ another layout, of which none of them has called any.
 
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 
-from kitsune.ir import BACKWARDS_WITH_PLANS, FORWARDS_WITH_PLANS, Graph, Op, TensorType, streams
+from kitsune.ir import BACKWARDS_WITH_PLANS, Graph, Op, TensorType, streams
 from kitsune.runtime.calls import try_out
 from kitsune.runtime.plan_thread import key_of, plan_thread
 
+# Not attention, which may draw random numbers.
+FORWARD = frozenset({"convolution"})
 # Beside one step, to begin with; then TIMES as long as the step took without, and so long at the most. ResNet-50 has 46 of them
 # for its plan, which take 0.3 s, in steps of 36 ms with 9 ms of Python (H200, unfused): 24 ms of the rest can go into these.
 SECONDS, TIMES, MOST = 0.004, 2, 0.025
@@ -55,30 +56,18 @@ class ThreadPlans:
         for op in graph.ops:
             if op.target._opname in BACKWARDS_WITH_PLANS and self._is_new(op):
                 _run_once(op)
-            elif op.target._opname in FORWARDS_WITH_PLANS:
+            elif op.target._opname in FORWARD:
                 self._is_new(op)
 
-    def get_ready(self, graph: Graph) -> Callable[[], list[Op]]:
-        """Begin with those of a region that is to come, each shape once; what is returned waits for them and returns what is left
-        for this thread. The background asks.
-
-        Where there is another thread that they can be handed over to, it makes them all. Otherwise each is run once where it is
-        asked for, so that what is loaded for the first of a kind is there for all threads. Two of ResNet-50's 46 take 60 to 90 ms
-        for it, and 9 at the most in this thread afterwards; steps of 33 ms take up to 38 beside that (H200).
-        """
-        ops = [op for op in graph.ops if op.target._opname in BACKWARDS_WITH_PLANS | FORWARDS_WITH_PLANS]
+    def needed(self, graph: Graph) -> list[Op]:
+        """Of a region that is to come, those that this thread has no plans for, each shape once. The background asks, and has run
+        each of them once then: what is loaded for the first of a kind is there for all threads. Two of ResNet-50's 46 take 60 to
+        90 ms for it, and 9 at the most in this thread afterwards; steps of 33 ms take up to 38 beside that (H200)."""
+        ops = [op for op in graph.ops if op.target._opname in BACKWARDS_WITH_PLANS or op.target._opname in FORWARD]
         new = list({key_of(op): op for op in ops if not self._knows(op)}.values())
-        if streams.is_captured():
-            return lambda: new
-        if self._hands_over:
-            return plan_thread.learn_all(new, _run)
-
-        def run_all() -> list[Op]:
-            for op in new:
-                _run_once(op)
-            return new
-
-        return run_all
+        for op in () if streams.is_captured() else new:
+            _run_once(op)
+        return new
 
     def go_on(self, ops: list[Op]) -> None:
         """Make the plans of a few of these, which are taken off the list."""

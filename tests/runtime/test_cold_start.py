@@ -152,8 +152,7 @@ def test_only_what_comes_back_is_planned_and_after_its_capture() -> None:
 def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[Graph] = []
     n_left: list[int] = []
-    left = lambda graph: lambda: [*graph.ops, *graph.ops][:3]  # noqa: E731
-    monkeypatch.setattr(ThreadPlans, "get_ready", lambda self, graph: (graphs.append(graph), left(graph))[1])
+    monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: (graphs.append(graph), [*graph.ops, *graph.ops][:3])[1])
     monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: (ops.pop(), n_left.append(len(ops))))
     with cold() as (workers, _):
         for n in range(1, PLAN_AFTER + 3):
@@ -168,7 +167,7 @@ def test_while_kernels_are_on_their_way_libraries_make_their_plans(monkeypatch: 
 
 
 def test_who_waits_for_kernels_has_them_in_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ThreadPlans, "get_ready", lambda self, graph: lambda: [*graph.ops])
+    monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: [*graph.ops])
     made: list[int] = []
     monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: None)
     monkeypatch.setattr(ThreadPlans, "make_all", lambda self, ops: made.append(len(ops)))
@@ -185,7 +184,7 @@ def test_who_waits_for_kernels_has_them_in_the_next_step(monkeypatch: pytest.Mon
 
 def test_another_thread_that_waits_makes_nothing_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr(ThreadPlans, "get_ready", lambda self, graph: lambda: [*graph.ops])
+    monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: [*graph.ops])
     monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: None)
     monkeypatch.setattr(ThreadPlans, "make_all", lambda self, ops: made.append(len(ops)))
     with cold() as (workers, _):

@@ -170,7 +170,7 @@ def test_libraries_make_their_plans_before_the_parts_change_over(
     runs: list[str], expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[int] = []
-    monkeypatch.setattr(ThreadPlans, "get_ready", lambda self, graph: lambda: [*graph.ops][:2])
+    monkeypatch.setattr(ThreadPlans, "needed", lambda self, graph: [*graph.ops][:2])
     monkeypatch.setattr(ThreadPlans, "go_on", lambda self, ops: (ops.pop(), left.append(len(ops))))
     with cold() as (workers, _):
         workers.hold = False

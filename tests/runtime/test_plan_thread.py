@@ -158,41 +158,13 @@ def test_what_ran_in_another_thread_is_learned_once(plans: PlanThread) -> None:
     graph = convolutions()
     left = [op for op in graph.ops if op.target._opname == "convolution_backward" and key_of(op) != key_of(backward())]
     assert plans.known == {key_of(backward())} and left
-    assert not others.get_ready(graph)() and {key_of(op) for op in left} < plans.known
+    assert [op for op in others.needed(graph) if op.target._opname == "convolution_backward"] == left
     alone = ThreadPlans()
     plans.known.clear()
     away = threading.Thread(target=alone.seen, args=(backward(),))
     away.start()
     away.join()
     assert not plans.known, "without graphs each step would wait for another thread"
-
-
-def test_those_of_a_region_to_come_are_made_there_and_handed_over_once_they_are(
-    plans: PlanThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph, goes_on, made = convolutions(), threading.Event(), []
-    ops = [op for op in graph.ops if op.target._opname in ("convolution", "convolution_backward")]
-    failing = next(op for op in ops if op.target._opname == "convolution")
-
-    def run(op: Op) -> None:
-        goes_on.wait(20)
-        made.append((key_of(op), threading.get_ident()))
-        if key_of(op) == key_of(failing):
-            raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr(thread_plans, "_run", run)
-    here = ThreadPlans(hands_over=True)
-    wait = here.get_ready(graph)
-    assert not plans.known, "whoever needs one now makes it"
-    goes_on.set()
-    assert [key_of(op) for op in wait()] == [key_of(failing)], "it is left to the program's thread"
-    keys, threads = zip(*made, strict=True)
-    assert sorted(map(hash, keys)) == sorted(map(hash, {key_of(op) for op in ops})), "each shape once"
-    assert {*threads} == {plans.call(threading.get_ident, (), {}, CPU)}
-    assert [plans.knows(op) for op in ops] == [key_of(op) != key_of(failing) for op in ops]
-    plans.close()
-    plans.known.clear()
-    assert len(here.get_ready(graph)()) == len(keys), "without that thread all are left"
 
 
 def test_steps_are_the_same_to_the_bit(plans: PlanThread, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def test_those_of_a_region_to_come_are_made_a_few_at_a_time(monkeypatch: pytest.
     monkeypatch.setattr(thread_plans, "try_out", lambda op, values: made.append(op.target._opname))
     monkeypatch.setattr(thread_plans.time, "perf_counter", lambda: next(clock) * thread_plans.SECONDS * 0.4)
     graph, plans = convolutions(), ThreadPlans()
-    left = plans.get_ready(graph)()
+    left = plans.needed(graph)
     # Two layers and their backwards are alike but for the gradient of the first one's input.
     assert len(left) == 5
     # Each has run where it was asked for, in the background, which loads what is the same for all threads.
@@ -61,11 +61,11 @@ def test_those_of_a_region_to_come_are_made_a_few_at_a_time(monkeypatch: pytest.
         plans.go_on(left)
         n_made.append(len(made))
     assert n_made[0] == 3 and n_made[-1] == 5 and sorted(made) == ["convolution"] * 2 + ["convolution_backward"] * 3
-    assert not plans.get_ready(graph)()
+    assert not plans.needed(graph)
     # What has run in this thread needs none.
     others = ThreadPlans()
     others.make(graph)
-    assert len(made) == 8 and not others.get_ready(graph)()
+    assert len(made) == 8 and not others.needed(graph)
 
 
 def test_they_take_twice_as_long_as_the_step_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_they_take_twice_as_long_as_the_step_does_without(monkeypatch: pytest.Mo
     monkeypatch.setattr(thread_plans, "try_out", try_out)
     monkeypatch.setattr(thread_plans.time, "perf_counter", lambda: now[0])
     graph, plans, n_made = convolutions(), ThreadPlans(), []
-    one = plans.get_ready(graph)()[0]
+    one = plans.needed(graph)[0]
     for seconds in (0.5, 0.004, 0.001, 10.0):
         now[0] += seconds
         plans._known.clear()
@@ -97,12 +97,12 @@ def test_nothing_is_run_into_a_graph_that_the_program_captures(monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(streams, "is_captured", lambda: True)
         plans.make(graph)
-        plans.go_on(left := plans.get_ready(graph)())
+        plans.go_on(left := plans.needed(graph))
         plans.make_all(left)
         assert len(left) == 5 and not made
     plans.go_on(left)
     plans.make_all(left)
-    assert len(made) == 5 and not plans.get_ready(graph)()
+    assert len(made) == 5 and not plans.needed(graph)
 
 
 def test_an_operator_that_fails_is_left_to_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
