@@ -1,20 +1,25 @@
-"""What each of Kitsune's switches is worth: a static step as it is beside one with that switch turned off, in the same process.
+"""What each of Kitsune's switches is worth: a static step as it is beside one with that switch turned off.
 
     python -m benchmarks.bench_switches [--models mlp,bert] [--switches early_starts,streams] [--rounds 12] [--json FILE]
 
-Each has a model and a region of its own. They take turns, some steps each, so that a clock that falls counts for both; the ratio
-is the median over the rounds of what the switch takes off a step: above 1 it pays.
+Each setting has a process of its own, in which everything is compiled and captured first. Then they take turns, some steps each
+while the others rest, so that a clock that falls counts for all; the ratio is the median over the rounds of what a switch takes
+off a step: above 1 it pays.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
 import statistics
-from collections.abc import Callable
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import kitsune
 from benchmarks.environment import keep
@@ -22,57 +27,76 @@ from benchmarks.models import MODELS, make, make_batches
 from benchmarks.timing import millis
 from benchmarks.train_step.columns import forward_of, make_step
 
+ROOT = Path(__file__).parent.parent
 # What turns each of them off.
-OFF: dict[str, Any] = {"early_starts": False, "streams": 1, "pages": False, "layouts": False, "fuse": False}
-N_BATCHES, PREPARED, WAIT_S = 4, 8, 120.0
-# Milliseconds of a turn, and steps before it: a knob that changes has a static step learned anew.
-TURN_MS, LEARNED = 100.0, 8
+OFF = {"early_starts": "0", "streams": "1", "pages": "0", "layouts": "0", "fuse": "0"}
+N_BATCHES, WAIT_S = 4, 120.0
+# Steps until a region is replayed by its plan, before its kernels are there and after.
+PREPARED = 16
+# Milliseconds of a turn.
+TURN_MS = 100.0
+
+
+def serve(model: str, device: torch.device, size: Any) -> None:
+    """A process's life: how many steps, a line in; milliseconds of each, a line out."""
+    workload, batches = make(model, device, "amp", size), itertools.cycle(make_batches(model, device, N_BATCHES, size))
+    step = kitsune.accelerate(make_step(workload, forward_of(workload), "every 20"), static=True, device=device)
+    for _ in range(2):
+        for _ in range(PREPARED):
+            step(*next(batches))
+        kitsune.wait_for_kernels(WAIT_S)
+    for line in sys.stdin:
+        step(*next(batches))
+        before = kitsune.counters()["replayed"]
+        taken = millis(lambda: step(*next(batches)), int(line), device)
+        replayed = kitsune.counters()["replayed"] - before
+        print(json.dumps({"ms": taken, "replayed": replayed >= int(line)}), flush=True)
 
 
 class Turn:
-    """A model that trains with one setting."""
+    """A process with one setting."""
 
-    def __init__(self, model: str, device: torch.device, size: str, options: dict[str, Any]) -> None:
-        self._options, self._device, self._n = options, device, 0
-        workload = make(model, device, "amp", size)  # type: ignore[arg-type]
-        self._batches = make_batches(model, device, N_BATCHES, size)  # type: ignore[arg-type]
-        step = make_step(workload, forward_of(workload), "every 20")
-        self._step: Callable[..., Tensor] = kitsune.accelerate(step, static=True, device=device)
-        with kitsune.config.patch(tuning="off", **options):
-            for _ in range(PREPARED):
-                self._next()
-            kitsune.wait_for_kernels(WAIT_S)
-            for _ in range(PREPARED):
-                self._next()
+    def __init__(self, model: str, options: argparse.Namespace, switch: str | None) -> None:
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.bench_switches", "--child", "--models", model]
+        command += ["--device", options.device, "--size", options.size]
+        off = {} if switch is None else {f"KITSUNE_{switch.upper()}": OFF[switch]}
+        environment = {**os.environ, "KITSUNE_TUNING": "off", "KITSUNE_AUDIT": "0", **off}
+        pipe = subprocess.PIPE
+        self.name = switch or "on"
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment)
 
     def millis(self, steps: int) -> float:
-        """Milliseconds of a step."""
-        with kitsune.config.patch(tuning="off", audit=0, **self._options):
-            for _ in range(LEARNED):
-                self._next()
-            before = kitsune.counters()["static_skipped"]
-            taken = millis(self._next, steps, self._device)
-            skipped = kitsune.counters()["static_skipped"] - before
-        if self._device.type == "cuda" and skipped != steps:
-            raise RuntimeError(f"Of {steps} steps with {self._options or 'all on'} {skipped} were replayed without Python.")
-        return taken
+        """Milliseconds of a step. Raises RuntimeError if it was not replayed."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"The process with {self.name} has ended with {self._process.wait()}.")
+        answer = json.loads(line)
+        if not answer["replayed"] and torch.cuda.is_available():
+            raise RuntimeError(f"The steps with {self.name} were not replayed.")
+        return float(answer["ms"])
 
-    def _next(self) -> Tensor:
-        self._n += 1
-        return self._step(*self._batches[self._n % N_BATCHES])
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
 
 
-def compare(model: str, switches: list[str], rounds: int, device: torch.device, size: str) -> list[dict[str, Any]]:
+def compare(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each switch."""
-    settings = {"on": {}, **{name: {name: OFF[name]} for name in switches}}
-    turns = {name: Turn(model, device, size, options) for name, options in settings.items()}
-    steps = {name: max(3, int(TURN_MS / turn.millis(5))) for name, turn in turns.items()}
-    taken: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, turn in turns.items():
-            taken[name].append(turn.millis(steps[name]))
+    turns = [Turn(model, options, switch) for switch in (None, *options.switches)]
+    try:
+        steps = {turn.name: max(3, int(TURN_MS / turn.millis(5))) for turn in turns}
+        taken: dict[str, list[float]] = {turn.name: [] for turn in turns}
+        for _ in range(options.rounds):
+            for turn in turns:
+                taken[turn.name].append(turn.millis(steps[turn.name]))
+    finally:
+        for turn in turns:
+            turn.close()
     rows = []
-    for name in switches:
+    for name in options.switches:
         low, middle, high = statistics.quantiles([off / on for off, on in zip(taken[name], taken["on"], strict=True)], n=4)
         on, off = statistics.median(taken["on"]), statistics.median(taken[name])
         row = {"model": model, "switch": name, "on_ms": round(on, 4), "off_ms": round(off, 4), "ratio": round(middle, 4)}
@@ -89,15 +113,17 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "small"))
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := sorted({*options.switches} - {*OFF}):
         parser.error(f"no such switch: {', '.join(unknown)}; there are {', '.join(OFF)}")
     device = torch.device(options.device)
-    size = options.size or ("full" if device.type == "cuda" else "small")
+    options.size = options.size or ("full" if device.type == "cuda" else "small")
+    if options.child:
+        return serve(options.models[0], device, options.size)
     rows: list[dict[str, Any]] = []
     for model in options.models:
-        kitsune.reset()
-        made = compare(model, options.switches, options.rounds, device, size)
+        made = compare(model, options)
         for row in made:
             print(
                 f"{row['model']:10s}{row['switch']:14s}on {row['on_ms']:8.3f} ms  off {row['off_ms']:8.3f} ms  "
