@@ -10,7 +10,8 @@ from torch._ops import OpOverload
 from kitsune.ir import BACKWARDS_WITH_PLANS, Op, Result, Slot, TensorType, Value, type_of, versions_kept
 from kitsune.runtime.plan_thread import key_of, plan_thread
 
-_BOUND, _LATE, _INTS = (Slot, tuple), frozenset({Slot, tuple, Value}), frozenset({int})
+_BOUND, _LATE = (Slot, tuple), frozenset({Slot, tuple, Value})
+_INTS, _PLAIN = frozenset({int}), frozenset({Value, tuple, int})
 _base, aten = torch._C.TensorBase, torch.ops.aten
 
 # What makes the call of an op: `call`, or what takes less time.
@@ -46,49 +47,64 @@ def call_of(op: Op) -> Call:
 
     The second step of a program is made of these: of 2.3 ms that ResNet-18's 220 took beyond their kernels, 1.3 went (CPU host).
     """
-    inside = [b for a in (*op.args, tuple(a for _, a in op.kwargs)) if type(a) is tuple for b in a]
-    if (op.rewritten and _writes_a_list(op)) or not _LATE.isdisjoint(map(type, inside)):
+    arguments, made = _arguments(op), _made(op)
+    if arguments is None or len(made) != len(op.results) or (op.rewritten and _writes_a_list(op)):
         return call
-    results = _results_of(op.structure)
-    if results is None or len(results) != len(op.results):
-        return call
-    return _told(_function_of(op), op, results)
-
-
-def _results_of(structure: Any) -> list[tuple[Any, int]] | None:
-    """Where in what a call returns each new tensor is: `None` of the one that is all of it. None if it takes a closer look."""
-    if type(structure) is Result:
-        return [(None, structure.index)]
-    if not isinstance(structure, (list, tuple)):
-        return []
-    found = [(k, leaf.index) for k, leaf in enumerate(structure) if type(leaf) is Result]
-    return None if any(isinstance(leaf, (list, tuple)) for leaf in structure) else found
-
-
-def _function_of(op: Op) -> Callable[..., Any]:
-    """What is called."""
+    function, row, tensors, numbers, named = arguments
     if op.grad_enabled is not None and op.target._opname in BACKWARDS_WITH_PLANS:
-        keys, device = (key_of(op),), op.inputs[0].type.device
-
-        def handed_over(*args: Any, **kwargs: Any) -> Any:
-            if plan_thread.has_all(keys):
-                return plan_thread.call(op.target, args, kwargs, device)
-            return op.target._op(*args, **kwargs)
-
-        return handed_over
-    method = _methods.get(id(op.target))
-    is_plain = method is not None and not op.kwargs and type(op.structure) is Result and all(map(_is_plain, op.args[1:]))
-    return method if method is not None and is_plain else op.target._op
+        function = _handing_over(op)
+    rewritten = [(after.id, before.id) for before, after in op.rewritten] if op.rewritten else ()
+    return _told(function, row, tensors, numbers, named, made, rewritten)
 
 
-def _told(function: Callable[..., Any], op: Op, results: list[tuple[Any, int]]) -> Call:
-    row = [None if type(a) in (Value, Slot) else bind(a, {}, []) for a in op.args]
-    tensors = [(k, a.id) for k, a in enumerate(op.args) if type(a) is Value]
-    numbers = [(k, a.index) for k, a in enumerate(op.args) if type(a) is Slot]
-    named = {name: bind(a, {}, []) for name, a in op.kwargs}
-    rewritten = [(after.id, before.id) for before, after in op.rewritten]
-    made = [(k, op.results[index].id, op.results[index].type) for k, index in results]
+def _arguments(op: Op) -> tuple[Any, ...] | None:
+    """What is called; its arguments by position, with the places of tensors and of moving numbers among them; those by name. None
+    if something is inside of a list."""
+    method = None if op.kwargs or type(op.structure) is not Result else _methods.get(id(op.target))
+    row: list[Any] = [*op.args]
+    tensors, numbers, named = [], [], {}
+    for k, a in enumerate(row):
+        cls = type(a)
+        if cls is Value:
+            tensors.append((k, a.id))
+        elif cls is Slot:
+            numbers.append((k, a.index))
+        elif cls is tuple:
+            types = {*map(type, a)}
+            if not types.isdisjoint(_LATE):
+                return None
+            row[k], method = [*a], method if types <= _INTS else None
+        if cls not in _PLAIN:
+            method = None
+    for name, a in op.kwargs:
+        if type(a) in _LATE:
+            return None
+        named[name] = a
+    return method or op.target._op, row, tensors, numbers, named
 
+
+def _made(op: Op) -> list[tuple[Any, int, TensorType]]:
+    """Where in what a call returns a new tensor is, None of the one that is all of it; its number, and what it is like."""
+    if type(op.structure) is Result:
+        value = op.results[op.structure.index]
+        return [(None, value.id, value.type)]
+    leaves = enumerate(op.structure) if isinstance(op.structure, (list, tuple)) else ()
+    found = [(k, op.results[leaf.index]) for k, leaf in leaves if type(leaf) is Result]
+    return [(k, value.id, value.type) for k, value in found]
+
+
+def _handing_over(op: Op) -> Callable[..., Any]:
+    keys, device = (key_of(op),), op.inputs[0].type.device
+
+    def handed_over(*args: Any, **kwargs: Any) -> Any:
+        if plan_thread.has_all(keys):
+            return plan_thread.call(op.target, args, kwargs, device)
+        return op.target._op(*args, **kwargs)
+
+    return handed_over
+
+
+def _told(function: Any, row: Any, tensors: Any, numbers: Any, named: Any, made: Any, rewritten: Any) -> Call:
     def told(op: Op, values: list[Any], scalars: list[float]) -> None:
         args = row.copy()
         for k, number in tensors:
@@ -109,10 +125,6 @@ def _told(function: Callable[..., Any], op: Op, results: list[tuple[Any, int]]) 
             values[after] = values[before]
 
     return told
-
-
-def _is_plain(argument: Any) -> bool:
-    return type(argument) is int or (type(argument) is tuple and _INTS.issuperset(map(type, argument)))
 
 
 # By the ids of overloads, methods of the first operand with nothing but numbers beside it: one takes torch 0.5 us to find and
