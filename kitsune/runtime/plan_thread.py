@@ -10,7 +10,7 @@ import atexit
 import gc
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -89,9 +89,11 @@ class PlanThread:
     def knows(self, op: Op) -> bool:
         """Is an operator to be run here?"""
         # Asked of each operator that no kernel is written for.
-        if op.target._opname not in BACKWARDS_WITH_PLANS or not self._is_alive() or threading.get_ident() == self._ident:
-            return False
-        return key_of(op) in self.known
+        return op.target._opname in BACKWARDS_WITH_PLANS and self.has_all((key_of(op),))
+
+    def has_all(self, keys: Iterable[Any]) -> bool:
+        """Are operators with these keys to be run here?"""
+        return self._is_alive() and threading.get_ident() != self._ident and self.known.issuperset(keys)
 
     def call(self, target: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
         """Call `target` here, with the settings of the calling thread, which waits. Returns and raises what it does."""

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import kitsune
-from kitsune.ir import Graph, Kind, Op, Result, Slot, Value, default_type, type_of
-from kitsune.runtime import prepare, replay
+from kitsune.ir import Effects, Graph, Kind, Op, Result, Slot, Value, default_type, type_of
+from kitsune.runtime import Schedule, prepare, replay
 from kitsune.runtime.calls import call, call_of
-from kitsune.runtime.replay import _Tensors
+from kitsune.runtime.replay import Instruction, _stretches, _Tensors
 
 aten = torch.ops.aten
 F2 = default_type(torch.float32, (2,))
@@ -71,13 +71,80 @@ def test_a_method_gives_the_view_that_its_overload_gives(view: Any) -> None:
     assert again[1].untyped_storage()._cdata == again[0].untyped_storage()._cdata and torch.equal(again[1], values[1])
 
 
-def test_what_is_more_than_a_tensor_and_numbers_is_called_by_its_overload() -> None:
+def made_by_its_overload(op: Op, values: list[Any], scalars: list[float]) -> None:
+    """Whatever makes it, it is as `call` has it."""
+    again, copies = [*values], [v.clone() if isinstance(v, torch.Tensor) else v for v in values]
+    call(op, copies, scalars)
+    call_of(op)(op, again, scalars)
+    for one, other in zip(copies, again, strict=True):
+        assert one is other is None or (type_of(one) is type_of(other) and torch.equal(one, other))
+
+
+def test_what_is_told_beforehand_gives_what_its_overload_gives() -> None:
+    x, w = torch.arange(32.0).view(1, 2, 4, 4), torch.ones(3, 2, 3, 3)
+    values = [Value(k, type_of(t), k) for k, t in enumerate((x, w))]
+    made = Value(2, type_of(aten.convolution(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)), 2)
+    inside = (*values, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    conv = Op(aten.convolution.default, Kind.EXTERN, inside, (), tuple(values), Result(0), (made,), grad_enabled=True)
+    made_by_its_overload(conv, [x, w, None], [])
+    scaled = Op(aten.mul.Tensor, Kind.POINTWISE, (values[0], Slot(1)), (), (values[0],), Result(0), (Value(2, type_of(x), 2),))
+    made_by_its_overload(scaled, [x, w, None], [1.0, 2.5])
+    cast = Value(2, type_of(x.half()), 2)
+    named = (("dtype", torch.float16),)
+    to_half = Op(aten._to_copy.default, Kind.POINTWISE, (values[0],), named, (values[0],), Result(0), (cast,))
+    made_by_its_overload(to_half, [x, None, None], [])
+    found = [Value(k + 2, type_of(t), k + 2) for k, t in enumerate(aten.max_pool2d_with_indices(x, [2, 2]))]
+    pair = (Result(0), Result(1))
+    pool = Op(aten.max_pool2d_with_indices.default, Kind.EXTERN, (values[0], (2, 2)), (), (values[0],), pair, tuple(found))
+    made_by_its_overload(pool, [x, None, None, None], [])
+    after = Value(2, type_of(x), 0, 1)
+    written = Op(aten.relu_.default, Kind.POINTWISE, (values[0],), (), (values[0],), None, (), ((values[0], after),))
+    made_by_its_overload(written, [x - 8, None, None], [])
+    assert all(call_of(op) is not call for op in (conv, scaled, pool))
+
+
+def test_what_takes_a_closer_look_is_left_to_the_way_of_all() -> None:
     plain, _ = of(aten.unsqueeze.default, 0)
-    named, _ = of(aten.expand.default, (2, 3, 3), kwargs=(("implicit", True),))
-    moving = dataclasses.replace(plain, args=(plain.args[0], Slot(0)))
-    other = dataclasses.replace(plain, args=(*plain.args, (1, None)))
-    listed = dataclasses.replace(plain, structure=[Result(0)])
-    assert [call_of(op) is call for op in (plain, named, moving, other, listed, chain(1).ops[0])] == [False] + 5 * [True]
+    value = plain.args[0]
+    listed = dataclasses.replace(plain, args=((value, value),))
+    moving = dataclasses.replace(plain, args=(value, (1, Slot(0))))
+    named = dataclasses.replace(plain, kwargs=(("out", value),))
+    nested = dataclasses.replace(plain, structure=[[Result(0)]])
+    writes = dataclasses.replace(plain, target=aten._foreach_neg_.default, rewritten=((value, value),))
+    assert all(call_of(op) is call for op in (listed, moving, named, nested, writes))
+
+
+def test_ops_that_ask_for_a_grad_mode_have_theirs() -> None:
+    seen: list[bool] = []
+
+    def look(op: Op, values: list[Any], scalars: list[float]) -> None:
+        seen.append(torch.is_grad_enabled())
+
+    graph = chain(5)
+    modes = (None, True, True, False, None)
+    ops = [dataclasses.replace(op, grad_enabled=mode) for op, mode in zip(graph.ops, modes, strict=True)]
+    schedule = Schedule(tuple(Instruction(op, (), look) for op in ops), 0)
+    for graded in (True, False):
+        with torch.set_grad_enabled(graded):
+            replay(schedule, [], [])
+            assert torch.is_grad_enabled() is graded
+    assert seen == [True, True, True, False, False, False, True, True, False, False]
+
+
+def test_ops_between_those_that_make_plans_go_along_where_they_need_nothing_of_their_thread() -> None:
+    x = Value(0, F2, 0)
+
+    def op(target: Any, kind: Kind, random: bool = False) -> Op:
+        return Op(target, kind, (x,), (), (x,), None, (), effects=Effects(random=random))
+
+    plans = op(aten.convolution_backward.default, Kind.EXTERN)
+    norm, add = op(aten.native_batch_norm_backward.default, Kind.EXTERN), op(aten.add.Tensor, Kind.POINTWISE)
+    product, drawn = op(aten.mm.default, Kind.GEMM), op(aten.bernoulli.p, Kind.POINTWISE, True)
+    for between, n in (((), 2), ((norm, add), 4), ((product,), 0), ((add, drawn), 0)):
+        found = list(_stretches((add, plans, *between, plans, add)))
+        assert [(first, stretch.n) for first, stretch in found] == ([(1, n)] if n else [])
+    found = list(_stretches((plans, plans, product, add, plans, add, plans, add, plans)))
+    assert [(first, stretch.n, len(stretch.keys)) for first, stretch in found] == [(0, 2, 1), (4, 5, 1)]
 
 
 def test_a_view_that_fails_names_its_line() -> None:
