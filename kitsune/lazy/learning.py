@@ -187,10 +187,13 @@ class Learner:
         turned = turned_by(sight.before.turned(), flat, sight.start, region)
         returned = Returned(sight.result, flat, region, sight.first, turned)
         read = flat[:1] if func in LIKE_ANOTHER else flat
+        gives_back = returned.fits and returned.form == SELF
         if not path and not any(_has_history(t) for t in (*read, *tensors_in(sight.result))):
-            return _plain_edge(func, sight, region.node)
+            # What is no result, as a batch that is on its device already, may be another tensor the next time.
+            if not gives_back or not all(type(t) is LazyTensor for t in flat) or any(sight.before.written() or (True,)):
+                return _plain_edge(func, sight, region.node)
         # Without an op, a call may give back what it was given: `contiguous()`.
-        if not path and not (returned.fits and returned.form == SELF):
+        elif not path and not gives_back:
             return None
         arrivals = arrivals_of(path, list(call.fresh.values()), region)
         written = sight.before.written()
@@ -252,4 +255,6 @@ def _in_order(kwargs: Any) -> bool:
 
 
 def _plain_edge(func: Any, sight: Sight, node: Node) -> Edge:
-    return Edge(sight.start, func, sight.modes, node, (), (), frozenset(), (), (), False, None, NOTHING, (), False, plain=True)
+    # Its floats tell it from others, as those of any call.
+    known = sight.start, func, sight.modes, node, (), (), frozenset(), (), (), False, None, NOTHING, (), False
+    return Edge(*known, plain=True, floats=list(sight.call.floats))
