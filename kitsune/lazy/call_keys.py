@@ -145,7 +145,7 @@ def _fresh(region: Any, tensor: Any, call: Incoming) -> Any:
         seen = arrival(region, tensor)
         serial = -1 if seen is None else seen[1]
     else:
-        real = tensor.cell.real
+        real: Any = tensor.cell.real
         odd = real is None or tensor.cell.owed is not None or region.oddness(real) is not None
         seen, serial = None, -1 if odd else serial_of(real)
     other = call.fresh.get(serial)

@@ -90,7 +90,7 @@ def _places_of(lane: Any, mask: Any) -> list[torch.Tensor]:
     recorder, region = lane.recorder, lane.recorder.region
     if others_see(recorder):
         return _each(recorder, lane.made(_nonzero, (mask,)), mask.dim())
-    real = mask.cell.real if type(mask) is LazyTensor else mask
+    real: Any = mask.cell.real if type(mask) is LazyTensor else mask
     # Of outputs and targets the same mask is asked for in turn: as other inputs of the region, it is what it was when it came.
     known = (id(real), 0 if mask.is_inference() else mask._version, last_change())
     if region.places is not None and region.places[0] == known and may_defer(real):

@@ -24,8 +24,9 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
     """
     w = Writer()
     try:
-        # Calls in C only: one of torch's functions in Python would come here again and again.
-        if edge.node.full or (edge.plain and edge.func not in DETACHES and edge.func not in VIEWS):
+        # Calls in C only: one of torch's functions in Python would come here again and again. And a view may yet be recorded.
+        made = edge.func in DETACHES or (edge.func in VIEWS and edge.node is not edge.start)
+        if edge.node.full or (edge.plain and not made):
             raise Unsuited
         n = len(args)
         w.unless(f"len(args) == {n} and " + (f"kwargs and len(kwargs) == {len(kwargs)}" if kwargs else "not kwargs"))
