@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kitsune.ir import type_of
+from kitsune.ir import TensorType, type_of
 from kitsune.lazy.cell import is_leaf, serial_of
 from kitsune.lazy.edges import Incoming
 from kitsune.lazy.recorder import CONSTANTS, FALSE, FLOAT, TRUE
@@ -141,30 +141,46 @@ def _other_part(region: Any, a: Any, cls: Any, call: Incoming) -> Any:
 
 def _fresh(region: Any, tensor: Any, call: Incoming) -> Any:
     """The key of a tensor that is new to the region: what it is like, and what memory it shares."""
-    lazy = type(tensor) is LazyTensor
-    real = tensor.cell.real if lazy else tensor
-    if real is None or (lazy and tensor.cell.owed is not None) or region.oddness(real) is not None:
-        call.unknown = True
-        return None
-    graded = tensor.requires_grad
-    serial = serial_of(real)
+    if type(tensor) is not LazyTensor:
+        seen = arrival(region, tensor)
+        serial = -1 if seen is None else seen[1]
+    else:
+        real: Any = tensor.cell.real
+        odd = real is None or tensor.cell.owed is not None or region.oddness(real) is not None
+        seen, serial = None, -1 if odd else serial_of(real)
     other = call.fresh.get(serial)
     if other is tensor:
         return (AGAIN, list(call.fresh).index(serial))
-    if other is not None or (graded and (lazy or not is_leaf(tensor))):
+    if serial < 0 or other is not None or (type(tensor) is LazyTensor and tensor.requires_grad):
         # Which of two tensors begins their storage is the ops' affair; a graph from elsewhere is autograd's, and so is a leaf
         # that was made in a context: backwards that are followed know of plain leaves alone.
         call.unknown = True
         return None
     call.fresh[serial] = tensor
-    storage = region.storages.get(serial)
-    type_ = tensor.cell.type if lazy else type_of(tensor)
-    # A view with a history begins where its base does. (One without is made each time: minibatches may begin anywhere.)
-    where = None if storage is None else region.where(real, storage)
-    part = (type_ if graded else type_.at_start(), where, graded)
-    if not lazy and storage is None:
+    return _part(region, tensor.cell.type, real, serial, False) if seen is None else seen[2]
+
+
+def arrival(region: Any, tensor: Any) -> tuple[Any, int, Any] | None:
+    """By what a plain tensor is known that is new to the region, as `arrivals` have it; None if no key can tell it."""
+    # Who asks may be torch's module, with the lane in between.
+    with torch._C.DisableTorchFunction():
+        graded = tensor.requires_grad
+        if region.oddness(tensor) is not None or (graded and not is_leaf(tensor)):
+            return None
+        serial = serial_of(tensor)
+        part = _part(region, type_of(tensor), tensor, serial, graded)
+        if part[1] is not None:
+            return None, serial, part
         # One object for equal parts: matchers compare by identity.
         recorder, number = region.recorder, id(tensor)
         part = recorder.known.parts.setdefault(part, part)
-        recorder.arrivals[number] = (_while_alive([tensor], recorder.arrivals, number), serial, part)
-    return part
+        known = recorder.arrivals[number] = (_while_alive([tensor], recorder.arrivals, number), serial, part)
+        return known
+
+
+def _part(region: Any, type_: TensorType, real: Any, serial: int, graded: bool) -> Any:
+    """The part of a key of a tensor that is new to the region."""
+    storage = region.storages.get(serial)
+    where = None if storage is None else region.where(real, storage)
+    # A view with a history begins where its base does. (One without is made each time: minibatches may begin anywhere.)
+    return (type_ if graded else type_.at_start(), where, graded)

@@ -106,7 +106,7 @@ class CallLane(Learner):
             edge = region.node.calls.get(key)
             if edge is not None and edge.follows and self._may_follow(edge, region, func, kwargs, call):
                 if edge.plain:
-                    return self.made(func, args, kwargs)
+                    return self.made_anew(edge, key, args, kwargs)
                 # The second of two questions about a loss: its region has been run.
                 found = None if region.node.depth else recorder.early.made_before(recorder, edge, call)
                 return self._follow(region, edge, args, kwargs, call) if found is None else found

@@ -35,6 +35,11 @@ def memory_changed() -> None:
     _last_change = next(_changes)
 
 
+def last_change() -> int:
+    """As long as this is the same number, no memory has changed."""
+    return _last_change
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What is run for a graph: the outputs of one element that were recorded, and the first number of what was foreseen."""

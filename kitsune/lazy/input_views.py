@@ -26,14 +26,18 @@ def view_of_input(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     recorder, base = lane.recorder, args[0]
     if type(base) is not Tensor or base.requires_grad or kwargs or not _takes_a_view(func, *args[1:]):
         return MISS
-    # Others are to see it: modes of the program's, a transform, a static function that is watched, and forward derivatives, of
-    # which a view is taken beside it and which may be results.
-    if recorder.watcher is not None or forward_ad._current_level >= 0 or not recorder.is_on_top():
-        return MISS
-    if torch._C._functorch.peek_interpreter_stack() is not None or recorder.is_pending(base):
+    if recorder.is_pending(base) or others_see(recorder):
         return MISS
     with torch._C._DisableTorchDispatch():
         return func(*args)
+
+
+def others_see(recorder: Any) -> bool:
+    """Are others to see what is made beside a region? Modes of the program's, a transform, a static function that is watched, and
+    forward derivatives, of which a view is taken beside it and which may be results."""
+    if recorder.watcher is not None or forward_ad._current_level >= 0 or not recorder.is_on_top():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _takes_a_view(func: Any, *rest: Any) -> bool:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from kitsune.ir import Barrier
-from kitsune.lazy.input_views import VIEWS, is_plain, view_of_input
+from kitsune.lazy.at_once import pass_through
+from kitsune.lazy.cell import may_defer
+from kitsune.lazy.early_reads import last_change
+from kitsune.lazy.input_views import VIEWS, is_plain, others_see, view_of_input
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.region import is_strided
@@ -27,6 +30,7 @@ PARTS = VIEWS | _ITEMS
 _fill: Any = Tensor.fill_
 _masked_fill: Any = Tensor.masked_fill_
 _nonzero: Any = Tensor.nonzero
+_NONZERO = torch.ops.aten.nonzero.default
 # How many places masks have named here. Where it is another number each time, what follows is another region each time, and what
 # comes before is to be one of its own.
 MANY = 4
@@ -75,14 +79,33 @@ def _of_mask(lane: Any, func: Any, tensor: Any, parts: tuple[Any, ...], k: int, 
     if recorder.is_pending(mask):
         # As a number is read of what is computed so far.
         recorder.flush(Barrier.ITEM)
-    # Eager asks for these as well, and waits as long.
-    places = lane.made(_nonzero, (mask,))
-    node.n_places |= {len(places)}
+    places = _places_of(lane, mask)
+    node.n_places |= {len(places[0])}
+    index = (*parts[:k], *places, *parts[k + 1 :])
+    return lane.call(func, (), (tensor, index) if func is _GET else (tensor, index, value))
+
+
+def _places_of(lane: Any, mask: Any) -> list[torch.Tensor]:
+    """The places that a mask names, those of each dimension. Eager asks for these as well, and waits as long."""
+    recorder, region = lane.recorder, lane.recorder.region
+    if others_see(recorder):
+        return _each(recorder, lane.made(_nonzero, (mask,)), mask.dim())
+    real: Any = mask.cell.real if type(mask) is LazyTensor else mask
+    # Of outputs and targets the same mask is asked for in turn: as other inputs of the region, it is what it was when it came.
+    known = (id(real), 0 if mask.is_inference() else mask._version, last_change())
+    if region.places is not None and region.places[0] == known and may_defer(real):
+        return region.places[1]
+    with recorder.lock:
+        places = pass_through(recorder, recorder.describe(_NONZERO), (mask,), {}, Barrier.DATA_DEPENDENT)
+    each = _each(recorder, places, mask.dim())
+    region.places = known, each, real
+    return each
+
+
+def _each(recorder: Any, places: torch.Tensor, n: int) -> list[torch.Tensor]:
     with recorder.below_autograd():
         # Each dimension's in memory of its own: what comes in is known by its memory.
-        each = [places.view(-1)] if mask.dim() == 1 else [numbers.clone() for numbers in places.unbind(1)]
-    index = (*parts[:k], *each, *parts[k + 1 :])
-    return lane.call(func, (), (tensor, index) if func is _GET else (tensor, index, value))
+        return [places.view(-1)] if n == 1 else [numbers.clone() for numbers in places.unbind(1)]
 
 
 def _is_recorded(lane: Any, tensor: Any) -> bool:

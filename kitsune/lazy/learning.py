@@ -12,7 +12,7 @@ from kitsune.lazy.casts import are_kept_casts, kept_casts
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.cuts import Absent
 from kitsune.lazy.edges import Edge, Incoming, arrivals_of, born, cell_in, path_between, viewed_operands
-from kitsune.lazy.hands_off import LIKE_ANOTHER
+from kitsune.lazy.hands_off import LIKE_ANOTHER, may_write
 from kitsune.lazy.matcher_writer import example_of
 from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.node_hooks import NodeHooks
@@ -130,6 +130,19 @@ class Learner:
         known.follows = known.follows or edge.node.known or edge.node is start
         return known
 
+    def made(self, func: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Have torch make a call; the call lane does."""
+        raise NotImplementedError
+
+    def made_anew(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> Any:
+        """Make a call of which nothing could be followed."""
+        recorder, region = self.recorder, self.recorder.region
+        result = self.made(edge.func, args, kwargs)
+        if recorder.region is region and region.node is not edge.node:
+            # What it did at first sight was not recorded yet: the next time it is learned.
+            self.remember(edge.start, key, None)
+        return result
+
     def know_by_heart(self, edge: Edge, key: Any, args: Any, kwargs: Any) -> None:
         """An edge is to have a matcher, which any floats may come with if they were proven to move."""
         name = (edge.func, *kwargs)
@@ -186,11 +199,11 @@ class Learner:
             return None
         turned = turned_by(sight.before.turned(), flat, sight.start, region)
         returned = Returned(sight.result, flat, region, sight.first, turned)
-        read = flat[:1] if func in LIKE_ANOTHER else flat
-        if not path and not any(_has_history(t) for t in (*read, *tensors_in(sight.result))):
+        gives_back = returned.fits and returned.form == SELF
+        if not path and _is_made_anew(func, kwargs, sight, gives_back):
             return _plain_edge(func, sight, region.node)
-        # Without an op, a call may give back what it was given: `contiguous()`.
-        if not path and not (returned.fits and returned.form == SELF):
+        # Without an op, a call may give back what it was given: `contiguous()`, a dropout in evaluation.
+        if not path and not gives_back:
             return None
         arrivals = arrivals_of(path, list(call.fresh.values()), region)
         written = sight.before.written()
@@ -251,5 +264,20 @@ def _in_order(kwargs: Any) -> bool:
     return sum(type(a) is float for a in kwargs.values()) < 2
 
 
+def _is_made_anew(func: Any, kwargs: Any, sight: Sight, gives_back: bool) -> bool:
+    """Is a call without an op, which has to do with no history, made each time?"""
+    flat = sight.call.flat
+    read = flat[:1] if func in LIKE_ANOTHER else flat
+    if any(_has_history(t) for t in (*read, *tensors_in(sight.result))):
+        return False
+    # What is no result, as a batch that is on its device already, may be another tensor the next time. And who gives back what
+    # was written may have moved its strides alone: `h.t_()`.
+    return not gives_back or may_write(func, (), kwargs) or not all(type(t) is LazyTensor for t in flat)
+
+
 def _plain_edge(func: Any, sight: Sight, node: Node) -> Edge:
-    return Edge(sight.start, func, sight.modes, node, (), (), frozenset(), (), (), False, None, NOTHING, (), False, plain=True)
+    nothing = frozenset[int]()
+    edge = Edge(sight.start, func, sight.modes, node, (), (), nothing, (), (), False, None, NOTHING, (), False, plain=True)
+    # By which it is told from others, as any call.
+    edge.floats = list(sight.call.floats)
+    return edge

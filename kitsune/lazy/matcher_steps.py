@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kitsune.ir.graph import Operand, Result
+from kitsune.lazy.call_keys import arrival
 from kitsune.lazy.cell import Cell
 from kitsune.lazy.edges import Edge, Made, begin_of
 from kitsune.lazy.matcher_writer import Unsuited, Writer, serial_of_result
@@ -28,6 +29,7 @@ _ALWAYS = {
     "Module": Module,
     "Parameter": Parameter,
     "Tensor": Tensor,
+    "arrival": arrival,
     "begin_of": begin_of,
     "count_writes": count_writes,
     "increment": torch._C._increment_version,

@@ -151,11 +151,18 @@ class Writer:
             self.unless(f"{cell} is not None and {cell}.ref is {self.bind(value)} and {a}.requires_grad is {graded}")
             self.cells.append(cell)
             return
-        if key[0] is AGAIN or key[1] is not None:
+        if key[0] is AGAIN:
             raise Unsuited
-        seen = self.name(f"arrivals.get({number})")
-        self.unless(f"{seen} is not None and {seen}[2] is {self.bind(key)}")
-        self.enters(Fresh(a, f"{a}_cell", self.name(f"{seen}[1]"), number))
+        # Of a view that is made each time there is nothing known yet.
+        inside = key[1] is not None
+        seen = self.name(f"arrival(region, {a})" if inside else f"arrivals.get({number}) or arrival(region, {a})")
+        self.unless(f"{seen} is not None and {seen}[2] {'==' if inside else 'is'} {self.bind(key)}")
+        new = Fresh(a, f"{a}_cell", self.name(f"{seen}[1]"), number)
+        if inside:
+            # It shares its memory with what came in before.
+            self.fresh.append(new)
+        else:
+            self.enters(new)
         self.cells.append(f"{a}_cell")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from kitsune.lazy.call_keys import LONG
 from kitsune.lazy.edges import Edge
 from kitsune.lazy.hands_off import DETACHES
+from kitsune.lazy.input_views import VIEWS
 from kitsune.lazy.matcher_steps import MISS, compiled, followed, only_under, under_lock
 from kitsune.lazy.matcher_writer import Unsuited, Writer
 from kitsune.lazy.scalar_sources import kind_of
@@ -23,8 +24,9 @@ def matcher_for(edge: Edge, key: Any, args: Any, kwargs: Any, moves: dict[Any, b
     """
     w = Writer()
     try:
-        # Calls in C only: one of torch's functions in Python would come here again and again.
-        if edge.node.full or (edge.plain and edge.func not in DETACHES):
+        # Calls in C only: one of torch's functions in Python would come here again and again. And a view may yet be recorded.
+        made = edge.func in DETACHES or (edge.func in VIEWS and edge.node is not edge.start)
+        if edge.node.full or (edge.plain and not made):
             raise Unsuited
         n = len(args)
         w.unless(f"len(args) == {n} and " + (f"kwargs and len(kwargs) == {len(kwargs)}" if kwargs else "not kwargs"))

@@ -37,6 +37,7 @@ class Region:
         "observed_from",
         "odd",
         "past",
+        "places",
         "plain",
         "produced",
         "real",
@@ -91,6 +92,8 @@ class Region:
         self.kept: dict[int, torch.Tensor] = {}
         # What of it only the part behind the cut sees.
         self.handover: Handover | None = None
+        # What the last mask was that torch has counted, its places, and itself; see `items.py`.
+        self.places: Any = None
         # How many of torch's modules were looked at closely; see `module_calls.py`.
         self.n_looks = 0
         # What went wrong when the region was run: its values were never computed.
@@ -236,7 +239,7 @@ class Region:
         self.calls.clear()
         self.counted.clear()
         self.kept.clear()
-        self.deferred = self.handover = None
+        self.deferred = self.handover = self.places = None
 
     def is_target(self, device: torch.device) -> bool:
         """Is this the device that is recorded for?"""
