@@ -26,7 +26,8 @@ def view_of_input(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     recorder, base = lane.recorder, args[0]
     if type(base) is not Tensor or base.requires_grad or kwargs or not _takes_a_view(func, *args[1:]):
         return MISS
-    if recorder.is_pending(base) or others_see(recorder):
+    # A tensor of a transform has no memory that could be pending.
+    if others_see(recorder) or recorder.is_pending(base):
         return MISS
     with torch._C._DisableTorchDispatch():
         return func(*args)
