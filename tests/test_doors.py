@@ -299,3 +299,24 @@ def test_a_recurrent_network_packs_its_weights_under_autocast(network: Any, dtyp
         torch.use_deterministic_algorithms(False)
     assert kitsune.counters()["recorded"] > 200
     assert all(map(torch.equal, got, expected))
+
+
+def test_python_that_goes_from_element_to_element_finds_what_is_computed_so_far() -> None:
+    def run() -> list[Any]:
+        found, base = list[Any](), torch.arange(6.0)
+        for _ in range(5):
+            before = pending(base)
+            found += [base.apply_(lambda v: v + 1) is base, before.tolist()]
+            result, other = pending(base), pending(base) + 1
+            kept = result + 1
+            found += [result.map_(other, lambda a, b: a - b) is result, result._version, result.tolist(), kept.tolist()]
+            result.map2_(pending(base), other, lambda a, b, c: a * b + c)  # type: ignore[attr-defined]
+            found += [result.tolist(), (result * 2).tolist()]
+            with pytest.raises(RuntimeError) as refused:
+                (base.clone().requires_grad_() * 2).apply_(lambda v: v)
+            found.append(str(refused.value))
+        return found
+
+    expected = run()
+    with kitsune.config.patch(gate=False), lazily():
+        assert run() == expected

@@ -38,6 +38,7 @@ from kitsune.lazy.door_set import Door, DoorSet
 from kitsune.lazy.function_doors import (
     classes_door,
     eager_door,
+    elements_door,
     host_door,
     lengths_door,
     operator_door,
@@ -188,6 +189,7 @@ _OF_VALUES: Table = (
 )
 _OF_NORMS: Table = ((torch.linalg, "matrix_norm norm"),)
 _QUANTILES: Table = ((torch, "quantile nanquantile"), (torch.Tensor, "quantile nanquantile"))
+_BY_ELEMENT: Table = ((torch.Tensor, "apply_ map_ map2_"),)
 _FUNCTIONS: tuple[tuple[Table, Callable[[Any], Any]], ...] = (
     (_RECURRENT, recurrent_door),
     (_PLACES, places_door),
@@ -196,6 +198,7 @@ _FUNCTIONS: tuple[tuple[Table, Callable[[Any], Any]], ...] = (
     (_OF_VALUES, eager_door()),
     (_OF_NORMS, eager_door(takes_singular_values)),
     (_QUANTILES, range_door),
+    (_BY_ELEMENT, elements_door),
 )
 _RANDOM: Table = (
     (torch, _SEEDS),

@@ -159,6 +159,22 @@ def product_door(original: Any) -> Any:
 
 
 @not_compiled
+def elements_door(original: Any) -> Any:
+    """Python goes from element to element of its memory, and nobody hears of what is written."""
+
+    def door(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = tensors_in((tensor, args, kwargs))
+        if not _may_hide(tensors):
+            return original(tensor, *args, **kwargs)
+        (plain, *args), kwargs = _computed(tensors, (tensor, *args), kwargs)
+        memory_changed()
+        original(plain, *args, **kwargs)
+        return tensor
+
+    return door
+
+
+@not_compiled
 def range_door(original: Any) -> Any:
     """On a CPU torch looks at each probability, but not while a dispatch mode is on."""
 

@@ -92,7 +92,8 @@ def _places_of(lane: Any, mask: Any) -> list[torch.Tensor]:
         return _each(recorder, lane.made(_nonzero, (mask,)), mask.dim())
     real: Any = mask.cell.real if type(mask) is LazyTensor else mask
     # Of outputs and targets the same mask is asked for in turn: as other inputs of the region, it is what it was when it came.
-    known = (id(real), 0 if mask.is_inference() else mask._version, last_change())
+    # (Those that were counted for inference no backward may keep.)
+    known = (id(real), 0 if mask.is_inference() else mask._version, last_change(), torch.is_inference_mode_enabled())
     if region.places is not None and region.places[0] == known and may_defer(real):
         return region.places[1]
     with recorder.lock:

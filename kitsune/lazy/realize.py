@@ -25,7 +25,7 @@ from kitsune.lazy.spent_views import view_again
 from kitsune.lazy.tensor import LazyTensor, wrap
 from kitsune.lazy.trie import Node
 from kitsune.lazy.turned import fresh, turn_back
-from kitsune.lazy.write_counts import Recount, is_owed
+from kitsune.lazy.write_counts import Recount, counted_before, is_owed
 
 
 @dataclass(slots=True)
@@ -77,6 +77,9 @@ class Walk:
         while (weight := self.weights.cast_by(node)) is not None and (row.target is not CAST or weight is not tensors[0]):
             node = self.path.pop() if self.path else None
         uncounted: bool = row.bumps
+        # A view that was written by another name: autograd has taken it again before it was read, and does not have to now.
+        while node is not None and self._is_beside(node, row):
+            node = self.path.pop() if self.path else None
         if node is None or node.row is not row:
             expected = "none" if node is None or node.row is None else node.row.target
             raise RuntimeError(
@@ -106,6 +109,11 @@ class Walk:
             # What was written has another number since.
             made -= {before for _, before, _, _ in node.written}
         return frozenset(region.kept).union(made)
+
+    def _is_beside(self, node: Node, row: Any) -> bool:
+        if node.row is row or node.row is None or not node.row.is_view:
+            return False
+        return self.held.keys().isdisjoint(ref.id for ref, *_ in node.results)
 
     def _is_done(self, node: Node) -> bool:
         return self.region.cut is not None and node.depth <= self.region.cut.depth
@@ -156,25 +164,12 @@ def _realize(recorder: Any, region: Any) -> None:
                 for tensor in call.flat:
                     if tensor_is_spent(tensor):
                         attach_spent(recorder, tensor)
-                with versions_kept(_counted_before(call, owed)):
+                with versions_kept(counted_before(call, owed)):
                     recount.replaced(hand_over(call.edge.func(*call.args, **(call.kwargs or {})), call))
     finally:
         recorder.walk, recorder.hook, recorder.making = None, hook, False
         recount.rest()
     region.real = True
-
-
-def _counted_before(call: Followed, owed: set[int]) -> list[Any]:
-    """Those of a call's tensors whose writes were counted when it was followed. What was detached of one that is owed shares its
-    count, which is made again."""
-    known, new = ([t for t in call.flat if (id(t) in owed) is it_is] for it_is in (False, True))
-    if not (known and new and call.edge.bumps) or any(t.is_inference() for t in known):
-        return known
-    before, counts = [t._version for t in known], tuple(t._version for t in new)
-    increment_version(new)
-    known = [t for t, n in zip(known, before, strict=True) if t._version == n]
-    torch._C._autograd._unsafe_set_version_counter(tuple(new), counts)
-    return known
 
 
 def hand_over(result: Any, call: Followed) -> Iterator[tuple[LazyTensor, LazyTensor]]:

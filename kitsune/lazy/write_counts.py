@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from kitsune.ir import count_writes_to
 from kitsune.lazy.cell import living
@@ -69,3 +70,16 @@ class Recount:
 def _move(tensors: list[Any], by: int) -> None:
     for tensor in tensors:
         torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + by,))
+
+
+def counted_before(call: Any, owed: set[int]) -> list[Any]:
+    """Those of a call's tensors whose writes were counted when it was followed. What was detached of one that is owed shares its
+    count, which is made again."""
+    known, new = ([t for t in call.flat if (id(t) in owed) is it_is] for it_is in (False, True))
+    if not (known and new and call.edge.bumps) or any(t.is_inference() for t in known):
+        return known
+    before, counts = [t._version for t in known], tuple(t._version for t in new)
+    increment_version(new)
+    known = [t for t, n in zip(known, before, strict=True) if t._version == n]
+    torch._C._autograd._unsafe_set_version_counter(tuple(new), counts)
+    return known

@@ -239,3 +239,21 @@ def test_where_nothing_was_detached_nothing_is_compared() -> None:
             kitsune.flush()
             assert pipeline.recorder.lane.twins == []
         assert kitsune.counters()["followed"] > 0
+
+
+def test_a_view_that_was_written_before_it_was_read_is_made_again() -> None:
+    """Autograd takes it again for who reads it next, and has no reason to where the calls are made again."""
+
+    def forward(training: Training, y: Tensor, written: bool) -> Tensor:
+        h = (y * 1.5).view(2, 8)
+        h.detach().mul_(2)
+        unused = h * 2
+        loss = h.sin().sum()
+        training.told.append(unused.requires_grad)
+        return loss
+
+    expected = told_by(forward, contextlib.nullcontext())
+    assert not any(isinstance(told, str) for told in expected)
+    assert told_by(forward, kitsune.accelerate(device="cpu")) == expected
+    kitsune.reset()
+    assert told_by(forward, with_graphs()) == expected

@@ -143,27 +143,36 @@ def test_an_evaluation_between_steps_is_followed(name: str, kitsunes: Any, monke
     assert counted <= n + n // every + 4, counted
 
 
+OTHER = torch.arange(8) % 2 == 0
+
+
+def by_a_view(mask: Tensor) -> None:
+    mask[2:5] = False
+
+
+def other_memory(mask: Tensor) -> None:
+    mask.data = OTHER.clone()
+
+
+def by_numpy(mask: Tensor) -> None:
+    mask.numpy()[:] = OTHER.numpy()
+
+
+CHANGES: tuple[Callable[[Tensor], Any], ...] = (
+    Tensor.logical_not_,
+    lambda mask: mask.data.copy_(OTHER),
+    by_a_view,
+    other_memory,
+    lambda mask: mask.map_(OTHER, lambda one, two: one != two),
+    lambda mask: mask.apply_(lambda one: not one),
+    by_numpy,
+)
+
+
 def test_a_mask_that_changes_between_two_reads_is_counted_again(kitsunes: Any) -> None:
-    other = torch.arange(8) % 2 == 0
-
-    def in_place(mask: Tensor) -> None:
-        mask.logical_not_()
-
-    def unseen_by_its_count(mask: Tensor) -> None:
-        mask.data.copy_(other)
-
-    def by_a_view(mask: Tensor) -> None:
-        mask[2:5] = False
-
-    def other_memory(mask: Tensor) -> None:
-        mask.data = other.clone()
-
-    def by_numpy(mask: Tensor) -> None:
-        mask.numpy()[:] = other.numpy()
-
     def steps() -> list[Any]:
         found = list[Any]()
-        for change in (in_place, unseen_by_its_count, by_a_view, other_memory, by_numpy):
+        for change in CHANGES:
             with kitsune.disable():
                 mask = torch.arange(8) < 3
             for _ in range(4):
@@ -175,6 +184,24 @@ def test_a_mask_that_changes_between_two_reads_is_counted_again(kitsunes: Any) -
                 change(mask)
                 second = (x * 5)[mask]
                 found += [first.tolist(), second.tolist()]
+        return found
+
+    expected = steps()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert steps() == expected
+
+
+def test_a_mask_that_was_counted_for_inference_is_counted_again_for_a_backward(kitsunes: Any) -> None:
+    def steps() -> list[Any]:
+        found, mask = list[Any](), torch.arange(8) % 3 == 0
+        weight = torch.ones(8, requires_grad=True)
+        for _ in range(6):
+            with torch.inference_mode():
+                metric = (torch.arange(8.0) * 3)[mask] + 0
+            (weight.exp() * 2)[mask].sum().backward()
+            with torch.inference_mode():
+                again = (torch.arange(8.0) * 5)[mask] + 0
+            found += [metric.tolist(), again.tolist(), weight.grad.tolist()]  # type: ignore[union-attr]
         return found
 
     expected = steps()
