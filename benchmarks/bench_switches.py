@@ -1,10 +1,11 @@
 """What each of Kitsune's switches is worth: a static step as it is beside one with that switch turned off.
 
-    python -m benchmarks.bench_switches [--models mlp,bert] [--switches early_starts,streams] [--rounds 12] [--json FILE]
+    python -m benchmarks.bench_switches [--models mlp,bert] [--switches early_starts,streams] [--visits 3] [--json FILE]
 
-Each setting has a process of its own, in which everything is compiled and captured first. Then they take turns, some steps each
-while the others rest, so that a clock that falls counts for all; the ratio is the median over the rounds of what a switch takes
-off a step: above 1 it pays.
+Each setting has processes of its own, in which everything is compiled and captured before it is timed. They take turns: first each
+setting once, then all once more. There is one process at a time: of two that shared an H200, though the other one rested, the
+first took 18 % longer for a step of BERT, whichever its setting was. A process's figure is the median of its rounds, and a ratio
+that of the medians: above 1 the switch pays.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Turn:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment)
 
     def millis(self, steps: int) -> float:
-        """Milliseconds of a step. Raises RuntimeError if it was not replayed."""
+        """Milliseconds of a step, of so many. Raises RuntimeError if they were not replayed."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
@@ -83,24 +84,28 @@ class Turn:
         self._process.communicate()
 
 
+def visit(model: str, options: argparse.Namespace, switch: str | None) -> float:
+    """Milliseconds of a step with one setting, in one process."""
+    turn = Turn(model, options, switch)
+    try:
+        steps = max(3, int(TURN_MS / turn.millis(5)))
+        return statistics.median(turn.millis(steps) for _ in range(options.rounds))
+    finally:
+        turn.close()
+
+
 def compare(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each switch."""
-    turns = [Turn(model, options, switch) for switch in (None, *options.switches)]
-    try:
-        steps = {turn.name: max(3, int(TURN_MS / turn.millis(5))) for turn in turns}
-        taken: dict[str, list[float]] = {turn.name: [] for turn in turns}
-        for _ in range(options.rounds):
-            for turn in turns:
-                taken[turn.name].append(turn.millis(steps[turn.name]))
-    finally:
-        for turn in turns:
-            turn.close()
-    rows = []
-    for name in options.switches:
-        low, middle, high = statistics.quantiles([off / on for off, on in zip(taken[name], taken["on"], strict=True)], n=4)
-        on, off = statistics.median(taken["on"]), statistics.median(taken[name])
-        row = {"model": model, "switch": name, "on_ms": round(on, 4), "off_ms": round(off, 4), "ratio": round(middle, 4)}
-        rows.append({**row, "quartiles": [round(low, 4), round(high, 4)]})
+    taken: dict[str | None, list[float]] = {switch: [] for switch in (None, *options.switches)}
+    for _ in range(options.visits):
+        for switch, millis_ in taken.items():
+            millis_.append(visit(model, options, switch))
+    on, rows = statistics.median(taken[None]), []
+    for switch in options.switches:
+        off = statistics.median(taken[switch])
+        row = {"model": model, "switch": switch, "on_ms": round(on, 4), "off_ms": round(off, 4), "ratio": round(off / on, 4)}
+        visits = {"on_visits_ms": [round(ms, 4) for ms in taken[None]], "off_visits_ms": [round(ms, 4) for ms in taken[switch]]}
+        rows.append({**row, **visits})
     return rows
 
 
@@ -111,7 +116,8 @@ def main() -> None:
     parser.add_argument("--switches", type=lambda text: text.split(","), default=list(OFF), help="some of " + ",".join(OFF))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=("full", "small"))
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--visits", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -127,7 +133,7 @@ def main() -> None:
         for row in made:
             print(
                 f"{row['model']:10s}{row['switch']:14s}on {row['on_ms']:8.3f} ms  off {row['off_ms']:8.3f} ms  "
-                f"off / on {row['ratio']:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f})",
+                f"off / on {row['ratio']:.3f} (on {row['on_visits_ms']}, off {row['off_visits_ms']})",
                 flush=True,
             )
         rows += made

@@ -94,10 +94,10 @@ def _made(op: Op) -> list[tuple[Any, int, TensorType]]:
 
 
 def _handing_over(op: Op) -> Callable[..., Any]:
-    keys, device = (key_of(op),), op.inputs[0].type.device
+    key, device = key_of(op), op.inputs[0].type.device
 
     def handed_over(*args: Any, **kwargs: Any) -> Any:
-        if plan_thread.has_all(keys):
+        if plan_thread.has(key):
             return plan_thread.call(op.target, args, kwargs, device)
         return op.target._op(*args, **kwargs)
 

@@ -10,7 +10,7 @@ import atexit
 import gc
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,11 +89,11 @@ class PlanThread:
     def knows(self, op: Op) -> bool:
         """Is an operator to be run here?"""
         # Asked of each operator that no kernel is written for.
-        return op.target._opname in BACKWARDS_WITH_PLANS and self.has_all((key_of(op),))
+        return op.target._opname in BACKWARDS_WITH_PLANS and self.has(key_of(op))
 
-    def has_all(self, keys: Iterable[Any]) -> bool:
-        """Are operators with these keys to be run here?"""
-        return self._is_alive() and threading.get_ident() != self._ident and self.known.issuperset(keys)
+    def has(self, key: Any) -> bool:
+        """Are operators with this key to be run here?"""
+        return self._is_alive() and threading.get_ident() != self._ident and key in self.known
 
     def call(self, target: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
         """Call `target` here, with the settings of the calling thread, which waits. Returns and raises what it does."""

@@ -4,43 +4,31 @@ Drops each value after its last use, as eager's reference counts would.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain, islice
+from itertools import accumulate
 from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
 
-from kitsune.ir import BACKWARDS_WITH_PLANS, Graph, Kind, Op, TensorType
+from kitsune.ir import Graph, Op, TensorType
 from kitsune.runtime.calls import Call, call_of
 from kitsune.runtime.fallback import may_have_begun
-from kitsune.runtime.plan_thread import key_of, plan_thread
 
 # Below autograd these return what they are given. A training step of ResNet-50 has 262 of them among 794 ops. (By id: overloads
 # hash and compare in Python.)
 _SAME = frozenset(map(id, (torch.ops.aten.detach.default, torch.ops.aten.alias.default)))
 
-_ANYWHERE = frozenset({Kind.POINTWISE, Kind.REDUCTION, Kind.VIEW})
-
-
-class Stretch(NamedTuple):
-    """So many instructions in a row for the thread that has the plans of all of these keys. To ask it once for each of them takes
-    0.2 ms (CPU host), and there are 20 in a ResNet-18."""
-
-    n: int
-    keys: frozenset[Any]
-
 
 class Instruction(NamedTuple):
     """An op, what to drop after it, and what makes its call; None where its result is its operand, and may be the very tensor. (A
-    frozen dataclass takes three times as long to make.) A stretch may begin with it."""
+    frozen dataclass takes three times as long to make.)"""
 
     op: Op
     drops: tuple[int, ...]
     make: Call | None
-    stretch: Stretch | None = None
 
 
 @dataclass(slots=True)
@@ -65,29 +53,7 @@ def prepare(graph: Graph) -> Schedule:
                     drops.append(value.id)
         is_same = id(op.target) in _SAME and one.joined(op.inputs[0].id, op.results[0].id)
         instructions.append(Instruction(op, tuple(drops), None if is_same else call_of(op)))
-    instructions.reverse()
-    for first, stretch in _stretches(graph.ops):
-        instructions[first] = instructions[first]._replace(stretch=stretch)
-    return Schedule(tuple(instructions), most_in_use(graph))
-
-
-def _stretches(ops: Sequence[Op]) -> Iterator[tuple[int, Stretch]]:
-    """Where ops in a row begin that one thread may run for another, from one that makes plans to another such one."""
-    places: list[int] = []
-    for k, op in enumerate((*ops, None)):
-        if op is not None and op.target._opname in BACKWARDS_WITH_PLANS:
-            places.append(k)
-        elif op is None or not _runs_anywhere(op):
-            if len(places) > 1:
-                yield places[0], Stretch(places[-1] + 1 - places[0], frozenset([key_of(ops[place]) for place in places]))
-            places = []
-
-
-def _runs_anywhere(op: Op) -> bool:
-    """May the op run in another thread, and needs nothing of its own there? A matrix product has cuBLAS make a handle and a
-    workspace for its thread, and an operator of another library may be Python."""
-    plain = op.kind in _ANYWHERE or op.target._opname.endswith("_backward")
-    return plain and op.target.namespace == "aten" and not op.effects.random
+    return Schedule(tuple(reversed(instructions)), most_in_use(graph))
 
 
 class _Tensors:
@@ -180,12 +146,7 @@ def replay(schedule: Schedule, values: list[Any], scalars: list[float], relieve:
 
 
 def _go_on(left: Iterator[Instruction], values: list[Any], scalars: list[float], graded: bool) -> None:
-    for instruction in left:
-        op, drops, make, stretch = instruction
-        if stretch is not None and plan_thread.has_all(stretch.keys):
-            rest = chain((instruction,), islice(left, stretch.n - 1))
-            plan_thread.call(_go_on, (rest, values, scalars, graded), {}, op.inputs[0].type.device)
-            continue
+    for op, drops, make in left:
         if make is None:
             values[op.results[0].id] = values[op.inputs[0].id]
         else:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import kitsune
-from kitsune.ir import Effects, Graph, Kind, Op, Result, Slot, Value, default_type, type_of
+from kitsune.ir import Graph, Kind, Op, Result, Slot, Value, default_type, type_of
 from kitsune.runtime import Schedule, prepare, replay
 from kitsune.runtime.calls import call, call_of
-from kitsune.runtime.replay import Instruction, _stretches, _Tensors
+from kitsune.runtime.replay import Instruction, _Tensors
 
 aten = torch.ops.aten
 F2 = default_type(torch.float32, (2,))
@@ -129,22 +129,6 @@ def test_ops_that_ask_for_a_grad_mode_have_theirs() -> None:
             replay(schedule, [], [])
             assert torch.is_grad_enabled() is graded
     assert seen == [True, True, True, False, False, False, True, True, False, False]
-
-
-def test_ops_between_those_that_make_plans_go_along_where_they_need_nothing_of_their_thread() -> None:
-    x = Value(0, F2, 0)
-
-    def op(target: Any, kind: Kind, random: bool = False) -> Op:
-        return Op(target, kind, (x,), (), (x,), None, (), effects=Effects(random=random))
-
-    plans = op(aten.convolution_backward.default, Kind.EXTERN)
-    norm, add = op(aten.native_batch_norm_backward.default, Kind.EXTERN), op(aten.add.Tensor, Kind.POINTWISE)
-    product, drawn = op(aten.mm.default, Kind.GEMM), op(aten.bernoulli.p, Kind.POINTWISE, True)
-    for between, n in (((), 2), ((norm, add), 4), ((product,), 0), ((add, drawn), 0)):
-        found = list(_stretches((add, plans, *between, plans, add)))
-        assert [(first, stretch.n) for first, stretch in found] == ([(1, n)] if n else [])
-    found = list(_stretches((plans, plans, product, add, plans, add, plans, add, plans)))
-    assert [(first, stretch.n, len(stretch.keys)) for first, stretch in found] == [(0, 2, 1), (4, 5, 1)]
 
 
 def test_a_view_that_fails_names_its_line() -> None:
