@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_switches [--models mlp,bert] [--switches early_starts,streams] [--visits 3] [--json FILE]
 
-Each setting has processes of its own, in which everything is compiled and captured before it is timed. They take turns: first each
-setting once, then all once more. There is one process at a time: of two that shared an H200, though the other one rested, the
-first took 18 % longer for a step of BERT, whichever its setting was. A process's figure is the median of its rounds, and a ratio
-that of the medians: above 1 the switch pays.
+Each setting has processes of its own, in which everything is compiled and captured before it is timed. They take turns: first
+each setting once, then all once more. There is one process at a time: of two that shared an H200, though the other one rested,
+the first took 18 % longer for a step of BERT, whichever its setting was. A process's figure is the median of its rounds, and a
+ratio that of the medians: above 1 the switch pays.
 """
 
 from __future__ import annotations
