@@ -84,11 +84,12 @@ def _arguments(op: Op) -> tuple[Any, ...] | None:
 
 
 def _made(op: Op) -> list[tuple[Any, int, TensorType]]:
-    """Where in what a call returns a new tensor is, None of the one that is all of it; its number, and what it is like."""
+    """Where in what a call returns a new tensor is, None of the one that is all of it; its number, and what it is like. Of a list
+    none: how long that is is looked at each time."""
     if type(op.structure) is Result:
         value = op.results[op.structure.index]
         return [(None, value.id, value.type)]
-    leaves = enumerate(op.structure) if isinstance(op.structure, (list, tuple)) else ()
+    leaves = enumerate(op.structure) if isinstance(op.structure, tuple) else ()
     found = [(k, op.results[leaf.index]) for k, leaf in leaves if type(leaf) is Result]
     return [(k, value.id, value.type) for k, value in found]
 

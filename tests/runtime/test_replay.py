@@ -109,9 +109,9 @@ def test_what_takes_a_closer_look_is_left_to_the_way_of_all() -> None:
     listed = dataclasses.replace(plain, args=((value, value),))
     moving = dataclasses.replace(plain, args=(value, (1, Slot(0))))
     named = dataclasses.replace(plain, kwargs=(("out", value),))
-    nested = dataclasses.replace(plain, structure=[[Result(0)]])
+    nested, many = (dataclasses.replace(plain, structure=structure) for structure in (([Result(0)],), [Result(0)]))
     writes = dataclasses.replace(plain, target=aten._foreach_neg_.default, rewritten=((value, value),))
-    assert all(call_of(op) is call for op in (listed, moving, named, nested, writes))
+    assert all(call_of(op) is call for op in (listed, moving, named, nested, many, writes))
 
 
 def test_ops_that_ask_for_a_grad_mode_have_theirs() -> None:
