@@ -1,4 +1,4 @@
-"""Other layouts on a GPU: at sizes where they pay, steps are no further from float32 than eager's are, and gradients lie as in
+"""Other layouts on a GPU: at sizes where they pay, steps are no further from float64 than eager's are, and gradients lie as in
 eager."""
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from tests.runtime.checked import forget
 
 pytestmark = pytest.mark.gpu
 STEPS = 6
-# Sums in another order may be this much further from float32 than eager's.
-AS_FAR = 2.0
+# Sums in another order may be this much further from float64 than eager's. cuDNN's own sums have no fixed order: in float32
+# one gradient of two trainings by eager was 0.6 % apart after six steps, so eager's is the furthest of three.
+AS_FAR, EAGERS = 2.0, 3
 
 
 @pytest.fixture(autouse=True)
@@ -68,17 +69,23 @@ class Patches(nn.Module):
 
 
 def train(
-    context: Any, make: Any, shape: tuple[int, ...], classes: int, amp: bool = True, within: bool = False
+    context: Any,
+    make: Any,
+    shape: tuple[int, ...],
+    classes: int,
+    amp: bool = True,
+    within: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """The losses, gradients and parameters that training leaves; `within` other memory lie the parameters and the batch."""
     torch.manual_seed(0)
-    model = make().cuda()
+    model = make().cuda().to(dtype)
     if within:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = behind(tensor.data)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(shape, generator=generator).cuda(), torch.randint(classes, shape[:1], generator=generator).cuda()
+    x, y = torch.randn(shape, generator=generator).cuda().to(dtype), torch.randint(classes, shape[:1], generator=generator).cuda()
     if within:
         x, y = behind(x), behind(y)
     losses = []
@@ -98,16 +105,17 @@ def train(
 
 def laid_out(make: Any, shape: tuple[int, ...], classes: int, amp: bool = True, within: bool = False) -> Plan:
     """Train with and without Kitsune, compare, and return the plan of a step."""
-    exact = train(contextlib.nullcontext(), make, shape, classes, amp=False)
-    eager = train(contextlib.nullcontext(), make, shape, classes, amp)
+    exact = train(contextlib.nullcontext(), make, shape, classes, amp=False, dtype=torch.float64)
+    eagers = [train(contextlib.nullcontext(), make, shape, classes, amp) for _ in range(EAGERS)]
     with kitsune.config.patch(gate=False, compile_workers=0, numerics="strict"):
         found = train(kitsune.accelerate(), make, shape, classes, amp, within)
         plan = kitsune.last_plan()
     assert plan is not None
     for name, true in exact.items():
-        a, b = eager[name], found[name]
+        a, b = eagers[0][name], found[name]
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), name
-        allowed = AS_FAR * (a - true).abs().max() + 1e-3 * true.abs().max()
+        off = torch.stack([(eager[name] - true).abs().max() for eager in eagers]).max()
+        allowed = AS_FAR * off + 1e-3 * true.abs().max()
         assert (b - true).abs().max() <= allowed, name
     return plan
 
