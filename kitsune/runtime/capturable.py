@@ -2,7 +2,7 @@
 
 import torch
 
-from kitsune.ir import Graph, Op, slots_in, storage_of
+from kitsune.ir import Graph, Kind, Op, Value, slots_in, storage_of
 from kitsune.runtime.alignment import summed_inputs
 from kitsune.runtime.places import Places
 
@@ -17,12 +17,15 @@ _READS = frozenset(
 _BREAKS = frozenset({"_linalg_eigh", "linalg_pinv"})
 _BY_MASK = frozenset("index index_put index_put_ _index_put_impl_ _unsafe_index_put _unsafe_index".split())
 _WATCHED = _READS | _BREAKS | _BY_MASK
+# Pointwise, but they copy a tensor of the host to the device where others give its number to their kernel.
+_COPIES = frozenset("where copy copy_ _to_copy clone".split())
 
 
 class GraphFacts:
     """What a capture on a device has to know of a graph, whatever its inputs are: found out when the region is made ready.
 
-    `places` are given where they are known already. `inputs` are the numbers of those that it reads, writes or returns;
+    `places` are given where they are known already. `inputs` are the numbers of those that it reads, writes or returns, but for
+    `host_numbers`: tensors without dimensions on the host, whose values kernels are given (`tokens[:, 0] = 5` makes one);
     `n_values` is one more than the largest number of a value; `refusal` is a sentence saying why it cannot be captured, if so.
     `writers` has, by storage, the first op that writes it, and `shared` the storages of inputs in which results lie; `summed` are
     the inputs of which it may matter how they are aligned.
@@ -38,7 +41,8 @@ class GraphFacts:
             used.update([v.id for v in op.inputs])
             for storage in op.effects.writes:
                 self.writers.setdefault(storage, op)
-        self.inputs = tuple(v.id for v in graph.inputs if v.id in used)
+        self.host_numbers = tuple(v.id for v in graph.inputs if v.id in used and is_host_number(v, graph, device.type))
+        self.inputs = tuple(v.id for v in graph.inputs if v.id in used and v.id not in self.host_numbers)
         made = {root.storage for number, root in self.places.root.items() if number not in self.places.inputs}
         self.shared = made.intersection([v.storage for v in graph.inputs])
         self.summed = summed_inputs(graph, self.places)
@@ -48,14 +52,36 @@ class GraphFacts:
         graph, used = self.graph, {*self.inputs}
         for value in (*(v for v in graph.inputs if v.id in used), *graph.outputs):
             if value.type.device.type != kind:
-                what = "reads a tensor on" if value in graph.inputs else "leaves a tensor on"
-                return f"The region {what} the {value.type.device.type.upper()}, which a CUDA graph does not see change."
+                what = f"{_reader(graph, value)} reads" if value in graph.inputs else "The region leaves"
+                return f"{what} a tensor on the {value.type.device.type.upper()}, which a CUDA graph does not see change."
         # Most graphs have one device; types are few.
         is_mixed = any(type_.device.type != kind for type_ in {root.type for root in self.places.root.values()})
         for op in graph.ops:
             if (is_mixed or op.target._opname in _WATCHED) and (reason := _why_not_op(op, kind)) is not None:
                 return f"{op.target} at {op.site} {reason}."
         return None
+
+
+def is_host_number(value: Value, graph: Graph, kind: str) -> bool:
+    """Is an input a number on the host that is only given to kernels of a device of that kind?"""
+    if value.type.device.type != "cpu" or kind == "cpu" or value.type.shape or value in graph.outputs:
+        return False
+    # Versions that are written, and views, have its storage.
+    readers = [op for op in graph.ops if any(v.storage == value.storage for v in (*op.inputs, *op.outputs))]
+    takes = (op.kind is Kind.POINTWISE and op.target._opname not in _COPIES for op in readers)
+    return all(takes) and not any(value.storage in op.effects.writes for op in readers)
+
+
+def _reader(graph: Graph, value: Value) -> str:
+    """Who reads an input, as a sentence may begin."""
+    op = next((op for op in graph.ops if value in op.inputs), None)
+    return "The region" if op is None else f"{op.target} at {op.site}"
+
+
+def host_number_moves(graph: Graph, number: int) -> str:
+    """Says so of an input, in a sentence."""
+    value = next(v for v in graph.inputs if v.id == number)
+    return f"{_reader(graph, value)} is given a number on the host that changes from run to run."
 
 
 def _why_not_op(op: Op, kind: str) -> str | None:

@@ -18,7 +18,7 @@ from kitsune.runtime.cuda_graph import GraphRecorder, Recorded, Sending
 from kitsune.runtime.lent_outputs import Lent, small_results
 from kitsune.runtime.page_reader import PageReader
 from kitsune.runtime.passing import Passing
-from kitsune.runtime.slots import SlotTable, WatchedNumbers
+from kitsune.runtime.slots import SlotTable, WatchedNumbers, host_bits
 from kitsune.runtime.tail import Tail
 
 data_ptr = torch._C.TensorBase.data_ptr
@@ -65,6 +65,10 @@ class NumberChanged(Miss):
         self.number = number
 
 
+class HostNumberChanged(Miss):
+    """A tensor of the host, whose value kernels were given, has another one."""
+
+
 class Misaligned(Miss):
     """An input that is copied begins elsewhere within 16 bytes: eager might add it up in another order."""
 
@@ -102,6 +106,7 @@ class Captured:
         # The graph of a plan may have more than those that were recorded.
         self._n_values = max(len(values), facts.n_values)
         self._fixed = tuple(n for n in used if n not in moving)
+        self._on_host = {n: host_bits(values[n]) for n in facts.host_numbers}
         # Guards cost 0.05 us for each input where nothing is done in Python for each.
         self._take: Callable[[list[Any]], Any] = operator.itemgetter(*self._fixed) if len(self._fixed) > 1 else self._take_few
         self._addresses = [data_ptr(values[n]) for n in self._fixed]
@@ -135,6 +140,8 @@ class Captured:
             self._passing.read()
             for n, tensor in (*zip(self._fixed, inputs, strict=True), *self._statics.items()):
                 inside[n] = tensor
+            for n in self._on_host:
+                inside[n] = values[n]
             self._work.run(inside, numbers, send)
             results = [self._last(n, inside) for n in (*made, *self._kept)]
             # The tail may write them once more.
@@ -174,6 +181,8 @@ class Captured:
         """The same, where the inputs are known to be where they were."""
         if self._alignments and any(alignment(values[n]) != behind for n, behind in self._alignments):
             raise Misaligned("an input begins elsewhere within 16 bytes, where a library may add up in another order")
+        if self._on_host and any(host_bits(values[n]) != bits for n, bits in self._on_host.items()):
+            raise HostNumberChanged("a tensor of the host has another value")
         if scalars is not self._fitting:
             self._fit(scalars)
         if not self._lent.release():
@@ -234,7 +243,7 @@ class Captured:
     def _for_tail(self, values: list[Any], scalars: Sequence[float]) -> list[Any]:
         """The values that the tail begins with."""
         inside: list[Any] = [None] * self._n_values
-        for n in self._fixed:
+        for n in (*self._fixed, *self._on_host):
             inside[n] = values[n]
         for n, tensor in (*self._statics.items(), *self._kept.items()):
             inside[n] = tensor

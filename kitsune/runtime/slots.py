@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
+from ctypes import string_at
 
 import torch
 
@@ -12,6 +13,11 @@ _pinned = torch._C.TensorBase.pin_memory
 def bits_of(numbers: Iterable[float]) -> bytes:
     """Tells numbers apart as kernels do: 0.0 from -0.0, and not NaN from itself."""
     return array("d", numbers).tobytes()
+
+
+def host_bits(tensor: torch.Tensor) -> bytes:
+    """The same of a tensor without dimensions on the host."""
+    return string_at(torch._C.TensorBase.data_ptr(tensor), tensor.itemsize)
 
 
 def changed(before: bytes, now: bytes) -> set[int]:

@@ -2,17 +2,17 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from kitsune.ir import Kind, Pending, lent_memory
-from kitsune.runtime.capturable import GraphFacts, why_not_moving
-from kitsune.runtime.captured import Captured, InputsMoved, Miss, NotCaptured, NumberChanged, TailFailed
+from kitsune.runtime.capturable import GraphFacts, host_number_moves, why_not_moving
+from kitsune.runtime.captured import Captured, HostNumberChanged, InputsMoved, Miss, NotCaptured, NumberChanged, TailFailed
 from kitsune.runtime.cuda_graph import GraphRecorder, waits_unwatched
 from kitsune.runtime.page_reader import PageReader
 from kitsune.runtime.slots import SlotTable, bits_of, changed
-from kitsune.runtime.steady_region import MakeWork, Outcome, Steady
+from kitsune.runtime.steady_region import MakeWork, Outcome, Steady, Told
 
 data_ptr = torch._C.TensorBase.data_ptr
 # Ordinary runs before a capture, in which libraries choose. With one more, MLP's third step takes 1.9 ms, eager's 1.3 (H200).
@@ -23,20 +23,6 @@ PATIENCE = 8
 MAX_CAPTURES = 6
 # Replays after which a capture has paid.
 WORTH = 100
-
-
-class Told(Protocol):
-    """Hears of captures; see `kitsune.profiler.Tally`."""
-
-    def captured(self, n_ops: int, nbytes: int) -> None: ...
-
-    def replayed(self) -> None: ...
-
-    def moved(self, n: int) -> None: ...
-
-    def missed(self, reason: str) -> None: ...
-
-    def refused(self, reason: str) -> None: ...
 
 
 class SteadyState:
@@ -86,6 +72,7 @@ class SteadyState:
             addresses = before.captured.fixed()
         if first is not None and first.captured is not None:
             addresses = {**addresses, **first.captured.fixed(), **first.captured.results()}
+        region.on_host = before.on_host
         self._drop(before)
         # Where it ran, nothing but kernels is new, and those are loaded: an ordinary run of MLP's takes 6 ms, where eager's step
         # takes 1.5, and one of BERT's 46 to 67, 10 more than by operators (H200). Else there is one, and then the capture.
@@ -142,6 +129,10 @@ class SteadyState:
                 return self._inputs_moved(region, values, miss.numbers)
             if isinstance(miss, NumberChanged):
                 return self._number_changed(region, miss)
+            if isinstance(miss, HostNumberChanged):
+                region.n_captures -= region.captured.n_replays >= WORTH
+                self._drop(region)
+                return Outcome.OBSERVE
             if region.captured.stays:
                 self._forget(region)
             return Outcome.ORDINARY
@@ -195,7 +186,14 @@ class SteadyState:
         before, region.addresses = region.addresses, [data_ptr(values[n]) for n in region.inputs]
         region.n_runs += 1
         numbers, region.numbers = region.numbers, bits_of(scalars)
+        moved_on_host = region.moved_on_host(values)
         if before is None:
+            return False
+        if moved_on_host is not None:
+            # A capture has one value of each.
+            region.n_waits += 1
+            if region.n_waits > PATIENCE:
+                self._refuse(region, host_number_moves(region.facts.graph, moved_on_host))
             return False
         if numbers and numbers != region.numbers:
             region.moved.update(changed(numbers, region.numbers))

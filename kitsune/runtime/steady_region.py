@@ -4,15 +4,29 @@ import enum
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from kitsune.ir import lent_memory, storage_of
 from kitsune.ir.page import FEW_BYTES
 from kitsune.runtime.capturable import GraphFacts, why_not_moving
 from kitsune.runtime.captured import Captured, Work
-from kitsune.runtime.slots import SlotTable
+from kitsune.runtime.slots import SlotTable, host_bits
 
 MakeWork = Callable[[SlotTable, frozenset[int]], Work]
+
+
+class Told(Protocol):
+    """Hears of captures; see `kitsune.profiler.Tally`."""
+
+    def captured(self, n_ops: int, nbytes: int) -> None: ...
+
+    def replayed(self) -> None: ...
+
+    def moved(self, n: int) -> None: ...
+
+    def missed(self, reason: str) -> None: ...
+
+    def refused(self, reason: str) -> None: ...
 
 
 class Outcome(enum.Enum):
@@ -47,6 +61,8 @@ class Steady:
     at_once: bool = False
     # Addresses of the inputs at the ordinary run before, if that was the last run.
     addresses: list[int] | None = None
+    # The bits of numbers on the host at the run before.
+    on_host: dict[int, bytes] = field(default_factory=dict)
     # Moving numbers at the run before, if it was an ordinary one, and those that were seen to be others than at a run before.
     numbers: bytes = b""
     moved: set[int] = field(default_factory=set)
@@ -58,6 +74,11 @@ class Steady:
     def inputs(self) -> tuple[int, ...]:
         """The numbers of the inputs that are used."""
         return self.facts.inputs
+
+    def moved_on_host(self, values: list[Any]) -> int | None:
+        """The first input on the host that has another value than at the run before."""
+        before, self.on_host = self.on_host, {n: host_bits(values[n]) for n in self.facts.host_numbers}
+        return next((n for n, bits in self.on_host.items() if before.get(n) != bits), None)
 
     def copies_to_come(self, values: list[Any]) -> list[int]:
         """The inputs that lie where a graph leaves small results. Of one that is held from replay to replay, such as a loss, it
