@@ -29,6 +29,8 @@ class Arrivals:
         self.groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         # One object for each part of a key: matchers compare by identity.
         self.parts: dict[Any, Any] = {}
+        # Tensors of a program's lists and numbers, where it reads or sets parts by them; see `items.py`.
+        self.constants: dict[Any, Any] = {}
         # Counts the times that what is known of a tensor was dropped while the tensor lived.
         self.n_dropped = 0
 

@@ -50,7 +50,7 @@ def _key(lane: Any, region: Any, losses: list[Any], gradients: list[Any], leaves
         return None
     tree = (losses, gradients, [leaf.grad for leaf in leaves.values()])
     key = key_of(region, torch.Tensor.backward, tree, {}, (tuple(region.past), tuple(leaves), lane.modes[False]), call)
-    return None if call.unknown else key
+    return None if call.unknown or call.beside else key
 
 
 def _leaves(region: Any) -> Iterator[tuple[int, Any]]:

@@ -12,13 +12,13 @@ from torch.nn import Parameter
 
 from kitsune.ir import TensorType, type_of
 from kitsune.lazy.cell import is_leaf, serial_of
-from kitsune.lazy.edges import Incoming
+from kitsune.lazy.edges import Incoming, bytes_before
 from kitsune.lazy.recorder import CONSTANTS, FALSE, FLOAT, TRUE
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.scalar_sources import kind_of
 from kitsune.lazy.tensor import LazyTensor
 
-AGAIN, SLICE = object(), object()
+AGAIN, BESIDE, SLICE = object(), object(), object()
 # From this length on a list of tensors is known by the ids of its tensors: an optimizer passes the same state in every step.
 LONG = 12
 
@@ -151,13 +151,24 @@ def _fresh(region: Any, tensor: Any, call: Incoming) -> Any:
     other = call.fresh.get(serial)
     if other is tensor:
         return (AGAIN, list(call.fresh).index(serial))
+    if seen is not None and other is not None and not tensor.requires_grad and type(other) is not LazyTensor:
+        return _beside(tensor, other, serial, seen[2], call)
     if serial < 0 or other is not None or (type(tensor) is LazyTensor and tensor.requires_grad):
-        # Which of two tensors begins their storage is the ops' affair; a graph from elsewhere is autograd's, and so is a leaf
-        # that was made in a context: backwards that are followed know of plain leaves alone.
+        # A graph from elsewhere is autograd's, and so is a leaf that was made in a context: backwards that are followed know of
+        # plain leaves alone. Of leaves and results that share memory, how they lie there is not looked at.
         call.unknown = True
         return None
     call.fresh[serial] = tensor
     return _part(region, tensor.cell.type, real, serial, False) if seen is None else seen[2]
+
+
+def _beside(tensor: Any, other: Any, serial: int, part: Any, call: Incoming) -> Any:
+    """The key of a tensor in memory that `other` brings: how they lie to each other. Which one begins it is the ops' affair."""
+    position = next((k for k, (_, known) in enumerate(call.beside) if known is tensor), None)
+    if position is not None:
+        return (AGAIN, BESIDE, position)
+    call.beside.append((serial, tensor))
+    return (BESIDE, list(call.fresh).index(serial), bytes_before(tensor) - bytes_before(other), part)
 
 
 def arrival(region: Any, tensor: Any) -> tuple[Any, int, Any] | None:

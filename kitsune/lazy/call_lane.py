@@ -187,7 +187,7 @@ class CallLane(Learner):
             if recorder.region is not region or region.node is not start:
                 return self.call(edge.func, (), args, kwargs)
             if edge.arrivals:
-                arrive(region, edge, list(call.fresh.items()))
+                arrive(region, edge, call.new())
             if edge.scalars:
                 region.scalars.extend(call.floats if edge.moves else edge.scalars)
             if edge.dirty:

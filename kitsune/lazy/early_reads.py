@@ -153,7 +153,7 @@ class EarlyReads:
         foresight, operands, results = self._foreseen
         if edge.node is not foresight.node or edge.form != ONE or edge.graded or recorder.watcher is not None:
             return None
-        found, fresh = results.get(edge.made[0].ref.id), list(call.fresh.values())
+        found, fresh = results.get(edge.made[0].ref.id), [tensor for _, tensor in call.new()]
         with recorder.lock:
             if self._stamp != _last_change or found is None:
                 return None

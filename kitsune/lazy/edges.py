@@ -20,15 +20,21 @@ _storage_offset: Any = torch._C.TensorBase.storage_offset
 class Incoming:
     """What a call brings along: its tensors in order, those that are new to the region, its moving numbers."""
 
-    __slots__ = ("flat", "floats", "fresh", "unknown")
+    __slots__ = ("beside", "flat", "floats", "fresh", "unknown")
 
     def __init__(self) -> None:
         self.flat: list[Any] = []
         # By the serials of their storages.
         self.fresh: dict[int, Any] = {}
+        # New as well, in memory that one of those brings: (serial, tensor). `edges[0]` and `edges[1]` as the places of an index.
+        self.beside: list[tuple[int, Any]] = []
         self.floats: list[float] = []
         # It cannot be told from others by a key.
         self.unknown = False
+
+    def new(self) -> list[tuple[int, Any]]:
+        """All that are new to the region, with the serials of their storages."""
+        return [*self.fresh.items(), *self.beside] if self.beside else list(self.fresh.items())
 
 
 @dataclass(slots=True)

@@ -70,6 +70,9 @@ ASKS = VALUES | frozenset(
 # With what they give a program can put a hook, of which no call tells, between two operators of a backward.
 SHOWS_GRAPH = frozenset({_getter("grad_fn")})
 
+# They read no numbers of what none of their operators takes: attention drops a mask that it is told to be causal.
+READS_NO_NUMBERS = frozenset({torch.nn.functional.multi_head_attention_forward})
+
 # What they return has no history, whatever they are given.
 DETACHES = frozenset({Tensor.detach, torch.detach})
 

@@ -1,8 +1,8 @@
-"""Parts of tensors that torch reads or sets in ways which no region can have: `y[:, 0] = 0`, `loss[mask].mean()`,
-`weights[mask] = 0` of what has no history. Each is made of other calls of torch's API, which say the same.
+"""Parts of tensors that torch reads or sets in ways which no region can have: `y[:, 0] = 0`, `boxes[:, [0, 2]]`,
+`loss[mask].mean()`, `weights[mask] = 0` of what has no history. Each is made of other calls of torch's API, which say the same.
 
-For a number torch makes a tensor on the CPU, and has a view filled with that: no call could bring that tensor along the next
-time, and a region that reads one on the CPU is no CUDA graph. And what a mask names is counted on the host, for which the region
+For a number torch makes a tensor on the CPU, and has a view filled with that, and of a list it makes one and copies it to the
+device: no call could bring such a tensor along the next time. And what a mask names is counted on the host, for which the region
 would have to end.
 """
 
@@ -31,14 +31,17 @@ _fill: Any = Tensor.fill_
 _masked_fill: Any = Tensor.masked_fill_
 _nonzero: Any = Tensor.nonzero
 _NONZERO = torch.ops.aten.nonzero.default
-# How many places masks have named here. Where it is another number each time, what follows is another region each time, and what
-# comes before is to be one of its own.
+# How many places masks have named here, or to how many numbers a part was set. Where it is another number each time, what
+# follows is another region each time: of a mask, what comes before is to be one of its own, and a number comes in as a tensor.
 MANY = 4
 # Elements of a mask beyond which the backward is to keep the mask, and not the places: each takes eight bytes a dimension.
 LARGE = 1 << 20
 _NUMBERS = (int, type(None))
+# Places in a list, and lists and numbers that are known: a program that counts up has no end of them.
+LISTED, MOST_CONSTANTS = 64, 256
 # Of these torch refuses a number beyond the largest one alone, and no sign, zero or infinity.
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _base_of: Any = torch._C.TensorBase._base.__get__  # type: ignore[union-attr]
 
 
@@ -55,9 +58,50 @@ def _item(lane: Any, func: Any, tensor: Any, index: Any = MISS, value: Any = Non
         fits = _is_recorded(lane, tensor) and _is_recorded(lane, parts[k]) and _is_mask_of(tensor, parts, k)
         return _of_mask(lane, func, tensor, parts, k, value) if fits else MISS
     if func is _SET and type(tensor) is LazyTensor and _may_be_filled(tensor, value) and _is_part(parts):
+        recorder, node = lane.recorder, lane.recorder.region.node
+        node.named |= {_key_of(value)}
+        if len(node.named) > MANY:
+            return lane.call(_SET, (), (tensor, index, _constant(recorder, value, tensor.dtype, tensor.device)))
         lane.call(_fill, (), (lane.call(_GET, (), (tensor, index)), value))
         return None
-    return MISS
+    return _by_tensors(lane, func, tensor, parts, value)
+
+
+def _by_tensors(lane: Any, func: Any, tensor: Any, parts: tuple[Any, ...], value: Any) -> Any:
+    """By tensors that are the same ones each time, in place of lists of places, and of a number that is set at places."""
+    recorder = lane.recorder
+    lists = [k for k, part in enumerate(parts) if type(part) is list]
+    is_set = func is _SET and type(tensor) is LazyTensor and _may_be_filled(tensor, value)
+    if not lists and not (is_set and any(isinstance(part, Tensor) for part in parts)):
+        return MISS
+    if not _is_recorded(lane, tensor) or others_see(recorder) or not all(map(_is_places, (parts[k] for k in lists))):
+        return MISS
+    if len(lists) < len(parts) and not all(is_plain(p) or type(p) is list or _is_recorded(lane, p) for p in parts):
+        return MISS
+    parts = tuple(_constant(recorder, p, None, tensor.device) if type(p) is list else p for p in parts)
+    if func is _GET:
+        return lane.call(func, (), (tensor, parts))
+    return lane.call(func, (), (tensor, parts, _constant(recorder, value, tensor.dtype, tensor.device) if is_set else value))
+
+
+def _is_places(part: Any) -> bool:
+    return 0 < len(part) <= LISTED and all(type(n) is int for n in part)
+
+
+def _key_of(value: Any) -> Any:
+    """Tells numbers apart, which compare as 0.0 == -0.0 and 1 == True, and lists of whole ones."""
+    return tuple(value) if type(value) is list else value.hex() if type(value) is float else (type(value), value)
+
+
+def _constant(recorder: Any, value: Any, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+    """The tensor of a number or a list of places."""
+    constants, key = recorder.known.constants, (_key_of(value), dtype, device)
+    if key not in constants:
+        if len(constants) >= MOST_CONSTANTS:
+            constants.clear()
+        with torch.inference_mode(False), torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            constants[key] = torch.tensor(value, dtype=dtype, device=device)
+    return constants[key]  # type: ignore[no-any-return]
 
 
 def _of_mask(lane: Any, func: Any, tensor: Any, parts: tuple[Any, ...], k: int, value: Any) -> Any:
@@ -74,13 +118,13 @@ def _of_mask(lane: Any, func: Any, tensor: Any, parts: tuple[Any, ...], k: int, 
     if torch.is_grad_enabled() and (saves_through_python() or mask.is_inference()):
         return MISS
     node = recorder.region.node
-    if (func is _SET and not (isinstance(value, Tensor) and value.dim())) or len(node.n_places) > MANY or mask.numel() > LARGE:
+    if (func is _SET and not (isinstance(value, Tensor) and value.dim())) or len(node.named) > MANY or mask.numel() > LARGE:
         return MISS
     if recorder.is_pending(mask):
         # As a number is read of what is computed so far.
         recorder.flush(Barrier.ITEM)
     places = _places_of(lane, mask)
-    node.n_places |= {len(places[0])}
+    node.named |= {len(places[0])}
     index = (*parts[:k], *places, *parts[k + 1 :])
     return lane.call(func, (), (tensor, index) if func is _GET else (tensor, index, value))
 
@@ -138,6 +182,8 @@ def _may_be_filled(tensor: Any, value: Any) -> bool:
 
 def _has_room(dtype: torch.dtype, value: Any) -> bool:
     if dtype not in _FLOATS:
+        if dtype in _INTEGERS and type(value) is int:
+            return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
         return dtype is torch.bool and type(value) is bool
     if type(value) is int and not -(2**63) <= value < 2**63:
         return False

@@ -12,7 +12,7 @@ from kitsune.lazy.casts import are_kept_casts, kept_casts
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.cuts import Absent
 from kitsune.lazy.edges import Edge, Incoming, arrivals_of, born, cell_in, path_between, viewed_operands
-from kitsune.lazy.hands_off import LIKE_ANOTHER, may_write
+from kitsune.lazy.hands_off import LIKE_ANOTHER, READS_NO_NUMBERS, may_write
 from kitsune.lazy.matcher_writer import example_of
 from kitsune.lazy.matchers import either, matcher_for
 from kitsune.lazy.node_hooks import NodeHooks
@@ -205,11 +205,12 @@ class Learner:
         # Without an op, a call may give back what it was given: `contiguous()`, a dropout in evaluation.
         if not path and not gives_back:
             return None
-        arrivals = arrivals_of(path, list(call.fresh.values()), region)
+        arrivals = arrivals_of(path, [tensor for _, tensor in call.new()], region)
         written = sight.before.written()
         if arrivals is None or written is None or not returned.fits:
             return None
-        if path and not are_kept_casts(sight.before.read_beside(path), path, sight.start, sight.modes[2]):
+        beside = [] if not path or func in READS_NO_NUMBERS else sight.before.read_beside(path)
+        if not are_kept_casts(beside, path, sight.start, sight.modes[2]):
             return None
         rewrites, bumps = written
         if bumps and not returned.graded:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kitsune.ir import TensorType
-from kitsune.lazy.call_keys import AGAIN, LONG
+from kitsune.lazy.call_keys import AGAIN, BESIDE, LONG
 from kitsune.lazy.cell import Ref, ref, serial_of
 from kitsune.lazy.recorder import CONSTANTS
 from kitsune.lazy.tensor import LazyTensor
@@ -151,7 +151,7 @@ class Writer:
             self.unless(f"{cell} is not None and {cell}.ref is {self.bind(value)} and {a}.requires_grad is {graded}")
             self.cells.append(cell)
             return
-        if key[0] is AGAIN:
+        if key[0] is AGAIN or key[0] is BESIDE:
             raise Unsuited
         # Of a view that is made each time there is nothing known yet.
         inside = key[1] is not None

@@ -65,8 +65,8 @@ class Node:
     reads: Any = None
     # What takes the call of a function that has come most often; see `matchers.py`.
     matchers: dict[Any, Any] = field(default_factory=dict)
-    # How many elements were named by the masks that came here; see `items.py`.
-    n_places: frozenset[int] = frozenset()
+    # How many elements were named by the masks that came here, and the numbers that parts were set to; see `items.py`.
+    named: frozenset[Any] = frozenset()
     # Modes under which calls come where autocast has forgotten its casts here; see `casts.py`.
     modes: Any = None
     # Torch's modules that are called here, whose calls have matchers by their ids; see `module_calls.py`.

@@ -79,7 +79,7 @@ def _counts(recorder: Any, func: Any, args: Any, kwargs: Any) -> HostCounts | No
 def _key(lane: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, Incoming]:
     call = Incoming()
     key = key_of(lane.recorder.region, func, args, kwargs, lane.modes[False], call)
-    return None if call.unknown else with_floats(key, call.floats, True), call
+    return None if call.unknown or call.beside else with_floats(key, call.floats, True), call
 
 
 def _follow(

@@ -36,6 +36,7 @@ INDICES: dict[str, Any] = {
 }
 VALUES = [0, 1.5, True, -0.0, float("nan"), float("-inf"), 3, 65504.1, 1e300, 2**70]
 FOLLOWED = ["a column", "a row", "the last", "a block", "from", "a new dimension", "one number", "none"]
+PLACES = ["a list", "a tensor"]
 
 
 @pytest.fixture(params=[0, 1], ids=["warmup=0", "warmup=1"])
@@ -104,8 +105,40 @@ def test_a_backward_through_what_was_set_is_followed(name: str, kitsunes: Any) -
     assert not [op for graph in graphs for op in graph.ops if op.target is torch.ops.aten.fill_.Tensor]
 
 
+@pytest.mark.parametrize("index", [(slice(None), 0), [0, 2], 1], ids=str)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole numbers", "fractions"])
+def test_numbers_that_count_up_make_no_new_regions(index: Any, whole: bool, kitsunes: Any) -> None:
+    def counted() -> list[Any]:
+        torch.manual_seed(0)
+        layer, found = nn.Linear(8, 8), list[Any]()
+        for k in range(30):
+            layer.weight.grad = None
+            times = torch.zeros(8, 8, dtype=torch.int64 if whole else torch.float32)
+            times[index] = k if whole else k / 8
+            (layer(times.float()) ** 2).sum().backward()
+            assert layer.weight.grad is not None
+            found += [times.tolist(), layer.weight.grad.tolist()]
+        return found
+
+    expected = counted()
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert counted() == expected
+        before = kitsune.counters()["observed"]
+        assert counted() == expected and kitsune.counters()["observed"] == before
+    assert kitsune.counters()["backwards_followed"] >= 40, kitsune.explain()
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_backward_through_what_was_set_at_places_is_followed(name: str) -> None:
+    expected = train(INDICES[name])
+    kitsune.reset()
+    with kitsune.config.patch(gate=False), kitsune.accelerate(device="cpu"):
+        assert train(INDICES[name]) == expected
+    assert kitsune.counters()["backwards_followed"] >= STEPS - 2, kitsune.explain()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", FOLLOWED)
+@pytest.mark.parametrize("name", FOLLOWED + PLACES)
 def test_a_step_that_sets_a_part_is_a_graph(name: str) -> None:
     kitsune.reset()
     expected = train(INDICES[name], "cuda")
