@@ -80,11 +80,19 @@ HOST = value(3, "cpu")
 MASK = value(4, dtype=torch.bool)
 
 
+def counted(*args: int, **bounds: int) -> Op:
+    return Op(aten.histc.default, Kind.EXTERN, (A, *args), tuple(bounds.items()), (A,), Result(0), (B,))
+
+
 @pytest.mark.parametrize(
     ("graph", "said"),
     [
         (Graph((A,), (op(aten.exp.default, (A,), B),), (B,)), None),
         (Graph((A,), (op(aten.nonzero.default, (A,), B),), (B,)), "aten.nonzero.default at None looks at values on the host."),
+        (Graph((A,), (op(aten.histc.default, (A,), B),), (B,)), "aten.histc.default at None looks at values on the host."),
+        (Graph((A,), (counted(8, 0, 0),), (B,)), "looks at values on the host."),
+        (Graph((A,), (counted(8, 0, 7),), (B,)), None),
+        (Graph((A,), (counted(8, min=0, max=7),), (B,)), None),
         (Graph((A,), (op(aten._linalg_eigh.default, (A,), B),), (B,)), "that does not survive a capture"),
         (Graph((A, MASK), (op(aten.index.Tensor, (A, MASK), B),), (B,)), "counts a mask on the host"),
         (Graph((A, C), (op(aten.index.Tensor, (A, C), B),), (B,)), None),
