@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kitsune.lazy.cell import Cell, is_leaf
+from kitsune.lazy.derived import derive
 from kitsune.lazy.edges import Edge, Made, cell_in
 from kitsune.lazy.tensor import LazyTensor
 
@@ -33,8 +34,8 @@ def _is_leaf(wrapper: Any) -> bool:
     return (base is None or not base.requires_grad) and is_leaf(wrapper)
 
 
-def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]]) -> None:
-    """Let the tensors in that a call brings along: (serial of the storage, tensor) of each."""
+def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]], flat: Any = ()) -> None:
+    """Let the tensors in that a call brings along, (serial of the storage, tensor) of each, and views of all that it has."""
     plain, inputs, storages = region.plain, region.inputs, region.storages
     for k, number, type_, storage, graded in edge.arrivals:
         serial, tensor = fresh[k]
@@ -48,6 +49,8 @@ def arrive(region: Any, edge: Edge, fresh: list[tuple[int, Any]]) -> None:
             plain[id(tensor)] = Cell(region, number, type_, storage, tensor, number)
             if graded:
                 region.recorder.leaves.note(tensor)
+    if edge.derived:
+        derive(region, edge.derived, flat)
 
 
 def rewrite(region: Any, edge: Edge, flat: list[Any]) -> None:

@@ -10,6 +10,7 @@ from kitsune.lazy.backward_matchers import BackwardMatcher, spend
 from kitsune.lazy.call_keys import key_of
 from kitsune.lazy.cell import is_leaf
 from kitsune.lazy.cuts import calls_behind, regret
+from kitsune.lazy.derived import given_before
 from kitsune.lazy.edges import Edge, Incoming, Made, begin_of
 from kitsune.lazy.full_backwards import is_distributed, runs_hooks, why_full
 from kitsune.lazy.realize import Followed
@@ -85,7 +86,7 @@ def _is_whole(region: Any, edge: Edge, losses: list[Any]) -> bool:
 
 def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], numbers: Any) -> None:
     region = recorder.region
-    arrive(region, edge, list(call.fresh.items()))
+    arrive(region, edge, list(call.fresh.items()), given_before(region, region.node.n_values) if edge.derived else ())
     region.scalars.extend(numbers)
     rewrite(region, edge, call.flat)
     if edge.bumps:

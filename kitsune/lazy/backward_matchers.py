@@ -55,7 +55,7 @@ class BackwardMatcher:
     def suits(edge: Edge, call: Incoming, losses: list[Any], gradients: list[Any], leaves: dict[int, Any]) -> bool:
         """Is this backward so simple?"""
         simple = len(losses) == len(call.flat) == 1 and not gradients and all(leaf.grad is None for leaf in leaves.values())
-        return simple and type(losses[0]) is LazyTensor and not (edge.arrivals or edge.rewrites or edge.bumps)
+        return simple and type(losses[0]) is LazyTensor and not (edge.arrivals or edge.derived or edge.rewrites or edge.bumps)
 
     def __call__(self, lane: Any, region: Any, node: Any, args: Any, kwargs: Any) -> Any:
         """Follow the call of `Tensor.backward`, or return MISS with nothing changed."""

@@ -186,8 +186,8 @@ class CallLane(Learner):
         with recorder.lock:
             if recorder.region is not region or region.node is not start:
                 return self.call(edge.func, (), args, kwargs)
-            if edge.arrivals:
-                arrive(region, edge, call.new())
+            if edge.arrivals or edge.derived:
+                arrive(region, edge, call.new(), flat)
             if edge.scalars:
                 region.scalars.extend(call.floats if edge.moves else edge.scalars)
             if edge.dirty:

@@ -151,7 +151,7 @@ class EarlyReads:
         if self._foreseen is None:
             return None
         foresight, operands, results = self._foreseen
-        if edge.node is not foresight.node or edge.form != ONE or edge.graded or recorder.watcher is not None:
+        if edge.node is not foresight.node or edge.form != ONE or edge.graded or edge.derived or recorder.watcher is not None:
             return None
         found, fresh = results.get(edge.made[0].ref.id), [tensor for _, tensor in call.new()]
         with recorder.lock:

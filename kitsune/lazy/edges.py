@@ -11,6 +11,7 @@ import torch
 
 from kitsune.ir import TensorType
 from kitsune.lazy.cell import Cell, Ref, ref, serial_of
+from kitsune.lazy.derived import Derived
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 
@@ -98,6 +99,7 @@ class Edge:
     casts: tuple[Node, ...] = ()  # the operators by which autocast casts weights for it, and keeps what they make
     sources: Any = None  # of a backward or an update: where its numbers come from
     floats: list[float] = field(default_factory=list)
+    derived: tuple[Derived, ...] = ()  # views of its own tensors that torch has made, and that come in as well
 
     def __post_init__(self) -> None:
         self.places = tuple((k, value.id) for k, value, *_ in self.arrivals)
@@ -107,6 +109,7 @@ class Edge:
         return (
             self.node is other.node
             and self.arrivals == other.arrivals
+            and self.derived == other.derived
             and self.rewrites == other.rewrites
             and self.bumps == other.bumps
             and self.structure == other.structure
@@ -138,14 +141,15 @@ class Before:
         self._versions = [0 if t.is_inference() else t._version for t in flat]
         self._graded = [t.requires_grad for t in flat]
 
-    def read_beside(self, path: Sequence[Node]) -> list[tuple[Any, Ref | None]]:
-        """The plain tensors, with values, that the call was given and none of its ops. C++ may have read their numbers, which no
-        key tells: the batch sizes of a packed sequence. (A wrapper has none to read.)"""
+    def read_beside(self, path: Sequence[Node], derived: Sequence[Derived]) -> list[tuple[Any, Ref | None]]:
+        """The plain tensors, with values, that the call was given and none of its ops, nor a view of them. C++ may have read
+        their numbers, which no key tells: the batch sizes of a packed sequence. (A wrapper has none to read.)"""
         taken, beside = {value.id for node in path if node.op is not None for value in node.op.inputs}, []
+        viewed = {id(self._flat[one.position]) for one in derived}
         for tensor, known in zip(self._flat, self._refs, strict=True):
             cell = None if type(tensor) is LazyTensor else cell_in(tensor, self._region)
             value = None if cell is None else known or cell.came
-            if type(tensor) is not LazyTensor and (value is None or value.id not in taken):
+            if type(tensor) is not LazyTensor and id(tensor) not in viewed and (value is None or value.id not in taken):
                 beside.append((tensor, value))
         return beside
 
@@ -185,20 +189,17 @@ def path_between(before: Node, after: Node) -> list[Node] | None:
     return nodes if node is before else None
 
 
-def arrivals_of(path: Sequence[Node], fresh: Sequence[Any], region: Any) -> tuple[Any, ...] | None:
-    """Where the tensors come from that the nodes let in; None if one of them is not among the call's own."""
+def arrivals_of(path: Sequence[Node], fresh: Sequence[Any], region: Any) -> tuple[tuple[Any, ...], set[int]]:
+    """Where the tensors come from that the nodes let in; and the numbers of those that are not among the call's own."""
     came = {}
     for k, tensor in enumerate(fresh):
         cell = cell_in(tensor, region)
         if cell is not None and cell.came is not None:
             came[cell.came.id] = k
-    found = []
-    for node in path:
-        for value in node.entered:
-            if value.id not in came:
-                return None
-            found.append((came[value.id], ref(value.id), value.type, value.storage, fresh[came[value.id]].requires_grad))
-    return tuple(found)
+    entered = [value for node in path for value in node.entered]
+    known = [(came[value.id], value) for value in entered if value.id in came]
+    found = [(k, ref(value.id), value.type, value.storage, fresh[k].requires_grad) for k, value in known]
+    return tuple(found), {value.id for value in entered if value.id not in came}
 
 
 def viewed_operands(path: Sequence[Node], flat: Sequence[Any], region: Any) -> tuple[tuple[int, int], ...]:

@@ -10,7 +10,6 @@ from torch.autograd import forward_ad
 
 from kitsune.lazy.matcher_steps import MISS
 from kitsune.lazy.tensor import LazyTensor
-from kitsune.lazy.views import belongs_to_call
 
 # By methods in C, of which each takes one view and does nothing else. `reshape` may copy.
 VIEWS = frozenset(
@@ -28,7 +27,7 @@ def view_of_input(lane: Any, func: Any, args: Any, kwargs: Any) -> Any:
     if type(base) is not Tensor or base.requires_grad or kwargs or not _takes_a_view(func, *args[1:]):
         return MISS
     # A tensor of a transform has no memory that could be pending.
-    if others_see(recorder) or recorder.is_pending(base) or belongs_to_call(recorder, base):
+    if others_see(recorder) or recorder.is_pending(base):
         return MISS
     with torch._C._DisableTorchDispatch():
         return func(*args)

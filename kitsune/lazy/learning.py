@@ -11,6 +11,7 @@ from kitsune.lazy.call_keys import with_floats
 from kitsune.lazy.casts import are_kept_casts, kept_casts
 from kitsune.lazy.cell import serial_of
 from kitsune.lazy.cuts import Absent
+from kitsune.lazy.derived import derived_of
 from kitsune.lazy.edges import Edge, Incoming, arrivals_of, born, cell_in, path_between, viewed_operands
 from kitsune.lazy.hands_off import LIKE_ANOTHER, READS_NO_NUMBERS, may_write
 from kitsune.lazy.matcher_writer import example_of
@@ -205,11 +206,12 @@ class Learner:
         # Without an op, a call may give back what it was given: `contiguous()`, a dropout in evaluation.
         if not path and not gives_back:
             return None
-        arrivals = arrivals_of(path, [tensor for _, tensor in call.new()], region)
+        arrivals, lacking = arrivals_of(path, [tensor for _, tensor in call.new()], region)
+        derived = derived_of(lacking, path, dict(enumerate(flat)), region) if lacking else ()
         written = sight.before.written()
-        if arrivals is None or written is None or not returned.fits:
+        if derived is None or written is None or not returned.fits:
             return None
-        beside = [] if not path or func in READS_NO_NUMBERS else sight.before.read_beside(path)
+        beside = [] if not path or func in READS_NO_NUMBERS else sight.before.read_beside(path, derived)
         if not are_kept_casts(beside, path, sight.start, sight.modes[2]):
             return None
         rewrites, bumps = written
@@ -245,6 +247,7 @@ class Learner:
             floats=list(call.floats),
             begins=viewed_operands(path, flat, region),
             casts=kept_casts(kwargs, path, flat, region, sight.modes),
+            derived=derived,
         )
 
 

@@ -100,6 +100,8 @@ def _make(w: Writer, a: str, made: Made) -> None:
 
 def _arrive(w: Writer, edge: Edge, then: list[str]) -> None:
     """Let the fresh tensors in."""
+    if edge.derived:
+        raise Unsuited
     for k, number, type_, storage, graded in edge.arrivals:
         new, value, memory = w.fresh[k], w.bind(number), w.bind(storage)
         a, cell = new.tensor, new.cell

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitsune.ir import Barrier, OpRow, storage_of
+from kitsune.ir import Barrier, OpRow
 from kitsune.lazy.at_once import pass_through
 from kitsune.lazy.hands_off import WHOLE_VIEWS
-from kitsune.lazy.rebuild import tensors_in
 from kitsune.lazy.tensor import LazyTensor
 
 # What `take_view` says of a view that is an op like others.
@@ -19,24 +18,13 @@ infers = torch.is_inference_mode_enabled
 def take_view(recorder: Any, row: OpRow, args: Any, kwargs: Any) -> Any:
     """Take a view; returns it, or RECORD."""
     base = args[0] if args else None
-    if _only_comes_in(recorder, base) and not _is_seen_as_matrix(recorder, row, base) and not belongs_to_call(recorder, base):
+    if _only_comes_in(recorder, base) and not _is_seen_as_matrix(recorder, row, base):
         return pass_through(recorder, row, args, kwargs, Barrier.INPUT_VIEW)
     if not infers() or not isinstance(base, Tensor) or base.is_inference():
         return RECORD
     # It shares its base's count of writes, which an inference tensor has none of: torch would refuse the wrapper.
     with torch.inference_mode(False), torch.no_grad():
         return recorder.record(row.target, (), args, kwargs)
-
-
-def belongs_to_call(recorder: Any, tensor: Any) -> bool:
-    """Is it viewed by a call that it was given to as a whole, as attention views its mask? The view would be one of the call's
-    operands that nobody could bring along the next time. (Batches that are cut from one memory begin elsewhere each time.)"""
-    lane = recorder.lane
-    if lane is None or not lane.inside or type(tensor) is not Tensor or recorder.walk is not None:
-        return False
-    with torch._C.DisableTorchFunction():
-        is_whole = not tensor.storage_offset() and storage_of(tensor).nbytes() == tensor.numel() * tensor.itemsize
-        return is_whole and any(t is tensor for t in tensors_in(lane.given))
 
 
 def _only_comes_in(recorder: Any, tensor: Any) -> bool:
@@ -52,4 +40,6 @@ def _only_comes_in(recorder: Any, tensor: Any) -> bool:
 def _is_seen_as_matrix(recorder: Any, row: OpRow, tensor: Any) -> bool:
     """Is it viewed by the product that it is an operand of? A view says where it is in its memory, so that batches that begin
     elsewhere each time would make regions of their own."""
-    return recorder.making and row.target in WHOLE_VIEWS and (recorder.walk is not None or not tensor.storage_offset())
+    if not recorder.making or row.target not in WHOLE_VIEWS:
+        return False
+    return recorder.walk.comes(row) if recorder.walk is not None else not tensor.storage_offset()

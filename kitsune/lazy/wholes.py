@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from kitsune.lazy.derived import derived_of, given_before
 from kitsune.lazy.edges import Before, Edge, Incoming, Made, arrivals_of, path_between, viewed_inputs, viewed_operands
 from kitsune.lazy.scalar_sources import ScalarSources
 from kitsune.lazy.trie import NOTHING
@@ -44,12 +45,13 @@ class Mark:
         written = self._tensors.written()
         if not path or written is None or self._tensors.turned():
             return None
-        arrivals = arrivals_of(path, list(call.fresh.values()), region)
-        if arrivals is None:
+        arrivals, lacking = arrivals_of(path, list(call.fresh.values()), region)
+        of_region = func is torch.Tensor.backward
+        derived = derived_of(lacking, path, given_before(region, self.first) if of_region else {}, region) if lacking else ()
+        if derived is None:
             return None
         rewrites, bumps = written
         # A backward views what the calls before it were given.
-        of_region = func is torch.Tensor.backward
         begins = viewed_inputs(path, region, self.first) if of_region else viewed_operands(path, call.flat, region)
         if begins is None:
             return None
@@ -71,4 +73,5 @@ class Mark:
             grads=grads,
             begins=begins,
             is_backward=of_region,
+            derived=derived,
         )

@@ -131,7 +131,7 @@ class Captured:
         return self._places.root[value.id].id in self._places.inputs
 
     def _record(self, values: list[Any], scalars: Sequence[float], moved: Callable[[int], None]) -> None:
-        numbers = WatchedNumbers(scalars)
+        numbers, numbers_on_host = WatchedNumbers(scalars), [(n, values[n]) for n in self._on_host]
         aliases = {v.id for v in self._aliases}
         made = tuple(dict.fromkeys(v.id for v in self.graph.outputs if v.id not in aliases))
 
@@ -140,8 +140,8 @@ class Captured:
             self._passing.read()
             for n, tensor in (*zip(self._fixed, inputs, strict=True), *self._statics.items()):
                 inside[n] = tensor
-            for n in self._on_host:
-                inside[n] = values[n]
+            for n, tensor in numbers_on_host:
+                inside[n] = tensor
             self._work.run(inside, numbers, send)
             results = [self._last(n, inside) for n in (*made, *self._kept)]
             # The tail may write them once more.
