@@ -67,6 +67,8 @@ class Node:
     matchers: dict[Any, Any] = field(default_factory=dict)
     # How many elements were named by the masks that came here; see `items.py`.
     n_places: frozenset[int] = frozenset()
+    # By what whole numbers tensors are divided here; see `growing_numbers.py`.
+    numbers: Any = None
     # Modes under which calls come where autocast has forgotten its casts here; see `casts.py`.
     modes: Any = None
     # Torch's modules that are called here, whose calls have matchers by their ids; see `module_calls.py`.
