@@ -22,7 +22,7 @@ def aside(lane: Any, flat: list[Any], written: list[Any]) -> Aside | None:
     lane.attach(graded)
     if not region.calls:
         return GONE if _are_gone(graded) else FORMER
-    # Autograd goes back from what was made last, and adds gradients up in that order: what came before is made before it.
+    # Autograd goes back from what was made last, and runs hooks in that order: what came before is made before it.
     return GONE if _are_gone(graded) and not written else None
 
 

@@ -20,7 +20,7 @@ def _found(names: str) -> frozenset[object]:
 # What they return is of the same dtype for either; the others' is for tensors of floats.
 _DIVIDES = _found("__truediv__ div divide true_divide")
 BY_NUMBER = _DIVIDES | _found("__mul__ __rmul__ mul multiply __itruediv__ div_ __imul__ mul_")
-# Beyond it not every whole number is a float.
+# Beyond it not every whole number is a float, and torch refuses some.
 _MOST = 2**53
 
 

@@ -140,28 +140,30 @@ def test_a_followed_backward_comes_between_a_kept_graph_and_its_own(kitsunes: An
     assert kitsune.counters()["backwards_followed"] >= STEPS - 4, kitsune.explain()
 
 
-def test_gradients_are_added_up_in_eagers_order(kitsunes: Any) -> None:
+def test_hooks_come_in_eagers_order(kitsunes: Any) -> None:
     """What is made of the last step's results in the midst of this one comes behind what this one has made by then."""
 
-    def grads() -> list[Any]:
+    def heard() -> list[Any]:
         torch.manual_seed(0)
-        weight = nn.Parameter(torch.randn(64))
+        weight = nn.Parameter(torch.randn(6))
         former, found = weight.exp(), list[Any]()
-        for x in torch.randn(STEPS, 3, 64).unbind():
+        for x in torch.randn(STEPS, 2, 6).unbind():
             weight.grad = None
             first = (weight * x[0]).sin()
             score = former * x[1]
-            last = (weight * x[2]).cos()
-            (first.sum() + score.sum() + last.sum()).backward()
+            loss = first.sum() + score.sum()
+            first.register_hook(lambda _: found.append("first"))
+            score.register_hook(lambda _: found.append("score"))
+            loss.backward()
             assert weight.grad is not None
             found.append(weight.grad.tolist())
             former = weight.exp()
             kitsune.flush()
         return found
 
-    expected = grads()
+    expected = heard()
     with kitsunes():
-        assert grads() == expected
+        assert heard() == expected
 
 
 def test_what_was_used_up_says_so_behind_a_metric(kitsunes: Any) -> None:

@@ -113,6 +113,21 @@ def test_whole_numbers_stay_whole_where_that_is_seen(kitsunes: Any) -> None:
     assert kitsune.counters()["recorded"] or kitsune.counters()["observed"]
 
 
+def test_a_number_beyond_torchs_is_refused(kitsunes: Any) -> None:
+    def words() -> list[str]:
+        found = []
+        for k in range(1, STEPS):
+            x = torch.linspace(0, 1, 5) * k
+            with pytest.raises(OverflowError) as error:
+                x / (2**70 + k)
+            found.append(str(error.value))
+        return found
+
+    expected = words()
+    with kitsunes():
+        assert words() == expected
+
+
 def test_a_number_that_stays_the_same_is_part_of_what_is_known(kitsunes: Any) -> None:
     def halves() -> list[Any]:
         x, found = torch.linspace(0, 1, 5), []
