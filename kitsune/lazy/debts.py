@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kitsune.lazy import sites
+from kitsune.lazy.forgiven import forgive
 from kitsune.lazy.learning import Learner
 from kitsune.lazy.realize import attach_spent, realize, settle_spent, tensor_is_spent
 from kitsune.lazy.rebuild import tensors_in
@@ -36,6 +37,12 @@ class Debtor(Learner):
             self.own_up(tensors)
             region.real, region.past = True, None
         return virtual
+
+    def region_ends(self, region: Any, for_good: bool) -> None:
+        """What it owes is settled: by its end, or because it is run so far."""
+        if for_good:
+            forgive(region)
+        self.own_up()
 
     def lose_track(self) -> None:
         """Something begins that builds or reads a graph where calls do not show it."""
