@@ -29,7 +29,11 @@ def accuracy(out: Tensor, y: Tensor) -> Tensor:
     return best.eq(y).sum() + (out.softmax(-1) > 0.5).any(1).sum()
 
 
-def trained(early: bool) -> list[Any]:
+def accuracy_of_data(out: Tensor, y: Tensor) -> Tensor:
+    return (out.data.max(1)[1] == y).sum()
+
+
+def trained(early: bool, metric: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
     """A metric within the step, before the backward or behind it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -40,19 +44,20 @@ def trained(early: bool) -> list[Any]:
         out = model(x)
         loss = cross_entropy(out, y)
         if early:
-            right = right + accuracy(out, y)
+            right = right + metric(out, y)
         loss.backward()
         if not early:
-            right = right + accuracy(out, y)
+            right = right + metric(out, y)
         optimizer.step()
     return [right.tolist(), *(p.tolist() for p in model.parameters()), *(p._version for p in model.parameters())]
 
 
+@pytest.mark.parametrize("metric", [accuracy, accuracy_of_data])
 @pytest.mark.parametrize("early", [True, False])
-def test_a_metric_within_the_step_is_not_made_again(early: bool, kitsunes: Any) -> None:
-    expected = trained(early)
+def test_a_metric_within_the_step_is_not_made_again(early: bool, metric: Any, kitsunes: Any) -> None:
+    expected = trained(early, metric)
     with kitsunes():
-        assert trained(early) == expected
+        assert trained(early, metric) == expected
     counters = kitsune.counters()
     assert counters["backwards_followed"] >= STEPS - 3, kitsune.explain()
     assert counters["realized"] == 0
@@ -94,6 +99,34 @@ KEEPS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "a view": lambda first, second, third: [second[1:]],
     "one that it knows weakly": lambda first, second, third: ref(second),
 }
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "what a backward saved": lambda hidden, loss: hidden.data.mul_(0.5),
+    "part of it": lambda hidden, loss: hidden.data[:, 0].add_(1.0),
+    "the loss": lambda hidden, loss: loss.data.mul_(2.0),
+    "a leaf of its own": lambda hidden, loss: (hidden.data.requires_grad_() * 2).sum().backward(),
+}
+
+
+@pytest.mark.parametrize("name", list(WRITES))
+def test_data_is_written_behind_autograds_back(name: str, kitsunes: Any) -> None:
+    def grads() -> list[Any]:
+        torch.manual_seed(0)
+        first, last, found = nn.Linear(6, 8), nn.Linear(8, 3), list[Any]()
+        for x in torch.randn(STEPS, 4, 6).unbind():
+            first.zero_grad()
+            hidden = first(x).tanh()
+            loss = last(hidden).square().mean()
+            WRITES[name](hidden, loss)
+            loss.backward()
+            assert first.weight.grad is not None
+            found.append((first.weight.grad.tolist(), loss.tolist(), hidden.tolist(), hidden._version))
+        return found
+
+    expected = grads()
+    with kitsunes():
+        assert grads() == expected
 
 
 @pytest.mark.parametrize("name", list(KEEPS))
