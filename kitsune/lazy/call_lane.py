@@ -22,7 +22,6 @@ from kitsune.lazy.edges import Before, Edge, Incoming, begin_of
 from kitsune.lazy.growing_numbers import BY_NUMBER, as_float
 from kitsune.lazy.hands_off import (
     ASKS,
-    DATA,
     DETACHES,
     FLAGS,
     HARMLESS,
@@ -136,7 +135,7 @@ class CallLane(Debtor):
             with _Mark("aten::item") if _profiled() else _NOTHING:
                 return kind(self.made(self.recorder.record, (ITEM, (), args)))
         tensors = tensors_in((args, kwargs))
-        if func not in DATA and any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors):
+        if any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors):
             self.own_up(tensors if func not in VALUES else ())
         if func in SHOWS_GRAPH and self.recorder.region.real:  # What its backward does may be something else the next time.
             self.recorder.region.past = None

@@ -67,9 +67,6 @@ ASKS = VALUES | frozenset(
     | _found(Tensor, "_is_view")
 )
 
-# What they give has no history, nor does it tell of one; it shares no count of writes.
-DATA = frozenset({_getter("data")})
-
 # With what they give a program can put a hook, of which no call tells, between two operators of a backward.
 SHOWS_GRAPH = frozenset({_getter("grad_fn")})
 
