@@ -178,7 +178,8 @@ class CallLane(Debtor):
             region.node = edge.node
             if edge.graded:
                 region.past.append(edge)
-                region.calls.append((edge, args, kwargs, flat, wrappers, recorder.epoch))
+                # What is about to be returned is held by more than the debt.
+                region.calls.append((edge, args, kwargs, flat, [*wrappers], recorder.epoch))
             recorder.outlived.nodes.extend(edge.casts)
             if edge.bumps:
                 count_writes(region, [flat[k] for k in edge.bumps], edge)
