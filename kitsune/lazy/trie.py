@@ -61,14 +61,14 @@ class Node:
     calls: dict[Any, Any] = field(default_factory=dict)
     # What reads of its values gave that are the same each time; see `constants.py`.
     constants: dict[Any, Any] = field(default_factory=dict)
+    # By what whole numbers tensors are divided here; see `growing_numbers.py`.
+    numbers: Any = None
     # What is read of regions that end here; see `early_reads.py`.
     reads: Any = None
     # What takes the call of a function that has come most often; see `matchers.py`.
     matchers: dict[Any, Any] = field(default_factory=dict)
     # How many elements were named by the masks that came here; see `items.py`.
     n_places: frozenset[int] = frozenset()
-    # By what whole numbers tensors are divided here; see `growing_numbers.py`.
-    numbers: Any = None
     # Modes under which calls come where autocast has forgotten its casts here; see `casts.py`.
     modes: Any = None
     # Torch's modules that are called here, whose calls have matchers by their ids; see `module_calls.py`.
