@@ -418,7 +418,7 @@ def test_a_flush_in_another_thread_is_no_call_of_this_one(monkeypatch: pytest.Mo
         seen.append(recorder.lane.inside)
         realize(recorder, region)
 
-    monkeypatch.setattr("kitsune.lazy.call_lane.realize", watched)
+    monkeypatch.setattr("kitsune.lazy.debts.realize", watched)
     with ThreadPoolExecutor(1) as pool, kitsune.accelerate(device="cpu"):
         # The start of a thread is a door itself.
         pool.submit(int).result()

@@ -16,7 +16,7 @@ GRADED = "graded"
 
 def adopt(region: Any, wrapper: LazyTensor) -> Any:
     """A wrapper that is new to the region comes in; returns its key."""
-    if wrapper.cell.owed is None and wrapper.requires_grad and _is_leaf(wrapper):
+    if wrapper.cell.owed is None and wrapper.requires_grad and is_without_history(wrapper):
         # A leaf that was made in a context, of which backwards that are followed know nothing. Nor do the keys of calls behind
         # this op, which may be one without gradients.
         region.real, region.past = True, None
@@ -28,7 +28,8 @@ def adopt(region: Any, wrapper: LazyTensor) -> Any:
     return (GRADED, key) if looks and torch._C._current_graph_task_id() < 0 else key
 
 
-def _is_leaf(wrapper: Any) -> bool:
+def is_without_history(wrapper: Any) -> bool:
+    """Is this wrapper a leaf?"""
     # Of a view whose base has a gradient, to ask would have autograd take it again.
     base = wrapper._base
     return (base is None or not base.requires_grad) and is_leaf(wrapper)

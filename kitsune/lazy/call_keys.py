@@ -51,7 +51,8 @@ def _append_parts(region: Any, arguments: Any, call: Incoming, key: list[Any]) -
             flat.append(a)
             cell = a.cell
             if cell.region is region:
-                append(cell.ref.graded if cell.owed is not None or (region.real and a.requires_grad) else cell.ref)
+                known = cell.ref if cell.spent is False and not region.real else None
+                append(cell.ref.graded if cell.owed is not None else known or _with_history(region, a, call))
             else:
                 append(_fresh(region, a, call))
         elif cls is Tensor or cls is Parameter:
@@ -78,6 +79,13 @@ def _append_parts(region: Any, arguments: Any, call: Incoming, key: list[Any]) -
             append(tuple(part))
         else:
             append(_other_part(region, a, cls, call))
+
+
+def _with_history(region: Any, a: LazyTensor, call: Incoming) -> Any:
+    """The key of a tensor in the region of whose history autograd knows, if it has one."""
+    if a.cell.spent is not False:
+        call.unknown = True
+    return a.cell.ref.graded if a.requires_grad else a.cell.ref
 
 
 def _long_part(region: Any, items: Any, call: Incoming) -> Any:

@@ -5,8 +5,6 @@ anything else that could tell the difference has the calls made again for their 
 """
 
 import contextlib
-import threading
-import weakref
 from typing import Any
 
 import torch
@@ -14,11 +12,14 @@ import torch
 from kitsune.ir import Barrier
 from kitsune.lazy import sites
 from kitsune.lazy.advance import arrive, place, rewrite
+from kitsune.lazy.asides import aside, mark
 from kitsune.lazy.backward import losses_of, take_backward
 from kitsune.lazy.call_keys import key_of, with_floats
 from kitsune.lazy.casts import before_call, let_pass, may_cast, need_casts, read_modes, written
+from kitsune.lazy.debts import Debtor
 from kitsune.lazy.early_reads import ITEM
 from kitsune.lazy.edges import Before, Edge, Incoming, begin_of
+from kitsune.lazy.growing_numbers import BY_NUMBER, as_float
 from kitsune.lazy.hands_off import (
     ASKS,
     DETACHES,
@@ -36,9 +37,9 @@ from kitsune.lazy.hands_off import (
     stays,
 )
 from kitsune.lazy.items import PARTS, part
-from kitsune.lazy.learning import Learner, Sight
+from kitsune.lazy.learning import Sight
 from kitsune.lazy.matcher_steps import MISS
-from kitsune.lazy.realize import attach_bases, attach_spent, realize, settle_spent, tensor_is_spent
+from kitsune.lazy.realize import attach_bases, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.replaced import DOORS, is_untouched, original_of
@@ -54,16 +55,15 @@ _BACKWARD, _BACKWARDS = torch.Tensor.backward, torch.autograd.backward
 _profiled, _Mark, _NOTHING = torch.autograd._profiler_enabled, torch._C._profiler._RecordFunctionFast, contextlib.nullcontext()
 
 
-class CallLane(Learner):
+class CallLane(Debtor):
     """Takes the calls of one accelerating thread, for its recorder."""
 
     def __init__(self, recorder: Any) -> None:
         super().__init__(recorder)
-        self.spent: list[weakref.ref[LazyTensor]] = []  # wrappers whose graph a followed backward has used up
-        # Calls of torch's API that torch is making now, with what; and is one of them an update that is learned as a whole?
-        self.inside, self.given, self.part_of_update, self.unused = 0, tuple[Any, ...](), False, Unused()
+        # What torch is making calls with; and is one of them an update that is learned as a whole?
+        self.given, self.part_of_update, self.unused = tuple[Any, ...](), False, Unused()
         # By what modes of calls are told apart, and how often autocast had forgotten its casts when the lane was closed.
-        self.thread, self.known_modes, self.n_forgotten = threading.get_ident(), dict[Any, Any](), 0
+        self.known_modes, self.n_forgotten = dict[Any, Any](), 0
         self.read_modes()
 
     def call(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: C901 - calls cost 0.1 us
@@ -88,6 +88,8 @@ class CallLane(Learner):
             return args[0]
         if func in PARTS and (found := part(self, func, args, kwargs)) is not MISS:
             return found
+        if func in BY_NUMBER:
+            args = as_float(region.node, func, args, kwargs)
         kwargs = kwargs or {}
         if func in ASKS:
             return self._asked(func, args, kwargs)
@@ -125,27 +127,6 @@ class CallLane(Learner):
     def read_modes(self) -> None:
         """Look at autocast again: it has changed."""
         self.modes = read_modes(self)
-
-    def stray(self, args: Any, kwargs: Any) -> bool:
-        """An op comes that no call of the API has brought: may autograd know of its operands? True if it must come again."""
-        region = self.recorder.region
-        region.unfold()
-        keep((args, kwargs))
-        if not torch.is_grad_enabled():
-            return False
-        tensors = tensors_in((args, kwargs))
-        virtual = any(type(t) is LazyTensor and t.cell.owed is not None for t in tensors)
-        if virtual or (not region.real and any(t.requires_grad for t in tensors)):
-            self.own_up(tensors)
-            region.real, region.past = True, None
-        return virtual
-
-    def lose_track(self) -> None:
-        """Something begins that builds or reads a graph where calls do not show it."""
-        if not self.inside:
-            self.own_up()
-            settle_spent(self)
-            self.recorder.region.real, self.recorder.region.past = True, None
 
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         kind = READS.get(func)
@@ -197,7 +178,8 @@ class CallLane(Learner):
             region.node = edge.node
             if edge.graded:
                 region.past.append(edge)
-                region.calls.append((edge, args, kwargs, flat, wrappers, recorder.epoch))
+                # What is about to be returned is held by more than the debt.
+                region.calls.append((edge, args, kwargs, flat, [*wrappers], recorder.epoch))
             recorder.outlived.nodes.extend(edge.casts)
             if edge.bumps:
                 count_writes(region, [flat[k] for k in edge.bumps], edge)
@@ -246,11 +228,12 @@ class CallLane(Learner):
         wrong = writes and self.spoils(targets)
         owes = writes and any(type(t) is LazyTensor and t.cell.owed is not None for t in flat)
         rewrites = before_call(self, modes, flat, targets)
-        if graded or wrong or owes or (region.calls and may_cast(modes, flat)):
+        history = aside(self, flat, targets) if graded and not graph else None
+        if (graded and history is None) or wrong or owes or (region.calls and may_cast(modes, flat)):
             self.own_up(flat)
-        region.real = region.real or graded
+        region.real = region.real or (graded and history is None)
         start, first, n_scalars, n_unrecorded = region.node, region.node.n_values, len(region.scalars), recorder.n_unrecorded
-        learns = key is not None and not (graph or wrong or self.part_of_update or rewrites is not None)
+        learns = key is not None and not (graph or history is not None or wrong or self.part_of_update or rewrites is not None)
         self._settle()  # Or it would count as done by the call.
         before = Before(flat, region) if learns else None
         leaves = [t for t in flat if not t.requires_grad] if graded else []
@@ -266,7 +249,8 @@ class CallLane(Learner):
             recorder.region.real, recorder.region.past = True, None
         if any(t.requires_grad for t in leaves):  # Written, with a history now; so have those that share its memory.
             recorder.known.forget()
-        if recorder.region is not region:
+        mark(history, flat, result)
+        if history is not None or recorder.region is not region:
             return result
         edge = None
         learns = not need_casts(self, modes, flat, start) and learns and recorder.n_unrecorded == n_unrecorded
@@ -278,22 +262,3 @@ class CallLane(Learner):
             # As when it is followed: one that gave back what it was given has made no node.
             region.extend_past(edge)
         return result
-
-    def own_up(self, tensors: Any = (), asked: bool = True) -> None:
-        """From here on autograd is to know of every call so far; the program has `asked` for that, or a backward wants it."""
-        # Another thread may flush, and do it at this moment.
-        with self.recorder.lock:
-            region = self.recorder.region
-            region.unfold()
-            if region.calls:
-                inside = self.inside
-                try:
-                    # Another thread's is no call of this one's.
-                    self.inside += threading.get_ident() == self.thread
-                    self.recorder.tally.made_again(sites.user_site() if asked else sites.UNKNOWN)
-                    realize(self.recorder, region)
-                finally:
-                    self.inside = inside
-        for tensor in tensors:
-            if tensor_is_spent(tensor):
-                attach_spent(self.recorder, tensor)

@@ -70,6 +70,19 @@ def ref(id: int) -> Ref:
         return _refs[id]
 
 
+class Aside:
+    """A tensor's history is of former regions, or was used up before it was made; see `asides.py`. It does not lead to leaves."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return False
+
+
+# It may still be gone backward through; or that says that it was used up.
+FORMER, GONE = Aside(), Aside()
+
+
 class Cell:
     """What a wrapper stands for: a value of a region, and its tensor once it has been computed."""
 
@@ -88,6 +101,7 @@ class Cell:
         self.came = came
         # Set while autograd does not know that the tensor has a history; and, once that is used up, the leaves that it led to.
         self.owed: Any = None
+        # (Or an Aside, if autograd knows of a history that no call has to do with which is owed.)
         self.spent: Any = False
         # What its wrapper was made for, if it may be made to stand for the same once more; see `used_again.py`.
         self.home: Any = None

@@ -120,8 +120,8 @@ class Writer:
             self._of_before(a, cell, *key)
             return
         value, graded = value_in(key)
-        owes = "is not None" if graded else "is None"
-        self.unless(f"{cell}.ref is {self.bind(value)} and {cell}.region is region and {cell}.owed {owes}")
+        owes = f"{cell}.owed is not None" if graded else f"{cell}.owed is None and {cell}.spent is False"
+        self.unless(f"{cell}.ref is {self.bind(value)} and {cell}.region is region and {owes}")
 
     def _of_before(self, a: str, cell: str, type_: TensorType, where: Any, graded: bool) -> None:
         """The result of another region: a gradient that is clipped after a loss was read."""

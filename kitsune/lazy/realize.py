@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from kitsune.ir import versions_kept
 from kitsune.ir.graph import Result
 from kitsune.lazy.casts import CAST, Weights, clear_casts, set_dtype, set_enabled, set_kept
-from kitsune.lazy.cell import Cell
+from kitsune.lazy.cell import FORMER, GONE, Cell
 from kitsune.lazy.cuts import recall_results
 from kitsune.lazy.edges import Edge, path_between
 from kitsune.lazy.hands_off import PRODUCTS
@@ -238,7 +238,7 @@ _anchor = torch.zeros((), requires_grad=True)
 
 def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
     """Let autograd know that the wrapper had a graph, which is gone."""
-    leaves, tensor.cell.owed, tensor.cell.spent = tensor.cell.spent, None, False
+    leaves, tensor.cell.owed, tensor.cell.spent = tensor.cell.spent, None, FORMER
     # Of what a static function returns, its leaves are those that came in.
     leaves = leaves or recorder.leaves.living()
     hook, recorder.hook = recorder.hook, None
@@ -247,6 +247,7 @@ def attach_spent(recorder: Any, tensor: LazyTensor) -> None:
             if not view_again(recorder, tensor, leaves):
                 with versions_kept([tensor]):
                     Gone.apply(_anchor, tensor, *leaves)
+                tensor.cell.spent = GONE
     finally:
         recorder.hook = hook
 

@@ -211,7 +211,7 @@ class Recording:
             if end and goes_on(region, cause):
                 return go_on(self, region, cause, site)
             if region.calls and self.lane is not None:
-                self.lane.own_up()
+                self.lane.region_ends(region, end)
             self.early.ends(region)
             if end:
                 self._end(region, cause, site)

@@ -61,6 +61,8 @@ class Node:
     calls: dict[Any, Any] = field(default_factory=dict)
     # What reads of its values gave that are the same each time; see `constants.py`.
     constants: dict[Any, Any] = field(default_factory=dict)
+    # By what whole numbers tensors are divided here; see `growing_numbers.py`.
+    numbers: Any = None
     # What is read of regions that end here; see `early_reads.py`.
     reads: Any = None
     # What takes the call of a function that has come most often; see `matchers.py`.

@@ -65,10 +65,10 @@ class Unused:
         give_back(wrappers)
 
 
-def are_held(wrappers: list[Any]) -> list[bool]:
-    """Does anybody besides this list hold each?"""
+def are_held(wrappers: list[Any], besides: int = 0) -> list[bool]:
+    """Does anybody besides this list, and so many others that are known, hold each?"""
     holds = zip(wrappers, *counts_of(wrappers), strict=True)
-    return [n != _IN_PYTHON or n_in_c != _IN_C or n_weak > 0 or bool(t.__dict__) for t, n, n_in_c, n_weak in holds]
+    return [n != _IN_PYTHON + besides or n_in_c != _IN_C or n_weak > 0 or bool(t.__dict__) for t, n, n_in_c, n_weak in holds]
 
 
 def drop_gradients(parameters: list[Any]) -> None:

@@ -30,6 +30,10 @@ LOOKS: dict[str, Look] = {
     "equal": lambda a: a == 0,
     "less": lambda a: (a < 0).float().mean(),
     "not a number": lambda a: torch.isnan(a).any(),
+    "with its history": lambda a: a.softmax(1),
+    "and what comes of it": lambda a: (a.max(1)[0] * 2).exp(),
+    "its data": lambda a: a.data.exp(),
+    "asked for its node": lambda a: a.grad_fn,
 }
 
 
