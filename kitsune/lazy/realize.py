@@ -102,8 +102,7 @@ class Walk:
     def comes(self, row: Any) -> bool:
         """Is an op of this row the next one? A view of an operand may have been taken beside the region."""
         nodes = (node for node in reversed(self.path) if self.weights.cast_by(node) is None and not self._is_beside(node, row))
-        node = next(nodes, None)
-        return node is not None and node.row is row
+        return (node := next(nodes, None)) is not None and node.row is row
 
     def wants(self) -> frozenset[int]:
         """What is to be kept if all that is pending is run now, for calls that are still to be made again."""
