@@ -125,6 +125,8 @@ def main() -> None:
             with kitsune.config.patch(gate=True):
                 rows.append(row := measure(name, device, options))
             print(told(row), flush=True)
+            # After each: a run of all takes minutes.
+            kept = keep("zoo", rows, device, options.json)
         except ModuleNotFoundError as error:
             print(f"{name:18s} left out: {error}", flush=True)
         except Exception:
@@ -133,7 +135,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if rows:
-        print(f"kept in {keep('zoo', rows, device, options.json)}")
+        print(f"kept in {kept}")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ class Learner:
         # A backward may need what a call was given and what it returned.
         known = [t for call in calls for t in (*call.flat, *call.made)]
         read = {cell.storage for t in known if (cell := t.cell if type(t) is Absent else cell_in(t, region)) is not None}
+        read.update(view.storage for call in calls for view in call.edge.derived)
         return any(_storage_in(t, region) in read for t in written)
 
     def remember(self, start: Any, key: Any, edge: Edge | None) -> Edge | None:

@@ -18,6 +18,10 @@ infers = torch.is_inference_mode_enabled
 def take_view(recorder: Any, row: OpRow, args: Any, kwargs: Any) -> Any:
     """Take a view; returns it, or RECORD."""
     base = args[0] if args else None
+    if recorder.walk is not None and type(base) is Tensor and not base.requires_grad and not recorder.walk.comes(row):
+        # As it was taken when the call was followed, also if it has been written since.
+        with torch._C._DisableTorchDispatch():
+            return row.target(*args, **kwargs)
     if _only_comes_in(recorder, base) and not _is_seen_as_matrix(recorder, row, base):
         return pass_through(recorder, row, args, kwargs, Barrier.INPUT_VIEW)
     if not infers() or not isinstance(base, Tensor) or base.is_inference():

@@ -138,6 +138,45 @@ def test_calls_with_such_operands_can_be_made_again(take: Callable[[Tensor, Tens
     assert names == seen
 
 
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "all of it": lambda x: x.mul_(2),
+    "a view": lambda x: x[0].zero_(),
+    "unseen by autograd": lambda x: x.data.mul_(2),
+    "a column": lambda x: x.__setitem__((slice(None), 0), 1.0),
+    "another's numbers": lambda x: x.copy_(x * 3),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("name", ["einsum", "cosine_similarity", "attention", "inner", "bilinear"])
+def test_an_operand_that_is_written_before_the_backward_is_refused_as_in_eager(
+    name: str, write: Callable[[Tensor], Any], kitsunes: Any
+) -> None:
+    def run(context: Any, when: int) -> list[Any]:
+        torch.manual_seed(0)
+        layer, found = nn.Linear(8, 8), list[Any]()
+        with context:
+            for k in range(STEPS):
+                x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(k))
+                layer.zero_grad()
+                h = TAKES[name](layer(x * 1), x)
+                if k == when:
+                    write(x)
+                loss = h.square().mean()
+                try:
+                    loss.backward()
+                except RuntimeError as error:
+                    found.append(str(error).partition("]")[0])
+                found += [loss.item(), x.sum().item(), None if layer.weight.grad is None else layer.weight.grad.tolist()]
+        return found
+
+    for when in (1, STEPS - 3):
+        expected = run(contextlib.nullcontext(), when)
+        kitsune.reset()
+        with kitsune.config.patch(gate=False):
+            assert run(kitsunes(), when) == expected
+
+
 def test_how_they_lie_to_each_other_is_looked_at(kitsunes: Any) -> None:
     def forward(model: nn.Module, x: Tensor) -> Tensor:
         forward.n += 1  # type: ignore[attr-defined]
