@@ -35,12 +35,14 @@ def derived_of(lacking: set[int], path: Sequence[Node], given: Given, region: An
     cells = {cell.came.id: cell for cell in region.plain.values() if cell.came.id in lacking}
     dirty = {storage for node in path for *_, storage in node.written}
     found = []
-    for number in sorted(lacking):
-        cell = cells.get(number)
-        if cell is None or cell.storage in dirty or (position := _source(cell.real, given)) is None:
-            return None
-        begin = _storage_offset(cell.real) - _storage_offset(given[position])
-        found.append(Derived(position, begin, cell.came, cell.type, cell.storage))
+    # Some of what is asked here ends a region where the program asks it.
+    with torch._C.DisableTorchFunction():
+        for number in sorted(lacking):
+            cell = cells.get(number)
+            if cell is None or cell.storage in dirty or (position := _source(cell.real, given)) is None:
+                return None
+            begin = _storage_offset(cell.real) - _storage_offset(given[position])
+            found.append(Derived(position, begin, cell.came, cell.type, cell.storage))
     return tuple(found)
 
 
@@ -72,3 +74,23 @@ def derive(region: Any, derived: Sequence[Derived], given: Given | Sequence[Any]
             view = _as_strided(base, type_.shape, type_.stride, _storage_offset(base) + begin)
             region.storages[serial_of(base)] = storage
             region.plain[id(view)] = Cell(region, ref, type_, storage, view, ref)
+
+
+def views_of(region: Any, derived: Sequence[Derived]) -> list[Cell]:
+    """The cells of views that were taken when a call was followed."""
+    cells = {cell.came.id: cell for cell in region.plain.values()} if derived else {}
+    return [cells[one.ref.id] for one in derived if one.ref.id in cells]
+
+
+def take_again(region: Any, cells: Sequence[Cell], made: Any) -> None:
+    """The call is made again, and takes such views anew, which autograd may keep: a backward is to find in them what came in."""
+    with torch._C.DisableTorchFunction():
+        for view in made if isinstance(made, (list, tuple)) else [made]:
+            cell = next((cell for cell in cells if _lies_like(cell.real, view)), None)
+            if cell is not None and cell.came is not None:
+                region.plain[id(view)] = Cell(region, cell.came, cell.type, cell.storage, view, cell.came)
+
+
+def _lies_like(a: Any, b: Any) -> bool:
+    same = serial_of(a) == serial_of(b) and a.dtype is b.dtype and (a.is_conj(), a.is_neg()) == (b.is_conj(), b.is_neg())
+    return same and (a.shape, a.stride(), _storage_offset(a)) == (b.shape, b.stride(), _storage_offset(b))

@@ -18,6 +18,7 @@ from kitsune.ir.graph import Result
 from kitsune.lazy.casts import CAST, Weights, clear_casts, set_dtype, set_enabled, set_kept
 from kitsune.lazy.cell import FORMER, GONE, Cell
 from kitsune.lazy.cuts import recall_results
+from kitsune.lazy.derived import views_of
 from kitsune.lazy.edges import Edge, path_between
 from kitsune.lazy.hands_off import PRODUCTS
 from kitsune.lazy.rebuild import fill, tensors_in
@@ -54,17 +55,15 @@ class Walk:
 
     def __init__(self, region: Any) -> None:
         self.region = region
-        self.path: list[Node] = []
-        self.start = region.node
-        self.held: dict[int, LazyTensor] = {}
+        self.path, self.start = list[Node](), region.node
+        self.held, self.views = dict[int, LazyTensor](), list[Any]()
         self.weights = Weights(region)
 
     def begin(self, call: Followed) -> None:
         """From here on the ops of this call come."""
         path = path_between(call.edge.start, call.edge.node)
         assert path is not None
-        path.reverse()
-        self.path, self.start = path, call.edge.start
+        self.path, self.start, self.views = path[::-1], call.edge.start, views_of(self.region, call.edge.derived)
         self.held = {made.born: tensor for made, tensor in zip(call.edge.made, call.made, strict=True) if made.turned is None}
 
     def take(self, row: Any, tensors: list[Any]) -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kitsune.ir import Barrier, OpRow
 from kitsune.lazy.at_once import pass_through
+from kitsune.lazy.derived import take_again
 from kitsune.lazy.hands_off import WHOLE_VIEWS
 from kitsune.lazy.tensor import LazyTensor
 
@@ -21,7 +22,9 @@ def take_view(recorder: Any, row: OpRow, args: Any, kwargs: Any) -> Any:
     if recorder.walk is not None and type(base) is Tensor and not base.requires_grad and not recorder.walk.comes(row):
         # As it was taken when the call was followed, also if it has been written since.
         with torch._C._DisableTorchDispatch():
-            return row.target(*args, **kwargs)
+            view = row.target(*args, **kwargs)
+        take_again(recorder.region, recorder.walk.views, view)
+        return view
     if _only_comes_in(recorder, base) and not _is_seen_as_matrix(recorder, row, base):
         return pass_through(recorder, row, args, kwargs, Barrier.INPUT_VIEW)
     if not infers() or not isinstance(base, Tensor) or base.is_inference():

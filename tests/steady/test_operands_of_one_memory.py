@@ -147,6 +147,28 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+def test_a_call_made_again_has_the_regions_views(kitsunes: Any) -> None:
+    """max_unpool1d views its places, which its backward reads: also where the backward is autograd's, they are what came in."""
+    x, places = torch.tensor([[[5.5], [8.5]]], requires_grad=True), torch.tensor([[[1], [2]]])
+
+    def step() -> list[Any]:
+        x.grad = None
+        y = F.max_unpool1d(x, places, 3, 3)
+        # A gradient of its own each time: this backward is never followed.
+        torch.autograd.backward([y], [torch.randn(1, 2, 3)])
+        assert x.grad is not None
+        return [y.tolist(), x.grad.tolist()]
+
+    torch.manual_seed(0)
+    expected = [step() for _ in range(STEPS)]
+    torch.manual_seed(0)
+    with kitsune.config.patch(gate=False):
+        for k in range(STEPS):
+            with kitsunes():
+                assert step() == expected[k]
+    assert kitsune.counters()["recognised"] >= STEPS - 3, kitsune.explain()
+
+
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("name", ["einsum", "cosine_similarity", "attention", "inner", "bilinear"])
 def test_an_operand_that_is_written_before_the_backward_is_refused_as_in_eager(
