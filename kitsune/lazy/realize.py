@@ -98,10 +98,11 @@ class Walk:
             increment_version([tensors[operand] for operand, *_ in node.written])
         return fill(node.structure, [self._result(row, done, *result) for result in node.results], tensors)
 
-    def comes(self, row: Any) -> bool:
-        """Is an op of this row the next one? A view of an operand may have been taken beside the region."""
-        nodes = (node for node in reversed(self.path) if self.weights.cast_by(node) is None and not self._is_beside(node, row))
-        return (node := next(nodes, None)) is not None and node.row is row
+    def comes(self, row: Any, base: Any) -> bool:
+        """Is this view of a plain tensor the next op? It may have been taken beside the region."""
+        cell, nodes = self.region.plain.get(id(base)), (n for n in reversed(self.path) if self.weights.cast_by(n) is None)
+        node = None if cell is None else next((n for n in nodes if not self._is_beside(n, row)), None)
+        return node is not None and node.row is row and node.op is not None and node.op.inputs[0].storage == cell.storage
 
     def wants(self) -> frozenset[int]:
         """What is to be kept if all that is pending is run now, for calls that are still to be made again."""

@@ -19,7 +19,7 @@ infers = torch.is_inference_mode_enabled
 def take_view(recorder: Any, row: OpRow, args: Any, kwargs: Any) -> Any:
     """Take a view; returns it, or RECORD."""
     base = args[0] if args else None
-    if recorder.walk is not None and type(base) is Tensor and not base.requires_grad and not recorder.walk.comes(row):
+    if recorder.walk is not None and type(base) is Tensor and not base.requires_grad and not recorder.walk.comes(row, base):
         # As it was taken when the call was followed, also if it has been written since.
         with torch._C._DisableTorchDispatch():
             view = row.target(*args, **kwargs)
@@ -49,4 +49,4 @@ def _is_seen_as_matrix(recorder: Any, row: OpRow, tensor: Any) -> bool:
     elsewhere each time would make regions of their own."""
     if not recorder.making or row.target not in WHOLE_VIEWS:
         return False
-    return recorder.walk.comes(row) if recorder.walk is not None else not tensor.storage_offset()
+    return recorder.walk.comes(row, tensor) if recorder.walk is not None else not tensor.storage_offset()
