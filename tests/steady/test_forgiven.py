@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -15,13 +15,6 @@ import kitsune
 
 STEPS = 12
 pytestmark = pytest.mark.usefixtures("repeatable")
-
-
-@pytest.fixture(params=[0, 1], ids=["warmup=0", "warmup=1"])
-def kitsunes(request: pytest.FixtureRequest) -> Iterator[Any]:
-    kitsune.reset()
-    with kitsune.config.patch(gate=False):
-        yield lambda: kitsune.accelerate(device="cpu", warmup=request.param)
 
 
 def accuracy(out: Tensor, y: Tensor) -> Tensor:

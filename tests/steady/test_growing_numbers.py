@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,13 +14,6 @@ import kitsune
 
 STEPS = 14
 pytestmark = pytest.mark.usefixtures("repeatable")
-
-
-@pytest.fixture(params=[0, 1], ids=["warmup=0", "warmup=1"])
-def kitsunes(request: pytest.FixtureRequest) -> Iterator[Any]:
-    kitsune.reset()
-    with kitsune.config.patch(gate=False):
-        yield lambda: kitsune.accelerate(device="cpu", warmup=request.param)
 
 
 class Meter:
