@@ -64,7 +64,7 @@ class GraphFacts:
 
 def is_host_number(value: Value, graph: Graph, kind: str) -> bool:
     """Is an input a number on the host that is only given to kernels of a device of that kind?"""
-    if value.type.device.type != "cpu" or kind == "cpu" or value.type.shape or value in graph.outputs:
+    if value.type.device.type != "cpu" or kind == "cpu" or value.type.shape:
         return False
     # Versions that are written, and views, have its storage.
     readers = [op for op in graph.ops if any(v.storage == value.storage for v in (*op.inputs, *op.outputs))]

@@ -244,6 +244,24 @@ def test_what_is_written_beside_what_is_read_is_as_in_eager(kitsunes: Any) -> No
             assert tolerant() == expected
 
 
+def test_operands_that_overlap_are_refused_behind_those_that_do_not(kitsunes: Any) -> None:
+    def added(wholes: list[Tensor]) -> list[Any]:
+        found: list[Any] = []
+        for k, whole in enumerate(wholes):
+            first, second = whole[:4], whole[2:6] if k == STEPS - 3 else whole[4:8]
+            try:
+                first.add_(second)
+            except RuntimeError as error:
+                found.append(str(error))
+            found.append(whole.tolist())
+        return found
+
+    expected = added([torch.arange(12.0) for _ in range(STEPS)])
+    wholes = [torch.arange(12.0) for _ in range(STEPS)]
+    with kitsune.config.patch(gate=False), kitsunes():
+        assert added(wholes) == expected
+
+
 def transformer() -> nn.Module:
     return nn.Transformer(8, 2, 1, 1, 16, 0.1, batch_first=True)
 
