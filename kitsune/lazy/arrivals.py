@@ -44,6 +44,12 @@ class Arrivals:
         self.lists.clear()
         self.groups.clear()
 
+    def clear(self) -> None:
+        """No region is known any more."""
+        self.forget()
+        self.parts.clear()
+        self.constants.clear()
+
     def drop(self, tensor: Any) -> None:
         """This tensor may be another than when it last came in."""
         known = self.tensors.pop(id(tensor), None)

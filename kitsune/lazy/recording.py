@@ -98,8 +98,7 @@ class Recording:
         # Ops that once returned something else than their key promised: never recorded again.
         self.unstable: set[Any] = set()
         self.n_nodes = 0
-        self.known.forget()
-        self.known.parts.clear()
+        self.known.clear()
         self.early.forget()
         self.region = self._new_region()
         # The region of wrappers that were made around a tensor that was there already.

@@ -11,7 +11,7 @@ _SEEDED = ("_scaled_dot_product_", "_flash_attention_", "_efficient_attention_",
 # Look at values on the host, whatever they return.
 _READS = frozenset(
     "_linalg_check_errors nonzero _unique2 unique_dim unique_consecutive bincount histc _ctc_loss _cudnn_ctc_loss "
-    "masked_select repeat_interleave _assert_scalar _local_scalar_dense is_nonzero equal".split()
+    "masked_select repeat_interleave _assert_scalar _local_scalar_dense is_nonzero equal _grouped_mm".split()
 )
 # Their library's handle is of no use any more once a capture has met it: "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED".
 _BREAKS = frozenset({"_linalg_eigh", "linalg_pinv"})
@@ -86,7 +86,7 @@ def host_number_moves(graph: Graph, number: int) -> str:
 
 def _why_not_op(op: Op, kind: str) -> str | None:
     name = op.target._opname
-    if name in _READS and not (name == "histc" and _has_bounds(op)):
+    if name in _READS and not (name == "histc" and _has_bounds(op)) and not (name == "_grouped_mm" and _is_one_kernel(op)):
         return "looks at values on the host"
     if name in _BREAKS:
         return "calls a library that does not survive a capture"
@@ -102,6 +102,11 @@ def _has_bounds(op: Op) -> bool:
     given = dict(op.kwargs)
     low, high = (op.args[k] if k < len(op.args) else given.get(name, 0) for k, name in ((2, "min"), (3, "max")))
     return low != high
+
+
+def _is_one_kernel(op: Op) -> bool:
+    """Products of groups of rows in another type than this are a product each, of rows from and to where the host looks."""
+    return all(v.type.dtype is torch.bfloat16 for v in (*op.inputs[:2], *op.outputs))
 
 
 def why_not_moving(facts: GraphFacts, number: int, tensor: torch.Tensor) -> str | None:

@@ -84,6 +84,14 @@ def counted(*args: int, **bounds: int) -> Op:
     return Op(aten.histc.default, Kind.EXTERN, (A, *args), tuple(bounds.items()), (A,), Result(0), (B,))
 
 
+HALVES = [value(n, dtype=torch.bfloat16) for n in (5, 6, 7)]
+ENDS = value(8, dtype=torch.int32)
+
+
+def grouped(*values: Value) -> Graph:
+    return Graph((*values[:2], ENDS), (op(aten._grouped_mm.default, (*values[:2], ENDS), values[2]),), (values[2],))
+
+
 @pytest.mark.parametrize(
     ("graph", "said"),
     [
@@ -93,6 +101,9 @@ def counted(*args: int, **bounds: int) -> Op:
         (Graph((A,), (counted(8, 0, 0),), (B,)), "looks at values on the host."),
         (Graph((A,), (counted(8, 0, 7),), (B,)), None),
         (Graph((A,), (counted(8, min=0, max=7),), (B,)), None),
+        (grouped(*HALVES), None),
+        (grouped(A, B, C), "aten._grouped_mm.default at None looks at values on the host."),
+        (grouped(*HALVES[:2], C), "looks at values on the host."),
         (Graph((A,), (op(aten._linalg_eigh.default, (A,), B),), (B,)), "that does not survive a capture"),
         (Graph((A, MASK), (op(aten.index.Tensor, (A, MASK), B),), (B,)), "counts a mask on the host"),
         (Graph((A, C), (op(aten.index.Tensor, (A, C), B),), (B,)), None),

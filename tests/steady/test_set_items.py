@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -285,3 +286,22 @@ def test_what_was_made_in_inference_mode_may_be_set_there(kitsunes: Any) -> None
     with kitsune.config.patch(gate=False), kitsunes():
         assert train_beside() == expected
     assert kitsune.counters()["backwards_followed"] >= STEPS - 5
+
+
+def test_a_reset_lets_go_of_the_tensors_of_lists_and_numbers(kitsunes: Any) -> None:
+    def tensors() -> set[int]:
+        gc.collect()
+        return {id(t) for t in gc.get_objects() if type(t) is Tensor}
+
+    x, before = torch.ones(8, 6), tensors()
+    before.add(id(x))
+    with kitsune.config.patch(gate=False), kitsunes():
+        for _ in range(STEPS):
+            y = x * 2
+            y[:, [0, 2]] = 3
+            kitsune.flush()
+        del y
+        kitsune.flush()
+    assert tensors() - before
+    kitsune.reset()
+    assert not tensors() - before
