@@ -13,6 +13,7 @@ import torch
 import kitsune
 from kitsune import background
 from kitsune.runtime import cuda_graph
+from kitsune.runtime.plan_thread import plan_thread
 
 PASSED = pytest.StashKey[bool]()
 # What the tests themselves keep of one test for the next.
@@ -54,6 +55,7 @@ def held() -> dict[str, int]:
     kitsune.reset()
     # What is being made there holds the step that it is made for.
     background.wait(SECONDS)
+    plan_thread.settle()
     gc.collect()
     _settle()
     torch.cuda.synchronize()
