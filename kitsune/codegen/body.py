@@ -83,9 +83,10 @@ class Body:
         return named.name
 
     def load(self, i: int, offset: str, mask: str) -> None:
-        """Load number `i`; without an offset, of a single element."""
+        """Load number `i`; without an offset or a mask, of a single element."""
         dtype = self.kernel.loads[i].value.type.dtype
-        text = f"tl.load(in{i} + {offset}, mask={mask})" if offset else f"tl.load(in{i})"
+        place = f"in{i} + {offset}" if offset else f"in{i}"
+        text = f"tl.load({place}, mask={mask})" if offset and mask else f"tl.load({place})"
         if dtype in HALF:
             text = f"{text}.to(tl.float32)"
         elif dtype is torch.bool:

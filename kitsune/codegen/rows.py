@@ -296,4 +296,5 @@ PLACES_IN_ROW = ["column = tl.arange(0, RBLOCK)[None, :]", *_INSIDE]
 def _mask(along_rows: bool, along_columns: bool) -> str:
     if along_columns:
         return "inside" if along_rows else "in_columns"
-    return "in_rows"
+    # Where a turn has one number for all of its rows, that is no block, and Triton refuses a mask that is one.
+    return "in_rows" if along_rows else ""

@@ -198,6 +198,14 @@ def gathered(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list
         found = aten._softmax_backward_data(grad, x.sigmoid(), -1, x.dtype)
         return [found * 2, found.sum(0), grad - grad.sum(0)]
 
+    def dropped(grad: torch.Tensor, x: torch.Tensor, rest: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
+        found, *others = norm(grad * kept, x, weight, bias)
+        total = found + rest
+        return [total, *others, total.flatten(0, -2).sum(0)]
+
+    # As many images as there are turns.
+    (kept,) = draw([(8, 1, 1)], dtype)
+    yield "whole images dropped", dropped, [*(t.reshape(8, 25, 33) for t in (grad, x, rest)), weight, bias]
     yield "layer norm, residual and bias", layer, [grad, x, rest, weight, bias]
     yield "the same of three dimensions", layer, [*images, weight, bias]
     yield "in place", update, [grad, x, rest, weight, bias]
