@@ -48,7 +48,12 @@ def only(program: Callable[..., Any], *inputs: torch.Tensor) -> Kernel:
 
 
 # At least so many kernels are run of each part; a dtype stands for every case of the table.
-PARTS = {**{str(dtype).removeprefix("torch."): 75 for dtype in DTYPES}, "layouts": 60, "special": 20, "batched": 6, "gathered": 10}
+PARTS = dict.fromkeys((str(dtype).removeprefix("torch.") for dtype in DTYPES), 75) | {
+    "layouts": 60,
+    "special": 20,
+    "batched": 6,
+    "gathered": 10,
+}
 
 
 @pytest.mark.timeout(630)
