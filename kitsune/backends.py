@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -38,7 +38,8 @@ class Backend:
     `warm` asks for the programs that what was made will need, and returns futures that are done once they are there, or known
     not to come: without it, or without workers, a program is compiled at its first start. `expect` hears that a region is being
     planned for the first time, so that there will be programs to compile. `choices` are the tiles that were found to be the
-    fastest, by `timer`: without them, each launch has the first choice.
+    fastest, by `timer`: without them, each launch has the first choice. `file_of` names the file with the machine code of what
+    was made, and `bring` has such files brought to the device, soon.
     """
 
     arch: str
@@ -46,6 +47,8 @@ class Backend:
     prepare_in_graph: Callable[[Launch, Any, SlotTable], Any] | None = None
     warm: Callable[[Launch, Any], list[Future[Any]]] | None = None
     expect: Callable[[], None] | None = None
+    file_of: Callable[[Any], str | None] = lambda usable: None
+    bring: Callable[[Sequence[str]], None] = lambda files: None
     choices: Choices | None = None
     timer: Timer = in_turn
     # What captured graphs begin with; None where the driver copies what comes in.
@@ -97,7 +100,14 @@ def on_device(arch: str, compiler: BackgroundCompiler, device: torch.device, cho
                 asked.append(_after(asked[-1], usable.reserve))
         return asked
 
-    return Backend(arch, prepare, in_graph, warm, compiler.expect, choices, reader=PageReader(PAGE_PROGRAMS, compiler, device))
+    def file_of(usable: PreparedLaunch) -> str | None:
+        return None if usable.likely is None else compiler.file_of(usable.program, device, *usable.likely)
+
+    def bring(files: Sequence[str]) -> None:
+        compiler.bring_soon(files, device.index or 0)
+
+    reader = PageReader(PAGE_PROGRAMS, compiler, device)
+    return Backend(arch, prepare, in_graph, warm, compiler.expect, file_of, bring, choices, reader=reader)
 
 
 def _after(future: "Future[Any]", call: Callable[[], None]) -> "Future[None]":

@@ -80,6 +80,12 @@ class Options:
         flag,
         "a kernel's blocks come to the device while the launch before it ends (compute capability 9.0); 0: once it is over",
     )
+    warm_start: bool = knob(
+        True,
+        "KITSUNE_WARM_START",
+        flag,
+        "what cuDNN needs for the convolutions of a program's last run is made beside its first step; 0: when they are needed",
+    )
     max_graphs: int = knob(64, "KITSUNE_MAX_GRAPHS", whole(1), "CUDA graphs that are kept; the least recently used goes first")
     graph_memory: int | None = knob(
         None, "KITSUNE_GRAPH_MEMORY", n_bytes, "bytes that CUDA graphs may keep, such as 4GB; None: half of the device's memory"
@@ -164,6 +170,7 @@ class Config:
     graphs: bool
     pages: bool
     early_starts: bool
+    warm_start: bool
     max_graphs: int
     graph_memory: int | None
     cache_dir: str | None

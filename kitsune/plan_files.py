@@ -47,7 +47,7 @@ def planned(graph: Graph, planner: Planner, soon: Callable[[Callable[[], None]],
     def keep() -> None:
         # A plan that cannot be kept, for want of room or because nobody can spell it, is as good as any.
         with suppress(Exception):
-            _write(path, dump_plan(plan, graph))
+            write_kept(path, dump_plan(plan, graph))
 
     soon(keep)
     return plan.with_tiles(planner.tiles)
@@ -68,7 +68,7 @@ def planned_pair(pair: Pair, planner: Planner, soon: Callable[[Callable[[], None
     def keep() -> None:
         with suppress(Exception):
             for path, plan in zip(paths, plans, strict=True):
-                _write(path, dump_plan(plan, whole))
+                write_kept(path, dump_plan(plan, whole))
 
     if paths:
         soon(keep)
@@ -103,8 +103,13 @@ def plan_path(graph: Graph, planner: Planner, part: str = "") -> Path | None:
         return None
     said = {field.name: getattr(planner, field.name) for field in fields(planner) if field.name != "tiles"}
     said["shared"] = [one.__qualname__ for one in planner.shared]
-    made_by = "\n".join((_code(), versions(), platform.python_version(), str(torch.get_default_dtype()), repr(said), part))
-    return cache_folder() / FOLDER / f"{hashlib.sha256(digest + made_by.encode()).hexdigest()[:32]}.plan"
+    return kept_path(digest, "\n".join((str(torch.get_default_dtype()), repr(said), part)), "plan")
+
+
+def kept_path(digest: bytes, said: str, kind: str) -> Path:
+    """The file of a kind that the same version of everything has written for the same."""
+    made_by = "\n".join((_code(), versions(), platform.python_version(), said))
+    return cache_folder() / FOLDER / f"{hashlib.sha256(digest + made_by.encode()).hexdigest()[:32]}.{kind}"
 
 
 # A region is looked up, planned and kept: BERT's takes 0.02 s to tell from others (CPU host).
@@ -147,7 +152,8 @@ def _with_texts(plan: Plan, slots_in_kernels: bool) -> Plan:
     return replace(plan, launches=tuple(map(with_text, plan.launches)))
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_kept(path: Path, content: bytes) -> None:
+    """Write one of these files, and let go of those that were not read for long."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(path, content)
     kept = sorted(path.parent.glob(f"*{path.suffix}"), key=_age, reverse=True)

@@ -16,6 +16,7 @@ from kitsune.coming import Coming
 from kitsune.config import config
 from kitsune.engine_options import DEFAULT, EngineOptions
 from kitsune.ir import Graph, reads_slots
+from kitsune.last_run import LastRun
 from kitsune.memory import MemoryPool
 from kitsune.pairs import Pairs
 from kitsune.planning import Planner, planner_for, slot_planner_for
@@ -67,12 +68,12 @@ class Runner:
         runners.add(self)
         self.backend = backend = backend_of(device)
         recorder = recorder_of(device)
-        self.thread_plans = ThreadPlans(hands_over=recorder is not None and options.captures)
+        last_run = LastRun(backend.bring if isinstance(backend, Backend) else lambda files: None)
+        self.thread_plans = ThreadPlans(recorder is not None and options.captures, last_run)
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
-            limits = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget)  # noqa: E731
-            told = self.relieve, self.sentences.append, tally
-            self.steady = SteadyState(device, recorder, limits, lambda: reader_of(backend), *told)
+            limits, told = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget), self.sentences.append
+            self.steady = SteadyState(device, recorder, limits, lambda: reader_of(backend), self.relieve, told, tally)
         if isinstance(backend, Backend):
             self.arch = backend.arch
             self.pool = MemoryPool(options.pool_bytes or self._budget, give_back)
@@ -81,7 +82,7 @@ class Runner:
             if backend.choices is not None:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
             if backend.warm is not None:
-                self.coming = Coming(self.executor, backend, device, self.thread_plans.needed)
+                self.coming = Coming(self.executor, backend, device, self.thread_plans.needed, last_run)
                 if self.in_background():
                     thread.start()
         elif device.type == "cuda":
@@ -93,6 +94,8 @@ class Runner:
         ready = self.ready.get(key) or self._met(key, graph)
         if (coming := ready.arrived()) is not None:
             ready = self.ready[key] = self._arrived(graph, ready, coming)
+            if self.coming is not None:
+                self.coming.keep_kernels(self.ready.values())
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if (captured := self._replayed(ready, values, scalars)) is not None:
@@ -210,12 +213,7 @@ class Runner:
         planner = self.planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
 
         def make() -> tuple[Ready, list[Future[Any]]]:
-            if fuse:
-                made = coming.planned(graph, planner)
-            else:
-                prepared = coming.executor.prepare(planner.plan(now.graph))
-                made = Ready(now.work, None, now.n_ops, now.n_dead, now.graph, now.views, now.awaited, now.facts)
-                made.in_graph, made.compiling = prepared, coming.warm(prepared)
+            made = coming.planned(graph, planner) if fuse else coming.with_numbers(now, planner)
             now.to_try = coming.to_try(made.graph)
             return made, made.compiling
 

@@ -33,6 +33,7 @@ EXAMPLES = {
     "streams": ("2", 2, 1, 0),
     "pages": ("off", False, True, "maybe"),
     "early_starts": ("no", False, True, "sometimes"),
+    "warm_start": ("no", False, True, "sometimes"),
     "max_graphs": ("3", 3, 1, 0),
     "graph_memory": ("2GB", 2 * 2**30, 4096, "much"),
     "cache_dir": ("/tmp/k", "/tmp/k", None, 5),

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -77,6 +77,20 @@ class BackgroundCompiler:
         done: Future[Compiled] = Future()
         done.set_result(self.compiler.compile(program, target, divisibility, wide))
         return done
+
+    def bring_soon(self, files: Sequence[str], device: int) -> None:
+        """Have the machine code in these files brought to a device; a later `ask` for it finds it there."""
+
+        def bring() -> None:
+            with self._at_a_stretch():
+                for file in files:
+                    _outcome(self.compiler.bring, file, device)
+
+        self._later(bring)
+
+    def file_of(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> str:
+        """The name of the file with its machine code."""
+        return self.compiler.file_of(program, target, divisibility, wide)
 
     def expect(self) -> None:
         """There will be programs to compile: have the workers come."""

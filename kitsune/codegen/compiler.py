@@ -47,10 +47,17 @@ class Compiled:
 class OnDevice(Compiled):
     """Machine code for a device; without one it can be looked at, but not started."""
 
-    def __init__(self, path: Path, block: int, binary: Binary, device: int | None, early: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        block: int,
+        binary: Binary,
+        device: int | None,
+        early: Callable[[], bool],
+        loaded: LoadedKernel | None = None,
+    ) -> None:
         super().__init__(path, block)
-        self.binary, self.device, self._early = binary, device, early
-        self._loaded: LoadedKernel | None = None
+        self.binary, self.device, self._early, self._loaded = binary, device, early, loaded
 
     def launch(self, grid: int, args: Sequence[Any], stream: int) -> None:
         if self._loaded is None:
@@ -105,6 +112,8 @@ class Compiler:
         self._early = early
         self._flags = f"{interpret} {file_stamp(self.libdevice) if self.libdevice else None}"
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
+        # What was brought to a device before anybody has asked for it, by the file's name and the device's number.
+        self._brought: dict[tuple[str, int], tuple[Binary, LoadedKernel]] = {}
         self._lock = threading.Lock()
 
     def compile(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> Compiled:
@@ -150,10 +159,26 @@ class Compiler:
         with self._lock:
             if key not in self._compiled:
                 job = self._job(program, target, divisibility, wide, self.files.named)
-                if (binary := read_binary(binary_path(job))) is None:
+                path = binary_path(job)
+                device = (target.index or 0) if isinstance(target, torch.device) else -1
+                binary, loaded = self._brought.pop((path.name, device), None) or (read_binary(path), None)
+                if binary is None:
                     return False
-                self._compiled[key] = self._on_device(program, target, job, binary)
+                self._compiled[key] = self._on_device(program, target, job, binary, loaded)
         return True
+
+    def file_of(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> str:
+        """The name of the file with its machine code."""
+        return binary_path(self._job(program, target, divisibility, wide, self.files.named)).name
+
+    def bring(self, file: str, device: int) -> None:
+        """Bring what lies in the file of this name to the device of this number, where `find` finds it. Raises what the driver
+        says, for a file of another device for instance."""
+        binary = read_binary(self.files.directory / file)
+        if binary is not None:
+            loaded = LoadedKernel(binary, device)
+            with self._lock:
+                self._brought[file, device] = binary, loaded
 
     def _compile(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> Compiled:
         if self.interpret:
@@ -165,9 +190,11 @@ class Compiler:
         job = self.job_of(program, target, divisibility, wide)
         return self._on_device(program, target, job, read_binary(binary_path(job)) or compile_binary(job))
 
-    def _on_device(self, program: Program, target: torch.device | int, job: Job, binary: Binary) -> OnDevice:
+    def _on_device(
+        self, program: Program, target: torch.device | int, job: Job, binary: Binary, loaded: LoadedKernel | None = None
+    ) -> OnDevice:
         device = (target.index or 0) if isinstance(target, torch.device) else None
-        return OnDevice(Path(job.path), program.tile.rows, binary, device, self._early)
+        return OnDevice(Path(job.path), program.tile.rows, binary, device, self._early, loaded)
 
 
 def interpreted_text(text: str) -> str:

@@ -4,8 +4,10 @@ from kitsune.ir.barrier import Barrier, Site
 from kitsune.ir.edges import awaited, bits, happens_before, meetings, predecessors, roots
 from kitsune.ir.graph import (
     BACKWARDS_WITH_PLANS,
+    FORWARDS_WITH_PLANS,
     OVERWRITES,
     UNREAD,
+    WITH_PLANS,
     Effects,
     Graph,
     Kind,
@@ -41,8 +43,10 @@ from kitsune.ir.versions import count_writes_to, list_writes_counted, versions_k
 
 __all__ = [
     "BACKWARDS_WITH_PLANS",
+    "FORWARDS_WITH_PLANS",
     "OVERWRITES",
     "UNREAD",
+    "WITH_PLANS",
     "Access",
     "Barrier",
     "Carried",

@@ -108,8 +108,11 @@ def may_have_drawn(target: OpOverload, random: bool) -> bool:
 # The first operand is overwritten, or asked for its shape only, and not read.
 OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_", "ones_like", "zeros_like", "full_like"}
 
-# cuDNN makes an execution plan for each shape of these, for the thread they run in: autograd's.
+# cuDNN makes an execution plan for each shape of these, for the thread they run in: a backward's for autograd's. (Attention's
+# forward is not among them: it may draw random numbers.)
 BACKWARDS_WITH_PLANS = frozenset({"convolution_backward", "_scaled_dot_product_cudnn_attention_backward"})
+FORWARDS_WITH_PLANS = frozenset({"convolution"})
+WITH_PLANS = BACKWARDS_WITH_PLANS | FORWARDS_WITH_PLANS
 
 # Number of an operand that no kernel of ours reads: a buffer that torch's CPU kernels leave, and that is empty elsewhere.
 UNREAD = {"log_sigmoid_backward": 2}

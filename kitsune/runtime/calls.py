@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from kitsune.ir import BACKWARDS_WITH_PLANS, Op, Result, Slot, TensorType, Value, type_of, versions_kept
+from kitsune.ir import WITH_PLANS, Op, Result, Slot, TensorType, Value, type_of, versions_kept
 from kitsune.runtime.plan_thread import key_of, plan_thread
 
 _BOUND, _LATE = (Slot, tuple), frozenset({Slot, tuple, Value})
@@ -51,7 +51,7 @@ def call_of(op: Op) -> Call:
     if arguments is None or len(made) != len(op.results) or (op.rewritten and _writes_a_list(op)):
         return call
     function, row, tensors, numbers, named = arguments
-    if op.grad_enabled is not None and op.target._opname in BACKWARDS_WITH_PLANS:
+    if op.grad_enabled is not None and op.target._opname in WITH_PLANS:
         function = _handing_over(op)
     rewritten = [(after.id, before.id) for before, after in op.rewritten] if op.rewritten else ()
     return _told(function, row, tensors, numbers, named, made, rewritten)

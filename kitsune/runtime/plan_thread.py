@@ -3,19 +3,22 @@
 Autograd has a thread for each device, and cuDNN's execution plans stay where they were made. Whoever runs a backward's operators
 elsewhere makes them once more, 53 to 76 ms for attention and 3 for each shape of a convolution (H200), at the end of a first step
 that has no room for it. This thread makes them while autograd is still busy with that step, and has the operators run here from
-then on: in the second step, which runs them one by one, and in the captures.
+then on: in the second step, which runs them one by one, and in the captures. Of a program that it has met before, it also makes
+those that the plan with kernels will need (`ThreadPlans.seen`).
 """
 
 import atexit
 import gc
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from kitsune.ir import BACKWARDS_WITH_PLANS, Op, Value, is_own, streams
+from kitsune.ir import WITH_PLANS, Op, Value, is_own, streams
 
 # A plan for attention takes 76 ms.
 PATIENCE_S = 2.0
@@ -59,6 +62,8 @@ class PlanThread:
         self.known: set[Any] = set()
         # Of C: nothing of it is written in Python, where an interrupt might come.
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        # What is made while nothing is asked for.
+        self._spare: deque[tuple[Any, _Request]] = deque()
         self._thread: threading.Thread | None = None
         self._ident = 0
         self._lock = threading.Lock()
@@ -70,8 +75,8 @@ class PlanThread:
                 self._thread = threading.Thread(target=self._serve, name="kitsune-plans", daemon=True)
                 self._thread.start()
 
-    def learn(self, op: Op, run_once: Callable[[], None]) -> None:
-        """Have the plan of an operator made, which `run_once` does. Nobody waits for it."""
+    def learn(self, op: Op, run_once: Callable[[], None], is_spare: bool = False) -> None:
+        """Have the plan of an operator made, which `run_once` does. Nobody waits for it; all else comes before a spare one."""
         if not self._is_alive():
             return
         key = key_of(op)
@@ -84,12 +89,22 @@ class PlanThread:
                 # Also for want of memory. Whoever needs it has to make it.
                 self.known.discard(key)
 
-        self._requests.put(_Request(make))
+        if is_spare:
+            self._spare.append((key, _Request(make)))
+        # This one wakes it.
+        self._requests.put(_Request(_nothing if is_spare else make))
+
+    def spare_nothing(self) -> None:
+        """Spare ones that were not begun are not made."""
+        while self._spare:
+            with suppress(IndexError):  # the thread has just taken the last one
+                key, _ = self._spare.popleft()
+                self.known.discard(key)
 
     def knows(self, op: Op) -> bool:
         """Is an operator to be run here?"""
         # Asked of each operator that no kernel is written for.
-        return op.target._opname in BACKWARDS_WITH_PLANS and self.has(key_of(op))
+        return op.target._opname in WITH_PLANS and self.has(key_of(op))
 
     def has(self, key: Any) -> bool:
         """Are operators with this key to be run here?"""
@@ -122,7 +137,8 @@ class PlanThread:
     def settle(self) -> None:
         """Wait until all that was asked of it so far is over; not for ever, since it might wait for a lock of who asks."""
         if self._is_alive():
-            request = _Request(lambda: None)
+            self.spare_nothing()
+            request = _Request(_nothing)
             self._requests.put(request)
             request.done.acquire(timeout=PATIENCE_S)
 
@@ -139,9 +155,15 @@ class PlanThread:
     def _serve(self) -> None:
         is_own()
         self._ident = threading.get_ident()
-        while (request := self._requests.get()) is not None:
+        while (request := self._next()) is not None:
             request.serve()
             del request
+
+    def _next(self) -> _Request | None:
+        while self._spare and self._requests.empty():
+            with suppress(IndexError):  # they were dropped
+                return self._spare.popleft()[1]
+        return self._requests.get()
 
 
 class _Settings:
@@ -165,6 +187,10 @@ class _Settings:
         # Of a capture: what is tried out later is no part of one.
         if self._before is not None:
             streams.enter(self._before)
+
+
+def _nothing() -> None:
+    pass
 
 
 def key_of(op: Op) -> Any:

@@ -179,7 +179,7 @@ def test_steps_are_the_same_to_the_bit(plans: PlanThread, monkeypatch: pytest.Mo
     # A CPU's backward runs in the thread of the program, unlike a GPU's.
     real = ThreadPlans.__init__
 
-    def elsewhere(self: ThreadPlans, hands_over: bool = False) -> None:
+    def elsewhere(self: ThreadPlans, hands_over: bool = False, last_run: Any = None) -> None:
         real(self, hands_over)
         self._thread = -1
 
