@@ -185,7 +185,7 @@ class Pairs:
             return None, []
         joined = Joined(pair, *readies)
         if runner.coming is not None:
-            joined.to_try = [*runner.coming.to_try(joined.first), *runner.coming.to_try(joined.second)]
+            joined.to_try = [op for ready in joined.readies for op in runner.coming.to_try(ready)]
         return joined, joined.compiling
 
     def _arrive(self, known: Known) -> None:
@@ -213,6 +213,8 @@ class Pairs:
                 shows().fused(ready.n_ops, ready.plan.n_kernels)
         self._take_over(joined.first, pair.first)
         known.joined, known.coming = joined, None
+        if runner.coming is not None:
+            runner.coming.keep(runner.ready.values())
 
     def _follow(self, joined: Joined) -> None:
         """The second part is about to be run, by what the first one has left where it now is."""

@@ -102,13 +102,14 @@ class Pipeline:
             on_plans=self.runner.thread_plans.seen,
         )
         self.recorder.lane = self.lane = Follower(self.recorder)
-        self.recorder.stand_aside, self.recorder.let_go = partial(stand_aside, self.runner.steady), self.runner.let_go
+        self.recorder.stand_aside = partial(stand_aside, self.runner.steady)
+        self.recorder.let_go, self.recorder.begins = self.runner.let_go, self.runner.begins
         write = partial(self.lane.write_ahead, thread.breathe)
         self.lane.ask_to_write = partial(soon, write, True) if self.runner.in_background() else None
-        self.follows, self.porter = False, Porter()
+        self.porter = Porter()
         # Does it take this thread's ops now? Not while the steps of an open context are left to eager. Or is it ending that? Or
         # could the mode not be taken off the stack when its context closed? See RecordMode.leave and `_turn_off`.
-        self.on = self.closing = self.left_behind = False
+        self.follows = self.on = self.closing = self.left_behind = False
         # A static function is being learned: its steps are recorded, whatever the gate says of those that Python goes through.
         self.insists = False
         # Regions ended while the collector owes a look at what is new, captures when the last one did; times all was forgotten.
@@ -271,8 +272,7 @@ def last_plan(arch: str | None = None) -> Plan | None:
     """
     options = latest.get("options", DEFAULT)
     planner = planner_for(arch or arch_here(), options.rules, latest.get("numerics"), options.n_streams)
-    graph = latest.get("graph")
-    return None if graph is None else planner.plan(graph)
+    return None if (graph := latest.get("graph")) is None else planner.plan(graph)
 
 
 def planned_for(graph: Graph, arch: str | None = None, rules: Rules = ANYTHING, n_streams: int | None = None) -> Plan:

@@ -15,7 +15,7 @@ from kitsune.codegen import write
 from kitsune.codegen.cache import versions
 from kitsune.codegen.machine_code import read_sealed, write_sealed
 from kitsune.fusion import ANYTHING
-from kitsune.ir import Graph, Launch, Plan, Program, dump_plan, graph_digest, load_plan, reads_slots
+from kitsune.ir import Graph, Launch, Plan, Program, dump_plan, graph_digest, load_plan_ahead, reads_slots
 from kitsune.planning import Planner, no_tile
 from kitsune.scheduler import Costs, Pair
 
@@ -118,17 +118,30 @@ _digest = lru_cache(8)(graph_digest)
 
 def read_plan(path: Path, graph: Graph) -> Plan | None:
     """What a file holds, for the graph that it is for; None if there is none, or it is damaged."""
+    found = read_ahead(path)
+    if found is None:
+        return None
+    plan, give_lines = found
+    try:
+        give_lines(graph)
+    except IndexError:  # of another graph
+        return None
+    return plan
+
+
+def read_ahead(path: Path) -> tuple[Plan, Callable[[Graph], None]] | None:
+    """The same before the graph is there: its lines are given to the plan afterwards."""
     content = read_sealed(path)
     if content is None:
         return None
     try:
-        plan = load_plan(content, graph)
+        found = load_plan_ahead(content)
         path.touch()
     except OSError:  # of a folder that can only be read
-        return plan
+        return found
     except Exception:  # whatever a file of other content makes of itself: the plan is made anew, and the file written over
         return None
-    return plan
+    return found
 
 
 def _with_texts(plan: Plan, slots_in_kernels: bool) -> Plan:

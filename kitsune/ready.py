@@ -4,13 +4,14 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kitsune.background import later
 from kitsune.config import KitsuneWarning
-from kitsune.ir import Graph, Op, Plan, streams
+from kitsune.ir import Graph, Op, Plan, reads_slots, streams
 from kitsune.profiler import PlanTally, Tally, plan_tally
 from kitsune.runtime import GraphFacts, PlanExecutor, Prepared, Schedule, Steady, prepare, views_of_inputs
 from kitsune.scheduler import awaited_first, dead_code, run_passes
@@ -41,8 +42,12 @@ class Ready:
     # Is another way to run it to be made in the background? What takes its place, once it is there, and what that waited for.
     waits: bool = False
     coming: "Future[Ready] | None" = None
+    # Was it only asked whether that was made ahead? It was not if this ends with nothing.
+    hopes: bool = False
     compiling: list[Future[Any]] = field(default_factory=list)
     n_runs: int = 0
+    # Of one that is run by plan: where that is kept.
+    file: Path | None = None
     # Of one that is run by plan: its kernels, once other tiles are tried for them.
     subject: Subject | None = None
     # Of what is to come: operators that make plans of their own, and are to be run once before. A step that made all would take
@@ -51,9 +56,16 @@ class Ready:
 
     def arrived(self) -> "Future[Ready] | None":
         """What takes its place from now on, if anything does."""
-        if self.to_try:
+        if self.to_try or self.coming is None or not self.coming.done():
             return None
-        return self.coming if self.coming is not None and self.coming.done() else None
+        if self.hopes and not self.coming.exception() and not self.coming.result():
+            self.coming = None
+        return self.coming
+
+    @property
+    def has_numbers(self) -> bool:
+        """Does it read moving numbers?"""
+        return any(map(reads_slots, self.graph.ops))
 
 
 def unfused(graph: Graph, check: bool) -> Ready:

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,7 @@ from kitsune.codegen import WorkerFailed
 from kitsune.coming import Coming
 from kitsune.config import config
 from kitsune.engine_options import DEFAULT, EngineOptions
-from kitsune.ir import Graph, reads_slots
-from kitsune.last_run import LastRun
+from kitsune.ir import Graph, Op
 from kitsune.memory import MemoryPool
 from kitsune.pairs import Pairs
 from kitsune.planning import Planner, planner_for, slot_planner_for
@@ -68,8 +68,7 @@ class Runner:
         runners.add(self)
         self.backend = backend = backend_of(device)
         recorder = recorder_of(device)
-        last_run = LastRun(backend.bring if isinstance(backend, Backend) else lambda files: None)
-        self.thread_plans = ThreadPlans(recorder is not None and options.captures, last_run)
+        self.thread_plans = ThreadPlans(hands_over=recorder is not None and options.captures)
         self._budget = pool_budget(device) if recorder is not None or isinstance(backend, Backend) else 0
         if recorder is not None:
             limits, told = lambda: (config.max_graphs, config.graph_memory or 2 * self._budget), self.sentences.append
@@ -82,7 +81,7 @@ class Runner:
             if backend.choices is not None:
                 self.tuner = Tuner(backend, lambda nbytes: self.arenas.scratch(nbytes, device), tally, device)
             if backend.warm is not None:
-                self.coming = Coming(self.executor, backend, device, self.thread_plans.needed, last_run)
+                self.coming = Coming(self.executor, backend, device, self.thread_plans)
                 if self.in_background():
                     thread.start()
         elif device.type == "cuda":
@@ -95,7 +94,7 @@ class Runner:
         if (coming := ready.arrived()) is not None:
             ready = self.ready[key] = self._arrived(graph, ready, coming)
             if self.coming is not None:
-                self.coming.keep_kernels(self.ready.values())
+                self.coming.keep(self.ready.values())
         self.tally.ran(ready.n_ops, ready.n_dead, ready.plan, ready.waits)
         try:
             if (captured := self._replayed(ready, values, scalars)) is not None:
@@ -115,6 +114,8 @@ class Runner:
         ready.n_runs += 1
         if ready.n_runs == PLAN_AFTER:
             self.ask(graph, ready)
+        elif ready.n_runs < PLAN_AFTER and self.coming is not None and self.coming.is_ahead:
+            self.ask(graph, ready, hopes=True)
         if ready.to_try:
             self.thread_plans.go_on(ready.to_try)
         tell(self.sentences, self.tally)
@@ -167,6 +168,8 @@ class Runner:
                 ready.coming.cancel()
         self.ready.clear()
         self.pairs.forget()
+        if self.coming is not None:
+            self.coming.forget()
         if self.steady is not None:
             self.steady.forget()
         self.relieve(hard=False)
@@ -174,8 +177,7 @@ class Runner:
     def _prepare(self, graph: Graph) -> Ready:
         if self.in_background():
             ready = unfused(graph, config.verify)
-            slots = self.steady is not None and self.options.captures and any(map(reads_slots, ready.graph.ops))
-            ready.waits = self.options.fuses or slots
+            ready.waits = self.options.fuses or (self.steady is not None and self.options.captures and ready.has_numbers)
             return ready
         if self.options.fuses:
             try:
@@ -204,20 +206,21 @@ class Runner:
         is_enough = made.plan is None or gains_enough(made.plan.plan, planner, self.executor)
         return made if is_enough else by_plan(show_plan(graph, planner), self.executor, self.device)
 
-    def ask(self, graph: Graph, now: Ready) -> None:
-        """Have a region's plan made in the background, and the kernels for it. Nobody waits for it."""
-        if self.pairs.takes(graph) or not now.waits or now.coming is not None:
+    def begins(self, first: Sequence[Op]) -> None:
+        """The program's operators begin with these."""
+        if self.coming is not None and self.options.fuses and self.in_background():
+            self.coming.begins(first, self.planner())
+
+    def ask(self, graph: Graph, now: Ready, hopes: bool = False) -> None:
+        """Have a region's plan made in the background, and the kernels for it. Nobody waits for it. With `hopes`, only if it was
+        made ahead, and is of one part."""
+        is_coming = now.coming is not None and (hopes or not now.hopes)
+        if (self.pairs.known if hopes else self.pairs.takes(graph)) or not now.waits or is_coming:
             return
-        coming, fuse = self.coming, self.options.fuses
+        coming, fuse, now.hopes = self.coming, self.options.fuses, hopes
         assert coming is not None
         planner = self.planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
-
-        def make() -> tuple[Ready, list[Future[Any]]]:
-            made = coming.planned(graph, planner) if fuse else coming.with_numbers(now, planner)
-            now.to_try = coming.to_try(made.graph)
-            return made, made.compiling
-
-        now.coming = later(make)
+        now.coming = later(lambda: coming.made(graph, now, planner, fuse, hopes))
 
     def _arrived(self, graph: Graph, ready: Ready, coming: Future[Ready]) -> Ready:
         """A region's plan and kernels are there, or will not be."""
@@ -266,15 +269,14 @@ class Runner:
 
     def _work(self, ready: Ready, table: SlotTable, moved: frozenset[int]) -> Work:
         """What is captured of a region. Only kernels can read moving numbers from memory."""
-        backend, prepared, facts = self.backend, ready.work, ready.facts
+        backend, prepared, numbered = self.backend, ready.work, ready.in_graph
         if isinstance(prepared, Schedule):
-            executor = None if self.in_background() else self.executor
-            if ready.in_graph is None and executor is not None and any(map(reads_slots, ready.graph.ops)):
-                ready.in_graph = executor.prepare(slot_planner_for(self.arch, self.options.n_streams).plan(ready.graph))
-            if ready.in_graph is None:
-                assert facts is not None
-                return schedule_work(prepared, table, facts, moved, ready.awaited)
-            prepared = ready.in_graph
+            if numbered is None and self.executor is not None and not self.in_background() and ready.has_numbers:
+                numbered = self.executor.prepare(slot_planner_for(self.arch, self.options.n_streams).plan(ready.graph))
+            if numbered is None:
+                assert ready.facts is not None
+                return schedule_work(prepared, table, ready.facts, moved, ready.awaited)
+            prepared = ready.in_graph = numbered
         assert isinstance(backend, Backend) and self.executor is not None
         in_graph = backend.prepare_in_graph or (lambda launch, usable, table: usable)
         return plan_work(self.executor, prepared, in_graph, table, self.arenas, moved, ready.awaited)

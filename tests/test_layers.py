@@ -66,7 +66,6 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "engine_options",
         "ir",
-        "last_run",
         "pairs",
         "plan_files",
         "planning",

@@ -7,7 +7,7 @@ import torch
 from torch import Tag
 from torch._ops import OpOverload
 
-from kitsune.ir import WITH_PLANS, Barrier, Kind, OpRow
+from kitsune.ir import BACKWARDS_WITH_PLANS, Barrier, Kind, OpRow
 
 # Pointwise in fact, but not tagged so by torch.
 POINTWISE = set(
@@ -98,7 +98,7 @@ def describe(target: OpOverload) -> OpRow:
         moves_metadata=barrier in (Barrier.METADATA, Barrier.OUT_VARIANT),
         is_foreign=target.namespace != "aten",
         works_aside=target.namespace in COLLECTIVES,
-        makes_plans=name in WITH_PLANS,
+        makes_plans=name in BACKWARDS_WITH_PLANS,
     )
 
 

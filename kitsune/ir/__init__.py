@@ -29,7 +29,7 @@ from kitsune.ir.lent import LentMemory, lent_memory, mark_lent, own
 from kitsune.ir.output_spec import describe_result
 from kitsune.ir.own_threads import in_own_thread, is_own
 from kitsune.ir.plan import Access, Kernel, Launch, Load, Local, Plan, Refusal, Step, Store, touched_bytes, window_order
-from kitsune.ir.plan_serial import dump_plan, graph_digest, load_plan
+from kitsune.ir.plan_serial import dump_plan, graph_digest, load_plan, load_plan_ahead
 from kitsune.ir.plan_text import plan_text
 from kitsune.ir.program import Extent, Pending, Pointer, Program, Scalar, Size, SlotAddress, Stride, Tile, Written
 from kitsune.ir.quiet_times import quiet
@@ -101,6 +101,7 @@ __all__ = [
     "list_writes_counted",
     "load_graph",
     "load_plan",
+    "load_plan_ahead",
     "mark_lent",
     "may_have_drawn",
     "meetings",

@@ -94,10 +94,18 @@ def load_plan(content: bytes, graph: Graph) -> Plan:
 
     Raises pickle.UnpicklingError, and other things for content that `dump_plan` has not written.
     """
-    plan = _Reader(io.BytesIO(content), graph).load()
+    plan, give_lines = load_plan_ahead(content)
+    give_lines(graph)
+    return plan
+
+
+def load_plan_ahead(content: bytes) -> tuple[Plan, Callable[[Graph], None]]:
+    """The same before there is such a graph, and what gives the plan's ops its lines once there is."""
+    reader = _Reader(io.BytesIO(content))
+    plan = reader.load()
     if not isinstance(plan, Plan):
         raise pickle.UnpicklingError(f"a {type(plan).__name__} is no plan")
-    return plan
+    return plan, reader.give_lines
 
 
 class _Writer(pickle.Pickler):
@@ -137,17 +145,24 @@ class _Writer(pickle.Pickler):
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, buffer: io.BytesIO, graph: Graph) -> None:
+    def __init__(self, buffer: io.BytesIO) -> None:
         super().__init__(buffer)
-        sites = [op.site for op in graph.ops]
+        placed: list[tuple[Op, int]] = []
 
         def op(place: int | None, *fields: Any) -> Op:
             made = Op(*fields)
             if place is not None:
-                made.site = sites[place]
+                placed.append((made, place))
             return made
 
+        self._placed = placed
+
         self._here = {"_op": op, "_launch": _launch, "overload": overload, "tensor_type": tensor_type}
+
+    def give_lines(self, graph: Graph) -> None:
+        """The lines of the ops of a graph."""
+        for op, place in self._placed:
+            op.site = graph.ops[place].site
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("kitsune.ir.") and name in self._here:

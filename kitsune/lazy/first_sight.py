@@ -22,6 +22,8 @@ _device = attrgetter("device")
 OWN_FRAMES = 4
 # New ops between two times that it is told how many there are.
 GROWTH = 128
+# Those that a program begins with tell it from others: the more there are, the later in its first step it is known.
+FIRST = 32
 
 
 class Call(NamedTuple):
@@ -220,6 +222,8 @@ def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
         recorder.on_growth(GROWTH)
     if call.row.makes_plans:
         recorder.on_plans(node.op)
+    if recorder.n_nodes == FIRST and recorder.begins is not None:
+        recorder.begins([one.op for one in node.path()])
     return node
 
 

@@ -62,9 +62,10 @@ class Recording:
         # While torch infers for the recorder, or a region runs, its Python may pass a door: a region is not to be run twice.
         self.inferring = self.running = False
         # The call lane; what takes ops in the recorder's place: strays outside of it, or calls that are made again; what hears of
-        # all else, while a static function is learned; what makes room for a capture; and what gives back memory that is kept.
+        # all else, while a static function is learned; what makes room for a capture; what gives back memory that is
+        # kept; and what hears of the ops that the program begins with.
         nobody: Any = None
-        self.lane = self.hook = self.walk = self.watcher = self.stand_aside = self.let_go = nobody
+        self.lane = self.hook = self.walk = self.watcher = self.stand_aside = self.let_go = self.begins = nobody
         # What becomes of ops that are not known at their place: "record", or leave them to "eager", or "fail".
         self.on_new = "record"
         # Counts the ops that ran beside the region: what they tell may be in the calls' later arguments, unseen by any key.

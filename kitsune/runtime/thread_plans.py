@@ -8,10 +8,10 @@ another layout, of which none of them has called any.
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,8 +19,6 @@ from kitsune.ir import BACKWARDS_WITH_PLANS, FORWARDS_WITH_PLANS, WITH_PLANS, Gr
 from kitsune.runtime.calls import try_out
 from kitsune.runtime.plan_thread import key_of, plan_thread
 
-# The convolutions that a program begins with tell it from others: so many, each another. Fewer are made in no time.
-TELLING = 3
 # Beside one step, to begin with; then TIMES as long as the step took without, and so long at the most. ResNet-50 has 46 of them
 # for its plan, which take 0.3 s, in steps of 36 ms with 9 ms of Python (H200, unfused): 24 ms of the rest can go into these.
 SECONDS, TIMES, MOST = 0.004, 2, 0.025
@@ -28,25 +26,11 @@ SECONDS, TIMES, MOST = 0.004, 2, 0.025
 ROOM = 4
 
 
-class LastRun(Protocol):
-    """What the program has needed the last time."""
-
-    def begins(self, first: Sequence[Op]) -> list[Op]:
-        """The convolutions that it needs if it begins with these."""
-
-    def needs_convolutions(self, ops: Iterable[Op]) -> None:
-        """It needs these as well."""
-
-
 class ThreadPlans:
-    """What the thread that makes this has plans for. With `hands_over`, what it has none for is run in another one; and what was
-    needed in the `last_run` is made there beside the first step, while the device has little to do: ResNet-50's 46 take 0.47 s
-    then, and 0.78 and 0.3 beside steps that are replayed: what the library loads waits for a replay to end (33 ms, H200)."""
+    """What the thread that makes this has plans for. With `hands_over`, what it has none for is run in another one."""
 
-    def __init__(self, hands_over: bool = False, last_run: LastRun | None = None) -> None:
-        self._thread, self._hands_over, self._last_run = threading.get_ident(), hands_over, last_run
-        # The convolutions that the program has begun with.
-        self._first: list[Op] = []
+    def __init__(self, hands_over: bool = False) -> None:
+        self._thread, self._hands_over = threading.get_ident(), hands_over
         self._known: set[Any] = set()
         if hands_over:
             plan_thread.start()
@@ -57,21 +41,19 @@ class ThreadPlans:
 
     def seen(self, op: Op) -> None:
         """An operator that leaves a plan has run in this very thread, which may be autograd's."""
-        is_forward = op.target._opname in FORWARDS_WITH_PLANS
         if threading.get_ident() == self._thread:
-            if self._is_new(op) and is_forward and len(self._first) < TELLING:
-                self._first.append(op)
-                if len(self._first) == TELLING:
-                    self._foresee()
-        elif not is_forward and self._hands_over and not self._knows(op) and not streams.is_captured() and self._has_room(op):
+            self._is_new(op)
+        elif self._hands_over and not self._knows(op) and not streams.is_captured() and self._has_room(op):
             plan_thread.learn(op, partial(_run, op))
 
-    def _foresee(self) -> None:
-        """Have made what was needed the last time. Not where the library tries which of its kernels is the fastest: it would
-        do so beside the trials of the program's own first step."""
-        if self._last_run is None or not self._hands_over or streams.is_captured() or torch.backends.cudnn.benchmark:
+    def foresee(self, ops: Iterable[Op]) -> None:
+        """Have those of operators made that the program's last run has needed, beside its first step, while the device has little
+        to do: ResNet-50's 46 take 0.47 s then, and 0.78 and 0.3 beside steps that are replayed, where what the library loads
+        waits for a replay to end (33 ms, H200). Not where the library tries which of its kernels is the fastest: it would do so
+        beside the trials of the step itself."""
+        if not self._hands_over or streams.is_captured() or torch.backends.cudnn.benchmark:
             return
-        for op in self._last_run.begins(self._first):
+        for op in ops:
             if not self._knows(op) and self._has_room(op):
                 plan_thread.learn(op, partial(_run, op), is_spare=True)
 
@@ -97,8 +79,6 @@ class ThreadPlans:
         new = {key: op for key, op in ops.items() if not self._knows(op)}
         for op in () if streams.is_captured() else new.values():
             _run_once(op)
-        if self._last_run is not None:
-            self._last_run.needs_convolutions(new.values())
         return list(new.values())
 
     def go_on(self, ops: list[Op]) -> None:

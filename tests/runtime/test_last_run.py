@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
-from kitsune.backends import cache_folder
+from kitsune import background, coming, plan_files
+from kitsune.backends import Backend, cache_folder
 from kitsune.codegen import compiler as compilers
 from kitsune.codegen.background import BackgroundCompiler
 from kitsune.codegen.compiler import Compiler
@@ -23,12 +25,17 @@ from kitsune.codegen.machine_code import Binary, binary_path
 from kitsune.config import config
 from kitsune.ir import Graph, Op
 from kitsune.last_run import MOST, LastRun
+from kitsune.lazy import first_sight
+from kitsune.planning import planner_for
+from kitsune.running import PLAN_AFTER
 from kitsune.runtime import ThreadPlans, calls, plan_thread as module, thread_plans
 from kitsune.runtime.plan_thread import PlanThread, key_of
-from kitsune.runtime.thread_plans import TELLING
 from tests.codegen.test_compile_pool import program
 from tests.plan.recorded import record
+from tests.runtime.backends import chain, lazily, runner
 from tests.runtime.checked import forget
+from tests.runtime.repeated import counts
+from tests.runtime.test_cold_start import Workers, cold, idle, step
 from tests.runtime.test_plan_thread import in_time
 
 N_LAYERS = 5
@@ -69,33 +76,38 @@ def keys(ops: Any) -> list[Any]:
 
 
 def begun(first: list[Op], brought: list[str] | None = None) -> tuple[LastRun, list[Op]]:
-    """A run that begins with these, and what the one before has needed."""
+    """A run that begins with these, and the convolutions that the one before has needed."""
     run = LastRun(lambda files: None if brought is None else brought.extend(files))
-    return run, run.begins(first[:TELLING])
+    return run, run.begins(first)[0]
 
 
 def test_what_a_run_has_needed_is_known_to_the_next_that_begins_alike() -> None:
-    graph = network(3)
-    first, needed = named(graph, "convolution"), named(network(3, True), "convolution", "convolution_backward")
+    first, needed = named(network(3), "convolution"), named(network(3, True), "convolution", "convolution_backward")
     run, found = begun(first)
     assert run.is_known and not found
     run.needs_convolutions(needed[:4])
     run.needs_convolutions(needed)
-    run.needs_kernels(["b.bin", "a.bin"])
-    run.needs_kernels(["c.bin", "b.bin"])
+    run.needs(["b.bin", "a.bin"], ["one.plan"])
+    run.needs(["c.bin", "b.bin"], ["two.plan"])
     brought: list[str] = []
-    run, found = begun(named(network(3), "convolution"), brought)
+    run = LastRun(brought.extend)
     # Of today's graph the same operators are other objects, and those that were kept have no lines.
-    assert keys(found) == keys(needed) and brought == ["c.bin", "b.bin"], "kernels take the place of those before"
-    assert len(found) == 2 * N_LAYERS and all(op.site is None for op in found)
+    found, plans = run.begins(named(network(3), "convolution"))
+    assert keys(found) == keys(needed) and len(found) == 2 * N_LAYERS and all(op.site is None for op in found)
+    (file,) = (cache_folder() / "plans").glob("*.run")
+    assert brought == ["c.bin", "b.bin"] and plans == [file.with_name("two.plan")], "they take the place of those before"
     assert not begun(named(network(4), "convolution"))[1], "it begins with others"
     assert not begun(first[1:])[1]
     # What is known is not written again.
-    (file,) = (cache_folder() / "plans").glob("*.run")
-    written = file.stat().st_mtime_ns, file.unlink()
+    file.unlink()
     run.needs_convolutions(needed)
-    run.needs_kernels(["b.bin", "c.bin"])
-    assert written and not file.exists()
+    run.needs(["b.bin", "c.bin"], ["two.plan"])
+    assert not file.exists()
+    # Nor is it of another program, whose operators may be the same.
+    run.begins(first[1:])
+    run.needs_convolutions(needed[:1])
+    (other,) = (cache_folder() / "plans").glob("*.run")
+    assert other != file and keys(begun(first[1:])[1]) == keys(needed[:1])
 
 
 @pytest.mark.parametrize("damage", [b"", b"no seal", None], ids=["empty", "other content", "an operator that is gone"])
@@ -123,60 +135,41 @@ def test_where_nothing_can_be_kept_or_nobody_wants_it_nothing_is_missed(folder: 
     (folder / "plans").write_text("no folder")
     run, found = begun(first)
     run.needs_convolutions(first)
-    run.needs_kernels(["a.bin"])
+    run.needs(["a.bin"], [])
     assert not found and (folder / "plans").read_text() == "no folder"
     (folder / "plans").unlink()
     with config.patch(warm_start=False):
         run, found = begun(first)
         run.needs_convolutions(first)
-        run.needs_kernels(["a.bin"])
+        run.needs(["a.bin"], [])
     assert not found and not run.is_known and not (folder / "plans").exists()
     run, _ = begun(first)
-    run.needs_kernels([f"{k}.bin" for k in range(MOST + 1)])
+    run.needs([f"{k}.bin" for k in range(MOST + 1)], [])
     assert not (folder / "plans").exists(), "nobody has so many"
 
 
-def seen_by(thread_plans_: ThreadPlans, ops: list[Op]) -> ThreadPlans:
-    for op in ops:
-        thread_plans_.seen(op)
-    return thread_plans_
-
-
-def second_run(ops: list[Op]) -> ThreadPlans:
-    return seen_by(ThreadPlans(True, LastRun(lambda files: None)), ops)
-
-
-def test_convolutions_of_the_last_run_are_made_beside_the_first_step(plans: PlanThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolutions_are_made_beside_the_first_step(plans: PlanThread, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    graph, planned = network(3), network(3, True)
-    first = named(graph, "convolution")
-    ThreadPlans.needed(second_run(first), planned)
-    wanted = keys(named(planned, "convolution", "convolution_backward"))
+    planned, held = network(3, True), threading.Event()
+    needed = named(planned, "convolution", "convolution_backward")
     monkeypatch.setattr(thread_plans, "try_out", lambda op, values: made.append((key_of(op), threading.get_ident())))
-    begins, held = second_run(first[: TELLING - 1]), threading.Event()
-    assert not plans.known and not made, "so far it could be many"
-    plans.learn(first[-1], lambda: held.wait(20))  # type: ignore[arg-type, return-value]
-    seen_by(begins, first[TELLING - 1 :])
-    assert {*wanted} <= plans.known and len(plans._spare) == len(wanted), "what the step itself needs comes first"
+    plans.learn(needed[-1], lambda: held.wait(20))  # type: ignore[arg-type, return-value]
+    begins = ThreadPlans(hands_over=True)
+    begins.foresee(needed[:-1])
+    assert {*keys(needed)} == plans.known and len(plans._spare) == len(needed) - 1, "what the step itself needs comes first"
     held.set()
-    in_time(lambda: len(made) == len(wanted))
-    assert [key for key, _ in made] == wanted and threading.get_ident() not in {ident for _, ident in made}
+    in_time(lambda: len(made) == len(needed) - 1)
+    assert [key for key, _ in made] == keys(needed[:-1]) and threading.get_ident() not in {ident for _, ident in made}
     # So nothing is left to be made before the plan is run, for which they are called there.
     assert begins.needed(planned) == [] and all(map(plans.knows, named(planned, "convolution")))
-    made.clear()
-    assert not second_run(named(network(4), "convolution")).needed(graph) or made
 
 
-@pytest.mark.parametrize("why", ["it tries", "it is off", "no graphs", "no room"])
+@pytest.mark.parametrize("why", ["it tries", "no graphs", "no room"])
 def test_they_are_not_where(why: str, plans: PlanThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, planned = network(3), network(3, True)
-    first = named(graph, "convolution")
-    second_run(first).needed(planned)
     monkeypatch.setattr(ThreadPlans, "_has_room", lambda self, op: why != "no room")
-    with config.patch(warm_start=why != "it is off"), torch.backends.cudnn.flags(benchmark=why == "it tries"):
-        seen_by(ThreadPlans(why != "no graphs", LastRun(lambda files: None)), first)
+    with torch.backends.cudnn.flags(benchmark=why == "it tries"):
+        ThreadPlans(why != "no graphs").foresee(named(network(3), "convolution"))
         assert not plans.known
-        monkeypatch.undo()
 
 
 def test_all_else_comes_before_what_is_spare(plans: PlanThread) -> None:
@@ -206,6 +199,148 @@ def test_spare_ones_are_dropped_when(ends: str, plans: PlanThread) -> None:
         plans.settle()
     assert plans.call(int, ("3",), {}, torch.device("cpu")) == 3
     assert not made and plans.known == {key_of(first[0])}
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of a few operators have plans on disk, and are known by their second one."""
+    monkeypatch.setattr(plan_files, "WORTH", 1)
+    monkeypatch.setattr(first_sight, "FIRST", 2)
+
+
+@contextlib.contextmanager
+def visit() -> Iterator[Workers]:
+    """A process of its own, but for what is on disk."""
+    with config.patch(verify=False, gate=False), cold(graphs=True) as (workers, _):
+        workers.hold = False
+        yield workers
+
+
+def seen(n: int) -> list[list[int]]:
+    """Kernels run, graphs captured and replays after each of so many steps."""
+    found = []
+    for _ in range(n):
+        assert torch.equal(step(), chain()) and idle()
+        found.append(counts("kernels", "captured", "replayed"))
+    return found
+
+
+@pytest.mark.usefixtures("short")
+def test_the_second_run_has_its_plan_by_the_third_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    at: list[str] = []
+    read = coming.read_ahead
+    monkeypatch.setattr(coming, "read_ahead", lambda path: at.append(threading.current_thread().name) or read(path))
+    with visit():
+        cold_start = seen(7)
+    with visit() as workers:
+        warm_start = seen(5)
+        assert not runner().coming.is_ahead
+        assert workers.n_expected == 0 and not kitsune.explain().mended
+    assert at == ["kitsune-background"], "there was none in the first run"
+    assert cold_start.index(next(one for one in cold_start if one[0])) == PLAN_AFTER
+    # By the second one, if it was read before the first had ended. It goes on as the first run did once it had kernels.
+    assert [kernels for kernels, *_ in warm_start] in ([0, 0, 1, 2, 3], [0, 1, 2, 3, 4])
+    assert [b - a for a, b in pairwise(n for *_, n in warm_start[2:])] == [1, 1]
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("why", ["it is off", "other knobs", "the plan is gone", "the plan is damaged", "it is shown"])
+def test_it_has_it_as_late_as_the_first_where(why: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with visit():
+        first = seen(7)
+    (plan,) = (folder / "plans").glob("*.plan")
+    if why == "the plan is gone":
+        plan.unlink()
+    elif why == "the plan is damaged":
+        plan.write_bytes(b"other content")
+    knobs: dict[str, Any] = {"it is off": {"warm_start": False}, "other knobs": {"fuel": 100}, "it is shown": {"debug": 2}}
+    with config.patch(**knobs.get(why, {})), visit():
+        assert seen(7) == first
+        assert not kitsune.explain().mended
+    # And what is found out then serves the next one.
+    with visit():
+        assert (seen(3)[-1][0] > 0) is (why != "other knobs")
+
+
+@pytest.mark.usefixtures("short")
+def test_lines_of_a_plan_that_was_read_ahead_are_those_of_today() -> None:
+    for line in (10, 20):
+        scope: dict[str, Any] = {"torch": torch}
+        program = compile("\n" * (line - 1) + "x = (torch.arange(6.0).view(2, 3) * 2 + 1).abs()", "program.py", "exec")
+        with visit():
+            for _ in range(6 if line == 10 else 3):
+                with lazily():
+                    exec(program, scope)
+                assert scope["x"].tolist() == [[1, 3, 5], [7, 9, 11]] and idle()
+            (ready,) = [one for one in runner().ready.values() if one.plan is not None]
+            assert {op.site.line for op in ready.plan.plan.graph.ops if op.site is not None} == {line}
+            assert counts("kernels") != [0]
+
+
+@pytest.mark.usefixtures("short")
+def test_a_refusal_of_a_plan_that_was_read_ahead_names_the_line_of_today() -> None:
+    for line in (10, 20):
+        scope: dict[str, Any] = {"torch": torch}
+        program = compile("\n" * (line - 1) + "x = ((torch.arange(6.0) * 2 + 1).abs() + 1).histc(4)", "program.py", "exec")
+        with visit():
+            for _ in range(6 if line == 10 else 3):
+                with lazily():
+                    exec(program, scope)
+                assert scope["x"].tolist() == [2, 1, 1, 2] and idle()
+            assert [ready.facts.refusal for ready in runner().ready.values() if ready.plan is not None] == [
+                f"aten.histc.default at program.py:{line} looks at values on the host."
+            ]
+
+
+def another() -> torch.Tensor:
+    x = torch.arange(24.0).view(4, 6)
+    return ((x + 1) * 0.5 - x).abs() * 2
+
+
+@pytest.mark.usefixtures("short")
+def test_another_program_that_begins_alike_has_its_own_plan() -> None:
+    with visit():
+        seen(7)
+    go = threading.Event()
+    with visit():
+        for k in range(PLAN_AFTER + 3):
+            if k == PLAN_AFTER - 1:
+                # It is still looking for what was made ahead when its own is to be made.
+                background.thread.submit(lambda: go.wait(20) and None)
+            with lazily():
+                found = another()
+            assert torch.equal(found, another()) and (k >= PLAN_AFTER - 1 or idle())
+            if k == PLAN_AFTER - 1:
+                go.set()
+                assert idle()
+        assert runner().coming.is_ahead and counts("kernels") != [0]
+
+
+def test_convolutions_that_a_plan_needs_are_kept_with_it(plans: PlanThread) -> None:
+    first, planned = named(network(3), "convolution"), network(3, True)
+    needed = named(planned, "convolution", "convolution_backward")
+    for known in (False, True):
+        plans.known.clear()
+        nothing: Any = None
+        one = coming.Coming(nothing, Backend("sm_90", nothing), torch.device("cpu"), ThreadPlans(hands_over=True))
+        one.begins(first, planner_for("sm_90"))
+        assert plans.known == ({*keys(needed)} if known else set())
+        ready: Any = SimpleNamespace(graph=planned)
+        assert keys(one.to_try(ready)) == ([] if known else keys(needed))
+
+
+@pytest.mark.usefixtures("short")
+def test_what_nobody_has_come_for_is_forgotten() -> None:
+    with visit():
+        seen(7)
+    with visit():
+        with lazily():
+            another()
+        assert idle() and runner().coming.is_ahead
+        kitsune.reset()
+        assert not runner().coming.is_ahead
+        # It begins once more.
+        assert seen(3)[-1][0] > 0
 
 
 class Loaded:
@@ -265,7 +400,7 @@ def layers() -> nn.Module:
 def test_a_second_run_has_the_same_losses_and_begins_with_what_the_first_has_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     losses, n_known, n_brought = [], [], []
     begins, bring = LastRun.begins, Compiler.bring
-    monkeypatch.setattr(LastRun, "begins", lambda *args: n_known.append(len(found := begins(*args))) or found)
+    monkeypatch.setattr(LastRun, "begins", lambda *args: n_known.append(len((found := begins(*args))[1])) or found)
     monkeypatch.setattr(Compiler, "bring", lambda *args: n_brought.append(args) or bring(*args))
     for warm in (False, True, True):
         forget()
@@ -279,5 +414,5 @@ def test_a_second_run_has_the_same_losses_and_begins_with_what_the_first_has_nee
             assert kitsune.counters()["kernels"] and kitsune.counters()["replayed"]
             kitsune.wait_for_kernels(60)
     assert losses[1] == losses[0] and losses[2] == losses[0]
-    assert n_known[:2] == [0, 0] and n_known[2] > TELLING and n_brought
+    assert n_known[:2] == [0, 0] and n_known[2] == 1 and n_brought
     forget()

@@ -15,6 +15,7 @@ from kitsune import coming, plan_files
 from kitsune.codegen import WorkerFailed
 from kitsune.config import KitsuneWarning, config
 from kitsune.ir import Graph, Plan
+from kitsune.lazy import first_sight
 from kitsune.planning import Planner
 from kitsune.runtime import ThreadPlans
 from kitsune.scheduler import Pair
@@ -123,6 +124,16 @@ def test_plans_on_disk_are_not_made_again(runs: list[str], asked: list[str], fol
         path.unlink()
     with cold() as (workers, _):
         assert parts(workers, expected, runs) == JOINED and asked.count("pair") == 1
+
+
+def test_plans_on_disk_are_read_ahead(runs: list[str], expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_sight, "FIRST", 2)
+    for known in (False, True):
+        runs.clear()
+        if known:
+            monkeypatch.setattr(coming, "show_pair", lambda *given: pytest.fail("the plans are there"))
+        with cold() as (workers, _):
+            assert parts(workers, expected, runs) == JOINED and idle()
 
 
 @pytest.mark.parametrize("error", [WorkerFailed("no compiler"), RuntimeError("a bug")])
