@@ -93,7 +93,8 @@ def watched() -> Times:
     """Times of what a cold start consists of, wherever it happens in this process."""
     times = Times()
     module = importlib.import_module
-    times.watch(module("kitsune.coming"), "show_plan", "plan")
+    for function in ("show_plan", "read_ahead"):
+        times.watch(module("kitsune.coming"), function, "plan")
     times.watch(module("kitsune.runtime.plan_executor").PlanExecutor, "prepare", "prepare")
     times.watch(module("kitsune.codegen.compile_pool")._Worker, "compile", "compile")
     times.watch(module("kitsune.codegen.driver").LoadedKernel, "__init__", "load")
