@@ -22,6 +22,8 @@ from kitsune.shown import show_pair, show_plan, shows
 
 # A plan that was made ready before its graph was there, and what gives it the graph's lines.
 Ahead = tuple[Ready, Callable[[Graph], None]]
+# Times that a region is looked up among these in vain, each 0.02 s of the background thread for BERT's, until they are dropped.
+MOST_MISSED = 16
 
 
 class Coming:
@@ -31,6 +33,7 @@ class Coming:
         self.executor, self.backend, self.device, self._thread_plans = executor, backend, device, thread_plans
         self._last_run = LastRun(backend.bring)
         self._ahead: dict[Path, Ahead] = {}
+        self._n_missed = 0
 
     @property
     def is_ahead(self) -> bool:
@@ -59,8 +62,13 @@ class Coming:
         """A region by the plan that was made ahead; or, unless one only `hopes` for it, that it has on disk, or that is made
         now."""
         path = plan_path(graph, planner)
-        if (ready := self._taken(path, graph)) is not None or hopes:
+        if (ready := self._taken(path, graph)) is not None:
             return ready
+        if hopes:
+            self._n_missed += 1
+            if self._n_missed == MOST_MISSED:
+                self.forget()
+            return None
         if self.backend.expect is not None and (path is None or not path.exists()):
             self.backend.expect()
         # ResNet-50's plan takes 0.28 s to write (CPU host), in which kernels can be compiled already.
@@ -118,6 +126,7 @@ class Coming:
     def forget(self) -> None:
         """Drop what nobody has come for."""
         self._ahead.clear()
+        self._n_missed = 0
 
     def _read_ahead(self, path: Path, planner: Planner) -> None:
         if (found := read_ahead(path)) is not None:

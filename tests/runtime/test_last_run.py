@@ -316,6 +316,20 @@ def test_another_program_that_begins_alike_has_its_own_plan() -> None:
         assert runner().coming.is_ahead and counts("kernels") != [0]
 
 
+@pytest.mark.usefixtures("short")
+def test_a_program_that_only_begins_like_another_looks_for_plans_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coming, "MOST_MISSED", 3)
+    with visit():
+        seen(7)
+    with visit():
+        for k in range(3):
+            for size in (2, 3):
+                with lazily():
+                    found = (torch.arange(24.0).view(4, 6) + 1).repeat(size, 1)
+                assert found.shape == (4 * size, 6) and idle()
+            assert runner().coming.is_ahead is (k == 0)
+
+
 def test_convolutions_that_a_plan_needs_are_kept_with_it(plans: PlanThread) -> None:
     first, planned = named(network(3), "convolution"), network(3, True)
     needed = named(planned, "convolution", "convolution_backward")
