@@ -20,6 +20,7 @@ class Barrier(enum.Enum):
     EXIT = "the accelerate() context was left"
     NESTED = "a context with other options was entered"
     STEP = "an optimizer finished its step()"
+    UPDATE = "the program has written its parameters itself"
     FLUSH = "kitsune.flush() was called"
     DISABLE = "kitsune.disable() was entered"
     BOUND = "the bound on pending operators or bytes was reached"

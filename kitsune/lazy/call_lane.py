@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Barrier
 from kitsune.lazy import sites
 from kitsune.lazy.advance import arrive, place, rewrite
 from kitsune.lazy.asides import aside, mark
@@ -39,6 +38,7 @@ from kitsune.lazy.hands_off import (
 from kitsune.lazy.items import PARTS, part
 from kitsune.lazy.learning import Sight
 from kitsune.lazy.matcher_steps import MISS
+from kitsune.lazy.own_updates import end_of_update
 from kitsune.lazy.realize import attach_bases, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
@@ -100,6 +100,8 @@ class CallLane(Debtor):
             return self._backward_of_method(*args, **kwargs)
         if func is _BACKWARDS or func is torch.autograd.backward:  # After its door: others have no gradients.
             return _BACKWARDS(*args, **kwargs)
+        if region.after_backward is not None and end_of_update(recorder, region):
+            return self.call(func, types, args, kwargs)
         call = Incoming()
         modes = self.modes[torch.is_grad_enabled()]
         plain_key = key_of(region, func, args, kwargs, modes, call)
@@ -185,7 +187,7 @@ class CallLane(Debtor):
                 count_writes(region, [flat[k] for k in edge.bumps], edge)
             recorder.tally.followed += 1
             if edge.node.full:
-                recorder.flush(Barrier.BOUND)
+                recorder.flush(edge.node.full)
         if edge.form == ONE:
             return wrappers[0]
         if edge.form == SELF:

@@ -215,7 +215,8 @@ def extend(recorder: Any, call: Call, spec: OutputSpec) -> Node:
     region = recorder.region
     cells = region.cells(call.tensors)
     node = grow(region, call.row, call.args, call.kwargs, cells, call.tensors, spec, user_site(OWN_FRAMES))
-    node.full = node.depth >= recorder.max_ops or node.nbytes > recorder.max_bytes
+    if node.depth >= recorder.max_ops or node.nbytes > recorder.max_bytes:
+        node.full = Barrier.BOUND
     region.node.children[call.key] = node
     recorder.n_nodes += 1
     if not recorder.n_nodes % GROWTH:

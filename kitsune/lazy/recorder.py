@@ -125,7 +125,7 @@ class Recorder(Recording):
             else:
                 return self.emit(node, tensors_in((args, kwargs)))
             if node.full:
-                self.flush(Barrier.BOUND)
+                self.flush(node.full)
             return wrapper
         except BaseException as error:
             # Also an interrupt between two lines of this: nothing of the op may stay in the region.
@@ -158,7 +158,7 @@ class Recorder(Recording):
     def after_follow(self) -> None:
         """The region has grown by a whole call."""
         if self.region.node.full:
-            self.flush(Barrier.BOUND)
+            self.flush(self.region.node.full)
 
     def emit(self, node: Node, tensors: list[Any], reals: list[torch.Tensor] | None = None) -> Any:
         """Step to `node` and return its placeholders, which already have their values if `reals` are given."""
@@ -187,7 +187,7 @@ class Recorder(Recording):
         else:
             returned = fill(node.structure, made, tensors) if node.form == GENERAL else None
         if node.full:
-            self.flush(Barrier.BOUND)
+            self.flush(node.full)
         return returned
 
     def _key_of(self, a: Any, row: OpRow) -> Any:  # noqa: C901 - one case per type of argument

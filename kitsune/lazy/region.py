@@ -21,6 +21,7 @@ class Region:
 
     __slots__ = (
         "admitted",
+        "after_backward",
         "calls",
         "counted",
         "cut",
@@ -66,8 +67,7 @@ class Region:
         # Those of ops that were made at once, which are not kept alive: a step's activations would be.
         self.seen: list[weakref.ref[Cell]] = []
         self.scalars: list[float] = []
-        # Storages that the region writes: reading one of them from outside must wait for the region. In the order of their first
-        # writes, so that those before a call are told by how many there were.
+        # Storages that it writes: who reads one has to wait. In the order of first writes: those before a call are the first n.
         self.dirty: set[int] = set()
         # Depth from which ops were run at once; None while everything is pending.
         self.observed_from: int | None = None
@@ -83,8 +83,7 @@ class Region:
         self.real = False
         # Writes of calls that were followed while others are owed: how many are, and the tensors; see `write_counts.py`.
         self.counted: list[tuple[int, list[Any]]] = []
-        # An update that was followed, of which the region's tensors do not know yet: its edge, its tensors, and those of them
-        # that are new with the serials of their storages.
+        # An update that was followed, unknown to its tensors: its edge, those, and of the new ones the serials of their storages.
         self.deferred: Any = None
         # How far it has been run already, going on, and the values of that part which may still be wanted; see `cuts.py`.
         self.cut: Node | None = None
@@ -92,10 +91,11 @@ class Region:
         self.kept: dict[int, torch.Tensor] = {}
         # What of it only the part behind the cut sees.
         self.handover: Handover | None = None
-        # What the last mask was that torch has counted, its places, and itself; see `items.py`.
+        # What the last mask was that torch has counted, its places, and itself (`items.py`); modules seen (`module_calls.py`).
         self.places: Any = None
-        # How many of torch's modules were looked at closely; see `module_calls.py`.
         self.n_looks = 0
+        # How many values there were when a backward came last; see `own_updates.py`.
+        self.after_backward: int | None = None
         # What went wrong when the region was run: its values were never computed.
         self.error: BaseException | None = None
 

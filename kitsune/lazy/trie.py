@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kitsune.ir import Op, OpRow, OutputSpec, TensorType, Value
+from kitsune.ir import Barrier, Op, OpRow, OutputSpec, TensorType, Value
 from kitsune.lazy.cell import Cell, Ref
 
 # Forms of a return value, by how often training steps have them: the first two need no rebuilding.
@@ -37,7 +37,8 @@ class Node:
     n_scalars: int = 0
     nbytes: int = 0
     random: bool = False
-    full: bool = False
+    # Why a region ends here, if it does.
+    full: Barrier | None = None
     # The two commonest calls take no rebuilding. One new tensor and nothing written: what makes its wrapper, and its result.
     make: Callable[[], Any] | None = None
     result: tuple[Any, Any, int] = (None, None, 0)
