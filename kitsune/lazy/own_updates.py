@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from kitsune.ir import Barrier
-from kitsune.lazy.cell import is_leaf
 
 
 def end_of_update(recorder: Any, region: Any) -> bool:
     """A call comes that is not known here. Does it begin another step? Then the region has ended, the next time as soon as it has
     come as far."""
-    if not torch.is_grad_enabled() or recorder.watcher is not None or not _is_updated(region):
+    if not torch.is_grad_enabled() or not _is_updated(region):
         return False
     region.node.full = Barrier.UPDATE
     recorder.flush(Barrier.UPDATE)
@@ -25,5 +24,5 @@ def end_of_update(recorder: Any, region: Any) -> bool:
 def _is_updated(region: Any) -> bool:
     """Were parameters written since the backward that came last?"""
     first = region.after_backward
-    written = [cell.real for cell in region.plain.values() if cell.ref.id >= first and cell.ref.id != cell.came.id]
-    return any(real.requires_grad and is_leaf(real) for real in written)
+    written = (cell for cell in region.plain.values() if cell.ref.id >= first and cell.ref.id != cell.came.id)
+    return any(cell.real.requires_grad for cell in written)

@@ -177,9 +177,9 @@ def test_beside_an_optimizer_a_step_ends_with_its_own(step: Callable[..., None],
 def test_what_is_no_parameter_may_be_written(kitsunes: Any) -> None:
     """Running means, between two backwards of one update."""
 
-    def losses() -> list[float]:
+    def losses(mean: Tensor) -> list[float]:
         torch.manual_seed(0)
-        model, mean, found = nn.Linear(6, 3), torch.zeros(3), list[Tensor]()
+        model, found = nn.Linear(6, 3), list[Tensor]()
         optimizer, y = torch.optim.SGD(model.parameters(), lr=RATE), torch.arange(8) % 3
         for x in torch.randn(STEPS, 8, 6).unbind():
             for part in x.chunk(2):
@@ -192,10 +192,38 @@ def test_what_is_no_parameter_may_be_written(kitsunes: Any) -> None:
             optimizer.zero_grad()
         return [loss.item() for loss in found]
 
-    expected = losses()
+    expected = losses(torch.zeros(3))
+    # A plain tensor, as one from outside is.
+    mean = torch.zeros(3)
     with kitsunes():
-        assert losses() == expected
+        assert losses(mean) == expected
     assert "UPDATE" not in kitsune.counters()["flushed"]
+
+
+def test_a_static_function_may_have_several() -> None:
+    torch.manual_seed(0)
+    batches, y = torch.randn(STEPS, 8, 6).unbind(), torch.arange(8) % 3
+
+    def losses(static: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+        def step(x: Tensor) -> Tensor:
+            for _ in range(2):
+                loss = cross_entropy(model(x), y)
+                loss.backward()  # type: ignore[no-untyped-call]
+                subtracted([*model.parameters()])
+            return loss.detach()
+
+        called = kitsune.accelerate(step, device="cpu", static=True) if static else step
+        return [called(x).item() for x in batches]
+
+    expected = losses(False)
+    kitsune.reset()
+    with kitsune.config.patch(gate=False):
+        assert losses(True) == expected
+    counters = kitsune.counters()
+    assert counters["static_skipped"] > STEPS // 2 and not counters["static_refused"] and counters["flushed"]["UPDATE"] >= 2
 
 
 @pytest.mark.gpu
