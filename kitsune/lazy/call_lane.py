@@ -245,6 +245,8 @@ class CallLane(Debtor):
         finally:
             recorder.making = False
             written(self, rewrites)
+        if func is torch.autograd.grad:
+            recorder.region.after_backward = recorder.region.node.n_values
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.

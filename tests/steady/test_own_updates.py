@@ -115,6 +115,30 @@ def test_gradients_of_several_parts_are_one_step(reads: str, kitsunes: Any) -> N
     assert counters["backwards_followed"] >= 3 * (STEPS - NOT_FOLLOWED)
 
 
+@pytest.mark.parametrize("reads", ["before", "kept", "nothing"])
+def test_gradients_may_be_asked_for(reads: str, kitsunes: Any) -> None:
+    """By `torch.autograd.grad`, which nothing is followed through: but the step comes back."""
+
+    def losses() -> list[float]:
+        torch.manual_seed(0)
+        model, found = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), list[Any]()
+        y = torch.arange(8) % 3
+        for x in torch.randn(STEPS, 8, 6).unbind():
+            loss = cross_entropy(model(x), y)
+            found += [loss.item()] if reads == "before" else [loss.detach()] if reads == "kept" else []
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            with torch.no_grad():
+                for p, gradient in zip(model.parameters(), gradients, strict=True):
+                    p -= RATE * gradient
+        return [float(one) for one in found] + [p.double().sum().item() for p in model.parameters()]
+
+    expected = losses()
+    with kitsunes():
+        assert losses() == expected
+    counters = kitsune.counters()
+    assert counters["flushed"]["UPDATE"] >= STEPS - 1 and counters["recorded"] > 5 * counters["observed"], counters
+
+
 def clipped_first(model: nn.Module, optimizer: Any, closure: Callable[[], Tensor]) -> None:
     """Parameters are written before the backwards, and by torch's optimizer behind them."""
     with torch.no_grad():
