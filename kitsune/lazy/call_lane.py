@@ -38,7 +38,7 @@ from kitsune.lazy.hands_off import (
 from kitsune.lazy.items import PARTS, part
 from kitsune.lazy.learning import Sight
 from kitsune.lazy.matcher_steps import MISS
-from kitsune.lazy.own_updates import end_of_update
+from kitsune.lazy.own_updates import end_of_update, note_gradients
 from kitsune.lazy.realize import attach_bases, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
@@ -222,6 +222,7 @@ class CallLane(Debtor):
         graph, bare = func in REACHES_GRAPH, is_ungraded(func, args, kwargs)
         if graph:
             recorder.known.forget()
+            note_gradients(func, region)
         graded = graph or (modes[0] and not bare and func not in DETACHES and any(t.requires_grad for t in flat))
         writes = may_write(func, args, kwargs)
         targets = tensors_in((args[:1] or kwargs, kwargs.get("out"))) if writes or graph else []
@@ -245,8 +246,6 @@ class CallLane(Debtor):
         finally:
             recorder.making = False
             written(self, rewrites)
-        if func is torch.autograd.grad:
-            recorder.region.after_backward = recorder.region.node.n_values
         known = set(map(id, flat))
         if not graded and any(t.requires_grad for t in tensors_in(result) if id(t) not in known):
             # A factory has made a leaf, or a function of others has built a graph.

@@ -26,3 +26,9 @@ def _is_updated(region: Any) -> bool:
     first = region.after_backward
     written = (cell for cell in region.plain.values() if cell.ref.id >= first and cell.ref.id != cell.came.id)
     return any(cell.real.requires_grad for cell in written)
+
+
+def note_gradients(func: Any, region: Any) -> None:
+    """Does a call ask for gradients, as a backward does?"""
+    if func is torch.autograd.grad:
+        region.after_backward = region.node.n_values
