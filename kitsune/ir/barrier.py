@@ -21,6 +21,7 @@ class Barrier(enum.Enum):
     NESTED = "a context with other options was entered"
     STEP = "an optimizer finished its step()"
     UPDATE = "the program has written its parameters itself"
+    AGAIN = "a model is called again without gradients"
     FLUSH = "kitsune.flush() was called"
     DISABLE = "kitsune.disable() was entered"
     BOUND = "the bound on pending operators or bytes was reached"

@@ -99,7 +99,7 @@ def _follow(recorder: Any, edge: Edge, call: Incoming, leaves: dict[int, Any], n
     region.extend_past(edge)
     flat = [t for k in edge.spent for t in Followed(*region.calls[k]).flat if type(t) is not LazyTensor and t.requires_grad]
     spend(recorder, region, edge.spent, list({id(t): t for t in flat if is_leaf(t)}.values()))
-    region.after_backward = edge.node.n_values
+    region.step.after_backward = edge.node.n_values
     recorder.tally.backwards += 1
     recorder.after_follow()
 
@@ -113,7 +113,7 @@ def _run(lane: Any, run: Callable[[], Any], key: Any, call: Incoming, leaves: di
         result = lane.made(run)
     finally:
         recorder.making = False
-        recorder.region.after_backward = recorder.region.node.n_values
+        recorder.region.step.after_backward = recorder.region.node.n_values
     if recorder.region is not region:
         return result
     edge = None

@@ -38,12 +38,12 @@ from kitsune.lazy.hands_off import (
 from kitsune.lazy.items import PARTS, part
 from kitsune.lazy.learning import Sight
 from kitsune.lazy.matcher_steps import MISS
-from kitsune.lazy.own_updates import end_of_update, note_gradients
 from kitsune.lazy.realize import attach_bases, tensor_is_spent
 from kitsune.lazy.rebuild import fill, tensors_in
 from kitsune.lazy.recording import PLAIN
 from kitsune.lazy.replaced import DOORS, is_untouched, original_of
 from kitsune.lazy.spent_views import written_views
+from kitsune.lazy.step_ends import is_over, note_gradients
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import NOTHING, ONE, SELF
 from kitsune.lazy.twins import settle
@@ -100,7 +100,7 @@ class CallLane(Debtor):
             return self._backward_of_method(*args, **kwargs)
         if func is _BACKWARDS or func is torch.autograd.backward:  # After its door: others have no gradients.
             return _BACKWARDS(*args, **kwargs)
-        if region.after_backward is not None and end_of_update(recorder, region):
+        if is_over(recorder, region, func, args):
             return self.call(func, types, args, kwargs)
         call = Incoming()
         modes = self.modes[torch.is_grad_enabled()]

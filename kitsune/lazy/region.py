@@ -12,6 +12,7 @@ from kitsune.lazy.advance import arrive, rewrite
 from kitsune.lazy.cell import Cell, Moved, Ref, is_leaf, may_defer, ref, serial_of
 from kitsune.lazy.edges import begin_of, bytes_before
 from kitsune.lazy.growing import Values
+from kitsune.lazy.step_ends import Step
 from kitsune.lazy.tensor import LazyTensor
 from kitsune.lazy.trie import Node
 
@@ -21,7 +22,6 @@ class Region:
 
     __slots__ = (
         "admitted",
-        "after_backward",
         "calls",
         "counted",
         "cut",
@@ -46,6 +46,7 @@ class Region:
         "scalars",
         "seen",
         "slow",
+        "step",
         "storages",
         "values",
     )
@@ -93,9 +94,7 @@ class Region:
         self.handover: Handover | None = None
         # What the last mask was that torch has counted, its places, and itself (`items.py`); modules seen (`module_calls.py`).
         self.places: Any = None
-        self.n_looks = 0
-        # How many values there were when a backward came last; see `own_updates.py`.
-        self.after_backward: int | None = None
+        self.n_looks, self.step = 0, Step()
         # What went wrong when the region was run: its values were never computed.
         self.error: BaseException | None = None
 

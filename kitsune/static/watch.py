@@ -14,7 +14,16 @@ from kitsune.static.record import KEPT, Argument, Counted, Counter, Leaf, Made, 
 from kitsune.static.surroundings import Surroundings
 
 # Ends of regions that come with every step, or only with what is not known yet.
-_ENDS = (Barrier.STEP, Barrier.UPDATE, Barrier.EXIT, Barrier.FLUSH, Barrier.BOUND, Barrier.DIVERGED, Barrier.UNTRUSTED)
+_ENDS = (
+    Barrier.STEP,
+    Barrier.UPDATE,
+    Barrier.AGAIN,
+    Barrier.EXIT,
+    Barrier.FLUSH,
+    Barrier.BOUND,
+    Barrier.DIVERGED,
+    Barrier.UNTRUSTED,
+)
 # What is run beside a region and says nothing to the program.
 _QUIET = (Barrier.INPUT_VIEW, Barrier.PROFILER)
 
