@@ -15,7 +15,7 @@ thread = PacedThread()
 atexit.register(thread.close)
 _changed = threading.Condition()
 # Calls of `later` that have not ended: what they make is being made, or what they wait for.
-_n_open = 0
+_open: set[Future[Any]] = set()
 # What the open ones wait for.
 _awaited: list[list[Future[Any]]] = []
 
@@ -24,8 +24,7 @@ def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]], in_idle_moments
     """What `make()` returns, once all futures beside it are done as well; how these end is not looked at. Until it is begun it
     can be cancelled. See `PacedThread.submit`."""
     result: Future[R] = Future()
-    _count(1)
-    result.add_done_callback(lambda _: _count(-1))
+    result.add_done_callback(_close)
 
     def work() -> None:
         if not result.set_running_or_notify_cancel():
@@ -43,8 +42,14 @@ def later(make: Callable[[], tuple[R, Iterable["Future[Any]"]]], in_idle_moments
 
         when_done(awaited, finish)
 
-    # After the loading of what others wait for.
-    thread.submit(work, 1, in_idle_moments)
+    try:
+        _open.add(result)
+        # After the loading of what others wait for.
+        thread.submit(work, 1, in_idle_moments)
+    except BaseException:
+        # An interrupt. Nobody knows of it, and whoever waits for all would wait for ever.
+        result.cancel()
+        raise
     return result
 
 
@@ -84,17 +89,16 @@ def wait(timeout: float | None = None) -> bool:
     """Wait until nothing is open; False if that takes longer than `timeout` seconds, or the thread is paused."""
     with _changed:
         if thread.pauses:
-            return not _n_open
+            return not _open
         thread.n_waiting += 1
         quiet.end()
         try:
-            return _changed.wait_for(lambda: not _n_open, timeout)
+            return _changed.wait_for(lambda: not _open, timeout)
         finally:
             thread.n_waiting -= 1
 
 
-def _count(n: int) -> None:
-    global _n_open
+def _close(result: "Future[Any]") -> None:
     with _changed:
-        _n_open += n
+        _open.discard(result)
         _changed.notify_all()

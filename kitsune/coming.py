@@ -31,7 +31,15 @@ class Coming:
 
     def __init__(self, executor: PlanExecutor, backend: Backend, device: torch.device, thread_plans: ThreadPlans) -> None:
         self.executor, self.backend, self.device, self._thread_plans = executor, backend, device, thread_plans
-        self._last_run = LastRun(backend.bring)
+        self.forget()
+
+    def forget(self) -> None:
+        """The program is over: drop what nobody has come for."""
+        self._last_run = LastRun(self.backend.bring)
+        self._drop_ahead()
+
+    def _drop_ahead(self) -> None:
+        # Another one: what is on its way goes into the one before.
         self._ahead: dict[Path, Ahead] = {}
         self._n_missed = 0
 
@@ -43,22 +51,27 @@ class Coming:
     def begins(self, first: Sequence[Op], planner: Planner) -> None:
         """The program begins with these: what it has needed the last time is made beside its first step. That is mostly the
         loading of libraries, which leaves Python and the device idle."""
-        if shows().wanted:
-            # Each region is planned before the user's eyes.
+        # A recorder that knows too many ops forgets them, and says so in the middle of a program. And where plans are shown, each
+        # region is planned before the user's eyes.
+        if self._last_run.is_known or shows().wanted:
             return
         convolutions, plans = self._last_run.begins(first)
         self._thread_plans.foresee(convolutions)
         for path in plans:
-            soon(partial(self._read_ahead, path, planner))
+            soon(partial(self._read_ahead, path, planner, self._ahead))
 
-    def made(self, graph: Graph, now: Ready, planner: Planner, fuses: bool, hopes: bool) -> tuple[Ready, list[Future[Any]]]:
+    def made(
+        self, graph: Graph, now: Ready, planner: Planner, fuses: bool, hopes: bool
+    ) -> tuple[Ready | None, list[Future[Any]]]:
         """What takes a region's place, and what that waits for. With `hopes` it may be nothing."""
-        made: Any = self.planned(graph, planner, hopes) if fuses else self.with_numbers(now, planner)
-        if made is not None:
-            now.to_try = self.to_try(made)
-        return made, [] if made is None else made.compiling
+        made = self.planned(graph, planner, hopes) if fuses else self.with_numbers(now, planner)
+        if made is None:
+            return None, []
+        # It comes, and need not be asked for once more.
+        now.to_try, now.hopes = self.to_try(made), False
+        return made, made.compiling
 
-    def planned(self, graph: Graph, planner: Planner, hopes: bool = False) -> Any:
+    def planned(self, graph: Graph, planner: Planner, hopes: bool = False) -> Ready | None:
         """A region by the plan that was made ahead; or, unless one only `hopes` for it, that it has on disk, or that is made
         now."""
         path = plan_path(graph, planner)
@@ -67,7 +80,7 @@ class Coming:
         if hopes:
             self._n_missed += 1
             if self._n_missed == MOST_MISSED:
-                self.forget()
+                self._drop_ahead()
             return None
         if self.backend.expect is not None and (path is None or not path.exists()):
             self.backend.expect()
@@ -115,25 +128,21 @@ class Coming:
 
     def keep(self, regions: Iterable[Ready]) -> None:
         """Have what these need read and loaded in the program's next run before it is asked for."""
-        if not self._last_run.is_known:
+        last_run = self._last_run
+        if not last_run.is_known:
             return
         by_plans = [ready for ready in regions if isinstance(ready.work, Prepared)]
         usable = [start.prepared for ready in by_plans for start in _starts(ready.work)]
         plans = [ready.file.name for ready in by_plans if ready.file is not None]
         # Kernels as they come: those of the first launches are asked for first.
-        soon(lambda: self._last_run.needs([*dict.fromkeys(filter(None, map(self.backend.file_of, usable)))], plans))
+        soon(lambda: last_run.needs([*dict.fromkeys(filter(None, map(self.backend.file_of, usable)))], plans))
 
-    def forget(self) -> None:
-        """Drop what nobody has come for."""
-        self._ahead.clear()
-        self._n_missed = 0
-
-    def _read_ahead(self, path: Path, planner: Planner) -> None:
-        if (found := read_ahead(path)) is not None:
+    def _read_ahead(self, path: Path, planner: Planner, ahead: dict[Path, Ahead]) -> None:
+        if ahead is self._ahead and (found := read_ahead(path)) is not None:
             plan, give_lines = found
             ready = by_plan(plan.with_tiles(planner.tiles), self.executor, self.device)
             ready.compiling, ready.file = self.warm(ready.work), path
-            self._ahead[path] = ready, give_lines
+            ahead[path] = ready, give_lines
 
     def _taken(self, path: Path | None, graph: Graph) -> Ready | None:
         """What was made ready for a graph."""
@@ -141,7 +150,10 @@ class Coming:
         if found is None:
             return None
         ready, give_lines = found
-        give_lines(graph)
+        try:
+            give_lines(graph)
+        except IndexError:  # of another graph
+            return None
         if ready.facts is not None and ready.facts.refusal is not None:
             # It names a line.
             ready.facts = GraphFacts(ready.graph, self.device, ready.facts.places)

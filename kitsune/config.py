@@ -84,7 +84,7 @@ class Options:
         True,
         "KITSUNE_WARM_START",
         flag,
-        "what cuDNN needs for the convolutions of a program's last run is made beside its first step; 0: when they are needed",
+        "what a program's last run has needed, plans, kernels and cuDNN's own, is made ready beside its first step; 0: later",
     )
     max_graphs: int = knob(64, "KITSUNE_MAX_GRAPHS", whole(1), "CUDA graphs that are kept; the least recently used goes first")
     graph_memory: int | None = knob(

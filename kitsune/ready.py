@@ -41,8 +41,8 @@ class Ready:
     in_graph: Prepared | None = None
     # Is another way to run it to be made in the background? What takes its place, once it is there, and what that waited for.
     waits: bool = False
-    coming: "Future[Ready] | None" = None
-    # Was it only asked whether that was made ahead? It was not if this ends with nothing.
+    coming: "Future[Ready | None] | None" = None
+    # Is only looked whether that was made ahead? `coming` ends with nothing if it was not.
     hopes: bool = False
     compiling: list[Future[Any]] = field(default_factory=list)
     n_runs: int = 0
@@ -54,13 +54,26 @@ class Ready:
     # 0.4 s (ResNet-50, H200).
     to_try: list[Op] = field(default_factory=list)
 
-    def arrived(self) -> "Future[Ready] | None":
+    def is_wanting(self, hopes: bool) -> bool:
+        """Is something that takes its place still to be asked for? If it was only hoped for, it is."""
+        return self.waits and (self.coming is None or (self.hopes and not hopes))
+
+    def is_asked(self, coming: "Future[Ready | None]", hopes: bool) -> None:
+        """Something was asked for."""
+        before, self.coming, self.hopes = self.coming, coming, hopes
+        if before is not None:
+            # What nobody has begun to look for need not be: the other one finds it as well.
+            before.cancel()
+
+    def arrived(self) -> "Future[Ready | None] | None":
         """What takes its place from now on, if anything does."""
-        if self.to_try or self.coming is None or not self.coming.done():
+        coming = self.coming
+        if self.to_try or coming is None or not coming.done():
             return None
-        if self.hopes and not self.coming.exception() and not self.coming.result():
-            self.coming = None
-        return self.coming
+        if coming.cancelled() or not (coming.exception() or coming.result()):
+            # Not made ahead, or an interrupt came while it was forgotten: to be asked for again.
+            self.coming = coming = None
+        return coming
 
     @property
     def has_numbers(self) -> bool:

@@ -112,10 +112,9 @@ class Runner:
             if self.executor is not None and not config.pool:
                 self.executor.pool.free_all()
         ready.n_runs += 1
-        if ready.n_runs == PLAN_AFTER:
-            self.ask(graph, ready)
-        elif ready.n_runs < PLAN_AFTER and self.coming is not None and self.coming.is_ahead:
-            self.ask(graph, ready, hopes=True)
+        # Also later than that: an interrupt may have come instead.
+        if ready.waits and (ready.n_runs >= PLAN_AFTER or (self.coming is not None and self.coming.is_ahead)):
+            self.ask(graph, ready, hopes=ready.n_runs < PLAN_AFTER)
         if ready.to_try:
             self.thread_plans.go_on(ready.to_try)
         tell(self.sentences, self.tally)
@@ -214,19 +213,18 @@ class Runner:
     def ask(self, graph: Graph, now: Ready, hopes: bool = False) -> None:
         """Have a region's plan made in the background, and the kernels for it. Nobody waits for it. With `hopes`, only if it was
         made ahead, and is of one part."""
-        is_coming = now.coming is not None and (hopes or not now.hopes)
-        if (self.pairs.known if hopes else self.pairs.takes(graph)) or not now.waits or is_coming:
+        if (self.pairs.known if hopes else self.pairs.takes(graph)) or not now.is_wanting(hopes):
             return
-        coming, fuse, now.hopes = self.coming, self.options.fuses, hopes
+        coming, fuse = self.coming, self.options.fuses
         assert coming is not None
         planner = self.planner() if fuse else slot_planner_for(self.arch, self.options.n_streams)
-        now.coming = later(lambda: coming.made(graph, now, planner, fuse, hopes))
+        now.is_asked(later(lambda: coming.made(graph, now, planner, fuse, hopes)), hopes)
 
-    def _arrived(self, graph: Graph, ready: Ready, coming: Future[Ready]) -> Ready:
-        """A region's plan and kernels are there, or will not be."""
-        ready.coming, ready.waits, new = None, False, ready
+    def _arrived(self, graph: Graph, ready: Ready, coming: Future[Any]) -> Ready:
+        """A region's plan and kernels are there, or will not be. An interrupt leaves it to be done again."""
+        new = ready
         if ready.plan is not None and (coming.exception() or any(one.exception() for one in coming.result().compiling)):
-            # It has a plan, with other tiles.
+            ready.coming = None  # it has a plan, with other tiles
             return ready
         try:
             made = coming.result()
@@ -234,8 +232,10 @@ class Runner:
                 raise failed[0]
             new, made.compiling = self._worthwhile(graph, made), []
         except WorkerFailed as error:
+            ready.coming, ready.waits = None, False
             self.sentences.append(stays_unfused(ready, error))
         except Exception as error:
+            ready.coming, ready.waits = None, False
             if config.verify:
                 raise
             self.sentences.append(runs_by_ops(ready.graph, error))

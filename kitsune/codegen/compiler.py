@@ -112,8 +112,9 @@ class Compiler:
         self._early = early
         self._flags = f"{interpret} {file_stamp(self.libdevice) if self.libdevice else None}"
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
-        # What was brought to a device before anybody has asked for it, by the file's name and the device's number.
-        self._brought: dict[tuple[str, int], tuple[Binary, LoadedKernel]] = {}
+        # What was brought to a device before anybody has asked for it, by the file's name and the device's number; None once
+        # somebody has it.
+        self._brought: dict[tuple[str, int | None], tuple[Binary, LoadedKernel] | None] = {}
         self._lock = threading.Lock()
 
     def compile(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> Compiled:
@@ -160,8 +161,7 @@ class Compiler:
             if key not in self._compiled:
                 job = self._job(program, target, divisibility, wide, self.files.named)
                 path = binary_path(job)
-                device = (target.index or 0) if isinstance(target, torch.device) else -1
-                binary, loaded = self._brought.pop((path.name, device), None) or (read_binary(path), None)
+                binary, loaded = self._brought.get((path.name, _number_of(target))) or (read_binary(path), None)
                 if binary is None:
                     return False
                 self._compiled[key] = self._on_device(program, target, job, binary, loaded)
@@ -172,13 +172,15 @@ class Compiler:
         return binary_path(self._job(program, target, divisibility, wide, self.files.named)).name
 
     def bring(self, file: str, device: int) -> None:
-        """Bring what lies in the file of this name to the device of this number, where `find` finds it. Raises what the driver
-        says, for a file of another device for instance."""
-        binary = read_binary(self.files.directory / file)
-        if binary is not None:
+        """Bring what lies in the file of this name to the device of this number, for whoever asks for it later. Raises what the
+        driver says, for a file of another device for instance."""
+        if (file, device) in self._brought:
+            # The program begins once more. Nobody ever takes a kernel off a device.
+            return
+        if (binary := read_binary(self.files.directory / file)) is not None:
             loaded = LoadedKernel(binary, device)
             with self._lock:
-                self._brought[file, device] = binary, loaded
+                self._brought.setdefault((file, device), (binary, loaded))
 
     def _compile(self, program: Program, target: torch.device | int, divisibility: int, wide: bool) -> Compiled:
         if self.interpret:
@@ -193,8 +195,14 @@ class Compiler:
     def _on_device(
         self, program: Program, target: torch.device | int, job: Job, binary: Binary, loaded: LoadedKernel | None = None
     ) -> OnDevice:
-        device = (target.index or 0) if isinstance(target, torch.device) else None
+        device = _number_of(target)
+        self._brought[binary_path(job).name, device] = None
         return OnDevice(Path(job.path), program.tile.rows, binary, device, self._early, loaded)
+
+
+def _number_of(target: torch.device | int) -> int | None:
+    """Of a device; a compute capability has none."""
+    return (target.index or 0) if isinstance(target, torch.device) else None
 
 
 def interpreted_text(text: str) -> str:

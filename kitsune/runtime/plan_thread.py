@@ -4,7 +4,7 @@ Autograd has a thread for each device, and cuDNN's execution plans stay where th
 elsewhere makes them once more, 53 to 76 ms for attention and 3 for each shape of a convolution (H200), at the end of a first step
 that has no room for it. This thread makes them while autograd is still busy with that step, and has the operators run here from
 then on: in the second step, which runs them one by one, and in the captures. Of a program that it has met before, it also makes
-those that the plan with kernels will need (`ThreadPlans.seen`).
+those that the plan with kernels will need (`ThreadPlans.foresee`).
 """
 
 import atexit

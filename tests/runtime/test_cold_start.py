@@ -438,6 +438,47 @@ def test_a_plan_that_cannot_be_made_is_told_by_the_next_run(monkeypatch: pytest.
         assert "could not be planned" in str(one.message) and "of no use" in str(one.message)
 
 
+@pytest.mark.parametrize("where", ["while it is forgotten", "as it arrives", "in the place of the ask"])
+def test_an_interrupt_loses_no_plan(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        undo.undo()
+        raise KeyboardInterrupt
+
+    go, undo = threading.Event(), pytest.MonkeyPatch()
+    with cold() as (workers, _), undo.context():
+        workers.hold = False
+        for k in range(PLAN_AFTER):
+            if k == PLAN_AFTER - 1 and where == "while it is forgotten":
+                background.thread.submit(lambda: go.wait(SECONDS) and None)
+            elif k == PLAN_AFTER - 1 and where == "in the place of the ask":
+                undo.setattr(running, "later", interrupted)
+            with contextlib.suppress(KeyboardInterrupt):
+                step()
+        if where == "while it is forgotten":
+            (ready,) = runner().ready.values()
+            assert ready.coming.cancel()
+            go.set()
+        elif where == "as it arrives":
+            assert kitsune.wait_for_kernels(SECONDS)
+            undo.setattr(running.Runner, "_worthwhile", interrupted)
+        for _ in range(3):
+            with contextlib.suppress(KeyboardInterrupt):
+                step()
+            assert idle()
+        assert torch.equal(step(), chain()) and counts("kernels")[0] > 0 and not kitsune.explain().mended
+
+
+def test_who_waits_does_not_wait_for_what_an_interrupt_has_kept_from_being_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(background.thread, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            background.soon(lambda: None)
+    assert background.wait(SECONDS / 10)
+
+
 def test_forgotten_regions_do_not_come_back() -> None:
     with cold() as (workers, _):
         step()

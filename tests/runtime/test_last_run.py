@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kitsune
-from kitsune import background, coming, plan_files
+from kitsune import background, coming, plan_files, running
 from kitsune.backends import Backend, cache_folder
 from kitsune.codegen import compiler as compilers
 from kitsune.codegen.background import BackgroundCompiler
@@ -357,6 +357,139 @@ def test_what_nobody_has_come_for_is_forgotten() -> None:
         assert seen(3)[-1][0] > 0
 
 
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """The background thread begins with nothing new, and has done all at the end."""
+    go, began = threading.Event(), threading.Event()
+    background.thread.submit(lambda: (began.set(), go.wait(20))[0])
+    try:
+        assert began.wait(20)
+        yield
+    finally:
+        go.set()
+        assert idle()
+
+
+def read_and_nothing_asked() -> None:
+    """A first step, and what is read ahead for the program, but not before it is over."""
+    with busy():
+        assert torch.equal(step(), chain()) and not runner().coming.is_ahead
+    assert runner().coming.is_ahead
+
+
+@pytest.mark.usefixtures("short")
+def test_what_is_read_for_a_program_that_is_over_is_dropped() -> None:
+    with visit():
+        seen(7)
+    with visit():
+        with busy():
+            step()
+            kitsune.reset()
+        assert not runner().coming.is_ahead
+        assert seen(3)[-1][0] > 0
+
+
+@pytest.mark.usefixtures("short")
+def test_what_a_program_that_is_over_has_needed_is_not_kept_for_the_next() -> None:
+    with visit():
+        seen(PLAN_AFTER)
+        with busy():
+            step()
+            assert counts("kernels") == [1]
+            kitsune.reset()
+            with lazily():
+                (torch.ones(4) * 3).abs()
+            last_run = runner().coming._last_run
+            assert last_run.is_known
+        assert not last_run._path.exists()
+
+
+@pytest.mark.usefixtures("short")
+def test_a_file_with_the_plan_of_a_larger_graph_is_none(folder: Path) -> None:
+    with visit():
+        for program in (chain, another):
+            for _ in range(PLAN_AFTER + 2):
+                with lazily():
+                    found = program()
+                assert torch.equal(found, program()) and idle()
+    of: Callable[[Path], Any] = plan_files.read_ahead
+    small, large = sorted((folder / "plans").glob("*.plan"), key=lambda path: len(of(path)[0].graph.ops))
+    small.write_bytes(large.read_bytes())
+    with visit():
+        assert seen(PLAN_AFTER + 1)[-1][0] > 0 and not kitsune.explain().mended
+
+
+@pytest.mark.usefixtures("short")
+def test_a_program_begins_once(folder: Path) -> None:
+    with visit():
+        seen(2)
+        (pipeline,) = kitsune.session._thread.pipelines.values()
+        # As a recorder does that knows too many ops, in the middle of a program.
+        pipeline.recorder.forget()
+        with lazily():
+            (torch.ones(4) * 3).abs()
+        seen(6)
+    assert len([*(folder / "plans").glob("*.run")]) == 1
+    with visit():
+        assert seen(3)[-1][0] > 0
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("what", ["nobody has looked", "kernels are on their way", "it is waited for"])
+def test_a_plan_that_was_read_ahead_is_not_read_once_more_when_it_would_be_made(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with visit():
+        seen(7)
+    monkeypatch.setattr(coming, "show_plan", lambda *given: pytest.fail("it was read ahead"))
+    with visit() as workers:
+        workers.hold = what == "kernels are on their way"
+        read_and_nothing_asked()
+        with busy() if what == "nobody has looked" else contextlib.nullcontext():
+            for _ in range(PLAN_AFTER - 1 if what != "it is waited for" else 1):
+                assert torch.equal(step(), chain()) and counts("kernels") == [0]
+                assert what != "kernels are on their way" or idle()
+        if what == "it is waited for":
+            assert idle()
+        workers.release()
+        assert torch.equal(step(), chain()) and counts("kernels") == [1] and not kitsune.explain().mended
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("program", "n", "is_busy"), [(chain, 1, False), *[(another, n, False) for n in range(1, 5)], (another, 4, True)]
+)
+def test_an_interrupt_in_the_place_of_an_ask_loses_no_plan(
+    program: Callable[[], torch.Tensor], n: int, is_busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with visit():
+        seen(7)
+    later, calls = running.later, [0]
+
+    def interrupted(make: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == n:
+            raise KeyboardInterrupt
+        return later(make)
+
+    def steps(n: int, waits: bool = True) -> None:
+        for _ in range(n):
+            with contextlib.suppress(KeyboardInterrupt), lazily():
+                found = program()
+            assert torch.equal(found, program()) and (not waits or idle())
+
+    monkeypatch.setattr(running, "later", interrupted)
+    with visit():
+        read_and_nothing_asked()
+        calls[0] = 0
+        steps(2)
+        # What was only hoped for is still on its way when the plan is asked for.
+        with busy() if is_busy else contextlib.nullcontext():
+            steps(2, not is_busy)
+        steps(4)
+        assert calls[0] >= n and counts("kernels")[0] > 0 and not kitsune.explain().mended
+
+
 class Loaded:
     def __init__(self, binary: Any, device: int) -> None:
         if binary.code == b"of another device":
@@ -386,6 +519,9 @@ def test_a_kernel_that_was_brought_ahead_is_not_loaded_again(folder: Path, monke
     compiled = ahead.ask(*wanted).result(20)
     compiled.load()
     assert len(loads) == 2 and compiled._loaded is loads[0]  # type: ignore[attr-defined]
+    # Nor where the program begins once more: what is loaded stays on the device.
+    ahead.bring_soon([compiler.file_of(*wanted)], 0)
+    assert len(loads) == 2
 
 
 def steps(make: Callable[[], nn.Module]) -> list[float]:
