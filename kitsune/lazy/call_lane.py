@@ -100,7 +100,7 @@ class CallLane(Debtor):
             return self._backward_of_method(*args, **kwargs)
         if func is _BACKWARDS or func is torch.autograd.backward:  # After its door: others have no gradients.
             return _BACKWARDS(*args, **kwargs)
-        if is_over(recorder, region, func, args):
+        if not self.inside and is_over(recorder, region, func, args):
             return self.call(func, types, args, kwargs)
         call = Incoming()
         modes = self.modes[torch.is_grad_enabled()]

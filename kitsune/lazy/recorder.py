@@ -124,8 +124,8 @@ class Recorder(Recording):
                 region.node = node
             else:
                 return self.emit(node, tensors_in((args, kwargs)))
-            if node.full:
-                self.flush(node.full)
+            if node.full and node.full is Barrier.BOUND:
+                self.flush(Barrier.BOUND)
             return wrapper
         except BaseException as error:
             # Also an interrupt between two lines of this: nothing of the op may stay in the region.
@@ -157,8 +157,8 @@ class Recorder(Recording):
 
     def after_follow(self) -> None:
         """The region has grown by a whole call."""
-        if self.region.node.full:
-            self.flush(self.region.node.full)
+        if cause := self.region.node.full:
+            self.flush(cause)
 
     def emit(self, node: Node, tensors: list[Any], reals: list[torch.Tensor] | None = None) -> Any:
         """Step to `node` and return its placeholders, which already have their values if `reals` are given."""
@@ -186,8 +186,8 @@ class Recorder(Recording):
             returned = tensors[node.structure.index]
         else:
             returned = fill(node.structure, made, tensors) if node.form == GENERAL else None
-        if node.full:
-            self.flush(node.full)
+        if node.full and node.full is Barrier.BOUND:
+            self.flush(Barrier.BOUND)
         return returned
 
     def _key_of(self, a: Any, row: OpRow) -> Any:  # noqa: C901 - one case per type of argument

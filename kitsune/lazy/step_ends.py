@@ -31,8 +31,8 @@ class Step:
 
 
 def is_over(recorder: Any, region: Any, func: Any, args: Any) -> bool:
-    """A call comes that is not known here. Does it begin another step? Then the region has ended, the next time as soon as it has
-    come as far."""
+    """A call comes that is not known here. Does it begin another step? Then the region has ended, the next time as soon as a call
+    that is followed leads here: not in the middle of one, where autograd may hold a lock."""
     cause = _cause(region, func, args)
     if cause is None:
         return False

@@ -37,7 +37,7 @@ class Node:
     n_scalars: int = 0
     nbytes: int = 0
     random: bool = False
-    # Why a region ends here, if it does.
+    # Why a region ends here, if it does; see `step_ends.py`.
     full: Barrier | None = None
     # The two commonest calls take no rebuilding. One new tensor and nothing written: what makes its wrapper, and its result.
     make: Callable[[], Any] | None = None
