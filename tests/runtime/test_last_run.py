@@ -28,7 +28,7 @@ from kitsune.last_run import MOST, LastRun
 from kitsune.lazy import first_sight
 from kitsune.planning import planner_for
 from kitsune.running import PLAN_AFTER
-from kitsune.runtime import ThreadPlans, calls, plan_thread as module, thread_plans
+from kitsune.runtime import ThreadPlans, plan_thread as module, thread_plans
 from kitsune.runtime.plan_thread import PlanThread, key_of
 from tests.codegen.test_compile_pool import program
 from tests.plan.recorded import record
@@ -36,8 +36,9 @@ from tests.runtime.backends import chain, lazily, runner
 from tests.runtime.checked import forget
 from tests.runtime.repeated import counts
 from tests.runtime.test_cold_start import Workers, cold, idle, step
-from tests.runtime.test_plan_thread import in_time
+from tests.runtime.test_plan_thread import in_time, plans
 
+__all__ = ["plans"]
 N_LAYERS = 5
 
 
@@ -45,16 +46,6 @@ N_LAYERS = 5
 def folder(tmp_path: Path) -> Iterator[Path]:
     with config.patch(cache_dir=str(tmp_path)):
         yield tmp_path
-
-
-@pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlanThread]:
-    one = PlanThread()
-    one.start()
-    for user in (module, calls, thread_plans):
-        monkeypatch.setattr(user, "plan_thread", one)
-    yield one
-    one.close()
 
 
 def network(channels: int, channels_last: bool = False) -> Graph:

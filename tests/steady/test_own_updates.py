@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import kitsune
+from kitsune.ir import Barrier
 
 STEPS, RATE = 24, 0.1
 # Observed first, seen once more where something is new, and the last one may have no next.
@@ -103,6 +104,21 @@ def test_each_step_comes_back(name: str, reads: str, kitsunes: Any) -> None:
     if reads in ("before", "kept", "nothing"):
         assert counters["flushed"]["UPDATE"] >= STEPS - 1, counters["flushed"]
         assert "the program has written its parameters itself" in str(kitsune.explain())
+
+
+def test_no_step_ends_in_the_middle_of_a_call() -> None:
+    """Where an operator comes from inside of one, autograd may hold a lock that the region's run asks for: a program hung."""
+    x = torch.ones(3)
+    kitsune.reset()
+    with kitsune.config.patch(gate=False, follow=False), kitsune.accelerate(device="cpu", warmup=0):
+        (pipeline,) = kitsune.contexts.here.depth
+        for k in range(3):
+            y = x * 2
+            if not k:
+                # As if a step had ended behind it.
+                pipeline.recorder.region.node.full = Barrier.UPDATE
+            assert (y + 1).tolist() == [3, 3, 3]
+    assert "UPDATE" not in kitsune.counters()["flushed"]
 
 
 @pytest.mark.parametrize("reads", ["before", "nothing"])
