@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from kitsune.ir import Barrier
 from kitsune.lazy.cell import serial_of
+from kitsune.lazy.tensor import LazyTensor
 
 # Calls of a model without gradients: behind what has a graph, where a step of a training may have a few, of its teacher; and of
 # what may be a part of a model that is a loop itself, for no new batch has come.
@@ -61,8 +62,13 @@ def _comes_again(region: Any, func: Any, given: Parameter, args: Any) -> bool:
     if given is not parameter or func is not first:
         return False
     step.n_again += 1
-    is_new = any(type(a) is torch.Tensor and serial_of(a) not in region.storages for a in args)
-    return step.n_again >= (MANY if not is_new else FEW if n_graded else 1)
+    return step.n_again >= (MANY if not any(_is_new(region, a) for a in args) else FEW if n_graded else 1)
+
+
+def _is_new(region: Any, argument: Any) -> bool:
+    """Is it a tensor that has come from outside just now?"""
+    real = argument.cell.real if type(argument) is LazyTensor else argument if type(argument) is torch.Tensor else None
+    return real is not None and serial_of(real) not in region.storages
 
 
 def _is_updated(region: Any) -> bool:

@@ -69,6 +69,18 @@ def test_each_call_comes_back(name: str, mode: str, made: str, kitsunes: Any) ->
     assert "a model is called again without gradients" in str(kitsune.explain())
 
 
+def test_batches_may_be_results_of_before(kitsunes: Any) -> None:
+    """As copies to a device are."""
+    xs, model = batches(), mlp()
+    with torch.no_grad():
+        expected = kept(model, [x * 2 for x in xs])
+    with kitsunes(), torch.no_grad():
+        made = [x * 2 for x in xs]
+        kitsune.flush()
+        assert kept(model, made) == expected
+    assert kitsune.counters()["flushed"]["AGAIN"] >= STEPS - 8
+
+
 def test_parts_of_one_tensor_are_ends_less_often(kitsunes: Any) -> None:
     xs, model = torch.stack(batches()), mlp()
     with torch.no_grad():
