@@ -34,7 +34,7 @@ class Step:
 def is_over(recorder: Any, region: Any, func: Any, args: Any) -> bool:
     """A call comes that is not known here. Does it begin another step? Then the region has ended, the next time as soon as a call
     that is followed leads here: not in the middle of one, where autograd may hold a lock."""
-    cause = _cause(region, func, args)
+    cause = _cause(region, func, args) if region.node.depth else None
     if cause is None:
         return False
     if not region.past or cause is Barrier.UPDATE:
@@ -68,7 +68,10 @@ def _comes_again(region: Any, func: Any, given: Parameter, args: Any) -> bool:
 def _is_new(region: Any, argument: Any) -> bool:
     """Is it a tensor that has come from outside just now?"""
     real = argument.cell.real if type(argument) is LazyTensor else argument if type(argument) is torch.Tensor else None
-    return real is not None and serial_of(real) not in region.storages
+    try:
+        return real is not None and serial_of(real) not in region.storages
+    except (RuntimeError, NotImplementedError):  # a sparse one has no storage, and one that is mapped shows none
+        return False
 
 
 def _is_updated(region: Any) -> bool:

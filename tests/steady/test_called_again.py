@@ -81,6 +81,22 @@ def test_batches_may_be_results_of_before(kitsunes: Any) -> None:
     assert kitsune.counters()["flushed"]["AGAIN"] >= STEPS - 8
 
 
+def test_batches_may_be_sparse_or_on_another_device(kitsunes: Any) -> None:
+    """Nothing is recorded of these calls, and a sparse tensor has no storage to be asked for."""
+    torch.manual_seed(0)
+    weight, xs = nn.Parameter(torch.randn(6, 3)), [torch.randn(4, 6).relu().to_sparse() for _ in range(STEPS)]
+
+    def products() -> list[Any]:
+        found = [torch.mm(x, weight) for x in xs] + [torch.mm(x, weight).relu().sum(0) for x in xs]
+        assert [torch.mm(x.to("meta"), weight.to("meta")).shape for x in batches()] == [(8, 3)] * STEPS
+        return [one.tolist() for one in found]
+
+    with torch.no_grad():
+        expected = products()
+    with kitsunes(), torch.no_grad():
+        assert products() == expected
+
+
 def test_parts_of_one_tensor_are_ends_less_often(kitsunes: Any) -> None:
     xs, model = torch.stack(batches()), mlp()
     with torch.no_grad():
