@@ -34,8 +34,8 @@ class Step:
 def is_over(recorder: Any, region: Any, func: Any, args: Any) -> bool:
     """A call comes that is not known here. Does it begin another step? Then the region has ended, the next time as soon as a call
     that is followed leads here: not in the middle of one, where autograd may hold a lock."""
-    cause = _cause(region, func, args) if region.node.depth else None
-    if cause is None:
+    cause = _cause(region, func, args)
+    if cause is None or not region.node.depth:
         return False
     if not region.past or cause is Barrier.UPDATE:
         region.node.full = cause
