@@ -147,7 +147,7 @@ def test_updates_of_float32_parameters_have_the_bits_of_eager(sizes: tuple[int, 
             grads = torch.autograd.grad(out, weights, START[2])
             with torch.no_grad():
                 for weight, grad in zip(weights, grads, strict=True):
-                    weight.sub_(grad.sign())
+                    weight.detach().sub_(grad.sign())  # Not as an update, behind which a region ends.
             left += [out.detach(), *grads]
         return left
 

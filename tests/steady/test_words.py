@@ -85,4 +85,6 @@ def test_a_history_that_torch_cannot_tell_is_a_sentence(ask: str) -> None:
                     HISTORY[ask](t)
                 except RuntimeError as error:
                     refused = str(error)
-            assert refused is None if context is contextlib.nullcontext else str(refused).startswith("this is a view of a tensor")
+            # A sum begins another step, before which the region has ended: then torch can tell.
+            told = context is contextlib.nullcontext or ask == "a sum"
+            assert refused is None if told else str(refused).startswith("this is a view of a tensor")
