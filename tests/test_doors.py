@@ -294,7 +294,7 @@ def test_a_recurrent_network_packs_its_weights_under_autocast(network: Any, dtyp
         expected = train(contextlib.nullcontext())
         kitsune.reset()
         with kitsune.config.patch(follow=follow):
-            got = train(kitsune.accelerate())
+            got = train(kitsune.accelerate(device="cpu"))
     finally:
         torch.use_deterministic_algorithms(False)
     assert kitsune.counters()["recorded"] > 200

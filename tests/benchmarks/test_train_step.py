@@ -96,6 +96,7 @@ def test_one_slow_first_step_is_allowed_for_capture() -> None:
 def test_steady_begins_after_the_last_slow_step() -> None:
     assert steady_from([900.0, 10.0, 50.0, 10.0, 11.0, 10.0]) == 3
     assert steady_from([10.0, 10.0, 10.0, 90.0]) is None
+    assert steady_from([90.0, 17.0, 17.0, 17.0, 10.0, 17.0, 10.0, 10.0, 10.0, 10.0]) == 4
 
 
 def test_the_chart_is_drawn(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def accelerated() -> Any:
     stack = contextlib.ExitStack()
     stack.enter_context(kitsune.config.patch(gate=False))
-    stack.enter_context(kitsune.accelerate())
+    stack.enter_context(kitsune.accelerate(device="cpu"))
     return stack
 
 

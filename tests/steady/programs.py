@@ -36,7 +36,7 @@ class Run:
 
     def optimizer(self, kind: Any, parameters: Any, lr: float, **options: Any) -> Any:
         base = kind(parameters, lr, **options)
-        return kitsune.KitsuneOptimizer(base) if self.way == "optimizer" else base
+        return kitsune.KitsuneOptimizer(base, device="cpu") if self.way == "optimizer" else base
 
     def context(self, way: str) -> Any:
         return kitsune.accelerate(device="cpu") if self.way == way else contextlib.nullcontext()

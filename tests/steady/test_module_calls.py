@@ -225,7 +225,7 @@ def train(changes: list[str], taken: list[str]) -> tuple[dict[str, list[Any]], l
 def test_one_that_is_changed_does_what_it_then_does(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_calls, "PATIENCE", 1)
     expected, _ = train([*CHANGES], [])
-    with kitsune.accelerate():
+    with kitsune.accelerate(device="cpu"):
         found, usual = train([*CHANGES], taken)
     for name, values in expected.items():
         assert len(found[name]) == len(values), name
@@ -240,7 +240,7 @@ def test_one_that_is_changed_does_what_it_then_does(taken: list[str], monkeypatc
 def test_one_whose_weight_got_another_size_makes_what_that_makes(taken: list[str]) -> None:
     conv, x = nn.Conv2d(1, 2, 3), torch.randn(2, 1, 8, 8)
     small = torch.randn(2, 1, 1, 1)
-    with kitsune.accelerate(), torch.no_grad():
+    with kitsune.accelerate(device="cpu"), torch.no_grad():
         for _ in range(WARM_UP):
             conv(x.neg()).sum().item()
         assert taken
@@ -252,7 +252,7 @@ def test_one_whose_weight_got_another_size_makes_what_that_makes(taken: list[str
 
 def test_a_traced_module_has_its_operators(taken: list[str]) -> None:
     norm, x = nn.LayerNorm(3), torch.randn(2, 3)
-    with kitsune.accelerate(), torch.no_grad():
+    with kitsune.accelerate(device="cpu"), torch.no_grad():
         for _ in range(WARM_UP):
             (norm(x) * 2).sum().item()
         assert taken
@@ -264,7 +264,7 @@ def test_a_traced_module_has_its_operators(taken: list[str]) -> None:
 
 def test_what_is_known_of_a_module_goes_with_it(taken: list[str]) -> None:
     x = torch.randn(2, 3)
-    with kitsune.accelerate(), torch.no_grad():
+    with kitsune.accelerate(device="cpu"), torch.no_grad():
         norm = nn.LayerNorm(3)
         weight = weakref.ref(norm.weight)
         for _ in range(WARM_UP):
@@ -277,7 +277,7 @@ def test_what_is_known_of_a_module_goes_with_it(taken: list[str]) -> None:
 
 
 def test_who_traces_modules_sees_each_call(taken: list[str]) -> None:
-    with kitsune.accelerate():
+    with kitsune.accelerate(device="cpu"):
         assert "__call__" in vars(nn.Linear)
         graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).graph
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
@@ -313,7 +313,7 @@ def tied() -> list[Tensor]:
 
 def test_a_weight_that_is_in_the_region_already_is_taken_too(taken: list[str]) -> None:
     expected = tied()
-    with kitsune.accelerate():
+    with kitsune.accelerate(device="cpu"):
         found = tied()
         assert taken[-4:] == ["Embedding", "Linear", "Linear", "Linear"]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -337,7 +337,7 @@ def test_calls_that_were_taken_are_made_again_for_their_graph(taken: list[str]) 
             given += [torch.tensor(buffer._version) for buffer in net.buffers()]
         return [t.detach().clone() for t in [*given, *net.buffers()]]
 
-    expected, found = gradients(contextlib.nullcontext()), gradients(kitsune.accelerate())
+    expected, found = gradients(contextlib.nullcontext()), gradients(kitsune.accelerate(device="cpu"))
     assert "BatchNorm2d" in taken
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -346,7 +346,7 @@ def test_many_modules_are_learned_a_few_in_each_step(taken: list[str], monkeypat
     monkeypatch.setattr(module_calls, "MOST_LOOKS", 4)
     net, x = nn.Sequential(*(nn.Linear(3, 3) for _ in range(10))), torch.ones(2, 3)
     n_taken = []
-    with kitsune.accelerate():
+    with kitsune.accelerate(device="cpu"):
         for _ in range(7):
             taken.clear()
             net(x.neg()).sum().item()
@@ -366,7 +366,7 @@ def test_a_module_that_changes_in_each_step_is_looked_at_less_and_less(monkeypat
     monkeypatch.setattr(module_writer.ModuleWriter, "known", counted)
     layer, x = nn.Linear(3, 3), torch.ones(2, 3)
     kitsune.reset()
-    with kitsune.config.patch(gate=False), kitsune.accelerate():
+    with kitsune.config.patch(gate=False), kitsune.accelerate(device="cpu"):
         for k in range(60):  # noqa: B007 - counted
             layer(x.neg()).sum().item()
             layer.weight.data = layer.weight.data.clone()

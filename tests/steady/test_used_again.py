@@ -79,7 +79,7 @@ def assert_same(
     look: Look, after: Callable[[Training], Any] = nothing, early: Callable[[Training, Tensor], Any] = nothing
 ) -> None:
     eager = Training(look, after, early).run()
-    with kitsune.accelerate():
+    with kitsune.accelerate(device="cpu"):
         found = Training(look, after, early).run()
     assert len(found.seen) == len(eager.seen)
     for a, b in zip([*found.seen, *found.leaves], [*eager.seen, *eager.leaves], strict=True):
@@ -202,7 +202,7 @@ def test_one_that_waits_is_as_it_was_made(used: list[int]) -> None:
             t.optimizer.step()
             t.optimizer.zero_grad()
 
-    with kitsune.accelerate():
+    with kitsune.accelerate(device="cpu"):
         Training(nothing, after, nothing).run()
         cells = [t.cell for t in gc.get_objects() if type(t) is LazyTensor and t.cell.region is None and t.cell.home is not None]
     assert cells
@@ -234,7 +234,7 @@ def aliased(tensor: Any, where: str) -> Any:
 
 @contextlib.contextmanager
 def unfollowed() -> Iterator[None]:
-    with kitsune.config.patch(follow=False), kitsune.accelerate(numerics="bitwise"):
+    with kitsune.config.patch(follow=False), kitsune.accelerate(device="cpu", numerics="bitwise"):
         yield
 
 
@@ -356,7 +356,7 @@ def test_gradients_let_go_of_their_memory(used: list[int]) -> None:
             t.optimizer.step()
             t.optimizer.zero_grad()
 
-    with kitsune.accelerate():
+    with kitsune.accelerate(device="cpu"):
         training = Training(nothing, after, nothing).run()
         waiting = [t for t in gc.get_objects() if type(t) is LazyTensor and t.cell.region is None]
     assert len(waiting) > len(training.leaves) and all(wrapper.cell.real is None for wrapper in waiting)
