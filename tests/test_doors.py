@@ -161,6 +161,7 @@ HELD: dict[str, Callable[[torch.UntypedStorage], Any]] = {
 
 @pytest.mark.parametrize("made", [made_outside, lambda: pending(made_outside())], ids=["a plain tensor", "a result"])
 @pytest.mark.parametrize("name", HELD)
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_a_storage_that_is_held_has_what_was_written_since(name: str, made: Callable[[], torch.Tensor]) -> None:
     def read() -> Any:
         base = made()
@@ -294,7 +295,7 @@ def test_a_recurrent_network_packs_its_weights_under_autocast(network: Any, dtyp
         expected = train(contextlib.nullcontext())
         kitsune.reset()
         with kitsune.config.patch(follow=follow):
-            got = train(kitsune.accelerate(device="cpu"))
+            got = train(kitsune.accelerate())
     finally:
         torch.use_deterministic_algorithms(False)
     assert kitsune.counters()["recorded"] > 200

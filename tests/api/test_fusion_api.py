@@ -217,6 +217,8 @@ class Attention(nn.Module):
         return torch.matmul(self.softmax(torch.matmul(q, k.transpose(-2, -1)) * 0.125), v)
 
 
+# Of torch 2.11, where a profiler says with its first trace what it does with those before.
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 @pytest.mark.parametrize("fn", [attention, Attention()], ids=["function", "module"])
 def test_attention_is_one_call_of_the_library(fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FusionEngine()

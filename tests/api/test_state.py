@@ -103,6 +103,12 @@ def test_training_goes_on_from_a_copy(name: str, carry: Any) -> None:
     model, parameters = parts(name)
     plain = INFOS[name].optim_cls(parameters, **settings(name))
     train(model, plain, 5, step)
+    if name == "Adafactor":
+        try:
+            train(*copy.deepcopy((model, plain)), 1, step)
+        except KeyError as missing:
+            # torch 2.11, where there is a CUDA device.
+            pytest.skip(f"a copy of torch's own does not go on: it has no {missing}")
     expected = train(model, plain, 5, step, first=5)
     pair = wrapped(name)
     train(*pair, 5, step)

@@ -16,6 +16,7 @@ from tests import _compare
 
 COUNTS = ("run", "equal", "different", "crashed")
 FULL = os.environ.get("CHAOS") == "full"
+NO_BACKWARD_IN_FORKS = "a process in which autograd has threads for devices has no backward in its forks"
 
 
 def many(few: int, full: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import kitsune
-from tests.chaos.counting import Counts, Loop, lazily, many
+from tests.chaos.counting import NO_BACKWARD_IN_FORKS, Counts, Loop, lazily, many
 
 # Python 3.12 warns of forking with threads, of which torch has some.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -89,6 +89,7 @@ def accelerated() -> tuple[list[list[float]], bool]:
     return result, kitsune.counters()["backwards_followed"] > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason=NO_BACKWARD_IN_FORKS)
 @pytest.mark.parametrize("inside", [False, True], ids=["after a context", "inside of a context"])
 def test_a_forked_child_may_open_a_context_of_its_own(inside: bool, counts: Counts) -> None:
     # With as many threads as it has, for the last bits.

@@ -59,7 +59,7 @@ PARTS = dict.fromkeys((str(dtype).removeprefix("torch.") for dtype in DTYPES), 7
 @pytest.mark.timeout(630)
 @pytest.mark.parametrize("what", PARTS)
 def test_results_are_as_near_to_float64_as_eagers(what: str, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7", reason="an interpreter that works with NumPy of today")
     command = [sys.executable, "-W", "ignore", "-m", "tests.codegen.interpret_reductions", str(tmp_path), what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr[-3000:]

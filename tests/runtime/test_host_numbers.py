@@ -105,10 +105,10 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield repeater
 
 
-def accelerated() -> Any:
+def accelerated(device: str = "cpu") -> Any:
     stack = contextlib.ExitStack()
     stack.enter_context(kitsune.config.patch(gate=False))
-    stack.enter_context(kitsune.accelerate(device="cpu"))
+    stack.enter_context(kitsune.accelerate(device=device))
     return stack
 
 
@@ -168,7 +168,7 @@ def test_on_a_gpu(kind: str, made: str, fuse: bool, changes: bool) -> None:
     expected = train(contextlib.nullcontext(), number, kind, "cuda")
     forget()
     with kitsune.config.patch(fuse=fuse, numerics="bitwise", compile_workers=0):
-        assert same(expected, train(accelerated(), number, kind, "cuda"))
+        assert same(expected, train(accelerated("cuda"), number, kind, "cuda"))
     replayed, refused = counts("replayed", "graph_refused")
     assert replayed >= STEPS - 9 and not refused
     forget()
@@ -178,7 +178,7 @@ def test_on_a_gpu(kind: str, made: str, fuse: bool, changes: bool) -> None:
 def test_what_copies_a_number_to_the_device_is_no_part_of_a_graph() -> None:
     forget()
     x, zero = torch.randn(8, device="cuda"), torch.tensor(0.0)
-    with accelerated():
+    with accelerated("cuda"):
         for _ in range(8):
             y = torch.where(x > 0, x, zero) * 2
             kitsune.flush()

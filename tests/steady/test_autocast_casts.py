@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kitsune
+from tests.chaos.counting import NO_BACKWARD_IN_FORKS
 from tests.property.machine import apart
 from tests.runtime.repeated import graphs
 from tests.steady.test_cuts import Loop, Step, run
@@ -403,6 +404,7 @@ def _told(step: Step) -> list[Any]:
     return [run(step, context)[0] for context in (contextlib.nullcontext(), kitsune.accelerate(device="cpu"))]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason=NO_BACKWARD_IN_FORKS)
 def test_a_new_call_while_others_are_owed_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast holds a lock while it casts a weight for it: the others cannot be made again meanwhile."""
     monkeypatch.setattr("tests.property.machine.SECONDS", 60)
