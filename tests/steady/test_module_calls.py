@@ -355,6 +355,26 @@ def test_many_modules_are_learned_a_few_in_each_step(taken: list[str], monkeypat
     assert n_taken == [0, 0, 0, 0, 4, 8, 10]
 
 
+@pytest.mark.parametrize(("many", "first"), [(100, 3), (1, 4)], ids=["few operators", "many"])
+def test_the_step_that_is_captured_has_room_for_looks_at_small_programs_only(
+    many: int, first: int, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_calls, "MANY_OPS", many)
+    layer, x = nn.Linear(3, 3), torch.ones(2, 3)
+    optimizer, known = torch.optim.SGD(layer.parameters(), 0.1), []
+    kitsune.reset()
+    with kitsune.config.patch(gate=False), kitsune.accelerate(device="cpu"):
+        for _ in range(6):
+            taken.clear()
+            layer(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            known.append(bool(taken))
+    kitsune.reset()
+    # It is taken from the step behind its look on.
+    assert known == [k >= first for k in range(6)]
+
+
 def test_a_module_that_changes_in_each_step_is_looked_at_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
     known = module_writer.ModuleWriter.known
