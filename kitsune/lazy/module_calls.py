@@ -24,8 +24,8 @@ _LOOKS = (3, 5, 9)
 # A module that has changed is looked at again, each time after twice as many sights, up to this many times as many: where a
 # program gives all parameters other memory in each step, what is learned of them is good for nothing.
 PATIENCE = 64
-# Of a program of so many operators the third step has no room: GPT-2's took 146 ms, of which eight looks 6, where 1.5 times eager's
-# and 50 are 138 (a slow host of an H200); its fourth waits for the device for 55.
+# Of a program of so many operators the third step has no room: GPT-2's took 146 ms, six of them for eight looks, where 1.5 times
+# eager's and 50 are 138 (a slow host of an H200); its fourth waits for the device for 55.
 MANY_OPS = 512
 # Looks in one region, of 0.4 ms each (a CPU host): ResNet-50 would have 158 in its third step. With 40 of them its sixth took
 # 46 ms, where 43 are 1.5 times eager's.

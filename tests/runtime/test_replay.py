@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kitsune
-from kitsune.ir import Graph, Kind, Op, Result, Slot, Value, default_type, type_of
+from kitsune.ir import Graph, Kind, Op, Result, Site, Slot, Value, default_type, type_of
 from kitsune.runtime import Schedule, prepare, replay
 from kitsune.runtime.calls import call, call_of
 from kitsune.runtime.replay import Instruction, _Tensors
@@ -69,6 +69,16 @@ def test_a_method_gives_the_view_that_its_overload_gives(view: Any) -> None:
     make(op, again, [])
     assert type_of(again[1]) is type_of(values[1]) is op.results[0].type
     assert again[1].untyped_storage()._cdata == again[0].untyped_storage()._cdata and torch.equal(again[1], values[1])
+
+
+def test_a_view_that_fails_has_the_users_line() -> None:
+    op, values = of(aten.view.default, (3, 3))
+    op = dataclasses.replace(op, site=Site("train.py", 7))
+    with pytest.raises(RuntimeError, match="invalid for input of size") as failed:
+        call_of(op)(op, [values[0][:2], None], [])
+    # Python 3.10 has no notes.
+    told = "\n".join((str(failed.value), *getattr(failed.value, "__notes__", ())))
+    assert "while running aten.view.default, recorded by Kitsune at train.py:7" in told
 
 
 def made_by_its_overload(op: Op, values: list[Any], scalars: list[float]) -> None:
